@@ -1,0 +1,54 @@
+# Everything runs from a fresh clone with Python 3.11 or newer, git and make; .venv is built once and again when the lock changes.
+PYTHON  ?= python3
+PROFILE ?= release
+SET     ?=
+VENV    := .venv
+BIN     := $(VENV)/bin
+STAMP   := $(VENV)/.built-from-lock
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+
+.PHONY: reproduce test test-all lint format figures lab bench-pairs lock clean
+
+reproduce: $(STAMP)  ## run every notebook in order under PROFILE
+	$(BIN)/persodpo reproduce --profile $(PROFILE) $(foreach s,$(SET),--set $(s))
+
+test: $(STAMP)  ## quick tests
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(STAMP)  ## quick and slow tests
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## style, docstrings, notebooks, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+figures: $(STAMP)  ## redraw every figure from the run folder's tables
+	$(BIN)/persodpo figures --profile $(PROFILE) --overwrite
+
+lab: $(STAMP)  ## open the notebooks
+	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+bench-pairs: $(STAMP)  ## metric values -> pairs, up to 100 million responses
+	$(BIN)/python benchmarks/bench_pairs.py
+
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; name another with make PYTHON=python3.12")'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+# The packages that torch pins for its own CUDA builds are left to torch, so that one lock serves CPU and GPU machines.
+lock:  ## resolve pyproject.toml anew
+	$(PYTHON) -m venv --clear $(VENV)-lock
+	$(VENV)-lock/bin/python -m pip install --dry-run --ignore-installed --quiet --report $(VENV)-lock/report.json "torch==2.13.0" setuptools ".[dev]"
+	$(VENV)-lock/bin/python tests/lockfile.py $(VENV)-lock/report.json > requirements.lock
+	rm -rf $(VENV)-lock
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

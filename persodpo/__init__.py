@@ -1,0 +1,1 @@
+"""Companion to PersoDPO: persona-grounded preference pairs without annotation, and DPO on them."""

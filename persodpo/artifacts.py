@@ -1,0 +1,433 @@
+"""Run folders, table schemas and provenance files: the only module that knows where tables lie and what they hold.
+
+Every table is a Parquet file (or CSV, for the results table) in ``runs/<profile>/`` with a provenance file
+``<file>.json`` beside it: the sha256 of its inputs and of itself, the settings it was made with, versions, commit, rows
+and seconds. Stages meet only in these files. A table is written to a temporary name and renamed; its provenance file
+comes last, so a table without a matching one was interrupted or edited, and is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from persodpo.config import Profile
+from persodpo.errors import PersodpoError, disk_errors
+
+PROJECT = Path(__file__).resolve().parents[1]
+DATA = PROJECT / "data"
+RELEASE_VARIABLE = "PERSODPO_RELEASE"
+
+_text, _real, _whole, _flag = pa.string(), pa.float64(), pa.int64(), pa.bool_()
+_RESPONSES = [
+    ("dialogue_id", _text), ("split", _text), ("model", _text), ("completion", _text), ("response", _text),
+    ("outcome", _text), ("finish_reason", _text), ("response_time", _real),
+]  # fmt: skip
+_SCORES = [
+    ("dialogue_id", _text), ("model", _text), ("coherence", _real), ("c_score", _real), ("ue_score", _real),
+    ("persona_distance", _real), ("words", _whole), ("imputed", _flag), ("compliance", _real), ("quality", _real),
+]  # fmt: skip
+_PAIRS = [
+    ("prompt", _text), ("chosen", _text), ("rejected", _text), ("score_chosen", _real), ("score_rejected", _real),
+    ("dialogue_id", _text), ("chosen_model", _text), ("rejected_model", _text),
+]  # fmt: skip
+
+#: Columns of every table, by its name; the file is ``<name>.parquet`` in the run folder.
+SCHEMAS: dict[str, pa.Schema] = {
+    "dialogues": pa.schema([
+        ("dialogue_id", _text), ("split", _text), ("dataset", _text), ("personas", pa.list_(_text)),
+        ("context", _text), ("reference", _text),
+    ]),
+    "responses": pa.schema(_RESPONSES),
+    "scores": pa.schema(_SCORES),
+    "thresholds": pa.schema([("name", _text), ("value", _real)]),
+    "pairs/simple": pa.schema(_PAIRS),
+    "pairs/perso": pa.schema(_PAIRS),
+    "pairs/gate": pa.schema([("pair_set", _text), ("check", _text), ("value", _real), ("meaning", _text)]),
+    "evaluation/responses": pa.schema(_RESPONSES),
+    "evaluation/scores": pa.schema(_SCORES),
+    "evaluation/results": pa.schema([
+        ("model", _text), ("metric", _text), ("responses", _whole), ("mean", _real), ("std", _real),
+    ]),
+    "audit/parity": pa.schema([
+        ("group", _text), ("quantity", _text), ("published", _text), ("ours", _text), ("verdict", _text),
+        ("source", _text),
+    ]),
+    "audit/findings": pa.schema([
+        ("id", _text), ("claim", _text), ("verdict", _text), ("evidence", _text), ("consequence", _text),
+        ("setting", _text),
+    ]),
+    "audit/corrections": pa.schema([
+        ("correction", _text), ("settings", _text), ("low_threshold", _real), ("high_threshold", _real),
+        ("responses", _whole), ("pairs", _whole), ("shared_pairs", _whole), ("jaccard", _real),
+    ]),
+}  # fmt: skip
+
+#: Columns that may not hold nulls, wherever they occur.
+KEYS = ("dialogue_id", "model", "split", "prompt", "chosen", "rejected", "chosen_model", "rejected_model")
+
+#: The command that makes each table, for messages.
+MAKER = {
+    "dialogues": "dialogues", "responses": "generate", "scores": "score", "thresholds": "score", "pairs": "pairs",
+    "evaluation": "evaluate", "audit": "audit",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What a stage did.
+
+    Attributes:
+        stage: The stage's name.
+        skipped: True if its inputs, settings and code were unchanged, so nothing was done.
+        rows: Rows of each table it made.
+        seconds: Wall time, 0 if skipped.
+    """
+
+    stage: str
+    skipped: bool
+    rows: Mapping[str, int]
+    seconds: float
+
+    def __str__(self) -> str:
+        """Return one line for logs and notebooks."""
+        tables = ", ".join(f"{name} ({count:,} rows)" for name, count in self.rows.items())
+        done = "unchanged, skipped" if self.skipped else f"written in {self.seconds:.1f} s"
+        return f"{self.stage}: {tables} - {done}"
+
+
+def sha256(path: Path) -> str:
+    """Return the hex sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then rename it to ``path``.
+
+    Args:
+        path: The file to make; its folder is created.
+        write: Called with the temporary path, which keeps the suffix of ``path``.
+
+    Raises:
+        PersodpoError: The disk is full or read-only; ``path`` stays as it was.
+    """
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
+        try:
+            write(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_table(path: Path, name: str, table: pd.DataFrame | pa.Table) -> None:
+    """Write ``table`` as Parquet under the schema of ``name``.
+
+    Args:
+        path: The file to write, usually a target handed to a stage's ``build``.
+        name: A key of `SCHEMAS`.
+        table: A table that has at least the schema's columns; others are dropped.
+
+    Raises:
+        PersodpoError: A column is missing or cannot take its type.
+    """
+    schema = SCHEMAS[name]
+    columns = table.column_names if isinstance(table, pa.Table) else list(table.columns)
+    _require_columns(name, columns)
+    try:
+        if isinstance(table, pd.DataFrame):
+            table = pa.Table.from_pandas(table[schema.names], schema=schema, preserve_index=False)
+        else:
+            table = table.select(schema.names).cast(schema)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise PersodpoError(f"Table {name}: {error}") from error
+    with disk_errors(path):
+        pq.write_table(table, path)
+
+
+def _require_columns(name: str, columns: Sequence[str]) -> None:
+    missing = [column for column in SCHEMAS[name].names if column not in columns]
+    if missing:
+        raise PersodpoError(f"Table {name} lacks {', '.join(missing)}; it has {', '.join(columns)}.")
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """Treat the two widths of Arrow strings and lists as one type."""
+    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        return pa.string()
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return pa.list_(_plain(kind.value_type))
+    return kind
+
+
+def check_table(path: Path, name: str) -> int:
+    """Check a Parquet file against its schema, reading only its footer.
+
+    Args:
+        path: The Parquet file.
+        name: A key of `SCHEMAS`.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        PersodpoError: The file is not Parquet, lacks a column, has one of a wrong type, or has nulls in a key.
+    """
+    try:
+        file = pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise PersodpoError(f"{path} is not a readable Parquet file; delete it and run its stage again.") from error
+    with file:
+        found = file.schema_arrow
+        _require_columns(name, found.names)
+        for field in SCHEMAS[name]:
+            kind = found.field(field.name).type
+            if _plain(kind) != _plain(field.type):
+                raise PersodpoError(f"Table {name}: column {field.name} is {kind}, it must be {field.type} ({path}).")
+        keys = [key for key in KEYS if key in SCHEMAS[name].names]
+        nulls = [key for key in keys if _null_count(file.metadata, key)]
+        if nulls:
+            raise PersodpoError(f"Table {name}: {', '.join(nulls)} must not be null ({path}).")
+        return int(file.metadata.num_rows)
+
+
+def _null_count(metadata: Any, column: str) -> int:
+    """Sum the null counts that the writer left in the footer."""
+    index = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == column)
+    groups = (metadata.row_group(g).column(index).statistics for g in range(metadata.num_row_groups))
+    return sum(stats.null_count or 0 for stats in groups if stats is not None)
+
+
+def source_digest(modules: Sequence[ModuleType]) -> str:
+    """Return the sha256 of the source of ``modules``, so that a changed method reruns its stage."""
+    digest = hashlib.sha256()
+    for module in modules:
+        digest.update(inspect.getsource(module).encode())
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that shape results."""
+    packages = ["persodpo", "duckdb", "pyarrow", "pandas", "numpy", "scikit-learn", "torch", "transformers", "trl"]
+    found = {"python": sys.version.split()[0]}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """Return the project's commit, with ``-dirty`` if the working tree differs; None outside a git checkout."""
+    try:
+        command = ["git", "-C", str(PROJECT), "describe", "--always", "--abbrev=40", "--dirty"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)  # noqa: S603
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+class RunFolder:
+    """The folder ``runs/<profile>/`` of one profile.
+
+    Attributes:
+        profile: The profile whose tables lie here.
+        root: The folder.
+    """
+
+    def __init__(self, profile: Profile) -> None:
+        """Name the run folder of ``profile``; nothing is created until a stage writes."""
+        self.profile = profile
+        self.root = PROJECT / profile.paths.runs / profile.name
+
+    @property
+    def release(self) -> Path:
+        """Folder of the published files."""
+        return PROJECT / self.profile.paths.release
+
+    @property
+    def figures(self) -> Path:
+        """Folder of this profile's figures."""
+        return PROJECT / self.profile.paths.figures / self.profile.name
+
+    @property
+    def notebooks(self) -> Path:
+        """Folder of the executed notebooks."""
+        return self.root / "notebooks"
+
+    def path(self, name: str) -> Path:
+        """Return the file of table ``name``."""
+        return self.root / f"{name}.parquet"
+
+    def checked_path(self, name: str) -> Path:
+        """Return the file of table ``name`` after checking its hash and its schema.
+
+        Raises:
+            PersodpoError: The table is missing, was changed after it was written, or breaks its schema.
+        """
+        path = self.path(name)
+        command = f"`persodpo {MAKER[name.split('/', maxsplit=1)[0]]} --profile {self.profile.name}`"
+        if not path.is_file():
+            raise PersodpoError(f"Table {name} is missing ({path}); make it with {command}.")
+        check_table(path, name)
+        provenance = _read_json(provenance_path(path))
+        if provenance.get("sha256") != sha256(path):
+            raise PersodpoError(
+                f"Table {name} does not match its provenance file ({path}): it was edited or its stage was "
+                f"interrupted; make it again with {command}."
+            )
+        return path
+
+    def read(self, name: str) -> pd.DataFrame:
+        """Read table ``name``; missing text is None.
+
+        Raises:
+            PersodpoError: As `checked_path`.
+        """
+        return with_none(pq.read_table(self.checked_path(name), columns=SCHEMAS[name].names).to_pandas())
+
+    def provenance(self, name: str) -> dict[str, Any]:
+        """Return the provenance of table ``name``, empty if there is none."""
+        return _read_json(provenance_path(self.path(name)))
+
+    def stage(
+        self,
+        name: str,
+        *,
+        inputs: Mapping[str, Path],
+        settings: Mapping[str, Any],
+        outputs: Sequence[str],
+        code: Sequence[ModuleType],
+        build: Callable[[Mapping[str, Path]], None],
+        overwrite: bool = False,
+    ) -> StageReport:
+        """Run a stage unless its inputs, settings and code are those its outputs were made with.
+
+        Args:
+            name: The stage's name, for messages.
+            inputs: Files it reads, by a name that does not depend on the machine.
+            settings: JSON-like settings it depends on.
+            outputs: Tables it makes (keys of `SCHEMAS`).
+            code: Modules whose source it depends on.
+            build: Called with a temporary path for each output, which it must fill.
+            overwrite: Run even if nothing changed.
+
+        Returns:
+            What was done.
+
+        Raises:
+            PersodpoError: An input is missing, an output breaks its schema, or the disk fails. Outputs of earlier runs
+                stay as they were.
+        """
+        missing = [str(path) for path in inputs.values() if not path.is_file()]
+        if missing:
+            raise PersodpoError(f"Stage {name} needs {missing[0]}, which does not exist.")
+        basis = {
+            "inputs": {key: sha256(path) for key, path in sorted(inputs.items())},
+            "settings": dict(settings),
+            "code": source_digest(code),
+        }
+        if not overwrite and (rows := self._unchanged(outputs, basis)) is not None:
+            return StageReport(name, True, rows, 0.0)
+        started = time.perf_counter()
+        with disk_errors(self.root):
+            self.root.mkdir(parents=True, exist_ok=True)
+            scratch = Path(tempfile.mkdtemp(prefix=f".partial-{name}-", dir=self.root))
+        try:
+            targets = {output: scratch / f"{output.replace('/', '-')}.parquet" for output in outputs}
+            with disk_errors(scratch):
+                build(targets)
+            rows = {output: check_table(path, output) for output, path in targets.items()}
+            seconds = time.perf_counter() - started
+            with disk_errors(self.root):
+                for output, path in targets.items():
+                    self._publish(name, output, path, basis=basis, rows=rows[output], seconds=seconds)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        self._save_profile()
+        return StageReport(name, False, rows, seconds)
+
+    def _unchanged(self, outputs: Sequence[str], basis: Mapping[str, Any]) -> dict[str, int] | None:
+        """Return the rows of ``outputs`` if all were made from ``basis`` and are still as they were written."""
+        rows = {}
+        for output in outputs:
+            path = self.path(output)
+            provenance = _read_json(provenance_path(path))
+            same = all(provenance.get(key) == value for key, value in _as_json(basis).items())
+            if not (same and path.is_file() and provenance["sha256"] == sha256(path)):
+                return None
+            rows[output] = int(provenance["rows"])
+        return rows
+
+    def _publish(
+        self, stage: str, output: str, made: Path, *, basis: Mapping[str, Any], rows: int, seconds: float
+    ) -> None:
+        """Move a finished table to its place and write its provenance."""
+        path = self.path(output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        provenance = {
+            "table": output, "stage": stage, "rows": rows, "sha256": sha256(made), "seconds": round(seconds, 3),
+            **basis, "profile": self.profile.name, "profile_sha256": self.profile.digest(), "versions": versions(),
+            "commit": git_commit(),
+        }  # fmt: skip
+        made.replace(path)
+        write_json(provenance_path(path), provenance)
+
+    def _save_profile(self) -> None:
+        write_atomically(self.root / "profile.yaml", lambda path: _write_text(path, self.profile.to_yaml()))
+
+
+def with_none(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return ``frame`` with its text columns as Python objects, so that missing text is None and not NaN."""
+    texts = {column: frame[column].astype(object) for column in frame.select_dtypes(["string", "object"]).columns}
+    return frame.assign(**{column: text.where(text.notna(), None) for column, text in texts.items()})
+
+
+def provenance_path(path: Path) -> Path:
+    """Return the provenance file of ``path``."""
+    return path.with_name(f"{path.name}.json")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write ``content`` as indented JSON, atomically."""
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda temporary: _write_text(temporary, text))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _as_json(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``value`` as it reads back from a JSON file (tuples become lists)."""
+    plain: dict[str, Any] = json.loads(json.dumps(value))
+    return plain
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object, empty if the file is missing or unreadable."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,166 @@
+"""Completion text in, response and outcome class out; no text makes a reading fail.
+
+Two readings. ``as_released`` follows the authors' notebooks: the first brace span that parses as JSON and holds the key
+counts as an answer, wherever it stands. ``strict`` asks what the prompt asks: one JSON object and nothing after it.
+The outcome of a failure says what went wrong, in the order in which the classes are listed in `OUTCOMES`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
+
+KEY = "response"
+
+#: Outcome classes. ``api_error`` is set by generation, ``unknown`` where a failure's completion was not published.
+OUTCOMES = (
+    "ok", "empty", "loop", "echo", "truncated", "missing_key", "malformed", "no_json", "api_error", "unknown",
+)  # fmt: skip
+
+#: What a template shows in the place of the answer; a response that repeats it answers nothing. The first is the
+#: published template's, as 17 published responses repeat it (audit A11), the second that of `persodpo/templates`.
+PLACEHOLDERS = ("provide the personalized natural language response here", "your reply")
+
+_OPENED = re.compile(rf'"{KEY}"\s*:\s*"')
+_CLOSED = re.compile(r'"\s*\}')
+_DECODER = json.JSONDecoder()
+_LOOP_WINDOW = 16
+_LOOP_MINIMUM = 80
+
+
+class Reading(NamedTuple):
+    """What a completion says.
+
+    Attributes:
+        response: The answer; for a failure the text recovered from it; None if there is none.
+        outcome: One of `OUTCOMES`; ``ok`` means that the answer was read.
+    """
+
+    response: str | None
+    outcome: str
+
+
+def read_completion(completion: str | None, reading: Literal["as_released", "strict"] = "as_released") -> Reading:
+    """Read a completion.
+
+    Args:
+        completion: The generated text; None or white space is ``empty``.
+        reading: ``as_released`` or ``strict``, see the module's docstring.
+
+    Returns:
+        The response and its outcome. Never raises, whatever the text.
+    """
+    if completion is None or not completion.strip():
+        return Reading(None, "empty")
+    text = _without_surrogates(completion)
+    return (_read_as_released if reading == "as_released" else _read_strictly)(text)
+
+
+def _read_as_released(text: str) -> Reading:
+    """Take the first brace span that parses and holds the key; otherwise recover what was opened."""
+    for span in _brace_spans(text):
+        found = _decode(json.loads, span)
+        if isinstance(found, dict) and KEY in found:
+            return _answer(found[KEY], outcome="ok")
+    return Reading(_recover(text), _failure(text))
+
+
+def _read_strictly(text: str) -> Reading:
+    """Take exactly one JSON object; text may precede it, nothing may follow it."""
+    start = text.find("{")
+    decoded = _decode(_DECODER.raw_decode, text[start:]) if start >= 0 else None
+    if decoded is None:
+        return Reading(_recover(text), _failure(text))
+    found, end = decoded
+    if KEY not in found:
+        return Reading(_recover(text), _failure(text))
+    answer = _answer(found[KEY], outcome="ok")
+    if answer.outcome == "ok" and is_loop(answer.response or ""):
+        return Reading(answer.response, "loop")
+    if answer.outcome == "ok" and is_echo(answer.response or ""):
+        return Reading(answer.response, "echo")
+    if answer.outcome == "ok" and text[start + end :].strip():
+        return Reading(answer.response, "loop" if is_loop(text) else "malformed")
+    return answer
+
+
+def is_one_object(completion: str | None) -> bool:
+    """Tell whether a completion is exactly one JSON object with the key, by `strict` reading."""
+    return read_completion(completion, "strict").outcome == "ok"
+
+
+def is_echo(response: str) -> bool:
+    """Tell whether a response only repeats a template's placeholder."""
+    words = " ".join(re.findall(r"[a-z0-9]+", response.casefold()))
+    return any(words == p or words.startswith(p + " in ") for p in PLACEHOLDERS)
+
+
+def is_loop(text: str) -> bool:
+    """Tell whether more than half of a text repeats itself.
+
+    Counts the distinct windows of 16 characters: a passage that stands three times has two thirds of its windows
+    repeated, natural prose almost none. Texts under 80 characters are too short to tell.
+    """
+    if len(text) < _LOOP_MINIMUM:
+        return False
+    windows = len(text) - _LOOP_WINDOW + 1
+    distinct = len({text[i : i + _LOOP_WINDOW] for i in range(windows)})
+    return distinct < windows / 2
+
+
+def _answer(value: Any, outcome: str) -> Reading:
+    """Accept only text that is not blank as an answer."""
+    if not isinstance(value, str):
+        return Reading(None, "malformed")
+    value = _without_surrogates(value)
+    return Reading(value, outcome) if value.strip() else Reading(None, "empty")
+
+
+def _brace_spans(text: str) -> Iterator[str]:
+    """Yield the shortest ``{...}`` spans from left to right, not overlapping, in linear time."""
+    start = text.find("{")
+    while start >= 0:
+        end = text.find("}", start)
+        if end < 0:
+            return
+        yield text[start : end + 1]
+        start = text.find("{", end + 1)
+
+
+def _decode(decode: Callable[[str], Any], text: str) -> Any:
+    """Decode JSON; None if it is none (too deep a nesting and too long a number included)."""
+    try:
+        return decode(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _recover(text: str) -> str | None:
+    """Return what follows the first opened answer, without the debris at its ends; None if none was opened."""
+    opened = _OPENED.search(text)
+    if not opened:
+        return None
+    return text[opened.end() :].strip('"\n{} ').rstrip(".… ").strip() or None
+
+
+def _failure(text: str) -> str:
+    """Name the class of a completion that could not be read."""
+    if is_loop(text):
+        return "loop"
+    recovered = _recover(text)
+    if recovered and is_echo(recovered):
+        return "echo"
+    opened = _OPENED.search(text)
+    if opened:
+        return "malformed" if _CLOSED.search(text, opened.end()) else "truncated"
+    objects = [found for span in _brace_spans(text) if isinstance(found := _decode(json.loads, span), dict)]
+    if objects:
+        return "missing_key" if all(KEY not in found for found in objects) else "malformed"
+    return "malformed" if f'"{KEY}"' in text else "no_json"
+
+
+def _without_surrogates(text: str) -> str:
+    r"""Join surrogate pairs and replace lone ones (JSON's ``\ud800``), which no file can hold."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

@@ -1,0 +1,169 @@
+"""FoCus, Blended Skill Talk and IT-ConvAI2 files in, dialogues table out.
+
+A dialogue is five or so persona sentences about User1, the turns so far (one a line, led by ``User1: `` or ``User2: ``)
+and the reference: the turn of User2 that people wrote next, without its speaker.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+
+from persodpo.errors import PersodpoError
+
+COLUMNS = ["dialogue_id", "split", "dataset", "personas", "context", "reference"]
+SPEAKERS = ("User1: ", "User2: ")
+FOCUS_SENTENCES = 5
+
+Split = Literal["train", "valid", "test"]
+
+# A sentence ends at its mark when text follows at once; not inside U.S.A. or S.p.A. (single letters), nor in a quote.
+_SENTENCE_END = re.compile(r"(?<=[.!?])(?=[^\s.!?\"')])(?!(?<=\b[A-Za-z]\.)[A-Za-z]\.)(?!(?<=\b[A-Z]\.)[A-HJ-Z]\b)")
+# Where an author typed a comma or nothing: "...history,I enjoy", "...interestingI live". Used only to reach five.
+_MISSED_END = re.compile(r"(?<=[^\sA-Z])(?=I(?:m|ve|d)? )")
+_QUOTED = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"")
+
+
+def split_personas(joined: str, expected: int | None = None) -> list[str]:
+    """Split persona sentences that were joined without a space.
+
+    Args:
+        joined: For example ``"I love art.I have a dog."``.
+        expected: The number of sentences if it is known; ends that the author left unmarked are looked for only if
+            fewer were found.
+
+    Returns:
+        The sentences; joined again they give ``joined``.
+    """
+    sentences = [s for s in _SENTENCE_END.split(joined) if s]
+    if expected and len(sentences) < expected:
+        sentences = [part for s in sentences for part in _MISSED_END.split(s) if part]
+    return sentences
+
+
+def published_focus(path: Path, split: Split) -> pd.DataFrame:
+    """Read published FoCus prompts (columns personas, context, act_response).
+
+    Args:
+        path: ``Prompts/FoCus-train.csv`` or ``Prompts/FoCus-valid.csv`` of the release.
+        split: Its split; the row number becomes the dialogue's id.
+
+    Returns:
+        A dialogues table in the file's order.
+
+    Raises:
+        PersodpoError: The file cannot be read or lacks a column.
+    """
+    frame = _read_csv(path)
+    personas = [split_personas(p, FOCUS_SENTENCES) for p in frame["personas"]]
+    return _table("FoCus", split, personas, frame)
+
+
+def it_convai2(path: Path) -> pd.DataFrame:
+    """Read the released IT-ConvAI2 file (sentences joined by bare dots); returns and raises as `published_focus`."""
+    frame = _read_csv(path)
+    personas = [[s.strip() for s in re.split(r"\.(?=\S)", p) if s.strip()] for p in frame["personas"]]
+    return _table("IT-ConvAI2", "test", personas, frame)
+
+
+def blended_skill_talk(path: Path) -> pd.DataFrame:
+    """Read the released Blended Skill Talk file (personas as a printed array); as `published_focus`."""
+    frame = _read_csv(path)
+    personas = [[a or b for a, b in _QUOTED.findall(p)] for p in frame["personas"]]
+    return _table("Blended Skill Talk", "test", personas, frame)
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    try:
+        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (OSError, ValueError) as error:
+        raise PersodpoError(f"{path} cannot be read as a CSV file of dialogues: {error}.") from error
+    missing = {"personas", "context", "act_response"} - set(frame.columns)
+    if missing:
+        raise PersodpoError(f"{path} lacks the column {', '.join(sorted(missing))}; it must hold dialogues.")
+    return frame
+
+
+def _table(dataset: str, split: Split, personas: list[list[str]], frame: pd.DataFrame) -> pd.DataFrame:
+    empty = [row for row, sentences in enumerate(personas) if not sentences]
+    if empty:
+        raise PersodpoError(f"{dataset}: row {empty[0] + 2} has no persona sentence; every dialogue needs one.")
+    slug = dataset.lower().replace(" ", "-")
+    width = max(4, len(str(len(frame))))
+    return pd.DataFrame({
+        "dialogue_id": [f"{slug}-{split}-{row:0{width}d}" for row in range(len(frame))],
+        "split": split,
+        "dataset": dataset,
+        "personas": personas,
+        "context": frame["context"],
+        "reference": frame["act_response"].str.removeprefix(SPEAKERS[1]),
+    })  # fmt: skip
+
+
+def focus_json(
+    path: Path,
+    split: Split,
+    *,
+    size: int | None = None,
+    seed: int = 0,
+    max_reference_words: int | None = None,
+) -> pd.DataFrame:
+    r"""Read FoCus's own JSON as the authors prepared it.
+
+    A dialogue's turns are the list under the last ``dialogueN`` of its last ``utterance``; the last turn is the
+    reference. ``**``, ``\r`` and ``'`` are removed everywhere.
+
+    Args:
+        path: A FoCus file: ``data[].dialogID``, ``data[].persona`` and ``data[].utterance[].dialogueN``.
+        split: Its split.
+        size: Draw so many dialogues with pandas' ``sample``; None keeps all, in the file's order.
+        seed: ``random_state`` of that draw.
+        max_reference_words: Leave out dialogues whose reference has more words, before drawing; None keeps all.
+
+    Returns:
+        A dialogues table.
+
+    Raises:
+        PersodpoError: The file is not FoCus JSON (the message names the dialogue), two dialogues share an id, or fewer
+            than ``size`` are left.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))["data"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PersodpoError(f"{path} is not FoCus JSON with a list under 'data': {error}.") from error
+    frame = pd.DataFrame([_focus_dialogue(item, n, path, split) for n, item in enumerate(data)], columns=COLUMNS)
+    if not frame["dialogue_id"].is_unique:
+        twice = frame["dialogue_id"][frame["dialogue_id"].duplicated()].iloc[0]
+        raise PersodpoError(f"{path}: dialogID '{twice}' stands twice; ids must be unique.")
+    if max_reference_words is not None:
+        frame = frame[frame["reference"].map(lambda text: len(text.split())) <= max_reference_words]
+    if size is not None:
+        if len(frame) < size:
+            raise PersodpoError(f"{path} has {len(frame)} usable dialogues, {size} are to be drawn; lower train_size.")
+        frame = frame.sample(n=size, random_state=seed)
+    return frame.reset_index(drop=True)
+
+
+def _focus_dialogue(item: Any, number: int, path: Path, split: Split) -> dict[str, Any]:
+    """Turn one entry of FoCus's ``data`` into a row."""
+    try:
+        dialogue_id, sentences, last = str(item["dialogID"]), item["persona"], item["utterance"][-1]
+        turns = last[max((k for k in last if re.fullmatch(r"dialogue\d+", k)), key=lambda k: int(k[8:]))]
+        personas = [clean(sentence) for sentence in sentences]
+        spoken = [clean(turn) for turn in turns]
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise PersodpoError(f"{path}: dialogue number {number + 1} is not FoCus's shape ({error!r}).") from error
+    if len(spoken) < len(SPEAKERS) or not personas:
+        raise PersodpoError(f"{path}: dialogue '{dialogue_id}' needs a persona, a query and an answer.")
+    lines = [SPEAKERS[place % 2] + turn for place, turn in enumerate(spoken[:-1])]
+    values = [dialogue_id, split, "FoCus", personas, "\n".join(lines), spoken[-1]]
+    return dict(zip(COLUMNS, values, strict=True))
+
+
+def clean(text: str) -> str:
+    r"""Remove the markers ``**``, ``\r`` and ``'``, as the authors did."""
+    return text.replace("**", "").replace("\r", "").replace("'", "")

@@ -1,0 +1,1 @@
+"""Results on held-out dialogues."""

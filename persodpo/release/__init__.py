@@ -1,0 +1,1 @@
+"""The published files of the paper: fetching, checking and reading them."""

@@ -1,0 +1,157 @@
+"""The published files in, tables with true model names out: only this module knows how the release is laid out.
+
+Source: github.com/salehafzoon/PersoDPO at the commit in ``data/release_manifest.json``. The label "Qwen2-5B" of its
+file names is Qwen2-0.5B; it is translated here and nowhere else. The released text carries no licence: it is fetched by
+the user and never committed.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+
+from persodpo.artifacts import DATA, with_none
+from persodpo.errors import PersodpoError
+
+#: Column names of the metric files -> ours.
+METRICS = {
+    "Coh-UniEval": "coherence",
+    "C Score": "c_score",
+    "UE Score": "ue_score",
+    "Persona Distance": "persona_distance",
+}
+
+
+@dataclass(frozen=True)
+class PublishedSet:
+    """One model's published responses to one split.
+
+    Attributes:
+        model: The model's name with its true size; a tuned policy carries its run after a slash.
+        split: The split whose prompts it answered, in their order.
+        label: The release's own name, as its results table writes it where it has a row.
+        raw: File of completions as generated, None if none belongs to these responses.
+        metrics: File of parsed responses with their scores, None if there is none.
+    """
+
+    model: str
+    split: Literal["train", "valid"]
+    label: str
+    raw: str | None
+    metrics: str | None
+
+
+def _raw(name: str) -> str:
+    return f"Raw Responses/FoCus/{name}.csv"
+
+
+def _metrics(name: str) -> str:
+    return f"Metrics Results/FoCus/{name}-results.xlsx"
+
+
+def _train(model: str, label: str) -> PublishedSet:
+    return PublishedSet(model, "train", f"{label}-train", _raw(f"{label}-train"), _metrics(f"{label}-train"))
+
+
+#: The seven models whose responses are ranked.
+TRAIN_SETS = (
+    _train("Qwen2-7B-Instruct", "Qwen2-7B-Instruct"),
+    _train("Qwen2-0.5B-Instruct", "Qwen2-5B-Instruct"),
+    _train("Mistral-7B-Instruct", "Mistral-7B-Instruct"),
+    _train("Llama3-1-8B-Instruct", "Llama3-1-8B-Instruct"),
+    _train("gpt-3.5-turbo", "gpt-3.5-turbo"),
+    _train("gpt-4o-mini", "gpt-4o-mini"),
+    _train("gpt-4-turbo", "gpt-4-turbo"),
+)
+
+_TUNED = "Qwen2-5B-Instruct-"
+#: Responses to the valid prompts. The raw file of the untuned Qwen2-0.5B is a copy of its parsed one, and the raw file
+#: of the ``perso`` run is of other generations than its parsed one, so that run counts as two (audit A7, A16, A17).
+VALID_SETS = (
+    PublishedSet(
+        "Qwen2-7B-Instruct", "valid", "Qwen2-7B-benchmark", _raw("Qwen2-7B-benchmark"), _metrics("Qwen2-7B-benchmark")
+    ),
+    PublishedSet("Qwen2-0.5B-Instruct", "valid", "Qwen2-5B-benchmark", None, _metrics("Qwen2-5B-benchmark")),
+    PublishedSet(
+        "Qwen2-0.5B-Instruct/length_prior",
+        "valid",
+        f"{_TUNED}length_prior",
+        _raw(f"{_TUNED}length_prior"),
+        _metrics(f"{_TUNED}length_prior"),
+    ),
+    PublishedSet(
+        "Qwen2-0.5B-Instruct/simple", "valid", f"{_TUNED}simple", _raw(f"{_TUNED}simple"), _metrics(f"{_TUNED}simple")
+    ),
+    PublishedSet("Qwen2-0.5B-Instruct/perso", "valid", f"{_TUNED}perso", None, _metrics(f"{_TUNED}perso")),
+    PublishedSet("Qwen2-0.5B-Instruct/perso-raw", "valid", f"{_TUNED}perso (raw file)", _raw(f"{_TUNED}perso"), None),
+)
+
+#: Every published set, train first.
+SETS = TRAIN_SETS + VALID_SETS
+
+
+def true_name(label: str) -> str:
+    """Translate a published label to the model's true size ("Qwen2-5B" is Qwen2-0.5B)."""
+    return label.replace("Qwen2-5B", "Qwen2-0.5B")
+
+
+def prompts_file(split: Literal["train", "valid"]) -> str:
+    """Return the manifest path of a split's prompts."""
+    return f"Prompts/FoCus-{split}.csv"
+
+
+def read_set(files: dict[str, Path], which: PublishedSet) -> pd.DataFrame:
+    """Read one published set, row by row in the order of its prompts.
+
+    Args:
+        files: Manifest path -> local file.
+        which: The set.
+
+    Returns:
+        Columns completion (None if none was published), parsed (the published response, None for a failure),
+        response_time (s), and the four metrics (NaN if none were published).
+
+    Raises:
+        PersodpoError: The set's files have different lengths.
+    """
+    raw = pd.read_csv(files[which.raw]) if which.raw else None
+    scored = pd.read_excel(files[which.metrics]) if which.metrics else None
+    if raw is not None and scored is not None and len(raw) != len(scored):
+        raise PersodpoError(f"{which.raw} has {len(raw)} rows, {which.metrics} has {len(scored)}; fetch the release.")
+    base = raw if raw is not None else scored
+    if base is None:
+        raise PersodpoError(f"No published file belongs to {which.label}.")
+    frame = pd.DataFrame({"response_time": base["response_time"]})
+    frame["completion"] = raw["gen_response"] if raw is not None else None
+    frame["parsed"] = scored["gen_response"] if scored is not None else None
+    for published, ours in METRICS.items():
+        frame[ours] = scored[published].astype(float) if scored is not None else float("nan")
+    return with_none(frame)
+
+
+def results_table() -> pd.DataFrame:
+    """Return the published results table, nine rows, cells as printed (mean ± population standard deviation)."""
+    return pd.read_csv(DATA / "published" / "published_results.csv", dtype=str)
+
+
+def training_curves() -> pd.DataFrame:
+    """Return loss, grad_norm, reward_margin and reward_accuracy by run and step, read from the published plots.
+
+    Precision: loss within 2e-5, gradient norm 5e-3, margin 1e-4, accuracy 5e-5 of the plotted value.
+    """
+    return pd.read_csv(DATA / "published" / "training_curves.csv")
+
+
+def training_losses() -> pd.DataFrame:
+    """Return the losses logged by the two saved training runs (run, step, loss)."""
+    return pd.read_csv(DATA / "published" / "published_losses.csv")
+
+
+def counts() -> dict[str, Any]:
+    """Return the published counts, thresholds, weights and run times as one nested object."""
+    content: dict[str, Any] = json.loads((DATA / "published" / "published_counts.json").read_text(encoding="utf-8"))
+    return content

@@ -1,0 +1,1 @@
+"""The five signals and the quality score made of them."""
