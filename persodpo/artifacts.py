@@ -1,4 +1,4 @@
-"""Run folders, table schemas and provenance files: the only module that knows where tables lie and what they hold.
+"""Run folders and provenance files: the only module that knows where tables lie (`persodpo.tables` knows their columns).
 
 Every table is a Parquet file (or CSV, for the results table) in ``runs/<profile>/`` with a provenance file
 ``<file>.json`` beside it: the sha256 of its inputs and of itself, the settings it was made with, versions, commit, rows
@@ -25,63 +25,15 @@ from types import ModuleType
 from typing import Any
 
 import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from persodpo.config import Profile
 from persodpo.errors import PersodpoError, disk_errors
+from persodpo.tables import SCHEMAS, check_table, with_none
 
 PROJECT = Path(__file__).resolve().parents[1]
 DATA = PROJECT / "data"
 RELEASE_VARIABLE = "PERSODPO_RELEASE"
-
-_text, _real, _whole, _flag = pa.string(), pa.float64(), pa.int64(), pa.bool_()
-_RESPONSES = [
-    ("dialogue_id", _text), ("split", _text), ("model", _text), ("completion", _text), ("response", _text),
-    ("outcome", _text), ("finish_reason", _text), ("response_time", _real),
-]  # fmt: skip
-_SCORES = [
-    ("dialogue_id", _text), ("model", _text), ("coherence", _real), ("c_score", _real), ("ue_score", _real),
-    ("persona_distance", _real), ("words", _whole), ("imputed", _flag), ("compliance", _real), ("quality", _real),
-]  # fmt: skip
-_PAIRS = [
-    ("prompt", _text), ("chosen", _text), ("rejected", _text), ("score_chosen", _real), ("score_rejected", _real),
-    ("dialogue_id", _text), ("chosen_model", _text), ("rejected_model", _text),
-]  # fmt: skip
-
-#: Columns of every table, by its name; the file is ``<name>.parquet`` in the run folder.
-SCHEMAS: dict[str, pa.Schema] = {
-    "dialogues": pa.schema([
-        ("dialogue_id", _text), ("split", _text), ("dataset", _text), ("personas", pa.list_(_text)),
-        ("context", _text), ("reference", _text),
-    ]),
-    "responses": pa.schema(_RESPONSES),
-    "scores": pa.schema(_SCORES),
-    "thresholds": pa.schema([("name", _text), ("value", _real)]),
-    "pairs/simple": pa.schema(_PAIRS),
-    "pairs/perso": pa.schema(_PAIRS),
-    "pairs/gate": pa.schema([("pair_set", _text), ("check", _text), ("value", _real), ("meaning", _text)]),
-    "evaluation/responses": pa.schema(_RESPONSES),
-    "evaluation/scores": pa.schema(_SCORES),
-    "evaluation/results": pa.schema([
-        ("model", _text), ("metric", _text), ("responses", _whole), ("mean", _real), ("std", _real),
-    ]),
-    "audit/parity": pa.schema([
-        ("group", _text), ("quantity", _text), ("published", _text), ("ours", _text), ("verdict", _text),
-        ("source", _text),
-    ]),
-    "audit/findings": pa.schema([
-        ("id", _text), ("claim", _text), ("verdict", _text), ("evidence", _text), ("consequence", _text),
-        ("setting", _text),
-    ]),
-    "audit/corrections": pa.schema([
-        ("correction", _text), ("settings", _text), ("low_threshold", _real), ("high_threshold", _real),
-        ("responses", _whole), ("pairs", _whole), ("shared_pairs", _whole), ("jaccard", _real),
-    ]),
-}  # fmt: skip
-
-#: Columns that may not hold nulls, wherever they occur.
-KEYS = ("dialogue_id", "model", "split", "prompt", "chosen", "rejected", "chosen_model", "rejected_model")
 
 #: The command that makes each table, for messages.
 MAKER = {
@@ -137,84 +89,6 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-
-
-def write_table(path: Path, name: str, table: pd.DataFrame | pa.Table) -> None:
-    """Write ``table`` as Parquet under the schema of ``name``.
-
-    Args:
-        path: The file to write, usually a target handed to a stage's ``build``.
-        name: A key of `SCHEMAS`.
-        table: A table that has at least the schema's columns; others are dropped.
-
-    Raises:
-        PersodpoError: A column is missing or cannot take its type.
-    """
-    schema = SCHEMAS[name]
-    columns = table.column_names if isinstance(table, pa.Table) else list(table.columns)
-    _require_columns(name, columns)
-    try:
-        if isinstance(table, pd.DataFrame):
-            table = pa.Table.from_pandas(table[schema.names], schema=schema, preserve_index=False)
-        else:
-            table = table.select(schema.names).cast(schema)
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise PersodpoError(f"Table {name}: {error}") from error
-    with disk_errors(path):
-        pq.write_table(table, path)
-
-
-def _require_columns(name: str, columns: Sequence[str]) -> None:
-    missing = [column for column in SCHEMAS[name].names if column not in columns]
-    if missing:
-        raise PersodpoError(f"Table {name} lacks {', '.join(missing)}; it has {', '.join(columns)}.")
-
-
-def _plain(kind: pa.DataType) -> pa.DataType:
-    """Treat the two widths of Arrow strings and lists as one type."""
-    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
-        return pa.string()
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return pa.list_(_plain(kind.value_type))
-    return kind
-
-
-def check_table(path: Path, name: str) -> int:
-    """Check a Parquet file against its schema, reading only its footer.
-
-    Args:
-        path: The Parquet file.
-        name: A key of `SCHEMAS`.
-
-    Returns:
-        The number of rows.
-
-    Raises:
-        PersodpoError: The file is not Parquet, lacks a column, has one of a wrong type, or has nulls in a key.
-    """
-    try:
-        file = pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise PersodpoError(f"{path} is not a readable Parquet file; delete it and run its stage again.") from error
-    with file:
-        found = file.schema_arrow
-        _require_columns(name, found.names)
-        for field in SCHEMAS[name]:
-            kind = found.field(field.name).type
-            if _plain(kind) != _plain(field.type):
-                raise PersodpoError(f"Table {name}: column {field.name} is {kind}, it must be {field.type} ({path}).")
-        keys = [key for key in KEYS if key in SCHEMAS[name].names]
-        nulls = [key for key in keys if _null_count(file.metadata, key)]
-        if nulls:
-            raise PersodpoError(f"Table {name}: {', '.join(nulls)} must not be null ({path}).")
-        return int(file.metadata.num_rows)
-
-
-def _null_count(metadata: Any, column: str) -> int:
-    """Sum the null counts that the writer left in the footer."""
-    index = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == column)
-    groups = (metadata.row_group(g).column(index).statistics for g in range(metadata.num_row_groups))
-    return sum(stats.null_count or 0 for stats in groups if stats is not None)
 
 
 def source_digest(modules: Sequence[ModuleType]) -> str:
@@ -395,12 +269,6 @@ class RunFolder:
 
     def _save_profile(self) -> None:
         write_atomically(self.root / "profile.yaml", lambda path: _write_text(path, self.profile.to_yaml()))
-
-
-def with_none(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return ``frame`` with its text columns as Python objects, so that missing text is None and not NaN."""
-    texts = {column: frame[column].astype(object) for column in frame.select_dtypes(["string", "object"]).columns}
-    return frame.assign(**{column: text.where(text.notna(), None) for column, text in texts.items()})
 
 
 def provenance_path(path: Path) -> Path:

@@ -69,26 +69,37 @@ def _read_as_released(text: str) -> Reading:
 
 def _read_strictly(text: str) -> Reading:
     """Take exactly one JSON object; text may precede it, nothing may follow it."""
-    start = text.find("{")
-    decoded = _decode(_DECODER.raw_decode, text[start:]) if start >= 0 else None
-    if decoded is None:
+    found = _first_object(text)
+    if found is None:
         return Reading(_recover(text), _failure(text))
-    found, end = decoded
-    if KEY not in found:
-        return Reading(_recover(text), _failure(text))
-    answer = _answer(found[KEY], outcome="ok")
-    if answer.outcome == "ok" and is_loop(answer.response or ""):
-        return Reading(answer.response, "loop")
-    if answer.outcome == "ok" and is_echo(answer.response or ""):
+    answer = _answer(found.value[KEY], outcome="ok")
+    if answer.outcome != "ok" or answer.response is None:
+        return answer
+    if is_echo(answer.response):
         return Reading(answer.response, "echo")
-    if answer.outcome == "ok" and text[start + end :].strip():
-        return Reading(answer.response, "loop" if is_loop(text) else "malformed")
-    return answer
+    if is_loop(answer.response) or (found.rest and is_loop(text)):
+        return Reading(answer.response, "loop")
+    return Reading(answer.response, "malformed" if found.rest else "ok")
 
 
 def is_one_object(completion: str | None) -> bool:
-    """Tell whether a completion is exactly one JSON object with the key, by `strict` reading."""
-    return read_completion(completion, "strict").outcome == "ok"
+    """Tell whether a completion is exactly one JSON object with the key and nothing after it, whatever it says."""
+    found = _first_object(completion or "")
+    return found is not None and not found.rest
+
+
+class _Found(NamedTuple):
+    value: dict[str, Any]
+    rest: str
+
+
+def _first_object(text: str) -> _Found | None:
+    """Decode from the first brace on; None unless that gives an object with the key."""
+    start = text.find("{")
+    decoded = _decode(_DECODER.raw_decode, text[start:]) if start >= 0 else None
+    if decoded is None or KEY not in decoded[0]:
+        return None
+    return _Found(decoded[0], text[start + decoded[1] :].strip())
 
 
 def is_echo(response: str) -> bool:

@@ -199,6 +199,16 @@ def load_profile(name: str | Path = DEFAULT_PROFILE, overrides: Sequence[str] = 
         raise PersodpoError(f"Profile {path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(settings, dict):
         raise PersodpoError(f"Profile {path} must hold sections such as 'dialogues:' and 'pairs:', not a single value.")
+    return _resolve(settings, overrides, str(name))
+
+
+def with_overrides(profile: Profile, overrides: Sequence[str]) -> Profile:
+    """Return ``profile`` with some settings changed; overrides, checks and errors as in `load_profile`."""
+    return _resolve(profile.model_dump(mode="json"), overrides, profile.name)
+
+
+def _resolve(settings: dict[str, Any], overrides: Sequence[str], name: str) -> Profile:
+    """Apply ``overrides`` to ``settings`` in place and check the outcome."""
     for assignment in overrides:
         _assign(settings, assignment)
     try:

@@ -2,7 +2,8 @@
 
 ``simple`` pairs set every parsed completion of a prompt against every failed one, as generated. ``perso`` pairs set
 every response at or above the high threshold of quality against every one at or below the low threshold. Both are a
-prompt's cross product. Everything runs in DuckDB over Parquet and spills to disk, so a hundred million responses fit a laptop.
+prompt's cross product. Everything runs in DuckDB over Parquet and spills to disk, so a hundred million responses fit
+a laptop.
 """
 
 from __future__ import annotations

@@ -21,12 +21,14 @@ import persodpo.pairs
 import persodpo.prompts
 import persodpo.scoring.compliance
 import persodpo.scoring.run as scoring
-from persodpo.artifacts import RunFolder, StageReport, write_table
-from persodpo.config import Profile
+from persodpo.artifacts import RunFolder, StageReport
+from persodpo.config import Profile, load_profile
 from persodpo.errors import PersodpoError
-from persodpo.release import published
+from persodpo.release import audit, corrections, findings, parity, published
 from persodpo.release.fetch import fetch_release, release_files
+from persodpo.release.findings.base import Material
 from persodpo.scoring import quality
+from persodpo.tables import write_table
 
 Reports = list[StageReport]
 Targets = Mapping[str, Path]
@@ -48,7 +50,7 @@ def run_dialogues(profile: Profile, overwrite: bool = False) -> Reports:
     def build(targets: Targets) -> None:
         frames = []
         for key, path in inputs.items():
-            split = "train" if "train" in key else "valid"
+            split: persodpo.dialogues.Split = "train" if "train" in key else "valid"
             if settings.source == "published_focus":
                 frames.append(persodpo.dialogues.published_focus(path, split))
             elif settings.source == "focus_json":
@@ -122,9 +124,8 @@ def _ranked_sets(profile: Profile) -> tuple[published.PublishedSet, ...]:
     known = {which.model: which for which in published.TRAIN_SETS}
     unknown = [model for model in profile.generation.models if model not in known]
     if unknown:
-        raise PersodpoError(
-            f"generation.models: no published responses of '{unknown[0]}'; there are {', '.join(known)}."
-        )
+        names = ", ".join(known)
+        raise PersodpoError(f"generation.models: there are no published responses of '{unknown[0]}', only of {names}.")
     return tuple(known[model] for model in profile.generation.models)
 
 
@@ -147,15 +148,17 @@ def run_score(profile: Profile, overwrite: bool = False) -> Reports:
             metrics = scoring.published_metrics(files, sets, responses)
             held_out = table != "scores"
             tables[table] = scoring.impute(responses, metrics, settings.worst_case, unread=held_out)
-        connection.register("pool", tables["scores"])
-        scale = quality.measure_scale(connection, "pool", settings)
-        for table, values in tables.items():
-            tables[table] = scoring.rate(connection, values, scale, settings)
-            write_table(targets[table], table, tables[table])
-        connection.register("rated", tables["scores"])
-        cuts = (profile.pairs.low_quantile, profile.pairs.high_quantile)
-        low, high = quality.thresholds(connection, "rated", cuts)
-        named = {"low": low, "high": high, "target_words": scale.target_words, "mean_words": scale.mean_words}
+        ranking = scoring.rank(connection, tables["scores"], settings, profile.pairs)
+        write_table(targets["scores"], "scores", ranking.scores)
+        held_out_scores = scoring.rate(connection, tables["evaluation/scores"], ranking.scale, settings)
+        write_table(targets["evaluation/scores"], "evaluation/scores", held_out_scores)
+        scale = ranking.scale
+        named = {
+            "low": ranking.low,
+            "high": ranking.high,
+            "target_words": scale.target_words,
+            "mean_words": scale.mean_words,
+        }
         write_table(targets["thresholds"], "thresholds", pd.DataFrame(named.items(), columns=["name", "value"]))
 
     report = run.stage(
@@ -187,7 +190,15 @@ def run_pairs(profile: Profile, overwrite: bool = False) -> Reports:
         cuts = limits(run)
         gate = []
         for pair_set, name in zip(profile.pairs.sets, names, strict=True):
-            pairs = persodpo.pairs.build_pairs(connection, pair_set, responses, scores, dialogues, cuts, profile)
+            pairs = persodpo.pairs.build_pairs(
+                connection,
+                pair_set,
+                responses=responses,
+                scores=scores,
+                dialogues=dialogues,
+                limits=cuts,
+                profile=profile,
+            )
             if pairs.empty:
                 raise PersodpoError(
                     f"No {pair_set} pairs: no prompt has both a response to choose and one to reject; "
@@ -236,6 +247,47 @@ def run_evaluate(profile: Profile, overwrite: bool = False) -> Reports:
         settings={},
         outputs=["evaluation/results"],
         code=[persodpo.evaluation.results],
+        build=build,
+        overwrite=overwrite,
+    )
+    return [*reports, report]
+
+
+def as_released(profile: Profile) -> Profile:
+    """Return the profile whose tables the audit judges.
+
+    That is ``profile`` itself if its method is the released one; otherwise the shipped ``release`` profile with this
+    one's folders and limits, under a name of its own, so that the tables of a corrected run stay as they are.
+    """
+    twin = load_profile("release").model_copy(
+        update={key: getattr(profile, key) for key in ("paths", "engine", "seed")}
+    )
+    same = twin.model_dump(exclude={"name"}) == profile.model_dump(exclude={"name"})
+    return profile if same else twin.model_copy(update={"name": f"{profile.name}-as-released"})
+
+
+def run_audit(profile: Profile, overwrite: bool = False) -> Reports:
+    """Make the parity table, the findings and the effect of every correction, on the tables as released."""
+    profile = as_released(profile)
+    reports = run_pairs(profile)
+    run = RunFolder(profile)
+    files = published_files(run)
+    names = ["dialogues", "responses", "scores", "thresholds", "pairs/simple", "pairs/perso", "pairs/gate"]
+
+    def build(targets: Targets) -> None:
+        tables = {name: run.read(name) for name in names}
+        low, high = limits(run)
+        material = Material(files, tables, low, high, profile)
+        write_table(targets["audit/parity"], "audit/parity", parity.parity_table(files, tables))
+        write_table(targets["audit/findings"], "audit/findings", audit.findings_table(material))
+        write_table(targets["audit/corrections"], "audit/corrections", corrections.correction_effects(material))
+
+    report = run.stage(
+        "audit",
+        inputs={name: run.path(name) for name in names} | files | published.fact_files(),
+        settings={"profile": profile.digest()},
+        outputs=["audit/parity", "audit/findings", "audit/corrections"],
+        code=[audit, parity, corrections, findings.base, findings.scores, findings.pairs, findings.results, published],
         build=build,
         overwrite=overwrite,
     )

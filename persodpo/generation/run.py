@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from persodpo.completions import Reading, read_completion
+from persodpo.completions import read_completion
 from persodpo.config import Completions
 from persodpo.errors import PersodpoError
 from persodpo.release.published import PublishedSet, read_set
@@ -40,10 +40,17 @@ def published_responses(
                 f"{which.label} has {len(frame)} responses for {len(ids)} {which.split} dialogues; fetch both again."
             )
         if which.raw:
-            readings = [read_completion(text, settings.reading) for text in frame["completion"]]
+            frame = read_completions(frame, settings)
         else:
-            readings = [Reading(text, "ok" if text else "unknown") for text in frame["parsed"]]
-        frame["response"], frame["outcome"] = zip(*readings, strict=True)
+            outcome = frame["parsed"].map(lambda text: "ok" if text else "unknown")
+            frame = frame.assign(response=frame["parsed"], outcome=outcome)
         frames.append(frame.assign(dialogue_id=ids, split=which.split, model=which.model, finish_reason=None))
     table = pd.concat(frames, ignore_index=True)
     return table.sort_values("dialogue_id", kind="stable", ignore_index=True)
+
+
+def read_completions(frame: pd.DataFrame, settings: Completions) -> pd.DataFrame:
+    """Return ``frame`` with response and outcome as read from its completion column."""
+    readings = [read_completion(text, settings.reading) for text in frame["completion"]]
+    response = pd.Series([reading.response for reading in readings], index=frame.index, dtype=object)
+    return frame.assign(response=response, outcome=[reading.outcome for reading in readings])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -82,5 +83,5 @@ def _digits(values: object) -> bytes:
     """Write numbers to nine significant digits."""
     if values is None:
         return b"-"
-    flat = np.ma.filled(np.ma.asarray(values, dtype=float), np.nan).ravel()
+    flat: Any = np.ma.filled(np.ma.asarray(values, dtype=float), np.nan).ravel()
     return " ".join(f"{value:.9g}" for value in flat).encode()

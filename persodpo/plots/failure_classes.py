@@ -11,6 +11,7 @@ Source: ``responses`` or ``evaluation/responses`` of a run folder.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -46,7 +47,7 @@ OUTCOMES: dict[str, tuple[str, str, str]] = {
     "loop": ("loop", GREEN, "\\\\\\\\"),
     "empty": ("empty", GREY, ""),
     "api_error": ("API error", BLACK, ""),
-    "unknown": ("unknown failure", "#6B6B6B", "xxxx"),
+    "unknown": ("unknown", "#6B6B6B", "xxxx"),
 }
 
 
@@ -77,11 +78,13 @@ def draw(responses: pd.DataFrame, *, labels: Mapping[str, str] | None = None) ->
     _stack(axes, counts)
     _ratios(axes, counts)
     totals = counts.sum(axis=1)
-    same = totals.nunique() == 1
+    same = totals.min() == totals.max()
     names = [style.label if same else f"{style.label} ({totals[name]:,})" for name, style in styles.items()]
     axes.set_yticks(range(len(names)), names)
     axes.set_xlabel(f"Share of responses (n = {totals.iloc[0]:,} a model)" if same else "Share of responses")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=3, labelspacing=0.3)
+    figure.legend(
+        *axes.get_legend_handles_labels(), loc="outside upper left", ncols=3, labelspacing=0.3, handlelength=1.4
+    )
     return figure
 
 
@@ -94,7 +97,7 @@ def _stack(axes: Axes, counts: pd.DataFrame) -> None:
         width = shares[outcome].to_numpy()
         axes.barh(
             range(len(counts)), width, 0.72, left, label=label, color=colour, hatch=hatch, edgecolor="white",
-            linewidth=0.4,
+            linewidth=0,
         )  # fmt: skip
         left += width
     axes.set_xlim(0, 1)
@@ -109,8 +112,13 @@ def _ratios(axes: Axes, counts: pd.DataFrame) -> None:
     """Write each model's failure ratio and interval, in per cent, at the right of its bar."""
     totals = counts.sum(axis=1)
     failures = totals - (counts["ok"] if "ok" in counts.columns else 0)
-    place = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "fontsize": 7, "va": "center"}
-    axes.annotate("failed [95 %]", (1, -0.75), (4, 0), **place)
+    place: dict[str, Any] = {
+        "xycoords": axes.get_yaxis_transform(),
+        "textcoords": "offset points",
+        "fontsize": 7,
+        "va": "center",
+    }
+    axes.annotate("% failed [95 % CI]", (1, -0.75), (4, 0), **place)
     for row, (failed, total) in enumerate(zip(failures, totals, strict=True)):
         low, high = wilson(failed, total)
         text = f"{100 * failed / total:.1f} [{100 * low:.1f}, {100 * high:.1f}]"

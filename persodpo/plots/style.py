@@ -7,6 +7,7 @@ In: a drawn figure and the sha256 of the tables it was drawn from. Out: ``<name>
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -138,14 +139,25 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     return draw_in_style
 
 
+class PaperFigure(Figure):
+    """A figure that no global state of pyplot knows, and that a notebook shows all the same."""
+
+    def _repr_png_(self) -> bytes:
+        """Return the picture a notebook shows."""
+        picture = io.BytesIO()
+        with context():
+            self.savefig(picture, format="png", dpi=150)
+        return picture.getvalue()
+
+
 def new_figure(height: float, width: float = COLUMN) -> Figure:
-    """Return an empty figure that no global state of pyplot knows.
+    """Return an empty figure.
 
     Args:
         height: Height in inches.
         width: Width in inches, `COLUMN` or `DOUBLE`.
     """
-    return Figure(figsize=(width, height))
+    return PaperFigure(figsize=(width, height))
 
 
 def save(figure: Figure, name: str, folder: Path, *, inputs: Mapping[str, str], note: str = "") -> list[Path]:

@@ -80,11 +80,7 @@ def draw(
         PersodpoError: The table is empty or lacks a column, a highlighted run or a panel is unknown, too many runs are
             highlighted, or the published layout is asked for anything but two quantities of one run.
     """
-    unknown = [panel for panel in panels if panel not in _SCALES]
-    if unknown or not panels:
-        raise PersodpoError(
-            f"Figure training_curves can draw {', '.join(_SCALES)}, not {', '.join(unknown) or 'none'}."
-        )
+    _check_panels(panels)
     require(curves, ("run", "step", *panels), "training_curves")
     runs = list(dict.fromkeys(curves["run"] if highlight is None else highlight))
     _check_runs(curves, runs)
@@ -92,6 +88,14 @@ def draw(
     if layout == "published":
         return _published(curves, panels, names)
     return _ours(curves, panels, names, others)
+
+
+def _check_panels(panels: Sequence[str]) -> None:
+    unknown = [panel for panel in panels if panel not in _SCALES]
+    if unknown or not panels:
+        raise PersodpoError(
+            f"Figure training_curves can draw {', '.join(_SCALES)}, not {', '.join(unknown) or 'nothing'}."
+        )
 
 
 def _check_runs(curves: pd.DataFrame, runs: Sequence[str]) -> None:
@@ -176,10 +180,11 @@ def _scale(axes: Axes, panel: str) -> None:
         return
     floor, high = scale.floor, axes.get_ylim()[1]
     axes.set_yscale("log")
-    top = math.ceil(math.log10(max(high, 10 * floor)))
+    top = 1.5 * max(high, floor)
     # The last line needs room below it, or its points would be cut in half.
-    axes.set_ylim(floor * 0.6, 10.0**top)
-    exponents = list(range(round(math.log10(floor)), top + 1))
+    axes.set_ylim(0.6 * floor, top)
+    exponents = range(round(math.log10(floor)), math.floor(math.log10(top)) + 1)
     texts = [f"$10^{{{exponent}}}$" for exponent in exponents]
-    axes.set_yticks([10.0**exponent for exponent in exponents], [f"≤ {texts[0]}", *texts[1:]])
+    texts[0] = rf"$\leq\,${texts[0]}".replace("$$", "")
+    axes.set_yticks([10.0**exponent for exponent in exponents], texts)
     axes.minorticks_off()

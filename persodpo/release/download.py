@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
@@ -77,10 +77,10 @@ def _require_safe(url: str) -> bool:
 
 
 class _SafeRedirects(urllib.request.HTTPRedirectHandler):
-    def redirect_request(
+    def redirect_request(  # noqa: PLR0917 (the signature is the standard library's)
         self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
     ) -> urllib.request.Request | None:
-        if _require_safe(urljoin(req.full_url, newurl)) and not _require_safe(req.full_url):
+        if _require_safe(newurl) and not _require_safe(req.full_url):
             raise PersodpoError(f"{req.full_url} points back to this machine ({newurl}); name another source.")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 

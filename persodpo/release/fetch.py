@@ -71,22 +71,18 @@ def fetch_release(
         PersodpoError: The source, the network, the disk or a file's hash is at fault; ``target`` is as it was.
     """
     address, published = _read_manifest(manifest)
-    with _writing(target), ExitStack() as undo:
+    with _writing(target):
         place = target.resolve()
         if place.exists() and not place.is_dir():
             raise PersodpoError(f"{target} is a file, the release needs a folder; move it away or name another folder.")
         # A mount point is another disk than its parent, and a rename does not cross disks.
         staging = (place if place.is_mount() else place.parent) / f".{place.name}.fetch"
         needed = _needed(place, published)
-        if needed or staging.exists():
-            _make_folder(staging.parent, undo)
-            with _claimed(staging):
-                # Another fetch may have ended between the first look and the claim.
-                needed = _needed(place, published)
-                members, label = _open_source(source, address, needed, staging, progress) if needed else (iter(()), "")
-                _gather(members, needed, staging / "files", label)
-                _put_in_place(staging, place, needed)
-        undo.pop_all()
+        if needed:
+            needed = _bring_in(place, staging, published, _choose(source, address), progress)
+        elif staging.exists():
+            with suppress(PersodpoError, OSError), _claimed(staging):
+                pass  # a killed run left it; claiming it clears it away
     return FetchReport(target, len(published), len(needed), sum(file.bytes for file in needed))
 
 
@@ -158,6 +154,32 @@ def _make_folder(folder: Path, undo: ExitStack) -> None:
         undo.callback(remove, missing)
 
 
+def _choose(source: str | None, address: str) -> tuple[str, str]:
+    """Return the source to use, and its name for messages."""
+    variable = os.environ.get(RELEASE_VARIABLE)
+    if source is None and variable:
+        return variable, f"{variable} (from {RELEASE_VARIABLE})"
+    chosen = address if source is None else source
+    return chosen, chosen
+
+
+def _bring_in(
+    target: Path, staging: Path, published: Sequence[Published], source: tuple[str, str], progress: bool
+) -> list[Published]:
+    """Gather, check and place what ``target`` lacks; return those files."""
+    with ExitStack() as undo:
+        _make_folder(staging.parent, undo)
+        with _claimed(staging):
+            # Another fetch may have ended between the first look and the claim.
+            needed = _needed(target, published)
+            if needed:
+                members = _open_source(source, needed, staging, progress)
+                _gather(members, needed, staging / "files", label=source[1])
+                _put_in_place(staging, target, needed)
+        undo.pop_all()
+    return needed
+
+
 @contextmanager
 def _claimed(staging: Path) -> Iterator[None]:
     """Own ``staging``, empty at first and removed at the end; the system drops the claim of a killed run."""
@@ -185,22 +207,17 @@ def _lock(handle: int) -> bool:
     return True
 
 
-def _open_source(
-    source: str | None, address: str, needed: Sequence[Published], staging: Path, progress: bool
-) -> tuple[Members, str]:
-    """Return the needed files of the chosen source, and its name for messages."""
-    variable = os.environ.get(RELEASE_VARIABLE)
-    chosen = source if source is not None else variable or address
-    label = f"{chosen} (from {RELEASE_VARIABLE})" if source is None and variable else chosen
+def _open_source(source: tuple[str, str], needed: Sequence[Published], staging: Path, progress: bool) -> Members:
+    chosen, label = source
     if "://" in chosen:
         download(chosen, staging / "archive", sources.LIMIT_BYTES, progress)
-        return archive_members(staging / "archive", label, needed), label
+        return archive_members(staging / "archive", label, needed)
     path = Path(chosen).expanduser()
     with reading(label):
         if path.is_dir():
-            return folder_members(path, label, needed, progress), label
+            return folder_members(path, label, needed, progress)
         if path.is_file():
-            return archive_members(path, label, needed), label
+            return archive_members(path, label, needed)
     raise PersodpoError(
         f"The source {label} does not exist; name a folder, a .tar.gz or .zip file or an https:// address."
     )
@@ -210,7 +227,7 @@ def _gather(members: Members, needed: Sequence[Published], folder: Path, label: 
     missing = {file.path: file for file in needed}
     for file, reader in members:
         _copy_verified(file, reader, folder / file.path, label)
-        missing.pop(file.path)
+        missing.pop(file.path, None)
     if missing:
         raise PersodpoError(f"{label} lacks {_list(list(missing))}; name a complete copy of the release.")
 
@@ -237,7 +254,7 @@ def _copy_verified(file: Published, reader: IO[bytes], path: Path, label: str) -
 
 def _put_in_place(staging: Path, target: Path, needed: Sequence[Published]) -> None:
     """Rename the gathered files into ``target``; if one cannot be, put back those it replaced."""
-    if needed and not target.exists():
+    if not target.exists():
         (staging / "files").replace(target)
         return
     with ExitStack() as undo:

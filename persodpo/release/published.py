@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from persodpo.artifacts import DATA, with_none
+from persodpo.artifacts import DATA
 from persodpo.errors import PersodpoError
+from persodpo.tables import with_none
 
 #: Column names of the metric files -> ours.
 METRICS = {
@@ -149,6 +150,11 @@ def training_curves() -> pd.DataFrame:
 def training_losses() -> pd.DataFrame:
     """Return the losses logged by the two saved training runs (run, step, loss)."""
     return pd.read_csv(DATA / "published" / "published_losses.csv")
+
+
+def fact_files() -> dict[str, Path]:
+    """Return the files of published numbers that the project carries, by name."""
+    return {f"published/{path.name}": path for path in sorted((DATA / "published").glob("*.*"))}
 
 
 def counts() -> dict[str, Any]:

@@ -72,8 +72,8 @@ def reading(label: str) -> Iterator[None]:
         yield
     except _MALFORMED as error:
         raise PersodpoError(
-            f"{label} is no complete .tar.gz or .zip archive ({error}), it was cut short or is something else; "
-            "get it again or name another source."
+            f"{label} cannot be unpacked as a .tar.gz or .zip archive ({error}): it is cut short, damaged or something "
+            "else; get it again or name another source."
         ) from error
     except OSError as error:
         raise PersodpoError(f"{label} cannot be read ({error}); mend that or name another source.") from error
@@ -120,7 +120,7 @@ def archive_members(archive: Path, label: str, needed: Sequence[Published]) -> M
         with archive.open("rb") as file:
             packed = file.read(2) == b"\x1f\x8b"
         if not packed and not zipfile.is_zipfile(archive):
-            raise ValueError("it is neither")
+            raise ValueError("it begins like neither")
         yield from (_tar_members if packed else _zip_members)(archive, label, needed)
 
 
@@ -152,8 +152,7 @@ def _zip_members(archive: Path, label: str, needed: Sequence[Published]) -> Memb
         entries = bundle.infolist()
         kinds = [stat.S_IFMT(entry.external_attr >> 16) for entry in entries]
         names = [
-            # zipfile cuts a name at its first NUL; the name as it was stored is the one to judge.
-            _checked(entry.orig_filename, kind in (0, stat.S_IFREG, stat.S_IFDIR), label)
+            _checked(entry.filename, kind in (0, stat.S_IFREG, stat.S_IFDIR), label)
             for entry, kind in zip(entries, kinds, strict=True)
         ]
         wanted = _locate(names, needed)

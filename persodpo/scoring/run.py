@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import duckdb
@@ -10,10 +11,10 @@ import numpy as np
 import pandas as pd
 
 from persodpo.completions import is_one_object
-from persodpo.config import MetricValues, Scoring
+from persodpo.config import MetricValues, Pairs, Scoring
 from persodpo.release.published import PublishedSet, read_set
 from persodpo.scoring.compliance import count_words
-from persodpo.scoring.quality import METRICS, Scale, rate_sql
+from persodpo.scoring.quality import METRICS, Scale, measure_scale, rate_sql, thresholds
 
 
 def published_metrics(files: dict[str, Path], sets: Iterable[PublishedSet], responses: pd.DataFrame) -> pd.DataFrame:
@@ -60,6 +61,46 @@ def impute(responses: pd.DataFrame, metrics: pd.DataFrame, worst: MetricValues, 
     frame["words"] = [count_words(text or "") for text in frame["response"]]
     frame["one_object"] = [is_one_object(text) for text in frame["completion"]]
     return frame[["dialogue_id", "model", *METRICS, "words", "one_object", "imputed"]]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What `rank` gives.
+
+    Attributes:
+        scores: The pool with compliance and quality.
+        scale: What quality was measured against.
+        low: Threshold at or below which a response may be rejected.
+        high: Threshold at or above which a response may be chosen.
+    """
+
+    scores: pd.DataFrame
+    scale: Scale
+    low: float
+    high: float
+
+
+def rank(connection: duckdb.DuckDBPyConnection, pool: pd.DataFrame, scoring: Scoring, pairs: Pairs) -> Ranking:
+    """Measure the scale on the pool of responses, rate them, and find the two thresholds.
+
+    Args:
+        connection: An open DuckDB.
+        pool: Metric values from `impute`.
+        scoring: Weights, normalisation and compliance settings.
+        pairs: The two quantiles.
+
+    Returns:
+        The rated pool, its scale and thresholds.
+
+    Raises:
+        PersodpoError: No response is scored, or a score is not finite.
+    """
+    connection.register("pool", pool)
+    scale = measure_scale(connection, "pool", scoring)
+    scores = rate(connection, pool, scale, scoring)
+    connection.register("rated_pool", scores)
+    low, high = thresholds(connection, "rated_pool", (pairs.low_quantile, pairs.high_quantile))
+    return Ranking(scores, scale, low, high)
 
 
 def rate(connection: duckdb.DuckDBPyConnection, values: pd.DataFrame, scale: Scale, settings: Scoring) -> pd.DataFrame:

@@ -1,0 +1,75 @@
+"""Each correction by itself: how the thresholds and the perso pairs change when one setting is mended."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from persodpo.config import Profile, with_overrides
+from persodpo.generation.run import read_completions
+from persodpo.pairs import build_pairs
+from persodpo.release.audit import FINDINGS
+from persodpo.release.findings.base import Material
+from persodpo.release.published import TRAIN_SETS, PublishedSet
+from persodpo.scoring.quality import connect
+from persodpo.scoring.run import impute, published_metrics, rank
+
+PairKeys = set[tuple[str, str, str]]
+
+
+def correction_settings() -> dict[str, list[str]]:
+    """Return every setting that a finding names, with the findings it mends."""
+    named: dict[str, list[str]] = {}
+    for finding in FINDINGS:
+        if finding.setting:
+            named.setdefault(finding.setting, []).append(finding.id)
+    return named
+
+
+def correction_effects(material: Material) -> pd.DataFrame:
+    """Rebuild the perso pairs under each correction, and under all together.
+
+    Args:
+        material: Published files and tables made ``as_released``.
+
+    Returns:
+        Columns correction (finding ids), settings, low_threshold, high_threshold, responses (scored), pairs,
+        shared_pairs (same prompt, chosen and rejected model as a pair of the released set) and jaccard (shared pairs
+        over all pairs of either set).
+    """
+    metrics = published_metrics(material.files, _sets(material.profile), material.tables["responses"])
+    variants: dict[str, list[str]] = {"as released": []}
+    variants |= {" ".join(ids): [setting] for setting, ids in correction_settings().items()}
+    variants["all"] = list(correction_settings())
+    rows, released = [], None
+    for name, overrides in variants.items():
+        low, high, responses, keys = _rebuild(material, metrics, with_overrides(material.profile, overrides))
+        released = keys if released is None else released
+        rows.append({
+            "correction": name, "settings": " ".join(overrides), "low_threshold": low, "high_threshold": high,
+            "responses": responses, "pairs": len(keys), "shared_pairs": len(keys & released),
+            "jaccard": len(keys & released) / len(keys | released),
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _sets(profile: Profile) -> list[PublishedSet]:
+    return [which for which in TRAIN_SETS if which.model in profile.generation.models]
+
+
+def _rebuild(material: Material, metrics: pd.DataFrame, profile: Profile) -> tuple[float, float, int, PairKeys]:
+    """Read, score and pair the published train responses under ``profile``, without writing anything."""
+    connection = connect(profile.engine, "")
+    responses = read_completions(material.tables["responses"], profile.completions)
+    values = impute(responses, metrics, profile.scoring.worst_case, unread=False)
+    ranking = rank(connection, values, profile.scoring, profile.pairs)
+    pairs = build_pairs(
+        connection,
+        "perso",
+        responses=responses,
+        scores=ranking.scores,
+        dialogues=material.tables["dialogues"],
+        limits=(ranking.low, ranking.high),
+        profile=profile,
+    )
+    keys = set(zip(pairs["dialogue_id"], pairs["chosen_model"], pairs["rejected_model"], strict=True))
+    return ranking.low, ranking.high, ranking.scale.responses, keys

@@ -1,0 +1,160 @@
+"""Run the notebooks in order with papermill; executed copies go to the run folder.
+
+papermill only warns of a misspelt parameter or a notebook without a parameters cell, and would then run with the
+defaults; here both are errors, found before anything runs.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+from nbclient.exceptions import DeadKernelError
+from papermill.exceptions import PapermillExecutionError
+
+from persodpo.artifacts import PROJECT, RunFolder
+from persodpo.config import load_profile
+from persodpo.errors import PersodpoError
+
+NOTEBOOKS = PROJECT / "notebooks"
+
+
+@dataclass(frozen=True)
+class Executed:
+    """One notebook that ran.
+
+    Attributes:
+        notebook: The source.
+        copy: The executed copy.
+        seconds: Wall time, the kernel's start included.
+    """
+
+    notebook: Path
+    copy: Path
+    seconds: float
+
+    def __str__(self) -> str:
+        """Return one line for logs."""
+        return f"{self.notebook.name}: {self.seconds:.1f} s -> {self.copy}"
+
+
+def notebook_files(folder: Path = NOTEBOOKS) -> list[Path]:
+    """Return the numbered notebooks in their order."""
+    return sorted(folder.glob("[0-9][0-9]_*.ipynb"))
+
+
+def parameter_names(notebook: Path) -> set[str]:
+    """Return the names assigned in the cell tagged ``parameters``.
+
+    Raises:
+        PersodpoError: The file is no notebook, or has no such cell.
+    """
+    try:
+        cells = nbformat.read(notebook, as_version=4).cells
+    except (OSError, ValueError, nbformat.reader.NotJSONError) as error:
+        raise PersodpoError(f"{notebook} cannot be read as a notebook: {error}.") from error
+    tagged = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    if len(tagged) != 1:
+        raise PersodpoError(
+            f"{notebook.name} has {len(tagged)} cells tagged 'parameters'; tag exactly one, or papermill ignores them."
+        )
+    return set(re.findall(r"^(\w+)\s*(?::[^=]+)?=", tagged[0], re.MULTILINE))
+
+
+def check_parameters(notebook: Path, parameters: Mapping[str, Any]) -> None:
+    """Refuse parameters that the notebook does not declare.
+
+    Raises:
+        PersodpoError: A parameter is unknown, or there is no parameters cell.
+    """
+    names = parameter_names(notebook)
+    unknown = sorted(set(parameters) - names)
+    if unknown:
+        raise PersodpoError(
+            f"{notebook.name} has no parameter '{unknown[0]}'; its parameters cell sets {', '.join(sorted(names))}."
+        )
+
+
+def run_notebook(notebook: Path, copy: Path, parameters: Mapping[str, Any]) -> Executed:
+    """Execute one notebook.
+
+    Args:
+        notebook: The source; it is not changed.
+        copy: Where the executed copy goes, outputs and all, also when a cell fails.
+        parameters: Values for its parameters cell.
+
+    Returns:
+        What ran.
+
+    Raises:
+        PersodpoError: A parameter is unknown, a cell failed (the message holds the cell and its error), or the kernel
+            died.
+    """
+    check_parameters(notebook, parameters)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    try:
+        papermill.execute_notebook(
+            str(notebook),
+            str(copy),
+            parameters=dict(parameters),
+            kernel_name="python3",
+            cwd=str(notebook.parent),
+            progress_bar={"desc": notebook.name, "leave": False} if sys.stderr.isatty() else False,
+        )
+    except PapermillExecutionError as error:
+        raise PersodpoError(_explain(notebook, copy, error)) from error
+    except DeadKernelError as error:
+        raise PersodpoError(
+            f"{notebook.name}: its kernel died, most often for lack of memory; what ran before is in {copy}."
+        ) from error
+    return Executed(notebook, copy, time.perf_counter() - started)
+
+
+def _explain(notebook: Path, copy: Path, error: PapermillExecutionError) -> str:
+    """Show the failing cell and its error."""
+    source = "\n".join(f"    {line}" for line in str(error.source).splitlines())
+    return (
+        f"{notebook.name} failed in cell {error.cell_index}:\n{source}\n{error.ename}: {error.evalue}\n"
+        f"The executed copy with the whole traceback is {copy}."
+    )
+
+
+def reproduce(
+    profile: str = "release",
+    overrides: Sequence[str] = (),
+    *,
+    overwrite: bool = False,
+    notebooks: Sequence[Path] | None = None,
+) -> Iterator[Executed]:
+    """Run the notebooks in order.
+
+    Args:
+        profile: A profile's name or file.
+        overrides: Assignments ``section.key=value``.
+        overwrite: Run every stage again.
+        notebooks: Which ones; None runs all.
+
+    Yields:
+        Each notebook as it is done.
+
+    Raises:
+        PersodpoError: As `persodpo.config.load_profile`, `check_parameters` and `run_notebook`. The first failure stops
+            the run; stages that were done stay done.
+    """
+    folder = RunFolder(load_profile(profile, overrides)).notebooks
+    parameters = {"profile": profile, "overrides": list(overrides), "overwrite": overwrite}
+    chosen = list(notebooks) if notebooks is not None else notebook_files()
+    if not chosen:
+        raise PersodpoError(f"There are no notebooks in {NOTEBOOKS}.")
+    for notebook in chosen:
+        check_parameters(notebook, parameters)
+    for notebook in chosen:
+        yield run_notebook(notebook, folder / notebook.name, parameters)
