@@ -57,7 +57,7 @@ def parameter_names(notebook: Path) -> set[str]:
         PersodpoError: The file is no notebook, or has no such cell.
     """
     try:
-        cells = nbformat.read(notebook, as_version=4).cells
+        cells = nbformat.reads(notebook.read_text(encoding="utf-8"), as_version=4).cells  # type: ignore[no-untyped-call]
     except (OSError, ValueError, nbformat.reader.NotJSONError) as error:
         raise PersodpoError(f"{notebook} cannot be read as a notebook: {error}.") from error
     tagged = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]

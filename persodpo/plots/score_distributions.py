@@ -55,7 +55,8 @@ def draw_metrics(scores: pd.DataFrame, *, labels: Mapping[str, str] | None = Non
     of a column share one scale, so that areas compare between models.
 
     Args:
-        scores: One row a response, columns as in the module's docstring (``quality`` is not needed).
+        scores: One row a response, columns as in the module's docstring; rows without a quality are left out, and a
+            signal that was not measured at all gets an empty panel.
         labels: Labels of models, if not the short names.
 
     Returns:
@@ -64,10 +65,10 @@ def draw_metrics(scores: pd.DataFrame, *, labels: Mapping[str, str] | None = Non
     Raises:
         PersodpoError: The table is empty, lacks a column, or holds no measured response.
     """
-    require(scores, ("model", "imputed", *SIGNALS), "score_metrics")
-    measured = scores[~scores["imputed"].astype(bool)]
+    require(scores, ("model", "imputed", "quality", *SIGNALS), "score_metrics")
+    measured = scores[~scores["imputed"].astype(bool) & scores["quality"].notna()]
     if measured.empty:
-        raise PersodpoError("Figure score_metrics needs responses that were scored; all rows are imputed.")
+        raise PersodpoError("Figure score_metrics needs responses that were scored; all are imputed or lack a quality.")
     styles = model_styles(scores["model"], labels)
     figure = new_figure(0.6 + 0.36 * len(styles), DOUBLE)
     panels = figure.subplots(1, len(SIGNALS), sharey=True, gridspec_kw={"wspace": 0.08})
@@ -93,6 +94,8 @@ def _signal(axes: Axes, measured: pd.DataFrame, signal: str, styles: Mapping[str
         if len(values[model]):
             axes.plot(values[model].mean(), row + 0.1, **_MEAN)
     _rows(axes, len(styles))
+    if not any(map(len, values.values())):
+        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", fontsize=7)
     axes.set_xlim(edges[0], edges[-1])
     axes.set_xlabel(label)
 
@@ -194,7 +197,7 @@ def _thresholds(axes: Axes, scored: pd.DataFrame, low: float, high: float, edges
         axes.axvspan(threshold, end, color=colour, alpha=0.10, linewidth=0, zorder=0)
         axes.axvline(threshold, color="black", linewidth=0.7, linestyle=(0, (4, 2)), zorder=4)
         share = 100 * float(failed[side].mean()) if side.any() else 0.0
-        text = f"{name}: {sign} {threshold:.3f}\nn = {int(side.sum()):,}, {share:.0f} % failed"
+        text = f"{name}: {sign} {threshold:.3f}\n{int(side.sum()):,} ({share:.0f} % failed)"
         axes.annotate(
             text, (place, 1), xycoords="axes fraction", xytext=(0, 2), textcoords="offset points", ha=align, va="bottom",
             fontsize=7, color="black",
@@ -218,7 +221,8 @@ def _edges(values: Sequence[Floats], limits: tuple[float, float], width: float, 
 
 
 def _fill(style: ModelStyle) -> dict[str, Any]:
-    return {"facecolor": style.colour, "edgecolor": "white", "hatch": style.hatch, "linewidth": 0.0}
+    # Rows carry names, so arms need no hatch here; it would fray the small bars.
+    return {"facecolor": style.colour, "linewidth": 0.0}
 
 
 def _ridge(axes: Axes, row: int, edges: Floats, layers: Sequence[tuple[Floats, Mapping[str, Any]]]) -> None:

@@ -81,9 +81,18 @@ HATCHES = ("////", "....", "\\\\\\\\", "xxxx", "////....", "oooo", "\\\\\\\\....
 
 
 def ordered(models: Iterable[str]) -> list[str]:
-    """Return the distinct ``models``: those of `MODEL_ORDER` first, in its order, then the others by name."""
-    names = set(models)
-    return [name for name in MODEL_ORDER if name in names] + sorted(names.difference(MODEL_ORDER))
+    """Return the distinct ``models`` in the order of `MODEL_ORDER`, each before its tuned arms, all others at the end."""
+
+    def place(name: str) -> tuple[int, str]:
+        base = _base(name)
+        return (MODEL_ORDER.index(base) if base else len(MODEL_ORDER), name)
+
+    return sorted(set(models), key=place)
+
+
+def _base(name: str) -> str | None:
+    """Return the known model that a name is, or is an arm of."""
+    return next((known for known in MODEL_ORDER if name.startswith(known)), None)
 
 
 def model_styles(models: Iterable[str], labels: Mapping[str, str] | None = None) -> dict[str, ModelStyle]:
@@ -91,7 +100,7 @@ def model_styles(models: Iterable[str], labels: Mapping[str, str] | None = None)
 
     Models of `MODEL_ORDER` always look the same. Any other name takes its look from a checksum of the name, so that it
     too stays the same from figure to figure unless two of one figure collide; an arm named after a known model, such
-    as ``Qwen2-0.5B-Instruct-perso``, keeps that model's colour under a hatch of its own.
+    as ``Qwen2-0.5B-Instruct/perso``, keeps that model's colour under a hatch of its own.
 
     Args:
         models: Names of the models in one figure.
@@ -106,9 +115,12 @@ def model_styles(models: Iterable[str], labels: Mapping[str, str] | None = None)
         style = MODEL_STYLES.get(name)
         if style is None:
             slot = _free_slot(name, taken)
-            base = next((MODEL_STYLES[known] for known in MODEL_ORDER if name.startswith(known)), None)
-            colour, hatch = (base.colour, HATCHES[slot]) if base else (PALETTE[slot], "")
-            style = ModelStyle(name, colour, MARKERS[slot], LINES[slot], hatch)
+            base = _base(name)
+            style = ModelStyle(name, PALETTE[slot], MARKERS[slot], LINES[slot])
+            if base:
+                known, arm = MODEL_STYLES[base], name.removeprefix(base).strip("/-_ ").replace("_", " ")
+                label = f"{known.label} {arm}"
+                style = replace(style, label=label, colour=known.colour, hatch=HATCHES[slot])
         styles[name] = replace(style, label=(labels or {}).get(name, style.label))
     return styles
 
@@ -129,12 +141,22 @@ def context() -> AbstractContextManager[None]:
 
 
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Make a draw function follow the project's style, whatever settings it is called under."""
+    """Make a draw function follow the project's style, whatever settings it is called under, and lay its figure out."""
 
     @wraps(draw)
     def draw_in_style(*args: P.args, **kwargs: P.kwargs) -> Figure:
         with context():
-            return draw(*args, **kwargs)
+            figure = draw(*args, **kwargs)
+            # Laid out once and for all: every rendering would move things a little, so that a figure shown in a
+            # notebook and then saved would differ from one saved at once. Done at print resolution, as the width of
+            # text depends on it; the second pass settles the first.
+            screen = figure.get_dpi()
+            figure.set_dpi(300)
+            for _ in range(2):
+                figure.draw_without_rendering()
+            figure.set_dpi(screen)
+            figure.set_layout_engine("none")
+            return figure
 
     return draw_in_style
 

@@ -15,6 +15,7 @@ from persodpo.config import MetricValues, Pairs, Scoring
 from persodpo.release.published import PublishedSet, read_set
 from persodpo.scoring.compliance import count_words
 from persodpo.scoring.quality import METRICS, Scale, measure_scale, rate_sql, thresholds
+from persodpo.tables import with_none
 
 
 def published_metrics(files: dict[str, Path], sets: Iterable[PublishedSet], responses: pd.DataFrame) -> pd.DataFrame:
@@ -51,7 +52,7 @@ def impute(responses: pd.DataFrame, metrics: pd.DataFrame, worst: MetricValues, 
         One row a response, in the order of ``responses``: dialogue_id, model, the four metrics (NaN: not scored),
         words, one_object and imputed. A response that reads well but whose text nobody scored is not scored.
     """
-    frame = responses.merge(metrics, on=["dialogue_id", "model"], how="left", validate="one_to_one")
+    frame = with_none(responses).merge(metrics, on=["dialogue_id", "model"], how="left", validate="one_to_one")
     failed = frame["outcome"] != "ok"
     imputed = failed if unread else failed & frame["response"].notna()
     scored = ~failed & (frame["parsed"] == frame["response"])

@@ -108,8 +108,8 @@ def check_simple_log(material: Material) -> Evidence:
     longer = curves.loc[curves["run"] == "Qwen2-5B-Instruct-FoCus-simple", "step"].max()
     text = (
         f"The log has {log['pairs']:,} pairs and {log['optimizer_steps']:,} steps; the {pairs:,} pairs of the files would "
-        f"take {steps:,}. Its losses are those of the plotted run FoCus-simple-DPO; the plotted run FoCus-simple goes to step "
-        f"{longer:,}, which would fit {pairs:,} pairs at 8 a step ({-(-pairs // 8) * 3:,} steps)."
+        f"take {steps:,}. Its losses are those of the plotted run FoCus-simple-DPO; the plotted run FoCus-simple "
+        f"goes to step {longer:,}, which would fit {pairs:,} pairs at 8 a step ({-(-pairs // 8) * 3:,} steps)."
     )
     return evidence(log["pairs"] != pairs and log["optimizer_steps"] != steps, text)
 

@@ -142,7 +142,7 @@ def check_length_target(material: Material) -> Evidence:
     """A19: compliance rewards the mean length, not the stated limit."""
     words = material.pool.loc[material.pool["response"].notna(), "response"].map(count_words)
     limit = material.profile.prompts.max_words
-    longest = material.pool["compliance"].loc[words.idxmax()]
+    longest = material.pool.assign(words=words).nlargest(1, "words")["compliance"].iloc[0]
     api = material.pool["model"].str.startswith("gpt")
     closeness = material.pool.groupby(api)["compliance"].mean()
     text = (

@@ -1,0 +1,39 @@
+"""Shared fixtures: a profile in a temporary folder, and one run on the published files where they are at hand."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from persodpo import stages
+from persodpo.artifacts import RELEASE_VARIABLE, RunFolder
+from persodpo.config import Profile, load_profile
+
+settings.register_profile("persodpo", derandomize=True, deadline=None, database=None)
+settings.load_profile("persodpo")
+
+
+def profile_in(folder: Path, *overrides: str) -> Profile:
+    """Return the release profile with its folders under ``folder``."""
+    places = [f"paths.{name}={folder / name}" for name in ("runs", "figures", "release")]
+    return load_profile("release", [*places, *overrides])
+
+
+@pytest.fixture
+def profile(tmp_path: Path) -> Profile:
+    """The release profile in a temporary folder."""
+    return profile_in(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def release_run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run folder made from the published files, audit included."""
+    if not os.environ.get(RELEASE_VARIABLE):
+        pytest.skip(f"{RELEASE_VARIABLE} is not set: the published files are not at hand (persodpo fetch release)")
+    made = profile_in(tmp_path_factory.mktemp("release"))
+    stages.run_audit(made)
+    stages.run_evaluate(made)
+    return RunFolder(made)

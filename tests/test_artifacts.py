@@ -1,0 +1,222 @@
+"""Run folders: what is skipped, what is refused, and what an interrupted stage leaves behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pandas.testing import assert_frame_equal
+
+import persodpo.gate
+import persodpo.prompts
+from persodpo import artifacts
+from persodpo.artifacts import RunFolder, provenance_path
+from persodpo.errors import PersodpoError
+from persodpo.tables import SCHEMAS, check_table, write_table
+
+THRESHOLDS = pd.DataFrame({"name": ["low", "high"], "value": [0.4, 0.6]})
+
+
+def make(run: RunFolder, table: pd.DataFrame = THRESHOLDS, **changes):
+    """Run a small stage that writes one table."""
+    source = run.root.parent / "input.txt"
+    source.parent.mkdir(parents=True, exist_ok=True)
+    source.write_text(changes.pop("content", "same"))
+    arguments = {
+        "inputs": {"text": source},
+        "settings": {"a": (1, 2)},
+        "outputs": ["thresholds"],
+        "code": [persodpo.gate],
+        "build": lambda targets: write_table(targets["thresholds"], "thresholds", table),
+    }
+    return run.stage("score", **(arguments | changes))
+
+
+def test_a_stage_runs_once_and_says_so(profile):
+    run = RunFolder(profile)
+    first, second = make(run), make(run)
+    assert (first.skipped, second.skipped) == (False, True)
+    assert "written" in str(first)
+    assert "unchanged, skipped" in str(second)
+    assert_frame_equal(run.read("thresholds"), THRESHOLDS, check_dtype=False)
+
+
+@pytest.mark.parametrize(
+    "change", [{"content": "other"}, {"settings": {"a": (1, 3)}}, {"code": [persodpo.prompts]}, {"overwrite": True}]
+)
+def test_a_stage_runs_again_when_anything_it_depends_on_changed(profile, change):
+    run = RunFolder(profile)
+    make(run)
+    assert not make(run, **change).skipped
+
+
+def test_provenance_says_what_made_the_table(profile):
+    run = RunFolder(profile)
+    make(run)
+    provenance = run.provenance("thresholds")
+    assert provenance["inputs"] == {"text": artifacts.sha256(run.root.parent / "input.txt")}
+    assert provenance["sha256"] == artifacts.sha256(run.path("thresholds"))
+    assert (provenance["rows"], provenance["profile_sha256"]) == (2, profile.digest())
+    assert {"python", "duckdb", "pyarrow"} <= set(provenance["versions"])
+    assert {"commit", "seconds", "settings", "code"} <= set(provenance)
+    assert (run.root / "profile.yaml").read_text() == profile.to_yaml()
+
+
+def test_a_table_that_was_edited_is_refused_and_made_again(profile):
+    run = RunFolder(profile)
+    make(run)
+    write_table(run.path("thresholds"), "thresholds", THRESHOLDS.assign(value=[0.1, 0.9]))
+    with pytest.raises(PersodpoError, match=r"does not match its provenance.*persodpo score --profile release"):
+        run.read("thresholds")
+    assert not make(run).skipped
+    assert_frame_equal(run.read("thresholds"), THRESHOLDS, check_dtype=False)
+
+
+def test_missing_tables_and_inputs_name_the_remedy(profile, tmp_path):
+    run = RunFolder(profile)
+    with pytest.raises(PersodpoError, match=r"pairs/perso is missing .*`persodpo pairs --profile release`"):
+        run.read("pairs/perso")
+    with pytest.raises(PersodpoError, match=r"score needs .*nowhere, which does not exist"):
+        make(run, inputs={"x": tmp_path / "nowhere"})
+
+
+def test_a_failing_stage_leaves_the_last_table(profile):
+    run = RunFolder(profile)
+    make(run)
+
+    def build(targets):
+        write_table(targets["thresholds"], "thresholds", THRESHOLDS.assign(value=0.0))
+        raise RuntimeError("half-way")
+
+    with pytest.raises(RuntimeError, match="half-way"):
+        make(run, build=build, overwrite=True)
+    assert_frame_equal(run.read("thresholds"), THRESHOLDS, check_dtype=False)
+    assert sorted(path.name for path in run.root.iterdir()) == [
+        "profile.yaml",
+        "thresholds.parquet",
+        "thresholds.parquet.json",
+    ]
+
+
+def test_a_killed_stage_leaves_the_last_table_and_a_rerun_mends(profile, tmp_path):
+    """SIGKILL while the stage writes: the old table stays whole, the next run makes the new one."""
+    run = RunFolder(profile)
+    make(run)
+    script = textwrap.dedent(f"""
+        import sys, time
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from pathlib import Path
+        from conftest import profile_in
+        from persodpo.artifacts import RunFolder
+        from persodpo.tables import write_table
+        from test_artifacts import THRESHOLDS, make
+        def build(targets):
+            write_table(targets["thresholds"], "thresholds", THRESHOLDS.assign(value=0.0))
+            print("writing", flush=True)
+            time.sleep(60)
+        make(RunFolder(profile_in(Path({str(tmp_path)!r}))), build=build, overwrite=True)
+    """)
+    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline().strip() == "writing"
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert_frame_equal(run.read("thresholds"), THRESHOLDS, check_dtype=False)
+    changed = THRESHOLDS.assign(value=[0.2, 0.8])
+    assert not make(run, changed, settings={"a": 9}).skipped
+    assert_frame_equal(run.read("thresholds"), changed, check_dtype=False)
+    assert not list(run.root.glob(".partial-*"))
+
+
+def test_a_kill_between_table_and_provenance_is_noticed(profile):
+    run = RunFolder(profile)
+    make(run)
+    write_table(run.path("thresholds"), "thresholds", THRESHOLDS.assign(value=0.0))  # renamed, provenance still old
+    assert not make(run).skipped
+    provenance_path(run.path("thresholds")).write_text("{")
+    assert not make(run).skipped
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(profile):
+    """The writer meets a device that is really full."""
+    run = RunFolder(profile)
+    make(run)
+
+    def build(targets):
+        with Path("/dev/full").open("wb") as full:
+            full.write(b"x" * 100_000)
+
+    with pytest.raises(PersodpoError, match=r"disk holding .* is full; free some space"):
+        make(run, build=build, overwrite=True)
+    assert_frame_equal(run.read("thresholds"), THRESHOLDS, check_dtype=False)
+
+
+def test_a_read_only_place_is_one_sentence(profile, monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(artifacts.tempfile, "mkdtemp", refuse)
+    with pytest.raises(PersodpoError, match="cannot be written"):
+        make(RunFolder(profile))
+
+
+def test_tables_are_refused_by_name(tmp_path):
+    path = tmp_path / "t.parquet"
+    with pytest.raises(PersodpoError, match="thresholds lacks value; it has name"):
+        write_table(path, "thresholds", THRESHOLDS[["name"]])
+    with pytest.raises(PersodpoError, match="Table thresholds"):
+        write_table(path, "thresholds", THRESHOLDS.assign(value=["a", "b"]))
+    pq.write_table(pa.table({"name": ["low"], "value": ["0.4"]}), path)
+    with pytest.raises(PersodpoError, match="column value is string, it must be double"):
+        check_table(path, "thresholds")
+    pq.write_table(pa.table({"name": ["low"]}), path)
+    with pytest.raises(PersodpoError, match="lacks value"):
+        check_table(path, "thresholds")
+    path.write_bytes(b"PAR1 no")
+    with pytest.raises(PersodpoError, match="not a readable Parquet file"):
+        check_table(path, "thresholds")
+
+
+def test_keys_may_not_be_null(tmp_path):
+    path = tmp_path / "responses.parquet"
+    schema = SCHEMAS["responses"]
+    row = dict.fromkeys(schema.names) | {"dialogue_id": "d", "split": "train", "model": None}
+    pq.write_table(pa.Table.from_pylist([row], schema=schema), path)
+    with pytest.raises(PersodpoError, match="responses: model must not be null"):
+        check_table(path, "responses")
+
+
+def test_missing_text_reads_as_none(profile):
+    run = RunFolder(profile)
+    frame = pd.DataFrame({name: ["x", None] for name in SCHEMAS["audit/parity"].names})
+    make(
+        run, outputs=["audit/parity"], build=lambda targets: write_table(targets["audit/parity"], "audit/parity", frame)
+    )
+    assert run.read("audit/parity")["ours"].tolist() == ["x", None]
+
+
+def test_two_stages_at_once_do_not_mix(profile, tmp_path):
+    """Two processes make the same table; both end well and the table is whole."""
+    run = RunFolder(profile)
+    script = textwrap.dedent(f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from pathlib import Path
+        from conftest import profile_in
+        from persodpo.artifacts import RunFolder
+        from test_artifacts import make
+        make(RunFolder(profile_in(Path({str(tmp_path)!r}))), overwrite=True)
+    """)
+    children = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(2)]
+    assert [child.wait(timeout=120) for child in children] == [0, 0]
+    assert_frame_equal(run.read("thresholds"), THRESHOLDS, check_dtype=False)
+    assert json.loads(provenance_path(run.path("thresholds")).read_text())["rows"] == 2

@@ -1,0 +1,146 @@
+"""Quality and thresholds: hand-computed values, and agreement with pandas and numpy to the last bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from persodpo.config import Scoring, load_profile
+from persodpo.errors import PersodpoError
+from persodpo.scoring.quality import METRICS, connect, measure_scale, rate_sql, thresholds
+from persodpo.scoring.run import impute, rank
+
+PROFILE = load_profile("release", ["engine.threads=1"])
+ROWS = pd.DataFrame({
+    "coherence": [0.0, 0.5, 1.0, 0.9],
+    "c_score": [-1.0, 0.0, 1.0, 1.0],
+    "ue_score": [0.0, 2.0, 1.0, 0.0],
+    "persona_distance": [0.0, 0.25, 0.5, 0.4],
+    "words": [10, 40, 60, 90],
+    "one_object": [False, True, True, False],
+})  # fmt: skip
+
+
+def scoring(*overrides: str) -> Scoring:
+    return load_profile("release", [f"scoring.{override}" for override in overrides]).scoring
+
+
+def rated(frame: pd.DataFrame, settings_: Scoring = PROFILE.scoring) -> pd.DataFrame:
+    connection = connect(PROFILE.engine, "")
+    connection.register("rows_", frame)
+    scale = measure_scale(connection, "rows_", settings_)
+    return connection.execute(rate_sql("rows_", scale, settings_)).df()
+
+
+def test_hand_computed_quality():
+    """L is the mean length, 50; row 1: .14*.5 + .20*.5 + .18*1 + .16*.5 + .32*.96."""
+    frame = rated(ROWS)
+    assert frame["compliance"].tolist() == [0.36, 0.96, 0.96, 0.36]
+    expected = [
+        0.1152,
+        0.07 + 0.1 + 0.18 + 0.08 + 0.3072,
+        0.14 + 0.2 + 0.09 + 0.16 + 0.3072,
+        0.126 + 0.2 + 0.128 + 0.1152,
+    ]
+    assert frame["quality"].tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_mean_length_is_truncated_and_can_be_set():
+    connection = connect(PROFILE.engine, "")
+    connection.register("rows_", ROWS.assign(words=[10, 40, 60, 93]))
+    assert measure_scale(connection, "rows_", PROFILE.scoring).target_words == 50  # mean 50.75
+    assert measure_scale(connection, "rows_", scoring("target_words=110")).target_words == 110
+
+
+def test_compliance_never_falls_below_zero():
+    frame = rated(ROWS.assign(words=[0, 10, 20, 400]), scoring("target_words=50"))
+    assert frame["compliance"].tolist() == [0.0, 0.36, 0.64, 0.0]
+
+
+def test_format_bonus_comes_only_where_corrected():
+    frame = rated(ROWS, scoring("format_check=corrected"))
+    assert frame["compliance"].tolist() == pytest.approx([0.36, 1.26, 1.26, 0.36])
+
+
+def test_corrected_coherence_is_left_out_and_its_weight_shared():
+    corrected = scoring("coherence=corrected")
+    frame = rated(ROWS, corrected)
+    assert frame["quality"].equals(rated(ROWS.assign(coherence=[0.3, 0.1, 0.2, 0.0]), corrected)["quality"])
+    assert frame["quality"][1] == pytest.approx((0.1 + 0.18 + 0.08 + 0.3072) / 0.86)
+
+
+def test_declared_ranges_do_not_depend_on_the_pool():
+    declared = scoring("normalisation=declared", "target_words=50")
+    whole, part = rated(ROWS, declared), rated(ROWS[1:3], declared)
+    assert whole["quality"][1:3].tolist() == part["quality"].tolist()
+    assert whole["quality"][2] == pytest.approx(0.14 + 0.2 + 0.09 + 0.16 * 0.75 + 0.32 * 0.96)
+
+
+def test_a_metric_without_spread_counts_nothing():
+    assert rated(ROWS.assign(c_score=1.0))["quality"][0] == pytest.approx(0.1152)
+
+
+def test_rows_without_metrics_are_not_scored():
+    frame = rated(ROWS.assign(coherence=[None, 0.5, 1.0, 0.9]))
+    assert frame["quality"].isna().tolist() == [True, False, False, False]
+
+
+def test_nothing_to_rank_and_broken_values():
+    with pytest.raises(PersodpoError, match="No response is scored"):
+        rated(ROWS.assign(coherence=np.nan))
+    with pytest.raises(PersodpoError, match="coherence has values that are not finite"):
+        rated(ROWS.assign(coherence=[0.0, np.inf, 1.0, 1.0]))
+    with pytest.raises(PersodpoError, match="target_words"):
+        rated(ROWS.assign(words=0))
+
+
+VALUES = st.lists(st.one_of(st.floats(0, 1), st.sampled_from([0.0, 0.25, 0.5, 1.0])), min_size=1, max_size=60)
+
+
+@settings(max_examples=200)
+@given(VALUES, st.lists(st.floats(0, 1), min_size=1, max_size=4))
+def test_thresholds_are_numpys_to_the_last_bit(values, quantiles):
+    connection = connect(PROFILE.engine, "")
+    connection.register("rows_", pd.DataFrame({"quality": values}))
+    assert thresholds(connection, "rows_", quantiles) == [float(np.quantile(values, q)) for q in quantiles]
+
+
+@settings(max_examples=100)
+@given(st.lists(st.tuples(*[st.floats(-1, 1)] * 4, st.integers(1, 120)), min_size=2, max_size=40))
+def test_quality_is_the_released_pandas_formula_to_the_last_bit(rows):
+    frame = pd.DataFrame(rows, columns=[*METRICS, "words"]).assign(one_object=True)
+    length, weights = int(frame["words"].mean()), PROFILE.scoring.weights
+    quality = 0.0
+    for metric in METRICS:
+        low, high = frame[metric].min(), frame[metric].max()
+        scaled = (frame[metric] - low) / (high - low) if high > low else 0.0
+        quality = quality + getattr(weights, metric) * scaled
+    closeness = np.maximum(0, 1 - ((frame["words"] - length) / length) ** 2).round(3)
+    assert rated(frame)["quality"].tolist() == (quality + weights.compliance * closeness).tolist()
+
+
+def test_imputation_by_outcome():
+    responses = pd.DataFrame({
+        "dialogue_id": ["a", "b", "c", "d"], "model": "m", "outcome": ["ok", "truncated", "no_json", "ok"],
+        "response": ["one two", "cut", None, "unscored"], "completion": ['{"response": "one two"}', "x", "y", "z"],
+    })  # fmt: skip
+    metrics = responses[["dialogue_id", "model"]].assign(
+        parsed=["one two", None, None, "other"], **dict.fromkeys(METRICS, 0.7)
+    )
+    worst = PROFILE.scoring.worst_case
+    pool = impute(responses, metrics, worst, unread=False)
+    assert pool["coherence"].fillna(-9).tolist() == [0.7, 0.0, -9, -9]
+    assert pool["c_score"].fillna(-9).tolist() == [0.7, -1.0, -9, -9]
+    assert pool["words"].tolist() == [2, 1, 0, 1]
+    assert pool["one_object"].tolist() == [True, False, False, False]
+    assert impute(responses, metrics, worst, unread=True)["imputed"].tolist() == [False, True, True, False]
+
+
+def test_rank_gives_scores_scale_and_thresholds():
+    ranking = rank(connect(PROFILE.engine, ""), ROWS, PROFILE.scoring, PROFILE.pairs)
+    quality = ranking.scores["quality"]
+    assert (ranking.low, ranking.high) == (np.quantile(quality, 0.4), np.quantile(quality, 0.6))
+    assert ranking.scale.responses == 4
