@@ -226,7 +226,8 @@ class RunFolder:
         started = time.perf_counter()
         with disk_errors(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
-            scratch = Path(tempfile.mkdtemp(prefix=f".partial-{name}-", dir=self.root))
+            self._clear_scratch()
+            scratch = Path(tempfile.mkdtemp(prefix=f".partial-{os.getpid()}-", dir=self.root))
         try:
             targets = {output: scratch / f"{output.replace('/', '-')}.parquet" for output in outputs}
             with disk_errors(scratch):
@@ -240,6 +241,13 @@ class RunFolder:
             shutil.rmtree(scratch, ignore_errors=True)
         self._save_profile()
         return StageReport(name, False, rows, seconds)
+
+    def _clear_scratch(self) -> None:
+        """Remove what killed runs left behind; the folders of running ones stay."""
+        for folder in self.root.glob(".partial-*"):
+            owner = folder.name.split("-")[1]
+            if not (owner.isdigit() and _is_running(int(owner))):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _unchanged(self, outputs: Sequence[str], basis: Mapping[str, Any]) -> dict[str, int] | None:
         """Return the rows of ``outputs`` if all were made from ``basis`` and are still as they were written."""
@@ -269,6 +277,27 @@ class RunFolder:
 
     def _save_profile(self) -> None:
         write_atomically(self.root / "profile.yaml", lambda path: _write_text(path, self.profile.to_yaml()))
+
+
+def _is_running(process: int) -> bool:
+    """Tell whether a process of this machine still runs."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def file_is_current(record: Path, inputs: Mapping[str, str]) -> bool:
+    """Tell whether a figure's JSON names these inputs and its files are still as they were written."""
+    content = _read_json(record)
+    files = content.get("files", {})
+    there = all(
+        (record.parent / name).is_file() and sha256(record.parent / name) == digest for name, digest in files.items()
+    )
+    return bool(files) and there and content.get("inputs") == dict(inputs)
 
 
 def provenance_path(path: Path) -> Path:

@@ -24,6 +24,7 @@ import persodpo.scoring.run as scoring
 from persodpo.artifacts import RunFolder, StageReport
 from persodpo.config import Profile, load_profile
 from persodpo.errors import PersodpoError
+from persodpo.figures import FigureReport, save_figures
 from persodpo.release import audit, corrections, findings, parity, published
 from persodpo.release.fetch import fetch_release, release_files
 from persodpo.release.findings.base import Material
@@ -292,3 +293,9 @@ def run_audit(profile: Profile, overwrite: bool = False) -> Reports:
         overwrite=overwrite,
     )
     return [*reports, report]
+
+
+def run_figures(profile: Profile, overwrite: bool = False) -> list[StageReport | FigureReport]:
+    """Draw the figures."""
+    reports: list[StageReport | FigureReport] = [*run_pairs(profile), *run_evaluate(profile)[-1:]]
+    return [*reports, *save_figures(RunFolder(profile), overwrite=overwrite)]

@@ -1,0 +1,232 @@
+"""Which figure is drawn from which tables, and drawing them into figures/<profile>/."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from persodpo.artifacts import RunFolder, file_is_current, sha256, source_digest
+from persodpo.errors import PersodpoError
+from persodpo.plots import (
+    failure_classes,
+    metric_correlation,
+    overview,
+    pair_sources,
+    response_time,
+    score_distributions,
+    style,
+    training_curves,
+)
+from persodpo.release import published
+
+Tables = Mapping[str, pd.DataFrame]
+Layout = Literal["published", "ours"]
+
+#: Run of the paper's Figures 2b and 2c, and what it is called here.
+PAPER_RUN = "Qwen2-5B-Instruct-FoCus-perso-DPO"
+PAPER_RUN_LABEL = "Qwen2-0.5B, perso (published)"
+#: Models of Figure 2a, and the untuned model of the tuned one's size.
+BENCHMARK, UNTUNED, TUNED = "Qwen2-7B-Instruct", "Qwen2-0.5B-Instruct", "Qwen2-0.5B-Instruct/length_prior"
+
+CURVES = "published/training_curves.csv"
+
+
+@dataclass(frozen=True)
+class FigureSpec:
+    """A figure, the tables it is drawn from, and a sentence that goes with it.
+
+    Attributes:
+        tables: Names of run tables; a name that starts with ``published/`` is a file of published numbers.
+        draw: Draws it from those tables.
+        note: What it stands for.
+    """
+
+    tables: tuple[str, ...]
+    draw: Callable[[Tables], Figure]
+    note: str
+
+
+def _figure_2a(models: Mapping[str, str], layout: Layout) -> Callable[[Tables], Figure]:
+    def draw(tables: Tables) -> Figure:
+        results = response_time.from_results(tables["evaluation/results"]).set_index("model")
+        return response_time.draw(results.loc[list(models)].reset_index(), layout=layout, labels=models)
+
+    return draw
+
+
+def _curves(panels: tuple[training_curves.Panel, training_curves.Panel], layout: Layout) -> Callable[[Tables], Figure]:
+    def draw(tables: Tables) -> Figure:
+        return training_curves.draw(
+            tables[CURVES],
+            panels=panels,
+            layout=layout,
+            highlight=[PAPER_RUN],
+            labels={PAPER_RUN: PAPER_RUN_LABEL},
+            others="other published runs",
+        )
+
+    return draw
+
+
+def _quality(by: Literal["reading", "model"]) -> Callable[[Tables], Figure]:
+    def draw(tables: Tables) -> Figure:
+        value = tables["thresholds"].set_index("name")["value"]
+        return score_distributions.draw_quality(tables["scores"], value["low"], value["high"], by=by)
+
+    return draw
+
+
+def _published_results(tables: Tables) -> pd.DataFrame:
+    """Leave out the set that was published without scores."""
+    scores = tables["evaluation/scores"]
+    measured = scores.loc[~scores["imputed"] & scores["quality"].notna(), "model"].unique()
+    return scores[scores["model"].isin(measured)]
+
+
+FIGURES: dict[str, FigureSpec] = {
+    "overview": FigureSpec((), lambda _: overview.draw(), "The method in one picture."),
+    "figure_2a_published": FigureSpec(
+        ("evaluation/results",),
+        _figure_2a({BENCHMARK: "Benchmark (Qwen2-7B)", TUNED: "PersoDPO (Qwen2-0.5B)"}, "published"),
+        "Figure 2a as published: two models of different size, two units on one axis (audit A6, A7).",
+    ),
+    "figure_2a": FigureSpec(
+        ("evaluation/results",),
+        _figure_2a(
+            {BENCHMARK: "Qwen2-7B\nuntuned", UNTUNED: "Qwen2-0.5B\nuntuned", TUNED: "Qwen2-0.5B\ntuned"}, "ours"
+        ),
+        "Figure 2a with the untuned model of the tuned one's size beside it.",
+    ),
+    "figure_2b_published": FigureSpec(
+        (CURVES,), _curves(("loss", "grad_norm"), "published"), "Figure 2b as published: loss and gradient norm."
+    ),
+    "figure_2b": FigureSpec(
+        (CURVES,), _curves(("loss", "grad_norm"), "ours"), "Figure 2b in panels that share the step axis."
+    ),
+    "figure_2c_published": FigureSpec(
+        (CURVES,),
+        _curves(("reward_margin", "reward_accuracy"), "published"),
+        "Figure 2c as published: reward margin, accuracy.",
+    ),
+    "figure_2c": FigureSpec(
+        (CURVES,),
+        _curves(("reward_margin", "reward_accuracy"), "ours"),
+        "Figure 2c in panels that share the step axis.",
+    ),
+    "failure_classes": FigureSpec(
+        ("responses",),
+        lambda tables: failure_classes.draw(tables["responses"]),
+        "Why train responses failed, by model.",
+    ),
+    "failure_classes_evaluation": FigureSpec(
+        ("evaluation/responses",),
+        lambda tables: failure_classes.draw(tables["evaluation/responses"]),
+        "Why held-out responses failed; unknown where no completion was published (audit A16, A17).",
+    ),
+    "score_metrics": FigureSpec(
+        ("scores",),
+        lambda tables: score_distributions.draw_metrics(tables["scores"]),
+        "The five signals of parsed responses.",
+    ),
+    "score_metrics_evaluation": FigureSpec(
+        ("evaluation/scores",),
+        lambda tables: score_distributions.draw_metrics(_published_results(tables)),
+        "The five signals of parsed held-out responses.",
+    ),
+    "quality": FigureSpec(("scores", "thresholds"), _quality("reading"), "Quality and the two thresholds."),
+    "quality_by_model": FigureSpec(
+        ("scores", "thresholds"), _quality("model"), "Quality and the two thresholds, by model."
+    ),
+    "pair_sources": FigureSpec(
+        ("pairs/perso",),
+        lambda tables: pair_sources.draw(tables["pairs/perso"]),
+        "Which model is preferred to which, perso pairs.",
+    ),
+    "pair_sources_simple": FigureSpec(
+        ("pairs/simple",),
+        lambda tables: pair_sources.draw(tables["pairs/simple"]),
+        "Which model is preferred to which, simple pairs.",
+    ),
+    "metric_correlation": FigureSpec(
+        ("scores",),
+        lambda tables: metric_correlation.draw(tables["scores"]),
+        "Rank correlation, failures left out and imputed.",
+    ),
+}
+
+_CODE = (
+    failure_classes, metric_correlation, overview, pair_sources, response_time, score_distributions, style,
+    training_curves, sys.modules[__name__],
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FigureReport:
+    """What became of a figure.
+
+    Attributes:
+        figure: Its name.
+        skipped: True if its tables and code were unchanged, so the files were left alone.
+        files: PDF, PNG and JSON.
+        seconds: Wall time.
+    """
+
+    figure: str
+    skipped: bool
+    files: tuple[Path, ...]
+    seconds: float
+
+    def __str__(self) -> str:
+        """Return one line for logs."""
+        done = "unchanged, skipped" if self.skipped else f"drawn in {self.seconds:.1f} s"
+        return f"figure {self.figure}: {done}"
+
+
+def _source(run: RunFolder, table: str) -> Path:
+    return published.fact_files()[table] if table.startswith("published/") else run.checked_path(table)
+
+
+def draw_figure(run: RunFolder, name: str) -> Figure:
+    """Draw a figure from the run's tables, without writing it.
+
+    Raises:
+        PersodpoError: There is no such figure, or a table is missing or was edited.
+    """
+    if name not in FIGURES:
+        raise PersodpoError(f"There is no figure '{name}'; there are {', '.join(FIGURES)}.")
+    tables = {
+        table: pd.read_csv(_source(run, table)) if table.startswith("published/") else run.read(table)
+        for table in FIGURES[name].tables
+    }
+    return FIGURES[name].draw(tables)
+
+
+def save_figure(run: RunFolder, name: str, *, overwrite: bool = False) -> FigureReport:
+    """Draw a figure and write it to figures/<profile>/, unless its tables and code are those it was drawn from.
+
+    Raises:
+        PersodpoError: As `draw_figure`, or the folder cannot be written.
+    """
+    if name not in FIGURES:
+        raise PersodpoError(f"There is no figure '{name}'; there are {', '.join(FIGURES)}.")
+    started = time.perf_counter()
+    inputs = {table: sha256(_source(run, table)) for table in FIGURES[name].tables} | {"code": source_digest(_CODE)}
+    files = tuple(run.figures / f"{name}.{suffix}" for suffix in ("pdf", "png", "json"))
+    if not overwrite and file_is_current(files[-1], inputs):
+        return FigureReport(name, True, files, 0.0)
+    style.save(draw_figure(run, name), name, run.figures, inputs=inputs, note=FIGURES[name].note)
+    return FigureReport(name, False, files, time.perf_counter() - started)
+
+
+def save_figures(run: RunFolder, *, overwrite: bool = False) -> list[FigureReport]:
+    """Write every figure, with a progress bar where someone watches."""
+    names = tqdm(FIGURES, desc="figures", leave=False, disable=not sys.stderr.isatty())
+    return [save_figure(run, name, overwrite=overwrite) for name in names]
