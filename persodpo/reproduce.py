@@ -6,7 +6,6 @@ defaults; here both are errors, found before anything runs.
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nbformat
 import papermill
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
+from traitlets.config import Config
 
 from persodpo.artifacts import PROJECT, RunFolder
 from persodpo.config import load_profile
@@ -51,21 +50,22 @@ def notebook_files(folder: Path = NOTEBOOKS) -> list[Path]:
 
 
 def parameter_names(notebook: Path) -> set[str]:
-    """Return the names assigned in the cell tagged ``parameters``.
+    """Return the names that papermill finds in the cell tagged ``parameters``.
 
     Raises:
-        PersodpoError: The file is no notebook, or has no such cell.
+        PersodpoError: The file is no notebook, or has not exactly one such cell.
     """
     try:
-        cells = nbformat.reads(notebook.read_text(encoding="utf-8"), as_version=4).cells  # type: ignore[no-untyped-call]
-    except (OSError, ValueError, nbformat.reader.NotJSONError) as error:
+        tags = [cell.metadata.get("tags", []) for cell in papermill.iorw.load_notebook_node(str(notebook)).cells]
+        count = sum("parameters" in tag for tag in tags)
+        names = set(papermill.inspect_notebook(str(notebook))) if count == 1 else set()
+    except (OSError, ValueError, AttributeError, KeyError) as error:
         raise PersodpoError(f"{notebook} cannot be read as a notebook: {error}.") from error
-    tagged = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
-    if len(tagged) != 1:
+    if count != 1:
         raise PersodpoError(
-            f"{notebook.name} has {len(tagged)} cells tagged 'parameters'; tag exactly one, or papermill ignores them."
+            f"{notebook.name} has {count} cells tagged 'parameters'; tag exactly one, or papermill runs with defaults."
         )
-    return set(re.findall(r"^(\w+)\s*(?::[^=]+)?=", tagged[0], re.MULTILINE))
+    return names
 
 
 def check_parameters(notebook: Path, parameters: Mapping[str, Any]) -> None:
@@ -107,6 +107,7 @@ def run_notebook(notebook: Path, copy: Path, parameters: Mapping[str, Any]) -> E
             parameters=dict(parameters),
             kernel_name="python3",
             cwd=str(notebook.parent),
+            config=Config({"KernelManager": {"transport": "ipc"}}),  # no TCP port, so nobody else can reach the kernel
             progress_bar={"desc": notebook.name, "leave": False} if sys.stderr.isatty() else False,
         )
     except PapermillExecutionError as error:

@@ -30,6 +30,9 @@ STYLE = Path(__file__).with_name("persodpo.mplstyle")
 COLUMN = 3.3
 DOUBLE = 6.9
 
+#: Points an inch on screen, in notebooks.
+SCREEN_DPI = 130
+
 #: The palette of Okabe and Ito; yellow is left out, as it vanishes on white.
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000",
@@ -164,12 +167,12 @@ def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
 class PaperFigure(Figure):
     """A figure that no global state of pyplot knows, and that a notebook shows all the same."""
 
-    def _repr_png_(self) -> bytes:
-        """Return the picture a notebook shows."""
+    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
+        """Return the picture a notebook shows: at print resolution, for which it is laid out, and its size on screen."""
         picture = io.BytesIO()
         with context():
-            self.savefig(picture, format="png", dpi=150)
-        return picture.getvalue()
+            self.savefig(picture, format="png", dpi=300)
+        return picture.getvalue(), {"width": round(self.get_figwidth() * SCREEN_DPI)}
 
 
 def new_figure(height: float, width: float = COLUMN) -> Figure:

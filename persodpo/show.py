@@ -1,0 +1,51 @@
+"""Tables as notebooks show them: text reads from the left, is never cut, and is escaped, as models wrote it."""
+
+from __future__ import annotations
+
+import pandas as pd
+from pandas.io.formats.style import Styler
+
+#: How a verdict looks: a sign that needs no colour, and a colour from the palette of the figures.
+VERDICTS = {
+    "reproduced": ("✓", "#009E7333"),
+    "differs": ("✗", "#D55E0033"),
+    "not derivable": ("?", "#99999933"),
+}
+
+_LEFT = {"text-align": "left", "vertical-align": "top", "white-space": "pre-wrap"}
+
+
+def text_table(frame: pd.DataFrame, decimals: int = 3) -> Styler:
+    """Show a table that holds text.
+
+    Args:
+        frame: Its index is shown if it has a name.
+        decimals: Places of real numbers.
+
+    Returns:
+        A table with text aligned left, wrapped, and escaped.
+    """
+    if not frame.index.is_unique:
+        frame = frame.reset_index(drop=frame.index.name is None)
+    styler = frame.style.format(escape="html", precision=decimals, thousands=",").format_index(escape="html", axis=0)
+    text = frame.select_dtypes(["object", "string"]).columns
+    styler = styler.set_properties(subset=text, **_LEFT)
+    styler = styler.set_table_styles({column: [{"selector": "th", "props": "text-align: left"}] for column in text})
+    return styler.hide() if frame.index.name is None else styler
+
+
+def verdict_table(shown: pd.DataFrame, verdicts: pd.DataFrame) -> Styler:
+    """Show cells with a sign and a colour for their verdicts.
+
+    Args:
+        shown: The cells' text.
+        verdicts: A key of `VERDICTS` for each cell of ``shown`` that has one; other columns stay plain.
+
+    Returns:
+        The table.
+    """
+    marked = shown.copy()
+    for column in verdicts.columns:
+        marked[column] = verdicts[column].map(lambda verdict: VERDICTS[verdict][0]) + " " + shown[column]
+    colours = verdicts.map(lambda verdict: f"background-color: {VERDICTS[verdict][1]}")
+    return text_table(marked).apply(lambda _: colours, axis=None, subset=list(verdicts.columns))
