@@ -123,7 +123,7 @@ def _explain(notebook: Path, copy: Path, error: PapermillExecutionError) -> str:
     """Show the failing cell and its error."""
     source = "\n".join(f"    {line}" for line in str(error.source).splitlines())
     return (
-        f"{notebook.name} failed in cell {error.cell_index}:\n{source}\n{error.ename}: {error.evalue}\n"
+        f"{notebook.name} failed in cell [{error.exec_count}]:\n{source}\n{error.ename}: {error.evalue}\n"
         f"The executed copy with the whole traceback is {copy}."
     )
 

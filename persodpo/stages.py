@@ -92,15 +92,15 @@ def _dialogue_files(run: RunFolder) -> dict[str, Path]:
 
 def run_generate(profile: Profile, overwrite: bool = False) -> Reports:
     """Make the responses tables: train responses to rank, and held-out ones."""
-    reports = run_dialogues(profile)
-    run = RunFolder(profile)
+    chosen = _ranked_sets(profile)
     if profile.dialogues.source != "published_focus":
         raise PersodpoError(
             "generation.source published has responses to the published FoCus prompts only; "
             "set dialogues.source=published_focus."
         )
+    reports = run_dialogues(profile)
+    run = RunFolder(profile)
     files = published_files(run)
-    chosen = _ranked_sets(profile)
 
     def build(targets: Targets) -> None:
         dialogues = run.read("dialogues")

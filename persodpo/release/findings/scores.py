@@ -18,6 +18,7 @@ from persodpo.release.findings.base import (
     evidence,
 )
 from persodpo.scoring.compliance import count_words
+from persodpo.scoring.quality import SIGNALS
 
 #: Equal up to the noise of batched float32 inference.
 COHERENCE_TOLERANCE = 1e-5
@@ -153,6 +154,21 @@ def check_length_target(material: Material) -> Evidence:
     return evidence(bool(words.max() <= limit), text)
 
 
+def check_imputed_agreement(material: Material) -> Evidence:
+    """A24: the signals agree only about who failed."""
+    scores = material.tables["scores"].dropna(subset=["quality"])
+    measured = scores[~scores["imputed"]]
+    strongest = []
+    for rows in (measured, scores):
+        correlations = rows[list(SIGNALS)].corr(method="spearman").to_numpy()
+        strongest.append(float(np.abs(np.triu(correlations, 1)).max()))
+    text = (
+        f"Strongest rank correlation between two of the five signals: {strongest[0]:.2f} over the {len(measured):,} "
+        f"measured responses, {strongest[1]:.2f} with the {len(scores) - len(measured):,} failures at their worst-case values."
+    )
+    return evidence(strongest[1] > 2 * strongest[0], text)
+
+
 FINDINGS = [
     Finding(
         "A1",
@@ -211,5 +227,12 @@ FINDINGS = [
         "Obeying the limit is not what is scored, and length closeness has the largest weight (0.32).",
         check_length_target,
         mend="scoring.target_words takes any length; which one is right is open",
+    ),
+    Finding(
+        "A24",
+        "The five signals seem to agree because failures get the worst value of each; measured, they hardly correlate.",
+        "Quality mostly ranks finished above unfinished answers, which simple pairs do without any score.",
+        check_imputed_agreement,
+        mend="correlations and results are shown with failures imputed and without",
     ),
 ]

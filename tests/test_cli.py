@@ -1,0 +1,81 @@
+"""The command line: one sentence on stderr for what the user can mend."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from persodpo.artifacts import PROJECT, RELEASE_VARIABLE
+
+COMMAND = str(Path(sys.executable).with_name("persodpo"))
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    clean = {name: value for name, value in os.environ.items() if name != RELEASE_VARIABLE}
+    return subprocess.run(
+        [COMMAND, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=PROJECT,
+        env=clean | environment,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_profile_shows_what_overrides_resolve_to():
+    done = run("profile", "--set", "pairs.low_quantile=0.25", "-s", "engine.threads=2")
+    shown = yaml.safe_load(done.stdout)
+    assert (done.returncode, shown["pairs"]["low_quantile"], shown["engine"]["threads"]) == (0, 0.25, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["pairs", "--set", "pairs.high_quantile=1.5"], "pairs.high_quantile: Input should be less than or equal to 1"),
+        (["pairs", "--profile", "nonesuch"], "Profile 'nonesuch' is neither a shipped profile"),
+        (["fetch", "weights"], "Nothing called 'weights' can be fetched"),
+        (["fetch", "release", "--source", "/nonexistent/folder"], "/nonexistent/folder"),
+        (["score", "--set", "generation.models=[gpt-9]"], "gpt-9"),
+        (["generate", "--set", "dialogues.source=it_convai2"], "set dialogues.source=published_focus"),
+    ],
+)
+def test_errors_are_one_sentence_without_a_traceback(arguments, words, tmp_path):
+    places = [f"paths.{name}={tmp_path / name}" for name in ("runs", "figures")]
+    source = os.environ.get(RELEASE_VARIABLE)
+    if arguments[0] in {"score", "generate"}:
+        if not source:
+            pytest.skip(f"{RELEASE_VARIABLE} is not set: the published files are not at hand")
+        places.append(f"paths.release={tmp_path / 'release'}")
+    elif arguments[0] == "fetch":
+        places.append(f"paths.release={tmp_path / 'release'}")
+    given = [part for place in places for part in ("--set", place)]
+    done = run(*arguments, *given, **({RELEASE_VARIABLE: source} if source else {}))
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("persodpo: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unknown_command_or_option_is_a_usage_error():
+    assert run("trane").returncode == 2
+    assert "No such option" in run("pairs", "--profil", "release").stderr
+
+
+def test_other_datasets_become_tables(tmp_path):
+    if not os.environ.get(RELEASE_VARIABLE):
+        pytest.skip(f"{RELEASE_VARIABLE} is not set: the published files are not at hand")
+    for source, rows in (("it_convai2", "1,183"), ("blended_skill_talk", "980")):
+        places = [
+            f"paths.runs={tmp_path / source}",
+            f"paths.release={tmp_path / 'release'}",
+            f"dialogues.source={source}",
+        ]
+        given = [part for place in places for part in ("--set", place)]
+        done = run("dialogues", *given, **{RELEASE_VARIABLE: os.environ[RELEASE_VARIABLE]})
+        assert f"dialogues ({rows} rows)" in done.stdout, done.stderr

@@ -1,0 +1,182 @@
+"""The published files, recomputed: every number that the project claims to reproduce, asserted."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from persodpo import figures
+from persodpo.artifacts import PROJECT, RunFolder
+from persodpo.completions import read_completion
+from persodpo.config import load_profile, with_overrides
+from persodpo.plots.checks import plotted_sha256
+from persodpo.release import audit, corrections, published
+from persodpo.release.findings.scores import scored_response
+from persodpo.stages import as_released, limits, published_files, run_audit, run_pairs
+
+
+@pytest.fixture(scope="module")
+def parity(release_run: RunFolder) -> pd.DataFrame:
+    return release_run.read("audit/parity")
+
+
+def test_responses_to_the_digit(release_run):
+    responses = release_run.read("responses")
+    parsed = responses["outcome"] == "ok"
+    recovered = ~parsed & responses["response"].notna()
+    assert (len(responses), parsed.sum(), recovered.sum(), (~parsed & ~recovered).sum()) == (10_500, 7_363, 2_984, 153)
+    assert responses[parsed].groupby("model").size().to_dict() == {
+        "Qwen2-7B-Instruct": 548, "Qwen2-0.5B-Instruct": 908, "Mistral-7B-Instruct": 572, "Llama3-1-8B-Instruct": 866,
+        "gpt-3.5-turbo": 1491, "gpt-4o-mini": 1488, "gpt-4-turbo": 1490,
+    }  # fmt: skip
+
+
+def test_our_reading_is_the_published_one_text_by_text(release_run):
+    """Not only counts: the text of every parsed response is the one in the published metric file."""
+    files, responses = published_files(release_run), release_run.read("responses")
+    for which in published.TRAIN_SETS:
+        theirs = published.read_set(files, which)["parsed"].tolist()
+        ours = responses[responses["model"] == which.model]
+        kept = ours["response"].where(ours["outcome"] == "ok", None)
+        assert [text if isinstance(text, str) else None for text in kept] == theirs, which.label
+
+
+def test_thresholds_to_the_last_digit(release_run):
+    assert limits(release_run) == (0.5817144197344534, 0.6790558069169542)
+    value = release_run.read("thresholds").set_index("name")["value"]
+    assert value["target_words"] == 53
+    quality = release_run.read("scores")["quality"].dropna()
+    assert len(quality) == 10_347
+    assert ((quality <= value["low"]).sum(), (quality >= value["high"]).sum()) == (4_139, 4_139)
+
+
+def test_pairs_to_the_digit(release_run):
+    simple, perso = release_run.read("pairs/simple"), release_run.read("pairs/perso")
+    assert (len(simple), len(perso), perso["dialogue_id"].nunique()) == (12_452, 9_184, 1_316)
+    sides = [perso[["dialogue_id", f"{side}_model"]].to_numpy() for side in ("chosen", "rejected")]
+    assert len({tuple(row) for row in np.concatenate(sides)}) == 7_428
+    assert (perso["score_chosen"] > perso["score_rejected"]).all()
+    for table in (simple, perso):
+        assert (table["chosen"] != table["rejected"]).all()
+        assert not table.duplicated(["dialogue_id", "chosen_model", "rejected_model"]).any()
+    assert perso["rejected"].map(lambda text: read_completion(text).response is not None).all()
+
+
+@pytest.mark.parametrize(
+    ("group", "reproduced", "differs", "not_derivable"),
+    [
+        ("preparation", 3, 0, 2),
+        ("responses", 12, 0, 0),
+        ("quality", 5, 0, 0),
+        ("pairs", 4, 0, 0),
+        ("training log, simple", 3, 1, 0),
+        ("training log, perso", 4, 0, 0),
+        ("results table", 18, 12, 24),
+        ("figure 2a", 4, 0, 0),
+    ],
+)
+def test_parity_verdicts(parity, group, reproduced, differs, not_derivable):
+    verdicts = parity.loc[parity["group"] == group, "verdict"].value_counts().to_dict()
+    assert verdicts == {
+        verdict: count
+        for verdict, count in (("reproduced", reproduced), ("differs", differs), ("not derivable", not_derivable))
+        if count
+    }
+
+
+def test_every_cell_of_the_results_table_is_in_the_parity_table(parity):
+    cells = parity[parity["group"] == "results table"]
+    table = published.results_table().set_index("Model")
+    assert len(cells) == table.size == 54
+    for _, cell in cells.iterrows():
+        row, column = cell["quantity"].rsplit(": ", 1)
+        assert table.loc[row, column] == cell["published"]
+    whole = cells.groupby(cells["quantity"].str.rsplit(": ", n=1).str[0])["verdict"].agg(
+        lambda v: set(v) == {"reproduced"}
+    )
+    assert set(whole[whole].index) == {
+        "Qwen2-7B-benchmark",
+        "Qwen2-5B-Instruct-train",
+        "Qwen2-5B-Instruct-length_prior",
+    }
+
+
+def test_findings_hold(release_run):
+    findings = release_run.read("audit/findings").set_index("id")
+    assert list(findings.index) == [f"A{n}" for n in range(1, 25)]
+    others = {"A2": "partly", "A9": "not checkable", "A10": "partly"}
+    assert findings["verdict"].to_dict() == {i: others.get(i, "confirmed") for i in findings.index}
+    evidence = findings["evidence"]
+    for number, words in {
+        "A1": "1,490 rows hold the scores of 193 responses", "A3": "1.000; 0 of 10,347", "A4": "72% of the 4,139",
+        "A5": "2,979 of 3,137", "A7": "0.803 in its raw file, 0.397 in its metric file, 0.29 and 0.221",
+        "A11": "17 responses", "A12": "1 context and 8 persona sets", "A13": "9,024", "A18": "1,300 of 7,363",
+        "A20": "Qwen2-0.5B-Instruct 136", "A22": "7,428 responses by model are 7,424 texts",
+    }.items():  # fmt: skip
+        assert words in evidence[number], number
+
+
+def test_a_check_can_fail(release_run):
+    """The coherence check refutes its claim on a column that is not scrambled."""
+    column = pd.Series(np.random.default_rng(0).random(400))
+    assert (column.groupby(scored_response(400)).agg(np.ptp) > 1e-5).mean() > 0.9
+    straight = scored_response(400)
+    assert straight[:10].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 1, 2]
+
+
+def test_settings_named_by_findings_exist_and_act(release_run):
+    table = release_run.read("audit/corrections").set_index("correction")
+    named = corrections.correction_settings()
+    assert set(table["settings"]) == {"", *named, " ".join(named)}
+    for setting in named:
+        assert with_overrides(load_profile("release"), [setting]) != load_profile("release")
+    assert table.loc["as released", ["pairs", "shared_pairs", "jaccard"]].tolist() == [9_184, 9_184, 1.0]
+    texts_only = {"A4", "A10"}
+    for correction in set(table.index) - {"as released"} - texts_only:
+        assert table.loc[correction, "jaccard"] < 1, correction
+    assert len(audit.FINDINGS) == len({finding.id for finding in audit.FINDINGS})
+
+
+def test_a_corrected_profile_is_audited_as_released(release_run):
+    corrected = with_overrides(release_run.profile, ["completions.reading=strict", "engine.threads=1"])
+    twin = as_released(corrected)
+    assert (twin.name, twin.completions.reading, twin.engine.threads) == ("release-as-released", "as_released", 1)
+    assert as_released(release_run.profile) is release_run.profile
+
+
+def test_corrected_pairs_keep_completions_as_generated(release_run, tmp_path):
+    changes = [f"paths.runs={tmp_path}", "pairs.serialisation=corrected", "pairs.sets=[perso]"]
+    corrected = with_overrides(release_run.profile, changes)
+    run_pairs(corrected)
+    made = RunFolder(corrected).read("pairs/perso")
+    completions = set(release_run.read("responses")["completion"])
+    assert set(made["chosen"]) | set(made["rejected"]) <= completions
+    assert len(made) == 9_184
+
+
+def test_an_unchanged_audit_is_skipped(release_run):
+    assert [report.skipped for report in run_audit(release_run.profile)] == [True] * 5
+
+
+def test_committed_figures_show_the_data_of_this_run(release_run):
+    for name in figures.FIGURES:
+        record = json.loads((PROJECT / "figures" / "release" / f"{name}.json").read_text())
+        assert plotted_sha256(figures.draw_figure(release_run, name)) == record["plotted_sha256"], name
+
+
+def test_figures_are_skipped_when_nothing_changed_and_drawn_when_something_did(release_run):
+    first = figures.save_figure(release_run, "quality")
+    assert figures.save_figure(release_run, "quality").skipped
+    first.files[0].write_bytes(b"edited")
+    assert not figures.save_figure(release_run, "quality").skipped
+
+
+def test_results_follow_from_the_metric_files(release_run):
+    results = release_run.read("evaluation/results").set_index(["model", "metric"])["mean"]
+    assert round(results["Qwen2-0.5B-Instruct/length_prior", "failure_ratio"], 3) == 0.148
+    assert round(results["Qwen2-0.5B-Instruct", "response_time"], 2) == 0.76
+    assert round(results["Qwen2-0.5B-Instruct/perso-raw", "failure_ratio"], 3) == 0.803
+    assert np.isnan(results["Qwen2-0.5B-Instruct/perso-raw", "coherence"])

@@ -1,0 +1,85 @@
+"""Running notebooks: parameters that do not exist, cells that fail, kernels that die."""
+
+from __future__ import annotations
+
+import nbformat
+import pytest
+
+from persodpo import reproduce
+from persodpo.errors import PersodpoError
+
+
+def write(path, *cells, tags=("parameters",)):
+    book = nbformat.v4.new_notebook()
+    book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    for number, source in enumerate(cells):
+        cell = nbformat.v4.new_code_cell(source, id=f"cell-{number}")
+        if number == 0:
+            cell.metadata["tags"] = list(tags)
+        book.cells.append(cell)
+    nbformat.write(book, path)
+    return path
+
+
+def outputs(path) -> str:
+    book = nbformat.read(path, as_version=4)
+    return "".join(out.get("text", "") for cell in book.cells for out in cell.get("outputs", []))
+
+
+def test_parameters_reach_the_notebook_and_the_source_stays(tmp_path):
+    notebook = write(tmp_path / "n.ipynb", 'profile = "release"\noverwrite = False', "print(profile, overwrite)")
+    before = notebook.read_bytes()
+    done = reproduce.run_notebook(notebook, tmp_path / "deep" / "copy.ipynb", {"profile": "mine", "overwrite": True})
+    assert outputs(done.copy) == "mine True\n"
+    assert notebook.read_bytes() == before
+    assert done.seconds > 0
+
+
+def test_a_misspelt_parameter_is_an_error(tmp_path):
+    notebook = write(tmp_path / "n.ipynb", 'profile = "release"', "1")
+    with pytest.raises(PersodpoError, match=r"no parameter 'profil'; its parameters cell sets profile"):
+        reproduce.run_notebook(notebook, tmp_path / "copy.ipynb", {"profil": "mini"})
+    assert not (tmp_path / "copy.ipynb").exists()
+
+
+def test_a_notebook_without_a_parameters_cell_is_an_error(tmp_path):
+    notebook = write(tmp_path / "n.ipynb", 'profile = "release"', tags=())
+    with pytest.raises(PersodpoError, match="0 cells tagged 'parameters'"):
+        reproduce.check_parameters(notebook, {})
+
+
+def test_no_notebook_at_all(tmp_path):
+    (tmp_path / "n.ipynb").write_text("not JSON")
+    with pytest.raises(PersodpoError, match="cannot be read as a notebook"):
+        reproduce.check_parameters(tmp_path / "n.ipynb", {})
+
+
+def test_the_failing_cell_and_its_error_are_shown_and_the_copy_kept(tmp_path):
+    notebook = write(tmp_path / "n.ipynb", "a = 1", "print('before')", "b = a / 0", "print('after')")
+    with pytest.raises(PersodpoError) as failed:
+        reproduce.run_notebook(notebook, tmp_path / "copy.ipynb", {})
+    message = str(failed.value)
+    assert "n.ipynb failed in cell [3]" in message
+    assert "    b = a / 0" in message
+    assert "ZeroDivisionError: division by zero" in message
+    assert outputs(tmp_path / "copy.ipynb").startswith("before")
+
+
+def test_a_dead_kernel_is_one_sentence(tmp_path):
+    notebook = write(tmp_path / "n.ipynb", "a = 1", "import os; os._exit(9)")
+    with pytest.raises(PersodpoError, match=r"its kernel died"):
+        reproduce.run_notebook(notebook, tmp_path / "copy.ipynb", {})
+
+
+def test_everything_is_checked_before_anything_runs(tmp_path, profile):
+    mark = f"open({str(tmp_path / 'ran')!r}, 'w')"
+    good = write(tmp_path / "01_good.ipynb", 'profile = ""\noverrides = []\noverwrite = False', mark)
+    bad = write(tmp_path / "02_bad.ipynb", 'profile = ""', "1")
+    source = tmp_path / "profile.yaml"
+    source.write_text(profile.to_yaml())
+    with pytest.raises(PersodpoError, match=r"02_bad.ipynb has no parameter"):
+        list(reproduce.reproduce(str(source), notebooks=[good, bad]))
+    assert not (tmp_path / "ran").exists()
+    (done,) = reproduce.reproduce(str(source), notebooks=[good])
+    assert (tmp_path / "ran").exists()
+    assert done.copy == tmp_path / "runs" / "release" / "notebooks" / "01_good.ipynb"
