@@ -4,10 +4,11 @@ PROFILE ?= release
 SET     ?=
 VENV    := .venv
 BIN     := $(VENV)/bin
-STAMP   := $(VENV)/.built-from-lock
+LOCKED  := $(VENV)/.built-from-lock
+STAMP   := $(VENV)/.installed
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
-.PHONY: reproduce test test-all lint format figures lab bench-pairs lock clean
+.PHONY: reproduce test test-slow lint format figures lab bench-pairs lock clean
 
 reproduce: $(STAMP)  ## run every notebook in order under PROFILE
 	$(BIN)/persodpo reproduce --profile $(PROFILE) $(foreach s,$(SET),--set $(s))
@@ -15,8 +16,8 @@ reproduce: $(STAMP)  ## run every notebook in order under PROFILE
 test: $(STAMP)  ## quick tests
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: $(STAMP)  ## quick and slow tests
-	$(BIN)/python -m pytest
+test-slow: $(STAMP)  ## tests that run whole notebooks
+	$(BIN)/python -m pytest -m slow
 
 lint: $(STAMP)  ## style, docstrings, notebooks, types
 	$(BIN)/ruff check .
@@ -36,10 +37,13 @@ lab: $(STAMP)  ## open the notebooks
 bench-pairs: $(STAMP)  ## metric values -> pairs, up to 100 million responses
 	$(BIN)/python benchmarks/bench_pairs.py
 
-$(STAMP): requirements.lock pyproject.toml
+$(LOCKED): requirements.lock
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; name another with make PYTHON=python3.12")'
 	$(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@touch $@
+
+$(STAMP): $(LOCKED) pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 

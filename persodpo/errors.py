@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,15 +25,17 @@ def disk_errors(target: Path) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        # DuckDB and pyarrow wrap the system's error; both keep its number or its words.
-        text = str(error)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text:
+    except PersodpoError:
+        raise
+    except Exception as error:
+        # DuckDB and pyarrow report the system's errors under types of their own, but keep its words.
+        number = error.errno if isinstance(error, OSError) else None
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
             raise PersodpoError(
                 f"The disk holding {target} is full; free some space and run again, what was there is untouched."
             ) from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        if number in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise PersodpoError(
-                f"{target} cannot be written ({error.strerror}); make it writable or choose another folder."
+                f"{target} cannot be written ({os.strerror(number)}); make it writable or choose another folder."
             ) from error
         raise

@@ -376,7 +376,10 @@ def test_digest_follows_the_plotted_numbers_only(results):
 
 
 def test_figures_show_themselves_in_a_notebook(results):
-    assert response_time.draw(results)._repr_png_().startswith(b"\x89PNG")
+    figure = response_time.draw(results)
+    picture, size = figure._repr_png_()
+    assert picture.startswith(b"\x89PNG")
+    assert size == {"width": round(figure.get_figwidth() * style.SCREEN_DPI)}
 
 
 def test_plots_import_neither_torch_nor_a_stage():

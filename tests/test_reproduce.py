@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import nbformat
 import pytest
 
 from persodpo import reproduce
+from persodpo.artifacts import PROJECT
 from persodpo.errors import PersodpoError
+from persodpo.release.corrections import correction_settings
 
 
 def write(path, *cells, tags=("parameters",)):
@@ -83,3 +89,44 @@ def test_everything_is_checked_before_anything_runs(tmp_path, profile):
     (done,) = reproduce.reproduce(str(source), notebooks=[good])
     assert (tmp_path / "ran").exists()
     assert done.copy == tmp_path / "runs" / "release" / "notebooks" / "01_good.ipynb"
+
+
+def stderr_of(path) -> list[str]:
+    book = nbformat.read(path, as_version=4)
+    return [out["text"] for cell in book.cells for out in cell.get("outputs", []) if out.get("name") == "stderr"]
+
+
+@pytest.mark.slow
+def test_all_notebooks_run_on_the_published_files_without_a_warning(release_run, tmp_path):
+    source = tmp_path / "profile.yaml"
+    source.write_text(release_run.profile.to_yaml())
+    done = list(reproduce.reproduce(str(source)))
+    assert [each.notebook for each in done] == reproduce.notebook_files()
+    for each in done:
+        assert each.copy.parent == release_run.notebooks
+        assert stderr_of(each.copy) == [], each.notebook.name
+
+
+@pytest.mark.slow
+def test_notebooks_run_on_a_corrected_profile(release_run, tmp_path):
+    """Every correction at once: the notebooks hold, and the audit still judges the tables as released."""
+    source = tmp_path / "profile.yaml"
+    source.write_text(release_run.profile.to_yaml())
+    overrides = [f"paths.runs={tmp_path}", f"paths.figures={tmp_path}", "name=corrected", *correction_settings()]
+    done = list(reproduce.reproduce(str(source), overrides))
+    assert len(done) == len(reproduce.notebook_files())
+    assert (tmp_path / "corrected" / "pairs" / "perso.parquet").exists()
+    assert (tmp_path / "corrected-as-released" / "audit" / "findings.parquet").exists()
+
+
+@pytest.mark.slow
+def test_papermill_by_itself(release_run, tmp_path):
+    """The README's papermill command, on a profile in a temporary folder."""
+    source = tmp_path / "profile.yaml"
+    source.write_text(release_run.profile.to_yaml())
+    papermill = str(Path(sys.executable).with_name("papermill"))
+    command = [papermill, "notebooks/03_build_pairs.ipynb", str(tmp_path / "out.ipynb"), "-p", "profile", str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Passed unknown parameter" not in done.stderr
+    assert "pairs/perso (9,184 rows)" in outputs(tmp_path / "out.ipynb")

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from persodpo.errors import PersodpoError
 
 #: Most bytes an archive may hold, packed or unpacked; the published files are 20 MB.
-LIMIT_BYTES = 1 << 29
+LIMIT_BYTES = 1 << 31
 #: What the standard library raises on archives that are cut short, damaged, encrypted or something else.
 _MALFORMED = (
     tarfile.TarError,

@@ -164,7 +164,8 @@ def check_imputed_agreement(material: Material) -> Evidence:
         strongest.append(float(np.abs(np.triu(correlations, 1)).max()))
     text = (
         f"Strongest rank correlation between two of the five signals: {strongest[0]:.2f} over the {len(measured):,} "
-        f"measured responses, {strongest[1]:.2f} with the {len(scores) - len(measured):,} failures at their worst-case values."
+        f"measured responses, {strongest[1]:.2f} with the {len(scores) - len(measured):,} failures at their worst-case "
+        "values."
     )
     return evidence(strongest[1] > 2 * strongest[0], text)
 

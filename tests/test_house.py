@@ -1,0 +1,249 @@
+"""The house's rules, held against the disk: imports, layout, lock, notebooks, README."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import json
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+
+import pytest
+import yaml
+
+from persodpo.artifacts import PROJECT
+from persodpo.cli import app
+from persodpo.figures import FIGURES
+from persodpo.reproduce import check_parameters, notebook_files
+from persodpo.tables import SCHEMAS
+
+PACKAGE = PROJECT / "persodpo"
+README = (PROJECT / "README.md").read_text()
+MODULES = sorted(path.relative_to(PROJECT) for path in PACKAGE.rglob("*.py"))
+
+#: Layers from the bottom up; a module imports from its own layer or below.
+LAYERS = [
+    ["errors", "config", "tables"],
+    ["artifacts"],
+    [
+        "completions",
+        "dialogues",
+        "prompts",
+        "scoring",
+        "pairs",
+        "gate",
+        "evaluation",
+        "generation",
+        "release",
+        "plots",
+        "show",
+    ],
+    ["figures"],
+    ["stages"],
+    ["reproduce"],
+    ["cli"],
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+
+def imported(module) -> set[str]:
+    """Return the persodpo parts and other packages that a module imports."""
+    names = set()
+    for node in ast.walk(ast.parse((PROJECT / module).read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {
+                f"{node.module}.{alias.name}" for alias in node.names if node.module == "persodpo"
+            }
+    return names
+
+
+def part(name: str) -> str:
+    return name.split(".")[1] if name.count(".") else ""
+
+
+@pytest.mark.parametrize("module", MODULES, ids=str)
+def test_imports_point_down(module):
+    own = module.with_suffix("").parts[1]
+    if own == "__init__":
+        return
+    for name in imported(module):
+        if name.startswith("persodpo.") and part(name) in RANK:
+            assert RANK[part(name)] <= RANK[own], f"{module} imports {name}"
+
+
+def test_every_module_has_a_layer_and_none_is_called_utils():
+    parts = {module.with_suffix("").parts[1] for module in MODULES} - {"__init__"}
+    assert parts == set(RANK)
+    assert not any(re.search("util|helper|misc", str(module)) for module in MODULES)
+
+
+def test_plots_read_tables_only():
+    banned = {"torch", "transformers", "trl", "duckdb", "datasets"}
+    allowed = {"artifacts", "errors", "plots"}
+    for module in MODULES:
+        if "plots" in module.parts:
+            names = imported(module)
+            assert not {name.split(".")[0] for name in names} & banned, module
+            assert {part(name) for name in names if name.startswith("persodpo.")} <= allowed, module
+
+
+def test_modules_and_functions_stay_small():
+    for module in MODULES:
+        text = (PROJECT / module).read_text()
+        assert text.count("\n") <= 400, module
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno <= 60, f"{module}: {node.name}"
+
+
+def test_the_light_commands_do_not_load_models():
+    code = (
+        "import sys, persodpo.stages, persodpo.cli; print(sorted({'torch', 'transformers', 'trl'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PROJECT)
+    assert done.stdout.strip() == "[]"
+
+
+def test_readme_tree_is_the_tree():
+    tree = README.split("## Layout")[1].split("```")[1]
+    named = {line.split()[0].rstrip("/") for line in tree.splitlines() if line.startswith("  ")}
+    on_disk = {path.name for path in notebook_files()}
+    on_disk |= {
+        path.name
+        for path in PACKAGE.iterdir()
+        if not path.name.startswith("__") and (path.is_dir() or path.suffix == ".py")
+    }
+    assert named == on_disk
+    tops = {
+        name.rstrip("/") for line in tree.splitlines() if line and not line.startswith(" ") for name in line.split()
+    }
+    tracked = subprocess.run(
+        ["git", "ls-files"], capture_output=True, text=True, check=True, cwd=PROJECT
+    ).stdout.split()
+    visible = {path.split("/")[0] for path in tracked} - {".gitignore", ".ci"}
+    assert tops == visible
+
+
+def test_readme_names_every_table():
+    for name in SCHEMAS:
+        assert f"`{name}.parquet`" in README, name
+
+
+def test_readme_figures_and_links_exist():
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (PROJECT / link).exists(), link
+    assert len(FIGURES) == len(list((PROJECT / "figures" / "release").glob("*.json")))
+
+
+def test_readme_shows_the_measured_bench():
+    table = (PROJECT / "benchmarks" / "results" / "pairs.md").read_text().strip()
+    assert table in README
+    measured = json.loads((PROJECT / "benchmarks" / "results" / "pairs.json").read_text())
+    assert [row["responses"] for row in measured["rows"]] == [10**n for n in range(4, 9)]
+    assert {"cpu", "cores", "threads", "duckdb"} <= set(measured["machine"])
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_readme_commands_exist(command):
+    """Each command parses; what each does is shown by the tests of its stage and by the headless reproduction."""
+    words = shlex.split(command)
+    if words[0] == "make":
+        done = subprocess.run(["make", "-n", *words[1:]], capture_output=True, text=True, cwd=PROJECT, check=False)
+        assert done.returncode == 0, done.stderr
+    elif words[0] == "papermill":
+        values = {name: value for flag, name, value in zip(words, words[1:], words[2:], strict=False) if flag == "-p"}
+        check_parameters(PROJECT / words[1], values)
+    else:
+        assert words[0] == "persodpo"
+        names = {info.name or info.callback.__name__ for info in app.registered_commands}
+        assert words[1] in names
+        if "--set" in words:
+            from persodpo.config import load_profile
+
+            load_profile("release", [value for flag, value in itertools.pairwise(words) if flag == "--set"])
+
+
+def normalised(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_pyproject_lock_and_environment_agree():
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    pins = dict(line.split("==") for line in (PROJECT / "requirements.lock").read_text().splitlines() if "==" in line)
+    for requirement in wanted:
+        name, floor = re.match(r"([\w.-]+)>=([\d.]+)", requirement).groups()
+        pin = pins[normalised(name)]
+        assert [int(n) for n in pin.split(".")[:2]] >= [int(n) for n in floor.split(".")[:2]], requirement
+    assert pins["torch"] == "2.13.0"
+    assert pins["trl"] == "1.16.0"
+    environment = yaml.safe_load((PROJECT / "environment.yml").read_text())
+    python = project["requires-python"].removeprefix(">=")
+    assert f"python={python}" in environment["dependencies"]
+    assert environment["dependencies"][-1] == {"pip": ["-r requirements.lock", "-e ."]}
+
+
+def test_every_dependency_says_what_it_is_for():
+    text = (PROJECT / "pyproject.toml").read_text()
+    lines = re.findall(r'^    "[\w-]+>=.*$', text, re.MULTILINE)
+    assert len(lines) > 20
+    assert all("# " in line for line in lines)
+
+
+def test_the_installed_versions_are_the_locked_ones():
+    import importlib.metadata
+
+    for line in (PROJECT / "requirements.lock").read_text().splitlines():
+        if "==" in line:
+            name, pin = line.split("==")
+            assert importlib.metadata.version(name).split("+")[0] == pin
+
+
+@pytest.mark.parametrize("notebook", notebook_files(), ids=lambda path: path.name)
+def test_notebooks_follow_the_rules(notebook):
+    cells = json.loads(notebook.read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    tags = [tag for cell in cells for tag in cell["metadata"].get("tags", [])]
+    assert len(cells) <= 30
+    assert tags.count("parameters") == tags.count("checks") == 1
+    assert cells[0]["cell_type"] == cells[-1]["cell_type"] == "markdown"
+    assert "**Question.**" in "".join(cells[0]["source"])
+    check_parameters(notebook, {"profile": "", "overrides": [], "overwrite": False})
+    for cell in code:
+        source = "".join(cell["source"])
+        assert not cell["outputs"]
+        assert cell["execution_count"] is None
+        assert source.count("\n") < 15, source
+        assert not re.search(
+            r"^\s*class |pip install|^%|^!|sys\.path|os\.chdir|filterwarnings", source, re.MULTILINE
+        ), source
+
+
+def test_project_files_speak_of_the_project_alone():
+    tracked = subprocess.run(
+        ["git", "ls-files"], capture_output=True, text=True, check=True, cwd=PROJECT
+    ).stdout.split()
+    for name in tracked:
+        path = PROJECT / name
+        if path.suffix in {".py", ".md", ".yaml", ".yml", ".toml", ".ipynb", ".txt", ".json"} and not name.startswith(
+            "tests/"
+        ):
+            assert not re.search(r"(^|[\s\"'=(])/(work|home|tmp|root)/|\.\./shared", path.read_text()), name
+
+
+def test_nothing_unpickles_or_trusts_remote_code():
+    for module in MODULES:
+        text = (PROJECT / module).read_text()
+        assert not re.search(r"pickle|trust_remote_code\s*=\s*True|yaml\.load\(|shell=True|\beval\(|\bexec\(", text), (
+            module
+        )
