@@ -22,6 +22,7 @@ import persodpo.prompts
 from persodpo import artifacts
 from persodpo.artifacts import RunFolder, provenance_path
 from persodpo.errors import PersodpoError
+from persodpo.scoring.quality import connect
 from persodpo.tables import SCHEMAS, check_table, write_table
 
 THRESHOLDS = pd.DataFrame({"name": ["low", "high"], "value": [0.4, 0.6]})
@@ -158,6 +159,17 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(profile):
     with pytest.raises(PersodpoError, match=r"disk holding .* is full; free some space"):
         make(run, build=build, overwrite=True)
     assert_frame_equal(run.read("thresholds"), THRESHOLDS, check_dtype=False)
+
+
+def test_an_engine_out_of_memory_is_one_sentence(profile):
+    """DuckDB really runs out, with nowhere to spill to."""
+
+    def build(targets):
+        connection = connect(profile.engine.model_copy(update={"memory_gib": 0.03, "threads": 1}), "")
+        connection.execute("CREATE TABLE t AS SELECT range AS a, hash(range) AS b FROM range(20_000_000)")
+
+    with pytest.raises(PersodpoError, match=r"raise engine\.memory_gib"):
+        make(RunFolder(profile), build=build)
 
 
 def test_a_read_only_place_is_one_sentence(profile, monkeypatch):

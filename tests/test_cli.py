@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
+from test_dialogues import focus_entry
 
 from persodpo.artifacts import PROJECT, RELEASE_VARIABLE
 
@@ -79,3 +82,24 @@ def test_other_datasets_become_tables(tmp_path):
         given = [part for place in places for part in ("--set", place)]
         done = run("dialogues", *given, **{RELEASE_VARIABLE: os.environ[RELEASE_VARIABLE]})
         assert f"dialogues ({rows} rows)" in done.stdout, done.stderr
+
+
+def test_focus_json_becomes_a_table(tmp_path):
+    """No published file is needed: FoCus's own JSON, sampled as the authors did."""
+    for split, count in (("train", 30), ("valid", 4)):
+        entries = [focus_entry(number, words=111 if number == 0 else 9) for number in range(count)]
+        (tmp_path / f"{split}.json").write_text(json.dumps({"data": entries}))
+    overrides = [
+        f"paths.runs={tmp_path}", "dialogues.source=focus_json", f"dialogues.train_file={tmp_path / 'train.json'}",
+        f"dialogues.valid_file={tmp_path / 'valid.json'}", "dialogues.train_size=20",
+    ]  # fmt: skip
+    given = [part for override in overrides for part in ("--set", override)]
+    done = run("dialogues", *given)
+    assert "dialogues (24 rows) - written" in done.stdout, done.stderr
+    assert "unchanged, skipped" in run("dialogues", *given).stdout
+    table = pd.read_parquet(tmp_path / "release" / "dialogues.parquet")
+    kept = pd.Series([f"D{number}" for number in range(1, 30)]).sample(n=20, random_state=44)
+    assert table.loc[table["split"] == "train", "dialogue_id"].tolist() == kept.tolist()
+    assert (table["split"] == "valid").sum() == 4
+    too_many = run("dialogues", *given, "--set", "dialogues.train_size=30")
+    assert "lower train_size" in too_many.stderr
