@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -120,7 +121,7 @@ def read_set(files: dict[str, Path], which: PublishedSet) -> pd.DataFrame:
         PersodpoError: The set's files have different lengths.
     """
     raw = pd.read_csv(files[which.raw]) if which.raw else None
-    scored = pd.read_excel(files[which.metrics]) if which.metrics else None
+    scored = _read_sheet(files[which.metrics], files[which.metrics].stat().st_mtime_ns) if which.metrics else None
     if raw is not None and scored is not None and len(raw) != len(scored):
         raise PersodpoError(f"{which.raw} has {len(raw)} rows, {which.metrics} has {len(scored)}; fetch the release.")
     base = raw if raw is not None else scored
@@ -132,6 +133,12 @@ def read_set(files: dict[str, Path], which: PublishedSet) -> pd.DataFrame:
     for published, ours in METRICS.items():
         frame[ours] = scored[published].astype(float) if scored is not None else float("nan")
     return with_none(frame)
+
+
+@lru_cache(maxsize=len(SETS))
+def _read_sheet(path: Path, _changed: int) -> pd.DataFrame:
+    """Read a spreadsheet once a process and version; several stages look at the same ones, and parsing is slow."""
+    return pd.read_excel(path)
 
 
 def results_table() -> pd.DataFrame:
