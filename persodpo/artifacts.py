@@ -8,6 +8,7 @@ comes last, so a table without a matching one was interrupted or edited, and is 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.metadata
 import inspect
@@ -18,7 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -28,12 +30,15 @@ import pandas as pd
 import pyarrow.parquet as pq
 
 from persodpo.config import Profile
-from persodpo.errors import PersodpoError, disk_errors
+from persodpo.errors import PersodpoError, disk_errors, make_folder
 from persodpo.tables import SCHEMAS, check_table, with_none
 
 PROJECT = Path(__file__).resolve().parents[1]
 DATA = PROJECT / "data"
 RELEASE_VARIABLE = "PERSODPO_RELEASE"
+
+#: Run folders that this process holds the lock of.
+_HELD: set[Path] = set()
 
 #: The command that makes each table, for messages.
 MAKER = {
@@ -82,7 +87,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         PersodpoError: The disk is full or read-only; ``path`` stays as it was.
     """
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         temporary = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
         try:
             write(temporary)
@@ -164,7 +169,7 @@ class RunFolder:
         if not path.is_file():
             raise PersodpoError(f"Table {name} is missing ({path}); make it with {command}.")
         check_table(path, name)
-        provenance = _read_json(provenance_path(path))
+        provenance = read_json(provenance_path(path))
         if provenance.get("sha256") != sha256(path):
             raise PersodpoError(
                 f"Table {name} does not match its provenance file ({path}): it was edited or its stage was "
@@ -180,9 +185,14 @@ class RunFolder:
         """
         return with_none(pq.read_table(self.checked_path(name), columns=SCHEMAS[name].names).to_pandas())
 
+    def forget(self, name: str) -> None:
+        """Remove a table of another profile, so that nothing takes it for one of this profile's."""
+        for path in (provenance_path(self.path(name)), self.path(name)):
+            path.unlink(missing_ok=True)
+
     def provenance(self, name: str) -> dict[str, Any]:
         """Return the provenance of table ``name``, empty if there is none."""
-        return _read_json(provenance_path(self.path(name)))
+        return read_json(provenance_path(self.path(name)))
 
     def stage(
         self,
@@ -222,10 +232,11 @@ class RunFolder:
             "code": source_digest(code),
         }
         if not overwrite and (rows := self._unchanged(outputs, basis)) is not None:
+            self._save_profile()
             return StageReport(name, True, rows, 0.0)
         started = time.perf_counter()
         with disk_errors(self.root):
-            self.root.mkdir(parents=True, exist_ok=True)
+            make_folder(self.root)
             self._clear_scratch()
             scratch = Path(tempfile.mkdtemp(prefix=f".partial-{os.getpid()}-", dir=self.root))
         try:
@@ -246,7 +257,7 @@ class RunFolder:
         """Remove what killed runs left behind; the folders of running ones stay."""
         for folder in self.root.glob(".partial-*"):
             owner = folder.name.split("-")[1]
-            if not (owner.isdigit() and _is_running(int(owner))):
+            if not (owner.isdigit() and is_running(int(owner))):
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _unchanged(self, outputs: Sequence[str], basis: Mapping[str, Any]) -> dict[str, int] | None:
@@ -254,8 +265,8 @@ class RunFolder:
         rows = {}
         for output in outputs:
             path = self.path(output)
-            provenance = _read_json(provenance_path(path))
-            same = all(provenance.get(key) == value for key, value in _as_json(basis).items())
+            provenance = read_json(provenance_path(path))
+            same = all(provenance.get(key) == value for key, value in as_json(basis).items())
             if not (same and path.is_file() and provenance["sha256"] == sha256(path)):
                 return None
             rows[output] = int(provenance["rows"])
@@ -266,7 +277,7 @@ class RunFolder:
     ) -> None:
         """Move a finished table to its place and write its provenance."""
         path = self.path(output)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         provenance = {
             "table": output, "stage": stage, "rows": rows, "sha256": sha256(made), "seconds": round(seconds, 3),
             **basis, "profile": self.profile.name, "profile_sha256": self.profile.digest(), "versions": versions(),
@@ -275,11 +286,39 @@ class RunFolder:
         made.replace(path)
         write_json(provenance_path(path), provenance)
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes out of this run folder; within a process it can be entered again.
+
+        Raises:
+            PersodpoError: Another process works in this folder.
+        """
+        if self.root in _HELD:
+            yield
+            return
+        make_folder(self.root)
+        with disk_errors(self.root), (self.root / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise PersodpoError(
+                    f"Another process works in {self.root}; wait for it, or give this run a folder of its own with "
+                    "--set name=another."
+                ) from error
+            _HELD.add(self.root)
+            try:
+                yield
+            finally:
+                _HELD.discard(self.root)
+
     def _save_profile(self) -> None:
+        text = self.profile.to_yaml()
+        if read_text(self.root / "profile.yaml") == text:
+            return
         write_atomically(self.root / "profile.yaml", lambda path: _write_text(path, self.profile.to_yaml()))
 
 
-def _is_running(process: int) -> bool:
+def is_running(process: int) -> bool:
     """Tell whether a process of this machine still runs."""
     try:
         os.kill(process, 0)
@@ -292,7 +331,7 @@ def _is_running(process: int) -> bool:
 
 def file_is_current(record: Path, inputs: Mapping[str, str]) -> bool:
     """Tell whether a figure's JSON names these inputs and its files are still as they were written."""
-    content = _read_json(record)
+    content = read_json(record)
     files = content.get("files", {})
     there = all(
         (record.parent / name).is_file() and sha256(record.parent / name) == digest for name, digest in files.items()
@@ -311,17 +350,25 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_atomically(path, lambda temporary: _write_text(temporary, text))
 
 
+def read_text(path: Path) -> str | None:
+    """Return a file's text, None if it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _as_json(value: Mapping[str, Any]) -> dict[str, Any]:
+def as_json(value: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``value`` as it reads back from a JSON file (tuples become lists)."""
     plain: dict[str, Any] = json.loads(json.dumps(value))
     return plain
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON object, empty if the file is missing or unreadable."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

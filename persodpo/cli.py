@@ -13,7 +13,7 @@ from persodpo.config import DEFAULT_PROFILE, Profile, load_profile, profile_name
 from persodpo.errors import PersodpoError
 
 app = typer.Typer(
-    help="Companion to PersoDPO: persona-grounded preference pairs without annotation, and DPO on them.",
+    help="Companion to PersoDPO: persona-grounded preference pairs without annotation.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

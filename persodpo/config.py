@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from persodpo.errors import PersodpoError
 
@@ -24,6 +24,13 @@ DEFAULT_PROFILE = "release"
 
 Correction = Literal["as_released", "corrected"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def _distinct(values: tuple[str, ...]) -> tuple[str, ...]:
+    twice = [value for value in values if values.count(value) > 1]
+    if twice:
+        raise ValueError(f"'{twice[0]}' stands twice; name each once")
+    return values
 
 
 class Section(BaseModel):
@@ -82,7 +89,7 @@ class Generation(Section):
     """Where responses come from."""
 
     source: Literal["published"]
-    models: Annotated[tuple[str, ...], Field(min_length=1)]
+    models: Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_distinct)]
 
 
 class MetricValues(Section):
@@ -127,7 +134,7 @@ class Scoring(Section):
 class Pairs(Section):
     """Which responses of a prompt become chosen and rejected."""
 
-    sets: Annotated[tuple[Literal["simple", "perso"], ...], Field(min_length=1)]
+    sets: Annotated[tuple[Literal["simple", "perso"], ...], Field(min_length=1), AfterValidator(_distinct)]
     low_quantile: Fraction
     high_quantile: Fraction
     serialisation: Correction

@@ -13,6 +13,20 @@ class PersodpoError(Exception):
     """Something the user can mend; its message is one sentence that says what and how."""
 
 
+def make_folder(folder: Path) -> None:
+    """Create a folder and its parents.
+
+    Raises:
+        PersodpoError: It cannot be created, for whatever reason.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PersodpoError(
+            f"Folder {folder} cannot be created ({error.strerror}); make room for it or choose another folder."
+        ) from error
+
+
 @contextmanager
 def disk_errors(target: Path) -> Iterator[None]:
     """Turn a full or read-only disk under ``target``, or an engine out of memory, into one sentence.

@@ -101,7 +101,7 @@ FIGURES: dict[str, FigureSpec] = {
     "figure_2a": FigureSpec(
         ("evaluation/results",),
         _figure_2a(
-            {BENCHMARK: "Qwen2-7B\nuntuned", UNTUNED: "Qwen2-0.5B\nuntuned", TUNED: "Qwen2-0.5B\ntuned"}, "ours"
+            {BENCHMARK: "Qwen2-7B\nuntuned", UNTUNED: "Qwen2-0.5B\nuntuned", TUNED: "Qwen2-0.5B\nlength_prior"}, "ours"
         ),
         "Figure 2a with the untuned model of the tuned one's size beside it.",
     ),
@@ -227,6 +227,8 @@ def save_figure(run: RunFolder, name: str, *, overwrite: bool = False) -> Figure
 
 
 def save_figures(run: RunFolder, *, overwrite: bool = False) -> list[FigureReport]:
-    """Write every figure, with a progress bar where someone watches."""
-    names = tqdm(FIGURES, desc="figures", leave=False, disable=not sys.stderr.isatty())
+    """Write every figure whose tables the profile makes, with a progress bar where someone watches."""
+    absent = {f"pairs/{name}" for name in ("simple", "perso")} - {f"pairs/{name}" for name in run.profile.pairs.sets}
+    wanted = [name for name, spec in FIGURES.items() if not absent & set(spec.tables)]
+    names = tqdm(wanted, desc="figures", leave=False, disable=not sys.stderr.isatty())
     return [save_figure(run, name, overwrite=overwrite) for name in names]

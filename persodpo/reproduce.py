@@ -6,6 +6,7 @@ defaults; here both are errors, found before anything runs.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,11 +17,10 @@ from typing import Any
 import papermill
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
-from traitlets.config import Config
 
-from persodpo.artifacts import PROJECT, RunFolder
+from persodpo.artifacts import PROJECT, RELEASE_VARIABLE, RunFolder
 from persodpo.config import load_profile
-from persodpo.errors import PersodpoError
+from persodpo.errors import PersodpoError, make_folder
 
 NOTEBOOKS = PROJECT / "notebooks"
 
@@ -98,7 +98,7 @@ def run_notebook(notebook: Path, copy: Path, parameters: Mapping[str, Any]) -> E
             died.
     """
     check_parameters(notebook, parameters)
-    copy.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(copy.parent)
     started = time.perf_counter()
     try:
         papermill.execute_notebook(
@@ -107,7 +107,6 @@ def run_notebook(notebook: Path, copy: Path, parameters: Mapping[str, Any]) -> E
             parameters=dict(parameters),
             kernel_name="python3",
             cwd=str(notebook.parent),
-            config=Config({"KernelManager": {"transport": "ipc"}}),  # no TCP port, so nobody else can reach the kernel
             progress_bar={"desc": notebook.name, "leave": False} if sys.stderr.isatty() else False,
         )
     except PapermillExecutionError as error:
@@ -151,6 +150,11 @@ def reproduce(
             the run; stages that were done stay done.
     """
     folder = RunFolder(load_profile(profile, overrides)).notebooks
+    # Notebooks run in their own folder, where a relative path would point elsewhere.
+    if Path(profile).is_file():
+        profile = str(Path(profile).resolve())
+    if os.environ.get(RELEASE_VARIABLE):
+        os.environ[RELEASE_VARIABLE] = str(Path(os.environ[RELEASE_VARIABLE]).resolve())
     parameters = {"profile": profile, "overrides": list(overrides), "overwrite": overwrite}
     chosen = list(notebooks) if notebooks is not None else notebook_files()
     if not chosen:

@@ -6,9 +6,10 @@ its own. What a stage does stands in the module it calls; nothing else joins two
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
 import pandas as pd
 
@@ -33,8 +34,22 @@ from persodpo.tables import write_table
 
 Reports = list[StageReport]
 Targets = Mapping[str, Path]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _DATASETS = {"blended_skill_talk": "Blended Skill Talk", "it_convai2": "IT-ConvAI2"}
+
+
+def _alone(stage: Callable[P, R]) -> Callable[P, R]:
+    """Let a stage, with the stages before it, have its run folder to itself."""
+
+    @wraps(stage)
+    def run_alone(*args: P.args, **kwargs: P.kwargs) -> R:
+        profile = args[0] if args else kwargs["profile"]
+        with RunFolder(cast(Profile, profile)).locked():
+            return stage(*args, **kwargs)
+
+    return run_alone
 
 
 def published_files(run: RunFolder) -> dict[str, Path]:
@@ -43,6 +58,7 @@ def published_files(run: RunFolder) -> dict[str, Path]:
     return release_files(run.release)
 
 
+@_alone
 def run_dialogues(profile: Profile, overwrite: bool = False) -> Reports:
     """Make the dialogues table."""
     run, settings = RunFolder(profile), profile.dialogues
@@ -90,6 +106,7 @@ def _dialogue_files(run: RunFolder) -> dict[str, Path]:
     return {name: files[name]}
 
 
+@_alone
 def run_generate(profile: Profile, overwrite: bool = False) -> Reports:
     """Make the responses tables: train responses to rank, and held-out ones."""
     chosen = _ranked_sets(profile)
@@ -134,6 +151,7 @@ def _set_files(files: dict[str, Path], sets: tuple[published.PublishedSet, ...])
     return {name: files[name] for which in sets for name in (which.raw, which.metrics) if name}
 
 
+@_alone
 def run_score(profile: Profile, overwrite: bool = False) -> Reports:
     """Make the scores tables and the thresholds."""
     reports = run_generate(profile)
@@ -179,6 +197,7 @@ def run_score(profile: Profile, overwrite: bool = False) -> Reports:
     return [*reports, report]
 
 
+@_alone
 def run_pairs(profile: Profile, overwrite: bool = False) -> Reports:
     """Make the pair sets and their gate report."""
     reports = run_score(profile)
@@ -208,6 +227,8 @@ def run_pairs(profile: Profile, overwrite: bool = False) -> Reports:
             write_table(targets[name], name, pairs)
             gate.append(persodpo.gate.inspect_pairs(pairs, dialogues, profile.seed).assign(pair_set=pair_set))
         write_table(targets["pairs/gate"], "pairs/gate", pd.concat(gate, ignore_index=True))
+        for left in {"pairs/simple", "pairs/perso"} - set(names):
+            run.forget(left)
 
     report = run.stage(
         "pairs",
@@ -232,6 +253,7 @@ def limits(run: RunFolder) -> tuple[float, float]:
     return float(value["low"]), float(value["high"])
 
 
+@_alone
 def run_evaluate(profile: Profile, overwrite: bool = False) -> Reports:
     """Make the results table of the held-out responses."""
     reports = run_score(profile)
@@ -267,6 +289,7 @@ def as_released(profile: Profile) -> Profile:
     return profile if same else twin.model_copy(update={"name": f"{profile.name}-as-released"})
 
 
+@_alone
 def run_audit(profile: Profile, overwrite: bool = False) -> Reports:
     """Make the parity table, the findings and the effect of every correction, on the tables as released."""
     profile = as_released(profile)
@@ -295,6 +318,7 @@ def run_audit(profile: Profile, overwrite: bool = False) -> Reports:
     return [*reports, report]
 
 
+@_alone
 def run_figures(profile: Profile, overwrite: bool = False) -> list[StageReport | FigureReport]:
     """Draw the figures."""
     reports: list[StageReport | FigureReport] = [*run_pairs(profile), *run_evaluate(profile)[-1:]]

@@ -232,3 +232,36 @@ def test_two_stages_at_once_do_not_mix(profile, tmp_path):
     assert [child.wait(timeout=120) for child in children] == [0, 0]
     assert_frame_equal(run.read("thresholds"), THRESHOLDS, check_dtype=False)
     assert json.loads(provenance_path(run.path("thresholds")).read_text())["rows"] == 2
+
+
+def test_a_second_process_in_a_run_folder_says_so_and_stops(profile, tmp_path):
+    run = RunFolder(profile)
+    script = textwrap.dedent(f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from pathlib import Path
+        from conftest import profile_in
+        from persodpo.artifacts import RunFolder
+        from persodpo.errors import PersodpoError
+        try:
+            with RunFolder(profile_in(Path({str(tmp_path)!r}))).locked():
+                print("worked")
+        except PersodpoError as error:
+            print(error)
+    """)
+
+    def other() -> str:
+        return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+
+    with run.locked(), run.locked():
+        assert "Another process works in" in other()
+        assert "--set name=another" in other()
+    assert other() == "worked\n"
+
+
+def test_a_folder_that_cannot_be_is_one_sentence(profile):
+    run = RunFolder(profile)
+    run.root.parent.parent.mkdir(parents=True, exist_ok=True)
+    run.root.parent.write_text("a file where the folder should be")
+    with pytest.raises(PersodpoError, match=r"cannot be created .* choose another folder"), run.locked():
+        pass

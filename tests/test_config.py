@@ -44,6 +44,8 @@ def test_every_key_of_a_profile_is_commented(name):
         ("dialogues.train_size=many", ["dialogues.train_size", "integer", "'many'"]),
         ("dialogues.source=focus_json", ["dialogues", "train_file or valid_file"]),
         ("generation.models=[]", ["generation.models", "at least 1"]),
+        ("generation.models=[a, a]", ["generation.models", "'a' stands twice"]),
+        ("pairs.sets=[perso, perso]", ["pairs.sets", "'perso' stands twice"]),
         ("name=../x", ["name", "pattern"]),
         ("pairs.low_quantile", ["section.key=value"]),
         ("pairs.sets=[", ["not valid YAML"]),

@@ -107,13 +107,14 @@ def test_every_cell_of_the_results_table_is_in_the_parity_table(parity):
 def test_findings_hold(release_run):
     findings = release_run.read("audit/findings").set_index("id")
     assert list(findings.index) == [f"A{n}" for n in range(1, 25)]
-    others = {"A2": "partly", "A9": "not checkable", "A10": "partly"}
+    others = {"A2": "partly", "A10": "partly"}
     assert findings["verdict"].to_dict() == {i: others.get(i, "confirmed") for i in findings.index}
     evidence = findings["evidence"]
     for number, words in {
         "A1": "1,490 rows hold the scores of 193 responses", "A3": "1.000; 0 of 10,347", "A4": "72% of the 4,139",
         "A5": "2,979 of 3,137", "A7": "0.803 in its raw file, 0.397 in its metric file, 0.29 and 0.221",
-        "A11": "17 responses", "A12": "1 context and 8 persona sets", "A13": "9,024", "A18": "1,300 of 7,363",
+        "A11": "17 responses", "A12": "1 context and 8 persona sets", "A13": "9,024", "A9": "3 completions hold the literal",
+        "A18": "1,300 of 7,363",
         "A20": "Qwen2-0.5B-Instruct 136", "A22": "7,428 responses by model are 7,424 texts",
     }.items():  # fmt: skip
         assert words in evidence[number], number
@@ -155,6 +156,15 @@ def test_corrected_pairs_keep_completions_as_generated(release_run, tmp_path):
     completions = set(release_run.read("responses")["completion"])
     assert set(made["chosen"]) | set(made["rejected"]) <= completions
     assert len(made) == 9_184
+    assert not RunFolder(corrected).path("pairs/simple").exists()
+
+
+def test_a_pair_set_that_is_no_longer_made_is_removed(release_run, tmp_path):
+    both = with_overrides(release_run.profile, [f"paths.runs={tmp_path}"])
+    run_pairs(both)
+    run_pairs(with_overrides(both, ["pairs.sets=[simple]"]))
+    assert RunFolder(both).path("pairs/simple").exists()
+    assert not RunFolder(both).path("pairs/perso").exists()
 
 
 def test_an_unchanged_audit_is_skipped(release_run):

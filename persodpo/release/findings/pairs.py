@@ -14,9 +14,12 @@ def check_failures_rejected(material: Material) -> Evidence:
     low = scored["quality"] <= material.low
     pairs = material.tables["pairs/perso"]
     valid = {side: pairs[side].map(is_one_object).mean() for side in ("chosen", "rejected")}
+    imputed = scored.set_index(["dialogue_id", "model"])["imputed"]
+    share = imputed.reindex(list(zip(pairs["dialogue_id"], pairs["rejected_model"], strict=True))).mean()
     text = (
         f"{int((failed & low).sum()):,} of {int(failed.sum()):,} failed responses are at or below the low threshold, "
-        f"{(failed & low).sum() / low.sum():.0%} of the {int(low.sum()):,} there. Of the {len(pairs):,} pairs, "
+        f"{(failed & low).sum() / low.sum():.0%} of the {int(low.sum()):,} there, and the rejected side of {share:.0%} of "
+        f"the perso pairs. Of the {len(pairs):,} pairs, "
         f"{valid['chosen']:.0%} of chosen and {valid['rejected']:.0%} of rejected sides are one valid JSON object."
     )
     return evidence(bool((low | ~failed).all() and min(valid.values()) == 1.0), text)
@@ -75,7 +78,7 @@ FINDINGS = [
     Finding(
         "A4",
         "All failed responses land below the low threshold and are written again as valid JSON.",
-        'The pairs teach "complete beats cut off", never "valid JSON beats broken JSON".',
+        'Perso pairs teach "complete beats cut off", never "valid JSON beats broken JSON".',
         check_failures_rejected,
         setting="pairs.serialisation=corrected",
     ),

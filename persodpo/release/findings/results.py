@@ -16,6 +16,8 @@ from persodpo.release import published
 from persodpo.release.findings.base import CONFIRMED, PARTLY, REFUTED, Evidence, Finding, Material, evidence
 from persodpo.release.parity import FIGURE_2A, RESULT_ROWS, STEP_PAIRS, parity_table, set_statistics
 
+#: Reward accuracy from which there is next to nothing left to learn.
+SATURATED = 0.98
 #: Precision with which the plotted curves were read, by column (see `published.training_curves`).
 CURVE_PRECISION = {"loss": 2e-5, "grad_norm": 5e-3, "reward_margin": 1e-4}
 
@@ -77,9 +79,10 @@ def check_perso_run(material: Material) -> Evidence:
         str(table[row]).split(" ")[0] for row in ("Qwen2-5B-Instruct-perso", "Qwen2-5B-Instruct-perso check-2304")
     ]
     loops = (outcomes == "loop").mean()
+    bar = material.sets[FIGURE_2A["PersoDPO (Qwen2-0.5B, length_prior run)"]][1]["parsed"].isna().mean()
     text = (
         f"The run named perso fails {failed:.3f} in its raw file, {metrics:.3f} in its metric file, {printed[0]} and "
-        f"{printed[1]} in the results table; {loops:.1%} of its raw completions are loops. Figure 2a's bar fails 0.148."
+        f"{printed[1]} in the results table; {loops:.1%} of its raw completions are loops. Figure 2a's bar fails {bar:.3f}."
     )
     return evidence(bool(failed > metrics > float(printed[0])), text)
 
@@ -130,19 +133,19 @@ def check_baseline_split(material: Material) -> Evidence:
 
 
 def check_saturation(material: Material) -> Evidence:
-    """A15: training saturates while margins grow."""
+    """A15: the margin grows on after accuracy is all but 1."""
     curves = published.training_curves()
     run = curves[curves["run"] == "Qwen2-5B-Instruct-FoCus-perso-DPO"].set_index("step")
-    epoch = published.counts()["training"]["perso"]["optimizer_steps"] // 3
-    second = run[(run.index > epoch) & (run.index <= 2 * epoch)]
-    third = run[run.index > 2 * epoch]
+    third = run[run.index > 2 * published.counts()["training"]["perso"]["optimizer_steps"] // 3]
+    sated = run[run["reward_accuracy"] > SATURATED]
+    first, last = sated.iloc[0], run.iloc[-1]
     text = (
-        f"Figure 2b's run: accuracy {second['reward_accuracy'].max():.4f} and loss down to {second['loss'].min():.4f} in "
-        f"epoch 2, {third['reward_accuracy'].max():.4f} and {third['loss'].min():.5f} in epoch 3; mean reward margin "
-        f"{second['reward_margin'].mean():.1f}, then {third['reward_margin'].mean():.1f}."
+        f"Figure 2b's run: accuracy passes {SATURATED} at step {sated.index[0]} of {run.index[-1]:,}, with a reward margin "
+        f"of {first['reward_margin']:.1f}; by the end the margin is {last['reward_margin']:.1f}. In epoch 3 accuracy is "
+        f"{third['reward_accuracy'].max():.4f}, the loss {third['loss'].min():.5f} and the margin flat "
+        f"({third['reward_margin'].min():.1f} to {third['reward_margin'].max():.1f})."
     )
-    holds = second["reward_accuracy"].max() > 0.99 and third["reward_margin"].mean() > second["reward_margin"].mean()
-    return evidence(bool(holds), text)
+    return evidence(bool(last["reward_margin"] > 1.5 * first["reward_margin"] and sated.index[0] < 300), text)
 
 
 def check_raw_copy(material: Material) -> Evidence:
@@ -233,8 +236,8 @@ FINDINGS = [
     ),
     Finding(
         "A15",
-        "Training saturates: accuracy reaches 1 and the loss 1e-4 while margins keep growing.",
-        "The third epoch moves the policy away from the reference without anything left to learn.",
+        "Training saturates: nearly every pair is won within a third of the first epoch, and the margin doubles after that.",
+        "Most of the training moves the policy away from the reference with next to nothing left to learn.",
         check_saturation,
         mend="fewer epochs, chosen by a held-out set",
     ),

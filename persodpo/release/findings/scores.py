@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from persodpo.completions import is_echo, read_completion
+from persodpo.completions import is_echo, is_one_object, read_completion
 from persodpo.prompts import FIELDS
 from persodpo.release.findings.base import (
     CONFIRMED,
-    NOT_CHECKABLE,
     PARTLY,
     REFUTED,
     Evidence,
@@ -87,16 +86,17 @@ def check_truncation(material: Material) -> Evidence:
 
 
 def check_placeholder(material: Material) -> Evidence:
-    """A9: what API models were told stands in a notebook, not in the data files."""
-    api = material.pool[material.pool["model"].str.startswith("gpt")]
-    words = api["response"].dropna().map(count_words)
-    rest = material.pool.loc[~material.pool["model"].str.startswith("gpt"), "response"].dropna().map(count_words)
+    """A9: completions of API models repeat the unfilled field of the prompt they were sent."""
+    pool = material.pool
+    told = pool[pool["completion"].str.contains("{max_word_count}", regex=False)]
+    models = ", ".join(f"{model} {count}" for model, count in told["model"].value_counts().items())
+    api = bool(len(told)) and bool(told["model"].str.startswith("gpt").all())
     text = (
-        "The API prompt stands in a notebook, which is no data file. The data agree with it in one respect only: API "
-        f"answers have a median of {words.median():.0f} words, open models' {rest.median():.0f}. Here no prompt can leave "
-        f"with an unfilled field: a template must hold exactly {', '.join(sorted(FIELDS))}."
+        f"{len(told)} completions hold the literal {{max_word_count}} ({models}), which their prompt must have held; no "
+        f"open model's does. Here no prompt can leave with an unfilled field: a template must hold exactly "
+        f"{', '.join(sorted(FIELDS))}."
     )
-    return Evidence(NOT_CHECKABLE, text)
+    return evidence(api, text)
 
 
 def check_joined_personas(material: Material) -> Evidence:
@@ -126,15 +126,17 @@ def check_echo(material: Material) -> Evidence:
 
 
 def check_lenient_parse(material: Material) -> Evidence:
-    """A18: many accepted completions are not one JSON object."""
+    """A18: many accepted completions do not end with their object."""
     parsed = material.pool[material.pool["outcome"] == "ok"]
     strict = parsed["completion"].map(lambda text: read_completion(text, "strict").outcome)
     rejected = parsed[strict != "ok"]
     by_model = ", ".join(f"{model} {count}" for model, count in rejected["model"].value_counts().head(3).items())
     classes = ", ".join(f"{name} {count:,}" for name, count in strict[strict != "ok"].value_counts().items())
+    whole = int((~parsed["completion"].map(lambda text: is_one_object(text) and text.lstrip().startswith("{"))).sum())
     text = (
-        f"{len(rejected):,} of {len(parsed):,} parsed completions are not one JSON object with nothing after it "
-        f"({classes}; {by_model}). They count as successes and can be chosen."
+        f"{len(rejected):,} of {len(parsed):,} parsed completions go on after their object, loop or only repeat the "
+        f"template ({classes}; {by_model}); with text before the object counted too, {whole:,} are not one JSON object "
+        "and nothing else. They count as successes and can be chosen."
     )
     return evidence(len(rejected) > 0.1 * len(parsed), text)
 
@@ -217,7 +219,7 @@ FINDINGS = [
     ),
     Finding(
         "A18",
-        "One in six completions counted as parsed is not the one JSON object that was asked for.",
+        "One in six completions counted as parsed goes on after its JSON object; three in ten are not that object alone.",
         "What follows the object (a second answer, an explanation, a loop) is rewarded as compliance.",
         check_lenient_parse,
         setting="completions.reading=strict",
