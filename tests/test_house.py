@@ -40,6 +40,7 @@ LAYERS = [
         "release",
         "plots",
         "show",
+        "training",
     ],
     ["figures"],
     ["stages"],
@@ -244,6 +245,6 @@ def test_project_files_speak_of_the_project_alone():
 def test_nothing_unpickles_or_trusts_remote_code():
     for module in MODULES:
         text = (PROJECT / module).read_text()
-        assert not re.search(r"pickle|trust_remote_code\s*=\s*True|yaml\.load\(|shell=True|\beval\(|\bexec\(", text), (
-            module
-        )
+        assert not re.search(
+            r"pickle|trust_remote_code\s*=\s*True|yaml\.load\(|shell=True|(?<!\.)\beval\(|\bexec\(", text
+        ), module

@@ -1,0 +1,1 @@
+"""Grouped, prefix-shared, score-weighted DPO."""

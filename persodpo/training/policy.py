@@ -1,0 +1,297 @@
+"""Training texts in, the small policy of machines without a GPU out: a language model and its tokenizer, made in a minute.
+
+The model has the architecture of Qwen2, so that all that trains it also trains the real ones. It learns from the texts
+alone, nothing is fetched: first a byte-level BPE, then a short causal-LM warm-up on the completions given their prompts.
+Equal prompts are processed once, by the packed forward pass of the trainer. The folder is renamed into place when it is
+complete, with a record of what it was made from; the same texts, settings and code reuse it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field, model_validator
+from safetensors import SafetensorError
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from persodpo.artifacts import as_json, is_running, read_json, sha256, source_digest, versions, write_json
+from persodpo.config import Section
+from persodpo.errors import PersodpoError, disk_errors
+from persodpo.training import forward, packing
+from persodpo.training.forward import response_log_probs
+from persodpo.training.packing import Group, micro_batches, pack
+
+RECORD = "policy.json"
+WEIGHTS = "model.safetensors"
+END, PAD = "<|endoftext|>", "<|pad|>"
+MINIMUM_EXAMPLES = 8
+#: Share of the steps over which the learning rate rises, and over which the last loss is averaged.
+RAMP = 0.1
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class SmallPolicy(Section):
+    """Size and warm-up of the small policy."""
+
+    vocabulary: Annotated[int, Field(ge=300)] = 4096
+    hidden_size: Count = 128
+    layers: Count = 2
+    heads: Count = 2
+    key_value_heads: Count = 1
+    intermediate_size: Count = 384
+    max_length: Annotated[int, Field(ge=2)] = 1024
+    steps: Count = 1000
+    batch_tokens: Count = 1024
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-3
+    seed: Annotated[int, Field(ge=0)] = 44
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> SmallPolicy:
+        if self.hidden_size % (2 * self.heads) or self.heads % self.key_value_heads:
+            raise ValueError("hidden_size must be an even multiple of heads, and heads a multiple of key_value_heads")
+        return self
+
+
+def make_small_policy(
+    examples: Sequence[tuple[str, str]], settings: SmallPolicy, folder: Path, *, progress: bool = True
+) -> Path:
+    """Make the small policy from training texts, unless ``folder`` holds it already.
+
+    The same examples, settings and threads on the same machine give the same weights to the byte.
+
+    Args:
+        examples: Prompts and completions; the same prompt may come with several completions.
+        settings: Size and warm-up.
+        folder: Where to put model, tokenizer and record. A small policy made from something else is replaced.
+        progress: Show a progress bar.
+
+    Returns:
+        ``folder``, for `load_policy`.
+
+    Raises:
+        PersodpoError: There are too few examples, one is empty, none fits the length limit, ``folder`` holds something
+            else, or the disk fails.
+    """
+    _check(examples)
+    basis = {
+        "settings": settings.model_dump(mode="json"),
+        "texts": hashlib.sha256(json.dumps(list(examples)).encode()).hexdigest(),
+        "code": source_digest([sys.modules[__name__], forward, packing]),
+    }
+    if _is_current(folder, basis):
+        return folder
+    if folder.exists() and not (folder.is_dir() and ((folder / RECORD).is_file() or not any(folder.iterdir()))):
+        raise PersodpoError(f"{folder} holds something other than a small policy; name another folder or remove it.")
+    scratch = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    with disk_errors(folder):
+        _clear_scratch(folder)
+        scratch.mkdir(parents=True)
+        try:
+            found = _make(examples, settings, scratch, progress=progress)
+            files = {path.name: sha256(path) for path in sorted(scratch.iterdir())}
+            write_json(scratch / RECORD, {**basis, **found, "files": files, "versions": versions()})
+            _publish(scratch, folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def load_policy(
+    name: str | Path, *, attention: str = "sdpa", dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer.
+
+    Only weights in safetensors are read, and no code that comes with a model is run.
+
+    Args:
+        name: A local folder or a name on the Hugging Face Hub.
+        attention: Implementation of attention; see `persodpo.training.forward.MASKED_ATTENTION`.
+        dtype: Type of the weights.
+
+    Returns:
+        The model, in evaluation mode on the CPU, and the tokenizer.
+
+    Raises:
+        PersodpoError: There is no such model, it cannot be fetched, or it is damaged.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            str(name), attn_implementation=attention, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise PersodpoError(
+            f"Model '{name}' cannot be loaded ({type(error).__name__}); name a folder that holds a causal language model "
+            "with its tokenizer in safetensors, or a model on the Hugging Face Hub while the network is up."
+        ) from error
+    return model, tokenizer
+
+
+def _check(examples: Sequence[tuple[str, str]]) -> None:
+    if len(examples) < MINIMUM_EXAMPLES:
+        raise PersodpoError(
+            f"The small policy needs at least {MINIMUM_EXAMPLES} examples to learn from, not {len(examples)}."
+        )
+    for number, (prompt, completion) in enumerate(examples):
+        for side, text in (("prompt", prompt), ("completion", completion)):
+            if not text.strip():
+                raise PersodpoError(f"Example {number} has an empty {side}; leave it out.")
+
+
+def _is_current(folder: Path, basis: dict[str, Any]) -> bool:
+    """Tell whether ``folder`` was made from ``basis`` and is still as it was written."""
+    record = read_json(folder / RECORD)
+    files: dict[str, str] = record.get("files", {})
+    same = WEIGHTS in files and all(record.get(key) == value for key, value in as_json(basis).items())
+    return same and all((folder / n).is_file() and sha256(folder / n) == digest for n, digest in files.items())
+
+
+def _clear_scratch(folder: Path) -> None:
+    """Remove what killed processes left beside ``folder``; that of running ones stays."""
+    for left in folder.parent.glob(f".{folder.name}.*-*"):
+        owner = left.name.rpartition("-")[2]
+        if owner.isdigit() and (int(owner) == os.getpid() or not is_running(int(owner))):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _publish(scratch: Path, folder: Path) -> None:
+    """Rename ``scratch`` to ``folder``, after moving aside what it replaces."""
+    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+    if folder.exists():
+        folder.rename(old)
+    scratch.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _make(
+    examples: Sequence[tuple[str, str]], settings: SmallPolicy, folder: Path, *, progress: bool
+) -> dict[str, Any]:
+    """Train tokenizer and model into ``folder`` and return what there is to say about it."""
+    started = time.perf_counter()
+    tokenizer = _train_tokenizer(examples, settings)
+    groups, lengths = _encode(examples, tokenizer, settings.max_length)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        model = _new_model(tokenizer, settings)
+    losses = _train(model, groups, settings, progress=progress)
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    last = losses[-max(1, round(RAMP * len(losses))) :]
+    return {
+        "examples": len(examples), "prompts": len(groups), **lengths,
+        "vocabulary": len(tokenizer), "parameters": model.num_parameters(), "loss_start": losses[0],
+        "loss_end": sum(last) / len(last), "seconds": round(time.perf_counter() - started, 3),
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip
+
+
+def _train_tokenizer(examples: Sequence[tuple[str, str]], settings: SmallPolicy) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE on each distinct text once."""
+    tokenizer = Tokenizer(models.BPE())
+    # An opening brace is a token of its own: a completion starts with one, and must not merge with its prompt's end
+    # when trainers tokenise the two together.
+    split = pre_tokenizers.Split("{", "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=settings.vocabulary, special_tokens=[END, PAD], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(dict.fromkeys(text for example in examples for text in example), trainer)
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, clean_up_tokenization_spaces=False
+    )
+
+
+def _encode(
+    examples: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, max_length: int
+) -> tuple[list[Group], dict[str, int]]:
+    """Group examples by prompt and tokenise them.
+
+    Returns:
+        The groups; how many examples were cut (the completion lost its end) and left out (the prompt alone is too long).
+
+    Raises:
+        PersodpoError: No prompt leaves room for a completion.
+    """
+    by_prompt: dict[str, dict[str, None]] = {}
+    for prompt, completion in examples:
+        by_prompt.setdefault(prompt, {})[completion] = None
+    groups, cut, left_out = [], 0, 0
+    for prompt, completions in by_prompt.items():
+        prompt_ids = tokenizer(prompt)["input_ids"]
+        room = max_length - len(prompt_ids)
+        if room <= 0:
+            left_out += len(completions)
+            continue
+        ids = tokenizer([text + END for text in completions])["input_ids"]
+        cut += sum(len(response) > room for response in ids)
+        groups.append(Group(prompt_ids, [response[:room] for response in ids]))
+    if not groups:
+        raise PersodpoError(f"Every prompt fills the length limit of {max_length} tokens; raise max_length.")
+    return groups, {"cut": cut, "left_out": left_out}
+
+
+def _new_model(tokenizer: PreTrainedTokenizerFast, settings: SmallPolicy) -> Qwen2ForCausalLM:
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=settings.hidden_size, intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.layers, num_attention_heads=settings.heads,
+        num_key_value_heads=settings.key_value_heads, max_position_embeddings=settings.max_length,
+        tie_word_embeddings=True, dtype=torch.float32, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return Qwen2ForCausalLM(config)
+
+
+def _batches(groups: Sequence[Group], settings: SmallPolicy) -> Iterator[list[Group]]:
+    """Yield batches of rows of like length, in a new order every pass, without end."""
+    shuffler = random.Random(settings.seed)  # noqa: S311 - repeatable, not secret
+    batches = list(micro_batches(groups, settings.batch_tokens))
+    while True:
+        shuffler.shuffle(batches)
+        for places in batches:
+            yield [groups[place] for place in places]
+
+
+def _train(model: Qwen2ForCausalLM, groups: Sequence[Group], settings: SmallPolicy, *, progress: bool) -> list[float]:
+    """Run the warm-up; return the loss of each step, in nats a completion token."""
+    optimiser = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    ramp = max(1, round(RAMP * settings.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda step: min((step + 1) / ramp, (settings.steps - step) / max(1, settings.steps - ramp))
+    )
+    model.train()
+    losses: list[float] = []
+    batches = _batches(groups, settings)
+    for _ in tqdm(range(settings.steps), desc="small policy, warm-up", disable=not progress, leave=False):
+        rows = pack(next(batches))
+        loss = -response_log_probs(model, rows).sum() / rows.lengths.sum()
+        optimiser.zero_grad()
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        losses.append(loss.item())
+    model.train(False)
+    return losses

@@ -1,0 +1,80 @@
+"""Reference log-probabilities, once a response: computed by the policy's own forward pass, and cached on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from itertools import chain
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from persodpo.artifacts import write_atomically
+from persodpo.training.packing import Group, PackedRows, micro_batches, pack
+
+Forward = Callable[[PackedRows], Tensor]
+
+
+def reference_key(groups: Sequence[Group], **settings: object) -> str:
+    """Return the cache key: everything that a reference log-probability depends on.
+
+    Args:
+        groups: Token ids of prompts and responses (so of the template and the length limit too).
+        **settings: The rest, by name: the model's hash, dtype, attention, max_length.
+
+    Returns:
+        A hex sha256.
+    """
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for group in groups:
+        digest.update(json.dumps([group.prompt, group.responses]).encode())
+    return digest.hexdigest()
+
+
+def reference_log_probs(
+    forward: Forward, groups: Sequence[Group], *, token_budget: int, pad_token_id: int, share: tuple[int, int] = (0, 1)
+) -> dict[int, list[float]]:
+    """Compute the log-probability of each response.
+
+    Args:
+        forward: Packed rows to log-probabilities, [responses].
+        groups: What to compute it for.
+        token_budget: Most positions of a micro-batch.
+        pad_token_id: Fills rows.
+        share: This process's number and how many there are; each takes its share of the micro-batches.
+
+    Returns:
+        Group number -> one value a response, for this process's share.
+    """
+    number, count = share
+    found: dict[int, list[float]] = {}
+    batches = list(micro_batches(groups, token_budget))[number::count]
+    for places in tqdm(batches, desc="reference log-probs", leave=False, disable=number > 0):
+        with torch.no_grad():
+            values = iter(forward(pack([groups[place] for place in places], pad_token_id)).float().tolist())
+        found |= {place: [next(values) for _ in groups[place].responses] for place in places}
+    return found
+
+
+def load_reference(path: Path, groups: Sequence[Group]) -> list[list[float]] | None:
+    """Read cached values; None if there are none, or the file is damaged."""
+    try:
+        values = load_file(path)["log_probs"].tolist()
+    except (OSError, SafetensorError, KeyError):
+        return None
+    if len(values) != sum(len(group.responses) for group in groups):
+        return None
+    rest = iter(values)
+    return [[next(rest) for _ in group.responses] for group in groups]
+
+
+def save_reference(path: Path, values: Sequence[Sequence[float]], **settings: object) -> None:
+    """Write values with the settings that name them, atomically."""
+    tensor = torch.tensor(list(chain.from_iterable(values)), dtype=torch.float32)
+    described = {name: str(value) for name, value in settings.items()}
+    write_atomically(path, lambda temporary: save_file({"log_probs": tensor}, temporary, metadata=described))

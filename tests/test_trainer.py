@@ -1,0 +1,347 @@
+"""The trainer against stock TRL, step by step, and everything its user expects to go on working."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tiny import TINY, tiny_model, tiny_pairs, tiny_tokenizer
+from trl import DPOConfig, DPOTrainer
+
+from persodpo.errors import PersodpoError
+from persodpo.training.trainer import GroupedDPOConfig, GroupedDPOTrainer
+
+PAIRS_A_PROMPT = 6
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny matrices are faster on one thread, and sums come in one order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def grouped(folder, dataset=None, *, model=None, **changes) -> GroupedDPOTrainer:
+    extra = {name: changes.pop(name) for name in ("peft_config", "eval_dataset", "ref_model") if name in changes}
+    settings = TINY | {"per_device_train_batch_size": 4, "max_steps": 20, "token_budget": 150} | changes
+    return GroupedDPOTrainer(
+        model=model or tiny_model(), args=GroupedDPOConfig(str(folder), **settings),
+        train_dataset=dataset if dataset is not None else tiny_pairs(), processing_class=tiny_tokenizer(), **extra,
+    )  # fmt: skip
+
+
+def stock(folder, dataset=None, **changes) -> DPOTrainer:
+    extra = {name: changes.pop(name) for name in ("peft_config", "eval_dataset") if name in changes}
+    settings = TINY | {"per_device_train_batch_size": 4 * PAIRS_A_PROMPT, "max_steps": 20} | changes
+    return DPOTrainer(
+        model=tiny_model(), ref_model=None if "peft_config" in extra else tiny_model(),
+        args=DPOConfig(str(folder), **settings), train_dataset=dataset if dataset is not None else tiny_pairs(),
+        processing_class=tiny_tokenizer(), **extra,
+    )  # fmt: skip
+
+
+def logs(trainer, key: str = "loss") -> list[float]:
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def furthest(one, other) -> float:
+    """Return the largest difference of a weight."""
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return max(float((a - b).abs().max()) for a, b in pairs)
+
+
+def drift(one, other) -> float:
+    """Return how far apart two models ended, relative to how far they went from where both began.
+
+    Single weights are no measure under Adam: where a gradient is zero but for rounding, as that of a key's bias, Adam
+    takes steps of the learning rate in the direction of the rounding.
+    """
+    start, mine, theirs = (
+        torch.cat([weight.flatten() for weight in model.state_dict().values()]) for model in (tiny_model(), one, other)
+    )
+    return float((mine - theirs).norm() / (theirs - start).norm())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"loss_type": ["hinge"], "beta": 0.5},
+        {"loss_type": ["sigmoid", "apo_zero"], "loss_weights": [1.0, 0.3]},
+        {"loss_type": ["ipo"]},
+        {"gradient_checkpointing": True},
+        {"max_length": 11},
+        {"max_grad_norm": 0.0, "optim": "sgd", "learning_rate": 0.05},
+    ],
+    ids=str,
+)
+def test_same_losses_gradients_and_weights_as_stock_trl(tmp_path, changes):
+    """Twenty steps on the same step partition, fp32."""
+    ours, theirs = grouped(tmp_path / "a", **changes), stock(tmp_path / "b", **changes)
+    ours.train()
+    theirs.train()
+    assert logs(ours) == pytest.approx(logs(theirs), abs=1e-4)
+    assert logs(ours, "grad_norm") == pytest.approx(logs(theirs, "grad_norm"), rel=1e-4)
+    for key in ("rewards/margins", "rewards/chosen", "logps/rejected", "rewards/accuracies"):
+        # At the first step both sides are at the reference: which is ahead is rounding.
+        assert logs(ours, key)[1:] == pytest.approx(logs(theirs, key)[1:], abs=2e-3), key
+    assert drift(ours.model, theirs.model) < (1e-5 if changes.get("optim") == "sgd" else 2e-3)
+    assert sum(ours.skipped["train"].__dict__.values()) == 0 or "max_length" in changes
+
+
+def test_accumulation_counts_pairs_not_micro_batches(tmp_path):
+    """Prompts with one pair and with twelve in one optimiser step: still one mean over its pairs."""
+    uneven = Dataset.from_list([row for k in range(8) for row in tiny_pairs(1, 1 + k % 3, 1 + k % 4, seed=k)])
+    step_pairs = sum((1 + k % 3) * (1 + k % 4) for k in range(8))
+    ours = grouped(tmp_path / "a", uneven, per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=3)
+    theirs = stock(tmp_path / "b", uneven, per_device_train_batch_size=step_pairs, max_steps=3)
+    ours.train()
+    theirs.train()
+    assert logs(ours) == pytest.approx(logs(theirs), abs=1e-5)
+    assert furthest(ours.model, theirs.model) < 1e-5
+
+
+def test_an_uneven_last_step_is_a_mean_over_its_own_pairs(tmp_path):
+    dataset = tiny_pairs(5)
+    ours = grouped(tmp_path / "a", dataset, max_steps=4)
+    theirs = stock(tmp_path / "b", dataset, max_steps=4)
+    ours.train()
+    theirs.train()
+    assert logs(ours) == pytest.approx(logs(theirs), abs=1e-5)
+
+
+def test_pairs_that_are_no_cross_product_train_as_stock(tmp_path):
+    dataset = tiny_pairs(24, 1, 1)
+    ours = grouped(tmp_path / "a", dataset, max_steps=5)
+    theirs = stock(tmp_path / "b", dataset, per_device_train_batch_size=4, max_steps=5)
+    ours.train()
+    theirs.train()
+    assert logs(ours) == pytest.approx(logs(theirs), abs=1e-5)
+    assert furthest(ours.model, theirs.model) < 1e-5
+
+
+def test_lora_has_its_base_model_as_reference(tmp_path):
+    lora = {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), "max_steps": 6}
+    ours, theirs = grouped(tmp_path / "a", **lora), stock(tmp_path / "b", **lora)
+    ours.train()
+    theirs.train()
+    assert logs(ours) == pytest.approx(logs(theirs), abs=1e-4)
+    assert logs(ours)[0] == pytest.approx(math.log(2), abs=1e-6)
+    trained = [name for name, parameter in ours.model.named_parameters() if parameter.requires_grad]
+    assert trained
+    assert all("lora" in name for name in trained)
+
+
+def test_a_given_reference_model_is_used(tmp_path):
+    other = grouped(tmp_path / "a", ref_model=tiny_model(seed=5), max_steps=1)
+    other.train()
+    assert logs(other)[0] != pytest.approx(math.log(2), abs=1e-3)
+
+
+@pytest.mark.parametrize(("weighting", "first"), [("none", 1.0), ("sigmoid", None)])
+def test_the_first_loss_is_the_weight_times_log_two(tmp_path, weighting, first):
+    dataset = tiny_pairs()
+    trainer = grouped(tmp_path, dataset, weighting=weighting, max_steps=1)
+    trainer.train()
+    rows = dataset[: 4 * PAIRS_A_PROMPT]
+    margins = [c - r for c, r in zip(rows["score_chosen"], rows["score_rejected"], strict=True)]
+    weight = first or sum(1 / (1 + math.exp(-margin)) for margin in margins) / len(margins)
+    assert logs(trainer)[0] == pytest.approx(weight * math.log(2), abs=1e-6)
+    assert logs(trainer, "weights")[0] == pytest.approx(weight, abs=1e-6)
+
+
+def scored(dataset: Dataset, chosen: list[float], rejected: list[float]) -> Dataset:
+    return (
+        dataset.remove_columns(["score_chosen", "score_rejected"])
+        .add_column("score_chosen", chosen)
+        .add_column("score_rejected", rejected)
+    )
+
+
+def test_canaries_of_the_weights(tmp_path):
+    """Equal scores are plain DPO at half weight; weight 0 gives no gradient; permuted scores another loss."""
+    dataset, count = tiny_pairs(), len(tiny_pairs())
+    plain = grouped(tmp_path / "a", dataset, max_steps=3)
+    equal = grouped(tmp_path / "b", scored(dataset, [0.5] * count, [0.5] * count), weighting="sigmoid", max_steps=3,
+                    max_grad_norm=0.0, optim="sgd")  # fmt: skip
+    scaled = grouped(tmp_path / "c", scored(dataset, [0.5] * count, [0.5] * count), weighting="sigmoid", scale_weights=True,
+                     max_steps=3)  # fmt: skip
+    none = grouped(tmp_path / "d", scored(dataset, [-1e4] * count, [0.0] * count), weighting="sigmoid", max_steps=1)
+    permuted = grouped(tmp_path / "e", scored(dataset, dataset["score_chosen"][::-1], dataset["score_rejected"][::-1]),
+                       weighting="sigmoid", max_steps=3)  # fmt: skip
+    weighted = grouped(tmp_path / "f", dataset, weighting="sigmoid", max_steps=3)
+    for trainer in (plain, equal, scaled, none, permuted, weighted):
+        trainer.train()
+    assert logs(equal)[0] == pytest.approx(0.5 * logs(plain)[0], abs=1e-6)
+    assert logs(scaled) == pytest.approx(logs(plain), abs=1e-6)
+    assert furthest(scaled.model, plain.model) < 1e-6
+    assert logs(none, "grad_norm") == [0.0]
+    assert furthest(none.model, tiny_model()) == 0.0
+    assert logs(permuted)[0] != pytest.approx(logs(weighted)[0], abs=1e-4)
+    assert furthest(permuted.model, weighted.model) > 1e-4
+
+
+def test_an_offset_asks_for_the_score_margin(tmp_path):
+    dataset = tiny_pairs()
+    trainer = grouped(tmp_path, dataset, weighting="offset", max_steps=1)
+    trainer.train()
+    rows = dataset[: 4 * PAIRS_A_PROMPT]
+    margins = [c - r for c, r in zip(rows["score_chosen"], rows["score_rejected"], strict=True)]
+    assert logs(trainer)[0] == pytest.approx(sum(math.log(1 + math.exp(m)) for m in margins) / len(margins), abs=1e-6)
+
+
+def test_evaluation_is_stock_trls(tmp_path):
+    held_out = tiny_pairs(7, seed=9)
+    ours = grouped(tmp_path / "a", eval_dataset=held_out, per_device_eval_batch_size=2, max_steps=3)
+    theirs = stock(tmp_path / "b", eval_dataset=held_out, per_device_eval_batch_size=42, max_steps=3)
+    ours.train()
+    theirs.train()
+    one, other = ours.evaluate(), theirs.evaluate()
+    assert one["eval_loss"] == pytest.approx(other["eval_loss"], abs=1e-4)
+    assert logs(ours, "eval_rewards/margins") == pytest.approx(logs(theirs, "eval_rewards/margins"), abs=1e-3)
+
+
+def test_resuming_is_bit_identical(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8, "train_sampling_strategy": "random"}
+    whole = grouped(tmp_path / "a", **settings)
+    whole.train()
+    halved = grouped(tmp_path / "b", **(settings | {"max_steps": 4}))
+    halved.train()
+    rest = grouped(tmp_path / "b", **settings)
+    rest.train(resume_from_checkpoint=True)
+    assert logs(rest)[-4:] == logs(whole)[-4:]
+    assert furthest(rest.model, whole.model) == 0.0
+
+
+def test_a_checkpoint_is_safetensors_with_a_card_and_loads(tmp_path):
+    trainer = grouped(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    folder = tmp_path / "checkpoint-2"
+    assert (folder / "model.safetensors").exists()
+    assert (folder / "trainer_state.json").exists()
+    assert (tmp_path / "README.md").exists()
+    assert not list((tmp_path / "final").glob("pytorch_model*"))
+    again = type(trainer.model).from_pretrained(tmp_path / "final")
+    assert furthest(again, trainer.model) == 0.0
+
+
+def test_reference_log_probs_are_cached_under_what_they_depend_on(tmp_path):
+    cache = {"reference_cache": str(tmp_path / "cache"), "max_steps": 1}
+
+    def files() -> int:
+        return len(list((tmp_path / "cache").glob("*.safetensors")))
+
+    first = grouped(tmp_path / "a", **cache)
+    stamp = next((tmp_path / "cache").glob("*")).stat().st_mtime_ns
+    again = grouped(tmp_path / "b", **cache)
+    assert files() == 1
+    assert next((tmp_path / "cache").glob("*")).stat().st_mtime_ns == stamp
+    assert first.train_dataset["reference"] == again.train_dataset["reference"]
+    grouped(tmp_path / "c", model=tiny_model(seed=1), **cache)
+    assert files() == 2
+    grouped(tmp_path / "d", max_length=9, **cache)
+    assert files() == 3
+    next((tmp_path / "cache").glob("*.safetensors")).write_bytes(b"cut off")
+    grouped(tmp_path / "e", **cache)
+    assert files() == 3
+
+
+def test_bf16_stays_near_fp32(tmp_path):
+    """bf16 autocast: losses within 0.02 of fp32 over ten steps."""
+    full, half = grouped(tmp_path / "a", max_steps=10), grouped(tmp_path / "b", max_steps=10, bf16=True)
+    full.train()
+    half.train()
+    assert logs(half) == pytest.approx(logs(full), abs=0.02)
+    assert logs(half)[0] == pytest.approx(math.log(2), abs=1e-3)
+    assert logs(half) != logs(full)
+
+
+TWO = """
+import sys
+sys.path.insert(0, {tests!r})
+from tiny import TINY, tiny_model, tiny_pairs, tiny_tokenizer
+import json, torch
+torch.set_num_threads(1)
+from persodpo.training.trainer import GroupedDPOConfig, GroupedDPOTrainer
+folder, batch = sys.argv[1], int(sys.argv[2])
+args = GroupedDPOConfig(folder, **(TINY | {{"per_device_train_batch_size": batch, "max_steps": 6, "token_budget": 150,
+                                           "weighting": "sigmoid", "ddp_backend": sys.argv[3] or None}}))
+trainer = GroupedDPOTrainer(model=tiny_model(), args=args, train_dataset=tiny_pairs(), processing_class=tiny_tokenizer())
+trainer.train()
+if trainer.accelerator.is_main_process:
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    print("RESULT" + json.dumps([[e["loss"], e["grad_norm"], e["rewards/margins"]] for e in history]))
+"""
+
+
+def test_two_processes_give_the_losses_of_one(tmp_path):
+    """Accelerate launch with two gloo processes, half the prompts each."""
+    script = tmp_path / "train.py"
+    script.write_text(TWO.format(tests=str(Path(__file__).parent)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    results = []
+    for start, batch, backend in (([sys.executable], 4, ""), (launch, 2, "gloo")):
+        command = [*start, str(script), str(tmp_path / (backend or "one")), str(batch), backend]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+        lines = [line for line in done.stdout.splitlines() if "RESULT" in line]
+        assert lines, done.stderr[-2000:]
+        results.append(json.loads(lines[-1].split("RESULT")[1]))
+    assert len(results[0]) == 6
+    for one, two in zip(*results, strict=True):
+        assert two == pytest.approx(one, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"loss_type": ["aot"]}, "'aot' cannot be grouped"),
+        ({"ld_alpha": 0.5}, "ld_alpha=0.5 cannot be grouped"),
+        ({"use_weighting": True}, "use_weighting=True cannot be grouped"),
+        ({"truncation_mode": "keep_end"}, "truncation_mode='keep_end'"),
+        ({"max_length": 3}, "no pair to train on"),
+    ],
+)
+def test_what_cannot_be_grouped_is_refused_by_name(tmp_path, changes, words):
+    with pytest.raises(PersodpoError) as refused:
+        grouped(tmp_path, **changes)
+    assert words in str(refused.value)
+
+
+def test_weighting_needs_scores_and_a_model_that_takes_masks(tmp_path):
+    bare = tiny_pairs().remove_columns(["score_chosen"])
+    with pytest.raises(PersodpoError, match="needs the columns score_chosen and score_rejected in the train dataset"):
+        grouped(tmp_path, bare, weighting="sigmoid")
+    grouped(tmp_path, bare, max_steps=1).train()
+    flash = tiny_model()
+    flash.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(PersodpoError, match="flash_attention_2"):
+        grouped(tmp_path / "x", model=flash)
+
+
+def test_pairs_that_cannot_be_trained_on_are_counted(tmp_path):
+    rows = tiny_pairs(4).to_list()
+    rows[0]["rejected"] = rows[0]["chosen"]
+    trainer = grouped(tmp_path, Dataset.from_list(rows), max_steps=1)
+    assert trainer.skipped["train"].identical == 1
+    assert sum(len(chosen) for chosen in trainer.train_dataset["chosen"]) == len(rows) - 1
+
+
+def test_a_plain_dpo_config_is_enough(tmp_path):
+    trainer = GroupedDPOTrainer(
+        model=tiny_model(), args=DPOConfig(str(tmp_path), **(TINY | {"max_steps": 1})), train_dataset=tiny_pairs(),
+        processing_class=tiny_tokenizer(),
+    )  # fmt: skip
+    trainer.train()
+    assert logs(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)

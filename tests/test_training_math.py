@@ -1,0 +1,304 @@
+"""Losses and packing: TRL's own formulas, plain forward passes, and leakage between the responses of a row."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from persodpo.errors import PersodpoError
+from persodpo.training.forward import response_log_probs, token_log_probs
+from persodpo.training.loss import DIVERGENCES, LOSSES, LossSettings, Pairs, pair_losses, pair_weights
+from persodpo.training.packing import IGNORE, Group, TokenPair, group_pairs, micro_batches, pack
+
+VOCABULARY = 97
+
+
+@pytest.fixture(scope="module")
+def model() -> Qwen2ForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, attn_implementation="sdpa", tie_word_embeddings=True,
+        initializer_range=0.3,
+    )  # fmt: skip
+    return Qwen2ForCausalLM(config).eval()
+
+
+def plain_log_probs(model, group: Group) -> torch.Tensor:
+    """One forward pass a response: prompt and response alone."""
+    sums = []
+    for response in group.responses:
+        ids = torch.tensor([group.prompt + response])
+        log_probs = torch.log_softmax(model(input_ids=ids).logits.float(), -1)
+        start = len(group.prompt) - 1
+        sums.append(log_probs[0, start:-1].gather(-1, ids[0, start + 1 :, None]).sum())
+    return torch.stack(sums)
+
+
+TOKENS = st.integers(0, VOCABULARY - 1)
+RESPONSES = st.lists(st.lists(TOKENS, min_size=1, max_size=9), min_size=1, max_size=5)
+GROUPS = st.lists(st.builds(Group, st.lists(TOKENS, min_size=1, max_size=12), RESPONSES), min_size=1, max_size=3)
+
+
+@settings(max_examples=40)
+@given(GROUPS)
+def test_packed_log_probs_are_those_of_plain_forward_passes(model, groups):
+    with torch.no_grad():
+        packed = response_log_probs(model, pack(groups))
+        plain = torch.cat([plain_log_probs(model, group) for group in groups])
+    assert torch.allclose(packed, plain, atol=1e-4)
+
+
+def loss_of(log_probs: torch.Tensor, chosen, rejected, lengths) -> torch.Tensor:
+    reference = torch.linspace(-30, -20, len(log_probs))
+    ratio = log_probs - reference
+    return pair_losses(Pairs(ratio[chosen], ratio[rejected], lengths[chosen], lengths[rejected]), LossSettings()).sum()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_are_those_of_pairs_one_by_one(model, checkpointing):
+    groups = [
+        Group([1, 2, 3, 4], [[5, 6, 7], [8, 9], [5, 6, 9, 9, 1]], [0, 0, 2], [1, 2, 1], [1.0] * 3, [0.0] * 3),
+        Group([9], [[5], [7, 7]], [1], [0], [1.0], [0.0]),
+    ]
+    rows = pack(groups)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+        model.train()
+    gradients = []
+    for log_probs in (
+        lambda: response_log_probs(model, rows),
+        lambda: torch.cat([plain_log_probs(model, g) for g in groups]),
+    ):
+        model.zero_grad()
+        loss_of(log_probs(), rows.chosen, rows.rejected, rows.lengths).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    model.gradient_checkpointing_disable()
+    model.eval()
+    assert (gradients[0] - gradients[1]).norm() / gradients[1].norm() < 1e-5
+
+
+def test_nothing_leaks_between_responses(model):
+    group = Group([1, 2, 3], [[4, 5, 6], [7, 8], [9, 9, 9]])
+    with torch.no_grad():
+        before = response_log_probs(model, pack([group, Group([5, 5], [[1], [2]])]))
+        other = Group([1, 2, 3], [[4, 5, 6], [60, 61, 62, 63], [9, 9, 9]])
+        changed = response_log_probs(model, pack([other, Group([5, 5], [[1], [2]])]))
+        moved = response_log_probs(model, pack([Group([1, 70, 3], group.responses)]))
+    assert torch.allclose(before[[0, 2, 3, 4]], changed[[0, 2, 3, 4]], atol=1e-5)
+    assert abs(before[1] - changed[1]) > 1e-2
+    assert ((before[:3] - moved).abs() > 1e-3).all()
+
+
+def test_padding_and_order_change_nothing(model):
+    short, long = Group([1, 2], [[3]]), Group([4] * 10, [[5] * 8, [6] * 9])
+    with torch.no_grad():
+        alone = [response_log_probs(model, pack([group])) for group in (short, long)]
+        together = response_log_probs(model, pack([long, short], pad_token_id=50))
+    assert torch.allclose(torch.cat(alone[::-1]), together, atol=1e-5)
+
+
+def test_lora_adapters_are_under_the_head(model):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    copy = Qwen2ForCausalLM(model.config).eval()
+    copy.load_state_dict(model.state_dict())
+    wrapped = get_peft_model(copy, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)).eval()
+    group = Group([1, 2, 3], [[4, 5], [6]])
+    with torch.no_grad():
+        packed = response_log_probs(wrapped, pack([group]))
+        assert torch.allclose(packed, plain_log_probs(wrapped, group), atol=1e-4)
+        assert not torch.allclose(packed, response_log_probs(model, pack([group])), atol=1e-2)
+        with wrapped.disable_adapter():
+            assert torch.allclose(response_log_probs(wrapped, pack([group])), response_log_probs(model, pack([group])))
+
+
+def test_chunked_projection_is_the_whole_one(monkeypatch):
+    torch.manual_seed(1)
+    head, hidden = torch.nn.Linear(8, 30, bias=False), torch.randn(50, 8, requires_grad=True)
+    labels = torch.randint(30, (50,))
+    whole = token_log_probs(hidden, head, labels)
+    (gradient,) = torch.autograd.grad(whole.sum(), hidden)
+    monkeypatch.setattr("persodpo.training.forward.CHUNK", 7)
+    pieces = token_log_probs(hidden, head, labels)
+    (in_pieces,) = torch.autograd.grad(pieces.sum(), hidden)
+    assert torch.allclose(whole, pieces, atol=1e-6)
+    assert torch.allclose(gradient, in_pieces, atol=1e-6)
+
+
+def test_flash_attention_is_refused_by_name(model):
+    flash = SimpleNamespace(config=SimpleNamespace(_attn_implementation="flash_attention_2"))
+    with pytest.raises(PersodpoError, match=r"'flash_attention_2' takes no mask .* attn_implementation='sdpa'"):
+        response_log_probs(flash, pack([Group([1], [[2]])]))
+
+
+def test_layout_by_hand():
+    rows = pack([Group([1, 2, 3], [[4, 5], [6]])])
+    assert rows.input_ids.tolist() == [[1, 2, 3, 4, 3]]
+    assert rows.position_ids.tolist() == [[0, 1, 2, 3, 2]]
+    assert rows.labels.tolist() == [[IGNORE, IGNORE, 4, 5, 6]]
+    assert rows.owner.tolist() == [[-1, -1, 0, 0, 1]]
+    assert rows.attention_mask[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1],
+    ]  # fmt: skip
+
+
+PAIRS = st.lists(
+    st.builds(
+        TokenPair, *[st.lists(st.integers(0, 2), min_size=low, max_size=4) for low in (1, 0, 0)], st.floats(0, 2)
+    ),
+    max_size=20,
+)
+
+
+@given(PAIRS, st.one_of(st.none(), st.integers(1, 6)))
+def test_grouping_loses_no_pair(pairs, limit):
+    groups, skipped = group_pairs(pairs, limit)
+    seen = [
+        (tuple(g.prompt), tuple(g.responses[c]), tuple(g.responses[r]), w)
+        for g in groups
+        for c, r, w in zip(g.chosen, g.rejected, g.weights, strict=True)
+    ]
+    expected, counts = [], [0, 0, 0]
+    for pair in pairs:
+        room = None if limit is None else max(0, limit - len(pair.prompt))
+        chosen, rejected = tuple(pair.chosen[:room]), tuple(pair.rejected[:room])
+        if room == 0:
+            counts[0] += 1
+        elif not chosen or not rejected:
+            counts[1] += 1
+        elif chosen == rejected:
+            counts[2] += 1
+        else:
+            expected.append((tuple(pair.prompt), chosen, rejected, pair.weight))
+    assert sorted(seen) == sorted(expected)
+    assert [skipped.long_prompt, skipped.empty, skipped.identical] == counts
+    for group in groups:
+        assert len({tuple(response) for response in group.responses}) == len(group.responses)
+        assert set(group.chosen) | set(group.rejected) == set(range(len(group.responses)))
+    assert len({tuple(group.prompt) for group in groups}) == len(groups)
+
+
+def test_what_is_left_out_is_said():
+    pairs = [
+        TokenPair([1], [2], [2]),
+        TokenPair([1, 2, 3], [4], [5]),
+        TokenPair([1], [], [2]),
+        TokenPair([1], [2], [3]),
+    ]
+    groups, skipped = group_pairs(pairs, max_length=3)
+    assert len(groups) == 1
+    assert str(skipped) == (
+        "left out pairs: 1 (prompt as long as max_length), 1 (empty response), 1 (chosen equals rejected)"
+    )
+    with pytest.raises(PersodpoError, match="Pair 0 has a prompt without tokens"):
+        group_pairs([TokenPair([], [1], [2])], None)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 120))
+def test_micro_batches_cover_every_group_once_within_budget(lengths, budget):
+    groups = [Group([1], [[2] * length]) for length in lengths]
+    batches = list(micro_batches(groups, budget))
+    assert sorted(place for batch in batches for place in batch) == list(range(len(groups)))
+    for batch in batches:
+        longest = max(groups[place].tokens for place in batch)
+        assert longest * len(batch) <= budget or len(batch) == 1
+
+
+def trl_loss(name: str, pairs: Pairs, *, divergence: str = "reverse_kl", label_smoothing: float = 0.0) -> float:
+    """Run TRL's own loss code on given log-probabilities: one pair a batch, reference log-probabilities 0."""
+    from trl import DPOTrainer
+
+    args = SimpleNamespace(discopop_tau=0.05)
+    identity = SimpleNamespace(device="cpu", gather_for_metrics=lambda x: x, gather=lambda x: x)
+    trainer = SimpleNamespace(
+        model=torch.nn.Module().train(), accelerator=identity, aux_loss_enabled=False, ld_alpha=None,
+        precompute_ref_logps=True, f_divergence_type=divergence, f_alpha_divergence_coef=0.5, beta=0.1,
+        loss_types=[name], loss_weights=[1.0], label_smoothing=label_smoothing, use_weighting=False, args=args,
+        _metrics=defaultdict(lambda: defaultdict(list)), _total_train_tokens=0, _tp_size=1,
+    )  # fmt: skip
+    lengths = [int(pairs.chosen_length), int(pairs.rejected_length)]
+    width = max(lengths) + 1
+    mask = torch.zeros(2, width, dtype=torch.long)
+    log_probs = torch.zeros(2, width - 1)
+    for row, (length, total) in enumerate(zip(lengths, (pairs.chosen, pairs.rejected), strict=True)):
+        mask[row, 1 : length + 1] = 1
+        log_probs[row, 0] = total
+    blank = torch.zeros(2, width - 1)
+    outputs = SimpleNamespace(log_probs=log_probs, entropy=blank, mean_logits=blank, is_top1=blank.bool())
+    inputs = {
+        "input_ids": mask, "attention_mask": mask, "completion_mask": mask, "ref_chosen_logps": torch.zeros(1),
+        "ref_rejected_logps": torch.zeros(1),
+    }  # fmt: skip
+    return float(DPOTrainer._compute_loss(trainer, lambda **_: outputs, inputs, False))
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_is_trls(name, divergence):
+    smoothing = 0.1 if name in {"exo_pair", "robust"} else 0.0
+    chosen, rejected = torch.tensor([1.5, -2.0, 0.0, 3.0]), torch.tensor([-1.0, 4.0, 0.0, 2.5])
+    lengths = torch.tensor([3, 7, 1, 4]), torch.tensor([5, 2, 1, 9])
+    pairs = Pairs(chosen, rejected, *lengths)
+    losses = pair_losses(pairs, LossSettings((name,), label_smoothing=smoothing, f_divergence_type=divergence))
+    if divergence != "reverse_kl" and name in {"nca_pair", "bco_pair", "sppo_hard", "apo_zero", "apo_down"}:
+        pytest.skip("TRL refuses this combination")
+    for number in range(4):
+        one = Pairs(*(column[number : number + 1] for column in pairs))
+        theirs = trl_loss(name, one, divergence=divergence, label_smoothing=smoothing)
+        assert float(losses[number]) == pytest.approx(theirs, rel=1e-5, abs=1e-6)
+
+
+def test_the_first_loss_is_log_two_and_weights_scale_it():
+    zero, one = torch.zeros(3), torch.ones(3)
+    losses = pair_losses(Pairs(zero, zero, one, one), LossSettings())
+    assert losses.tolist() == pytest.approx([math.log(2)] * 3)
+    shifted = pair_losses(Pairs(zero, zero, one, one), LossSettings(), offset=torch.tensor([0.0, 0.5, 1.0]))
+    assert shifted.tolist() == pytest.approx([math.log(1 + math.exp(x)) for x in (0.0, 0.5, 1.0)])
+
+
+def test_weights_by_hand():
+    chosen, rejected = torch.tensor([0.9, 0.7, 0.7]), torch.tensor([0.1, 0.5, 0.7])
+    sigmoid = pair_weights(chosen, rejected, "sigmoid")
+    assert sigmoid.tolist() == pytest.approx([1 / (1 + math.exp(-m)) for m in (0.8, 0.2, 0.0)])
+    scaled = pair_weights(chosen, rejected, "sigmoid", scale_to_mean_one=True)
+    assert float(scaled.mean()) == pytest.approx(1.0)
+    assert (scaled / sigmoid).tolist() == pytest.approx([float(scaled[0] / sigmoid[0])] * 3)
+    assert (
+        pair_weights(chosen, rejected, "none").tolist()
+        == pair_weights(chosen, rejected, "offset").tolist()
+        == [1, 1, 1]
+    )
+
+
+def test_several_losses_add_up():
+    pairs = Pairs(torch.tensor([1.0]), torch.tensor([0.5]), torch.tensor([3]), torch.tensor([4]))
+    both = pair_losses(pairs, LossSettings(("sigmoid", "hinge"), (1.0, 0.5)))
+    alone = [pair_losses(pairs, LossSettings((name,))) for name in ("sigmoid", "hinge")]
+    assert float(both) == pytest.approx(float(alone[0] + 0.5 * alone[1]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"loss_type": ("aot",)}, "'aot' cannot be grouped: it sorts"),
+        ({"loss_type": ("sft",)}, "'sft' cannot be grouped"),
+        ({"loss_type": ("sigmiod",)}, "'sigmiod' is unknown; there are sigmoid"),
+        ({"loss_weights": (1.0, 2.0)}, "2 values for 1 losses"),
+        ({"loss_type": ("exo_pair",)}, "label_smoothing above 0"),
+        ({"loss_type": ("robust",), "label_smoothing": 0.5}, "0..0.5, not 0.5"),
+        ({"f_divergence_type": "kl"}, "reverse_kl"),
+    ],
+)
+def test_losses_that_cannot_be_are_refused(arguments, words):
+    with pytest.raises(PersodpoError) as refused:
+        LossSettings(**arguments)
+    assert words in str(refused.value)
