@@ -16,6 +16,7 @@ from peft import LoraConfig
 from tiny import TINY, tiny_model, tiny_pairs, tiny_tokenizer
 from trl import DPOConfig, DPOTrainer
 
+from persodpo.artifacts import PROJECT
 from persodpo.errors import PersodpoError
 from persodpo.training.trainer import GroupedDPOConfig, GroupedDPOTrainer
 
@@ -345,3 +346,24 @@ def test_a_plain_dpo_config_is_enough(tmp_path):
     )  # fmt: skip
     trainer.train()
     assert logs(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_the_readmes_example_runs(tmp_path, monkeypatch):
+    """As printed, but for the model, the pairs, the folder and the processor."""
+    readme = (PROJECT / "README.md").read_text()
+    code = readme.split("```python")[1].split("```")[0]
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    tiny_pairs(4).to_parquet(tmp_path / "pairs.parquet")
+    for printed, here in (
+        ("Qwen/Qwen2-0.5B-Instruct", str(tmp_path / "model")),
+        ("runs/release/pairs/perso.parquet", str(tmp_path / "pairs.parquet")),
+        ('"dpo"', f"{str(tmp_path / 'dpo')!r}, report_to=[], use_cpu=True"),
+    ):
+        assert printed in code
+        code = code.replace(printed, here)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(code, names)  # noqa: S102 - the README's own example
+    assert names["args"].weighting == "sigmoid"
+    assert (tmp_path / "dpo" / "checkpoint-3" / "model.safetensors").exists()
