@@ -353,17 +353,17 @@ def test_the_readmes_example_runs(tmp_path, monkeypatch):
     readme = (PROJECT / "README.md").read_text()
     code = readme.split("```python")[1].split("```")[0]
     tiny_model().save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
     tiny_pairs(4).to_parquet(tmp_path / "pairs.parquet")
     for printed, here in (
         ("Qwen/Qwen2-0.5B-Instruct", str(tmp_path / "model")),
+        ("train_dataset=pairs)", "train_dataset=pairs, processing_class=tokenizer)"),
         ("runs/release/pairs/perso.parquet", str(tmp_path / "pairs.parquet")),
         ('"dpo"', f"{str(tmp_path / 'dpo')!r}, report_to=[], use_cpu=True"),
     ):
         assert printed in code
         code = code.replace(printed, here)
     monkeypatch.chdir(tmp_path)
-    names: dict = {}
+    names: dict = {"tokenizer": tiny_tokenizer()}
     exec(code, names)  # noqa: S102 - the README's own example
     assert names["args"].weighting == "sigmoid"
     assert (tmp_path / "dpo" / "checkpoint-3" / "model.safetensors").exists()
