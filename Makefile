@@ -2,13 +2,14 @@
 PYTHON  ?= python3
 PROFILE ?= release
 SET     ?=
+DEVICE  ?= cpu
 VENV    := .venv
 BIN     := $(VENV)/bin
 LOCKED  := $(VENV)/.built-from-lock
 STAMP   := $(VENV)/.installed
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
-.PHONY: reproduce test test-slow lint format figures lab bench-pairs lock clean
+.PHONY: reproduce test test-slow lint format figures lab bench-pairs bench-train lock clean
 
 reproduce: $(STAMP)  ## run every notebook in order under PROFILE
 	$(BIN)/persodpo reproduce --profile $(PROFILE) $(foreach s,$(SET),--set $(s))
@@ -36,6 +37,9 @@ lab: $(STAMP)  ## open the notebooks
 
 bench-pairs: $(STAMP)  ## metric values -> pairs, up to 100 million responses
 	$(BIN)/python benchmarks/bench_pairs.py
+
+bench-train: $(STAMP)  ## the trainer's ladder against TRL; needs the pairs (persodpo pairs)
+	$(BIN)/python benchmarks/bench_train.py --device $(DEVICE)
 
 $(LOCKED): requirements.lock
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; name another with make PYTHON=python3.12")'
