@@ -12,7 +12,7 @@ import pandas as pd
 from persodpo.config import Profile
 from persodpo.release.published import SETS, PublishedSet, read_set
 
-CONFIRMED, PARTLY, REFUTED, NOT_CHECKABLE = "confirmed", "partly", "refuted", "not checkable"
+CONFIRMED, PARTLY, REFUTED = "confirmed", "partly", "refuted"
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Evidence:
     """What a check saw.
 
     Attributes:
-        verdict: ``confirmed``, ``partly``, ``refuted``, or ``not checkable`` where the published data files cannot tell.
+        verdict: ``confirmed``, ``refuted``, or ``partly`` where the published data files show one part of the claim only.
         text: The numbers, in a sentence or two.
     """
 
