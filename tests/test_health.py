@@ -24,13 +24,7 @@ LOOP = '{"response": "hello"}' + "}" * 200
 GOOD = '{"response": "hello there"}'
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """A model this small is slower on more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def training_logs(losses, margins=None, accuracy=1.0, **columns):

@@ -23,13 +23,7 @@ from persodpo.training.trainer import GroupedDPOConfig, GroupedDPOTrainer
 PAIRS_A_PROMPT = 6
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny matrices are faster on one thread, and sums come in one order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def grouped(folder, dataset=None, *, model=None, **changes) -> GroupedDPOTrainer:
