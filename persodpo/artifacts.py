@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 
 from persodpo.config import Profile
 from persodpo.errors import PersodpoError, disk_errors, make_folder
-from persodpo.tables import SCHEMAS, check_table, with_none
+from persodpo.tables import check_table, schema_of, with_none
 
 PROJECT = Path(__file__).resolve().parents[1]
 DATA = PROJECT / "data"
@@ -43,7 +43,7 @@ _HELD: set[Path] = set()
 #: The command that makes each table, for messages.
 MAKER = {
     "dialogues": "dialogues", "responses": "generate", "scores": "score", "thresholds": "score", "pairs": "pairs",
-    "evaluation": "evaluate", "audit": "audit",
+    "training": "train", "evaluation": "evaluate", "audit": "audit",
 }  # fmt: skip
 
 
@@ -74,6 +74,11 @@ def sha256(path: Path) -> str:
     """Return the hex sha256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_of(content: Mapping[str, Any]) -> str:
+    """Return the hex sha256 of JSON-like content, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -183,7 +188,7 @@ class RunFolder:
         Raises:
             PersodpoError: As `checked_path`.
         """
-        return with_none(pq.read_table(self.checked_path(name), columns=SCHEMAS[name].names).to_pandas())
+        return with_none(pq.read_table(self.checked_path(name), columns=schema_of(name).names).to_pandas())
 
     def forget(self, name: str) -> None:
         """Remove a table of another profile, so that nothing takes it for one of this profile's."""
@@ -211,7 +216,7 @@ class RunFolder:
             name: The stage's name, for messages.
             inputs: Files it reads, by a name that does not depend on the machine.
             settings: JSON-like settings it depends on.
-            outputs: Tables it makes (keys of `SCHEMAS`).
+            outputs: Tables it makes.
             code: Modules whose source it depends on.
             build: Called with a temporary path for each output, which it must fill.
             overwrite: Run even if nothing changed.

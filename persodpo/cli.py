@@ -62,6 +62,22 @@ _stage("figures", "Draw the figures.")
 
 
 @app.command()
+def train(
+    profile: ProfileOption = DEFAULT_PROFILE,
+    arm: Annotated[
+        list[str] | None, typer.Option("--arm", "-a", help="Only this arm; repeatable. Default: the profile's.")
+    ] = None,
+    set_: SetOption = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Train arms: model, trainer_state.json, log and health verdicts. Earlier stages run first where something changed."""
+    from persodpo import stages  # noqa: PLC0415
+
+    for report in stages.run_train(load_profile(profile, set_ or ()), overwrite, arm or ()):
+        print(report)
+
+
+@app.command()
 def fetch(
     what: Annotated[str, typer.Argument(help="What to fetch: release.")],
     source: Annotated[

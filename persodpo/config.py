@@ -23,7 +23,10 @@ PROFILES = Path(__file__).parent / "profiles"
 DEFAULT_PROFILE = "release"
 
 Correction = Literal["as_released", "corrected"]
+ArmName = Literal["simple", "perso", "perso_weighted", "corrected"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
 
 
 def _distinct(values: tuple[str, ...]) -> tuple[str, ...]:
@@ -50,8 +53,8 @@ class Paths(Section):
 class Engine(Section):
     """Limits of the table engine (DuckDB); they change speed and memory, never results."""
 
-    threads: Annotated[int, Field(ge=1)] | None
-    memory_gib: Annotated[float, Field(gt=0)]
+    threads: Count | None
+    memory_gib: Positive
 
 
 class Dialogues(Section):
@@ -60,9 +63,9 @@ class Dialogues(Section):
     source: Literal["published_focus", "focus_json", "blended_skill_talk", "it_convai2"]
     train_file: Path | None
     valid_file: Path | None
-    train_size: Annotated[int, Field(ge=1)] | None
+    train_size: Count | None
     sample_seed: Annotated[int, Field(ge=0)]
-    max_reference_words: Annotated[int, Field(ge=1)] | None
+    max_reference_words: Count | None
 
     @model_validator(mode="after")
     def _files_where_needed(self) -> Dialogues:
@@ -75,7 +78,7 @@ class Prompts(Section):
     """How a dialogue becomes a prompt."""
 
     template: str
-    max_words: Annotated[int, Field(ge=1)]
+    max_words: Count
     personas: Correction
 
 
@@ -125,7 +128,7 @@ class Scoring(Section):
     weights: Weights
     worst_case: MetricValues
     normalisation: Literal["observed", "declared"]
-    target_words: Annotated[int, Field(ge=1)] | None
+    target_words: Count | None
     format_bonus: Annotated[float, Field(ge=0)]
     format_check: Correction
     coherence: Correction
@@ -149,6 +152,58 @@ class Pairs(Section):
         return self
 
 
+class SmallPolicy(Section):
+    """Size and warm-up of the small policy."""
+
+    vocabulary: Annotated[int, Field(ge=300)]
+    hidden_size: Count
+    layers: Count
+    heads: Count
+    key_value_heads: Count
+    intermediate_size: Count
+    max_length: Annotated[int, Field(ge=2)]
+    steps: Count
+    batch_tokens: Count
+    learning_rate: Positive
+    seed: Annotated[int, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> SmallPolicy:
+        if self.hidden_size % (2 * self.heads) or self.heads % self.key_value_heads:
+            raise ValueError("hidden_size must be an even multiple of heads, and heads a multiple of key_value_heads")
+        return self
+
+
+class Policy(Section):
+    """The model that is trained."""
+
+    model: Annotated[str, Field(min_length=1)]
+    small: SmallPolicy
+
+
+class Training(Section):
+    """DPO, the same for every arm."""
+
+    arms: Annotated[tuple[ArmName, ...], Field(min_length=1), AfterValidator(_distinct)]
+    epochs: Positive
+    prompts_per_step: Count
+    learning_rate: Positive
+    warmup_steps: Annotated[int, Field(ge=0)]
+    beta: Positive
+    scale_weights: bool
+    max_length: Annotated[int, Field(ge=2)]
+    token_budget: Count
+    bf16: bool
+    gradient_checkpointing: bool
+    lora_rank: Count | None
+    held_out: Annotated[float, Field(gt=0, lt=1)]
+    logging_steps: Count
+    evaluation_steps: Count
+    health_prompts: Count
+    health_tokens: Count
+    stop_when_collapsed: bool
+
+
 class Profile(Section):
     """Every setting of a run."""
 
@@ -162,6 +217,8 @@ class Profile(Section):
     generation: Generation
     scoring: Scoring
     pairs: Pairs
+    policy: Policy
+    training: Training
 
     def digest(self) -> str:
         """Return the sha256 of all settings that can change a result.

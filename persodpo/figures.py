@@ -37,6 +37,9 @@ PAPER_RUN_LABEL = "Qwen2-0.5B, perso (published)"
 BENCHMARK, UNTUNED, TUNED = "Qwen2-7B-Instruct", "Qwen2-0.5B-Instruct", "Qwen2-0.5B-Instruct/length_prior"
 
 CURVES = "published/training_curves.csv"
+LOGS = "training/<arm>/log"
+#: Optimiser steps of an epoch of the paper's run: 9,184 pairs, 16 a step.
+PAPER_EPOCH = 9_184 / 16
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ class FigureSpec:
     """A figure, the tables it is drawn from, and a sentence that goes with it.
 
     Attributes:
-        tables: Names of run tables; a name that starts with ``published/`` is a file of published numbers.
+        tables: Names of run tables; a name that starts with ``published/`` is a file of published numbers, and one with
+            ``<arm>`` stands for the tables of all arms that the profile trains.
         draw: Draws it from those tables.
         note: What it stands for.
     """
@@ -71,6 +75,33 @@ def _curves(panels: tuple[training_curves.Panel, training_curves.Panel], layout:
             highlight=[PAPER_RUN],
             labels={PAPER_RUN: PAPER_RUN_LABEL},
             others="other published runs",
+        )
+
+    return draw
+
+
+def arm_curves(tables: Tables) -> tuple[pd.DataFrame, dict[str, str]]:
+    """Set the logs of the arms beside the paper's run.
+
+    Args:
+        tables: The arms' logs, and the published curves.
+
+    Returns:
+        A table for `training_curves.draw` by epoch, and the labels of its runs, which say what was trained.
+    """
+    logs = {name.split("/")[1]: table for name, table in tables.items() if name.endswith("/log")}
+    steps = [log[log["kind"] == "train"].assign(run=arm) for arm, log in logs.items()]
+    published = tables[CURVES]
+    paper = published[published["run"] == PAPER_RUN].assign(epoch=lambda frame: frame["step"] / PAPER_EPOCH)
+    labels = {arm: f"{arm}: {log['policy'].iloc[0]}" for arm, log in logs.items()}
+    return pd.concat([*steps, paper], ignore_index=True), labels
+
+
+def _arms(panels: tuple[training_curves.Panel, training_curves.Panel]) -> Callable[[Tables], Figure]:
+    def draw(tables: Tables) -> Figure:
+        curves, labels = arm_curves(tables)
+        return training_curves.draw(
+            curves, panels, highlight=list(labels), labels=labels, others=PAPER_RUN_LABEL, time="epoch"
         )
 
     return draw
@@ -120,6 +151,14 @@ FIGURES: dict[str, FigureSpec] = {
         (CURVES,),
         _curves(("reward_margin", "reward_accuracy"), "ours"),
         "Figure 2c in panels that share the step axis.",
+    ),
+    "figure_2b_arms": FigureSpec(
+        (LOGS, CURVES), _arms(("loss", "grad_norm")), "Figure 2b of the arms trained here, the paper's run behind."
+    ),
+    "figure_2c_arms": FigureSpec(
+        (LOGS, CURVES),
+        _arms(("reward_margin", "reward_accuracy")),
+        "Figure 2c of the arms trained here, the paper's run behind.",
     ),
     "failure_classes": FigureSpec(
         ("responses",),
@@ -190,6 +229,16 @@ class FigureReport:
         return f"figure {self.figure}: {done}"
 
 
+def _tables(run: RunFolder, name: str) -> list[str]:
+    """Return the tables of a figure, those of all arms by their names."""
+    arms = run.profile.training.arms
+    return [
+        table.replace("<arm>", arm)
+        for table in FIGURES[name].tables
+        for arm in (arms if "<arm>" in table else arms[:1])
+    ]
+
+
 def _source(run: RunFolder, table: str) -> Path:
     return published.fact_files()[table] if table.startswith("published/") else run.checked_path(table)
 
@@ -204,7 +253,7 @@ def draw_figure(run: RunFolder, name: str) -> Figure:
         raise PersodpoError(f"There is no figure '{name}'; there are {', '.join(FIGURES)}.")
     tables = {
         table: pd.read_csv(_source(run, table)) if table.startswith("published/") else run.read(table)
-        for table in FIGURES[name].tables
+        for table in _tables(run, name)
     }
     return FIGURES[name].draw(tables)
 
@@ -218,7 +267,7 @@ def save_figure(run: RunFolder, name: str, *, overwrite: bool = False) -> Figure
     if name not in FIGURES:
         raise PersodpoError(f"There is no figure '{name}'; there are {', '.join(FIGURES)}.")
     started = time.perf_counter()
-    inputs = {table: sha256(_source(run, table)) for table in FIGURES[name].tables} | {"code": source_digest(_CODE)}
+    inputs = {table: sha256(_source(run, table)) for table in _tables(run, name)} | {"code": source_digest(_CODE)}
     files = tuple(run.figures / f"{name}.{suffix}" for suffix in ("pdf", "png", "json"))
     if not overwrite and file_is_current(files[-1], inputs):
         return FigureReport(name, True, files, 0.0)

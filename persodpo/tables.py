@@ -26,7 +26,7 @@ _PAIRS = [
     ("dialogue_id", _text), ("chosen_model", _text), ("rejected_model", _text),
 ]  # fmt: skip
 
-#: Columns of every table, by its name; the file is ``<name>.parquet`` in the run folder.
+#: Columns of every table, by its name; the file is ``<name>.parquet`` in the run folder, ``<arm>`` the name of an arm.
 SCHEMAS: dict[str, pa.Schema] = {
     "dialogues": pa.schema([
         ("dialogue_id", _text), ("split", _text), ("dataset", _text), ("personas", pa.list_(_text)),
@@ -55,10 +55,28 @@ SCHEMAS: dict[str, pa.Schema] = {
         ("correction", _text), ("settings", _text), ("low_threshold", _real), ("high_threshold", _real),
         ("responses", _whole), ("pairs", _whole), ("shared_pairs", _whole), ("jaccard", _real),
     ]),
+    "training/<arm>/log": pa.schema([
+        ("policy", _text), ("kind", _text), ("step", _whole), ("epoch", _real), ("loss", _real),
+        ("grad_norm", _real), ("learning_rate", _real), ("reward_margin", _real), ("reward_accuracy", _real),
+        ("reward_chosen", _real), ("reward_rejected", _real), ("logps_chosen", _real), ("logps_rejected", _real),
+        ("weight", _real), ("parse_rate", _real), ("words", _real), ("loops", _real),
+    ]),
+    "training/<arm>/health": pa.schema([
+        ("name", _text), ("level", _text), ("step", _whole), ("value", _real), ("sentence", _text),
+    ]),
+    "training/<arm>/generations": pa.schema([
+        ("step", _whole), ("prompt", _text), ("completion", _text), ("outcome", _text),
+    ]),
 }  # fmt: skip
 
 #: Columns that may not hold nulls, wherever they occur.
 KEYS = ("dialogue_id", "model", "split", "prompt", "chosen", "rejected", "chosen_model", "rejected_model")
+
+
+def schema_of(name: str) -> pa.Schema:
+    """Return the columns of table ``name``, in which an arm's name stands for ``<arm>``."""
+    folder, _, table = name.rpartition("/")
+    return SCHEMAS[f"training/<arm>/{table}" if folder.startswith("training/") else name]
 
 
 def write_table(path: Path, name: str, table: pd.DataFrame | pa.Table) -> None:
@@ -66,13 +84,13 @@ def write_table(path: Path, name: str, table: pd.DataFrame | pa.Table) -> None:
 
     Args:
         path: The file to write, usually a target handed to a stage's ``build``.
-        name: A key of `SCHEMAS`.
+        name: The table's name, as in `SCHEMAS`.
         table: A table that has at least the schema's columns; others are dropped.
 
     Raises:
         PersodpoError: A column is missing or cannot take its type.
     """
-    schema = SCHEMAS[name]
+    schema = schema_of(name)
     columns = table.column_names if isinstance(table, pa.Table) else list(table.columns)
     _require_columns(name, columns)
     try:
@@ -87,7 +105,7 @@ def write_table(path: Path, name: str, table: pd.DataFrame | pa.Table) -> None:
 
 
 def _require_columns(name: str, columns: Sequence[str]) -> None:
-    missing = [column for column in SCHEMAS[name].names if column not in columns]
+    missing = [column for column in schema_of(name).names if column not in columns]
     if missing:
         raise PersodpoError(f"Table {name} lacks {', '.join(missing)}; it has {', '.join(columns)}.")
 
@@ -106,7 +124,7 @@ def check_table(path: Path, name: str) -> int:
 
     Args:
         path: The Parquet file.
-        name: A key of `SCHEMAS`.
+        name: The table's name, as in `SCHEMAS`.
 
     Returns:
         The number of rows.
@@ -121,11 +139,11 @@ def check_table(path: Path, name: str) -> int:
     with file:
         found = file.schema_arrow
         _require_columns(name, found.names)
-        for field in SCHEMAS[name]:
+        for field in schema_of(name):
             kind = found.field(field.name).type
             if _plain(kind) != _plain(field.type):
                 raise PersodpoError(f"Table {name}: column {field.name} is {kind}, it must be {field.type} ({path}).")
-        keys = [key for key in KEYS if key in SCHEMAS[name].names]
+        keys = [key for key in KEYS if key in schema_of(name).names]
         nulls = [key for key in keys if _null_count(file.metadata, key)]
         if nulls:
             raise PersodpoError(f"Table {name}: {', '.join(nulls)} must not be null ({path}).")

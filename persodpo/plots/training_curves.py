@@ -3,7 +3,7 @@
 In: one row a logged step of a run, with the columns
 
     run                name of the run
-    step               optimiser step, from 1
+    step               optimiser step, from 1 (or epoch, passes over the pairs, to set runs of unlike batches side by side)
     loss               DPO loss (nats), from 0
     grad_norm          norm of the gradient before clipping, from 0
     reward_margin      mean of beta x (log-ratio of chosen - log-ratio of rejected)
@@ -30,6 +30,9 @@ from persodpo.plots.checks import require
 from persodpo.plots.style import BLUE, GREY, LINES, MARKERS, PALETTE, VERMILLION, new_figure, styled
 
 Panel = Literal["loss", "grad_norm", "reward_margin", "reward_accuracy"]
+Time = Literal["step", "epoch"]
+
+_TIMES: dict[Time, str] = {"step": "Optimiser step", "epoch": "Epoch"}
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ def draw(
     highlight: Sequence[str] | None = None,
     labels: Mapping[str, str] | None = None,
     others: str = "other runs",
+    time: Time = "step",
 ) -> Figure:
     """Draw training curves, chosen runs in colour before all others in grey.
 
@@ -72,6 +76,7 @@ def draw(
         highlight: Runs in colour, in order of the legend; None for all. At most seven.
         labels: Labels of runs. Pass the true size: "Qwen2-5B" in published names is Qwen2-0.5B.
         others: Legend entry of the grey runs.
+        time: Column of the horizontal axis.
 
     Returns:
         The figure, one column wide.
@@ -81,13 +86,13 @@ def draw(
             highlighted, or the published layout is asked for anything but two quantities of one run.
     """
     _check_panels(panels)
-    require(curves, ("run", "step", *panels), "training_curves")
+    require(curves, ("run", time, *panels), "training_curves")
     runs = list(dict.fromkeys(curves["run"] if highlight is None else highlight))
     _check_runs(curves, runs)
     names = {run: (labels or {}).get(run, run) for run in runs}
     if layout == "published":
-        return _published(curves, panels, names)
-    return _ours(curves, panels, names, others)
+        return _published(curves, panels, names, time)
+    return _ours(curves, panels, names, others, time)
 
 
 def _check_panels(panels: Sequence[str]) -> None:
@@ -110,12 +115,13 @@ def _check_runs(curves: pd.DataFrame, runs: Sequence[str]) -> None:
         )
 
 
-def _points(curves: pd.DataFrame, run: str, panel: str) -> pd.DataFrame:
-    """Return the steps of a run at which a quantity was logged, in order."""
-    return curves.loc[curves["run"].eq(run), ["step", panel]].dropna().sort_values("step")
+def _points(curves: pd.DataFrame, run: str, panel: str, time: Time) -> pd.DataFrame:
+    """Return when a quantity of a run was logged, and its values, in order."""
+    points = curves.loc[curves["run"].eq(run), [time, panel]].dropna().sort_values(time)
+    return points.rename(columns={time: "time"})
 
 
-def _published(curves: pd.DataFrame, panels: Sequence[str], names: Mapping[str, str]) -> Figure:
+def _published(curves: pd.DataFrame, panels: Sequence[str], names: Mapping[str, str], time: Time) -> Figure:
     """Draw two quantities of one run on twin axes."""
     if len(panels) != 2 or len(names) != 1:
         raise PersodpoError("The published layout of training_curves takes two panels and one highlighted run.")
@@ -125,34 +131,33 @@ def _published(curves: pd.DataFrame, panels: Sequence[str], names: Mapping[str, 
     looks: list[tuple[Axes, str, str, str]] = [(left, BLUE, "o", "-"), (right, VERMILLION, "s", "--")]
     handles = []
     for panel, (axes, colour, marker, line) in zip(panels, looks, strict=True):
-        points = _points(curves, run, panel)
+        points = _points(curves, run, panel, time)
         handles += axes.plot(
-            points["step"], points[panel], color=colour, marker=marker, linestyle=line, label=_SCALES[panel].label
+            points["time"], points[panel], color=colour, marker=marker, linestyle=line, label=_SCALES[panel].label
         )
         axes.set_ylabel(_SCALES[panel].label, color=colour)
         axes.tick_params(axis="y", colors=colour)
     right.spines["right"].set_visible(True)
-    left.set_xlabel("Optimiser step")
+    left.set_xlabel(_TIMES[time])
     figure.legend(handles=handles, loc="outside upper center", ncols=2, title=name, title_fontsize=7)
     return figure
 
 
-def _ours(curves: pd.DataFrame, panels: Sequence[str], names: Mapping[str, str], others: str) -> Figure:
-    """Stack panels that share the step axis."""
+def _ours(curves: pd.DataFrame, panels: Sequence[str], names: Mapping[str, str], others: str, time: Time) -> Figure:
+    """Stack panels that share the axis of time."""
     background = [run for run in dict.fromkeys(curves["run"]) if run not in names]
     rows = len(names) + bool(background)
     figure = new_figure(0.45 + 1.15 * len(panels) + 0.14 * rows)
     stack = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axes, panel in zip(stack, panels, strict=True):
         for run in background:
-            _line(axes, _points(curves, run, panel), panel, color=GREY, linewidth=0.6, alpha=0.7, zorder=1)
+            _line(axes, _points(curves, run, panel, time), panel, color=GREY, linewidth=0.6, alpha=0.7, zorder=1)
         for number, run in enumerate(names):
-            points = _points(curves, run, panel)
+            points = _points(curves, run, panel, time)
             _line(axes, points, panel, **_look(number), markevery=max(1, len(points) // 15), zorder=3)
         _scale(axes, panel)
-    steps = curves.loc[curves["run"].isin(list(names)), "step"]
-    stack[0].set_xlim(0, 1.03 * steps.max())
-    stack[-1].set_xlabel("Optimiser step")
+    stack[0].set_xlim(0, 1.03 * curves.loc[curves["run"].isin(list(names)), time].max())
+    stack[-1].set_xlabel(_TIMES[time])
     figure.align_ylabels(stack)
     handles = [Line2D([], [], label=name, **_look(number)) for number, name in enumerate(names.values())]
     if background:
@@ -168,7 +173,7 @@ def _look(number: int) -> dict[str, Any]:
 
 def _line(axes: Axes, points: pd.DataFrame, panel: str, **look: Any) -> None:
     """Draw one run, values below the axis on its last line."""
-    axes.plot(points["step"], points[panel].clip(lower=_SCALES[panel].floor), **look)
+    axes.plot(points["time"], points[panel].clip(lower=_SCALES[panel].floor), **look)
 
 
 def _scale(axes: Axes, panel: str) -> None:

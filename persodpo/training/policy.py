@@ -17,10 +17,9 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import Field, model_validator
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
@@ -35,7 +34,7 @@ from transformers import (
 )
 
 from persodpo.artifacts import as_json, is_running, read_json, sha256, source_digest, versions, write_json
-from persodpo.config import Section
+from persodpo.config import SmallPolicy
 from persodpo.errors import PersodpoError, disk_errors
 from persodpo.training import forward, packing
 from persodpo.training.forward import response_log_probs
@@ -47,30 +46,6 @@ END, PAD = "<|endoftext|>", "<|pad|>"
 MINIMUM_EXAMPLES = 8
 #: Share of the steps over which the learning rate rises, and over which the last loss is averaged.
 RAMP = 0.1
-
-Count = Annotated[int, Field(ge=1)]
-
-
-class SmallPolicy(Section):
-    """Size and warm-up of the small policy."""
-
-    vocabulary: Annotated[int, Field(ge=300)] = 4096
-    hidden_size: Count = 128
-    layers: Count = 2
-    heads: Count = 2
-    key_value_heads: Count = 1
-    intermediate_size: Count = 384
-    max_length: Annotated[int, Field(ge=2)] = 1024
-    steps: Count = 1000
-    batch_tokens: Count = 1024
-    learning_rate: Annotated[float, Field(gt=0)] = 3e-3
-    seed: Annotated[int, Field(ge=0)] = 44
-
-    @model_validator(mode="after")
-    def _heads_fit(self) -> SmallPolicy:
-        if self.hidden_size % (2 * self.heads) or self.heads % self.key_value_heads:
-            raise ValueError("hidden_size must be an even multiple of heads, and heads a multiple of key_value_heads")
-        return self
 
 
 def make_small_policy(

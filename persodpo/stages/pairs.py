@@ -1,64 +1,32 @@
-"""The wiring: each stage's inputs, settings and outputs, in the order in which text flows.
-
-A stage first makes sure of the stages before it (unchanged ones are skipped), so each one, and each notebook, works on
-its own. What a stage does stands in the module it calls; nothing else joins two modules.
-"""
+"""From dialogues to pairs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any
 
 import pandas as pd
 
 import persodpo.completions
 import persodpo.dialogues
-import persodpo.evaluation.results
 import persodpo.gate
 import persodpo.generation.run
 import persodpo.pairs
 import persodpo.prompts
 import persodpo.scoring.compliance
 import persodpo.scoring.run as scoring
-from persodpo.artifacts import RunFolder, StageReport
-from persodpo.config import Profile, load_profile
+from persodpo.artifacts import RunFolder
+from persodpo.config import Profile
 from persodpo.errors import PersodpoError
-from persodpo.figures import FigureReport, save_figures
-from persodpo.release import audit, corrections, findings, parity, published
-from persodpo.release.fetch import fetch_release, release_files
-from persodpo.release.findings.base import Material
+from persodpo.release import published
 from persodpo.scoring import quality
+from persodpo.stages.base import Reports, Targets, alone, published_files
 from persodpo.tables import write_table
-
-Reports = list[StageReport]
-Targets = Mapping[str, Path]
-P = ParamSpec("P")
-R = TypeVar("R")
 
 _DATASETS = {"blended_skill_talk": "Blended Skill Talk", "it_convai2": "IT-ConvAI2"}
 
 
-def _alone(stage: Callable[P, R]) -> Callable[P, R]:
-    """Let a stage, with the stages before it, have its run folder to itself."""
-
-    @wraps(stage)
-    def run_alone(*args: P.args, **kwargs: P.kwargs) -> R:
-        profile = args[0] if args else kwargs["profile"]
-        with RunFolder(cast(Profile, profile)).locked():
-            return stage(*args, **kwargs)
-
-    return run_alone
-
-
-def published_files(run: RunFolder) -> dict[str, Path]:
-    """Return the published files by manifest path, fetching them first if any is missing."""
-    fetch_release(run.release)
-    return release_files(run.release)
-
-
-@_alone
+@alone
 def run_dialogues(profile: Profile, overwrite: bool = False) -> Reports:
     """Make the dialogues table."""
     run, settings = RunFolder(profile), profile.dialogues
@@ -106,7 +74,7 @@ def _dialogue_files(run: RunFolder) -> dict[str, Path]:
     return {name: files[name]}
 
 
-@_alone
+@alone
 def run_generate(profile: Profile, overwrite: bool = False) -> Reports:
     """Make the responses tables: train responses to rank, and held-out ones."""
     chosen = _ranked_sets(profile)
@@ -151,7 +119,7 @@ def _set_files(files: dict[str, Path], sets: tuple[published.PublishedSet, ...])
     return {name: files[name] for which in sets for name in (which.raw, which.metrics) if name}
 
 
-@_alone
+@alone
 def run_score(profile: Profile, overwrite: bool = False) -> Reports:
     """Make the scores tables and the thresholds."""
     reports = run_generate(profile)
@@ -197,7 +165,7 @@ def run_score(profile: Profile, overwrite: bool = False) -> Reports:
     return [*reports, report]
 
 
-@_alone
+@alone
 def run_pairs(profile: Profile, overwrite: bool = False) -> Reports:
     """Make the pair sets and their gate report."""
     reports = run_score(profile)
@@ -251,75 +219,3 @@ def limits(run: RunFolder) -> tuple[float, float]:
     """Return the low and high threshold of quality."""
     value = run.read("thresholds").set_index("name")["value"]
     return float(value["low"]), float(value["high"])
-
-
-@_alone
-def run_evaluate(profile: Profile, overwrite: bool = False) -> Reports:
-    """Make the results table of the held-out responses."""
-    reports = run_score(profile)
-    run = RunFolder(profile)
-    tables = ["evaluation/responses", "evaluation/scores"]
-
-    def build(targets: Targets) -> None:
-        results = persodpo.evaluation.results.summarise(*(run.read(name) for name in tables))
-        write_table(targets["evaluation/results"], "evaluation/results", results)
-
-    report = run.stage(
-        "evaluate",
-        inputs={name: run.path(name) for name in tables},
-        settings={},
-        outputs=["evaluation/results"],
-        code=[persodpo.evaluation.results],
-        build=build,
-        overwrite=overwrite,
-    )
-    return [*reports, report]
-
-
-def as_released(profile: Profile) -> Profile:
-    """Return the profile whose tables the audit judges.
-
-    That is ``profile`` itself if its method is the released one; otherwise the shipped ``release`` profile with this
-    one's folders and limits, under a name of its own, so that the tables of a corrected run stay as they are.
-    """
-    twin = load_profile("release").model_copy(
-        update={key: getattr(profile, key) for key in ("paths", "engine", "seed")}
-    )
-    same = twin.model_dump(exclude={"name"}) == profile.model_dump(exclude={"name"})
-    return profile if same else twin.model_copy(update={"name": f"{profile.name}-as-released"})
-
-
-@_alone
-def run_audit(profile: Profile, overwrite: bool = False) -> Reports:
-    """Make the parity table, the findings and the effect of every correction, on the tables as released."""
-    profile = as_released(profile)
-    reports = run_pairs(profile)
-    run = RunFolder(profile)
-    files = published_files(run)
-    names = ["dialogues", "responses", "scores", "thresholds", "pairs/simple", "pairs/perso", "pairs/gate"]
-
-    def build(targets: Targets) -> None:
-        tables = {name: run.read(name) for name in names}
-        low, high = limits(run)
-        material = Material(files, tables, low, high, profile)
-        write_table(targets["audit/parity"], "audit/parity", parity.parity_table(files, tables))
-        write_table(targets["audit/findings"], "audit/findings", audit.findings_table(material))
-        write_table(targets["audit/corrections"], "audit/corrections", corrections.correction_effects(material))
-
-    report = run.stage(
-        "audit",
-        inputs={name: run.path(name) for name in names} | files | published.fact_files(),
-        settings={"profile": profile.digest()},
-        outputs=["audit/parity", "audit/findings", "audit/corrections"],
-        code=[audit, parity, corrections, findings.base, findings.scores, findings.pairs, findings.results, published],
-        build=build,
-        overwrite=overwrite,
-    )
-    return [*reports, report]
-
-
-@_alone
-def run_figures(profile: Profile, overwrite: bool = False) -> list[StageReport | FigureReport]:
-    """Draw the figures."""
-    reports: list[StageReport | FigureReport] = [*run_pairs(profile), *run_evaluate(profile)[-1:]]
-    return [*reports, *save_figures(RunFolder(profile), overwrite=overwrite)]

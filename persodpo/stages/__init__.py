@@ -1,0 +1,15 @@
+"""The wiring: each stage's inputs, settings and outputs, in the order in which text flows.
+
+A stage first makes sure of the stages before it (unchanged ones are skipped), so each one, and each notebook, works on
+its own. What a stage does stands in the module it calls; nothing else joins two modules.
+"""
+
+from persodpo.stages.base import published_files
+from persodpo.stages.pairs import limits, run_dialogues, run_generate, run_pairs, run_score
+from persodpo.stages.report import as_released, run_audit, run_evaluate, run_figures
+from persodpo.stages.train import run_train
+
+__all__ = [
+    "as_released", "limits", "published_files", "run_audit", "run_dialogues", "run_evaluate", "run_figures",
+    "run_generate", "run_pairs", "run_score", "run_train",
+]  # fmt: skip

@@ -1,0 +1,86 @@
+"""From tables to results, audit and figures."""
+
+from __future__ import annotations
+
+import persodpo.evaluation.results
+from persodpo.artifacts import RunFolder, StageReport
+from persodpo.config import Profile, load_profile
+from persodpo.figures import FigureReport, save_figures
+from persodpo.release import audit, corrections, findings, parity, published
+from persodpo.release.findings.base import Material
+from persodpo.stages.base import Reports, Targets, alone, published_files
+from persodpo.stages.pairs import limits, run_pairs, run_score
+from persodpo.stages.train import run_train
+from persodpo.tables import write_table
+
+
+@alone
+def run_evaluate(profile: Profile, overwrite: bool = False) -> Reports:
+    """Make the results table of the held-out responses."""
+    reports = run_score(profile)
+    run = RunFolder(profile)
+    tables = ["evaluation/responses", "evaluation/scores"]
+
+    def build(targets: Targets) -> None:
+        results = persodpo.evaluation.results.summarise(*(run.read(name) for name in tables))
+        write_table(targets["evaluation/results"], "evaluation/results", results)
+
+    report = run.stage(
+        "evaluate",
+        inputs={name: run.path(name) for name in tables},
+        settings={},
+        outputs=["evaluation/results"],
+        code=[persodpo.evaluation.results],
+        build=build,
+        overwrite=overwrite,
+    )
+    return [*reports, report]
+
+
+def as_released(profile: Profile) -> Profile:
+    """Return the profile whose tables the audit judges.
+
+    That is ``profile`` itself if its method is the released one; otherwise the shipped ``release`` profile with this
+    one's folders and limits, under a name of its own, so that the tables of a corrected run stay as they are.
+    """
+    twin = load_profile("release").model_copy(
+        update={key: getattr(profile, key) for key in ("paths", "engine", "seed")}
+    )
+    same = twin.model_dump(exclude={"name"}) == profile.model_dump(exclude={"name"})
+    return profile if same else twin.model_copy(update={"name": f"{profile.name}-as-released"})
+
+
+@alone
+def run_audit(profile: Profile, overwrite: bool = False) -> Reports:
+    """Make the parity table, the findings and the effect of every correction, on the tables as released."""
+    profile = as_released(profile)
+    reports = run_pairs(profile)
+    run = RunFolder(profile)
+    files = published_files(run)
+    names = ["dialogues", "responses", "scores", "thresholds", "pairs/simple", "pairs/perso", "pairs/gate"]
+
+    def build(targets: Targets) -> None:
+        tables = {name: run.read(name) for name in names}
+        low, high = limits(run)
+        material = Material(files, tables, low, high, profile)
+        write_table(targets["audit/parity"], "audit/parity", parity.parity_table(files, tables))
+        write_table(targets["audit/findings"], "audit/findings", audit.findings_table(material))
+        write_table(targets["audit/corrections"], "audit/corrections", corrections.correction_effects(material))
+
+    report = run.stage(
+        "audit",
+        inputs={name: run.path(name) for name in names} | files | published.fact_files(),
+        settings={"profile": profile.digest()},
+        outputs=["audit/parity", "audit/findings", "audit/corrections"],
+        code=[audit, parity, corrections, findings.base, findings.scores, findings.pairs, findings.results, published],
+        build=build,
+        overwrite=overwrite,
+    )
+    return [*reports, report]
+
+
+@alone
+def run_figures(profile: Profile, overwrite: bool = False) -> list[StageReport | FigureReport]:
+    """Draw the figures."""
+    reports: list[StageReport | FigureReport] = [*run_train(profile), *run_evaluate(profile)[-1:]]
+    return [*reports, *save_figures(RunFolder(profile), overwrite=overwrite)]

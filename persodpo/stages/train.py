@@ -1,0 +1,98 @@
+"""From pairs to trained policies."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import persodpo.pairs
+from persodpo.artifacts import RunFolder, digest_of, sha256
+from persodpo.config import ArmName, Profile, with_overrides
+from persodpo.errors import PersodpoError
+from persodpo.release import corrections
+from persodpo.stages.base import Reports, Targets, alone
+from persodpo.stages.pairs import run_pairs
+from persodpo.tables import write_table
+from persodpo.training.arms import ARMS, arm_name
+
+
+@alone
+def run_train(profile: Profile, overwrite: bool = False, arms: Sequence[str] = ()) -> Reports:
+    """Train arms, those of the profile unless others are named, each from the same policy."""
+    chosen = [arm_name(arm) for arm in arms or profile.training.arms]
+    reports = run_pairs(profile)
+    for arm in chosen:
+        reports += _train(profile, arm, overwrite)
+    return reports
+
+
+def _train(profile: Profile, arm: ArmName, overwrite: bool) -> Reports:
+    """Train one arm."""
+    from persodpo.training import (  # noqa: PLC0415 - torch is slow to load
+        forward,
+        health,
+        loss,
+        packing,
+        reference,
+        trainer,
+    )
+    from persodpo.training import run as training  # noqa: PLC0415
+
+    run, spec, reports = RunFolder(profile), ARMS[arm], []
+    source = run
+    if spec.corrected:
+        settings = [*corrections.correction_settings(), f"name={profile.name}-corrected"]
+        source = RunFolder(with_overrides(profile, settings))
+        reports = run_pairs(source.profile)
+    table = f"pairs/{spec.pairs}"
+    if spec.pairs not in profile.pairs.sets:
+        raise PersodpoError(f"Arm {arm} trains on {spec.pairs} pairs; add {spec.pairs} to pairs.sets.")
+    start = _policy(run)
+    outputs = [f"training/{arm}/{name}" for name in ("log", "health", "generations")]
+    inputs = {table: source.path(table)} | _weights(start)
+    settings_used = {
+        "arm": asdict(spec),
+        "policy": profile.policy.model,
+        "training": profile.training.model_dump(mode="json", exclude={"arms"}),
+        "reading": profile.completions.reading,
+        "seed": profile.seed,
+    }
+    folder = run.path(outputs[0]).parent
+    key = digest_of({"settings": settings_used, "inputs": {name: sha256(path) for name, path in inputs.items()}})
+
+    def build(targets: Targets) -> None:
+        made = training.train_arm(source.read(table), arm, start, folder, profile=profile, key=key)
+        for output, frame in zip(outputs, (made.log, made.health, made.generations), strict=True):
+            write_table(targets[output], output, frame)
+
+    report = run.stage(
+        f"train {arm}",
+        inputs=inputs,
+        settings=settings_used,
+        outputs=outputs,
+        code=[training, trainer, forward, packing, reference, loss, health],
+        build=build,
+        overwrite=overwrite or not training.is_trained(folder, key),
+    )
+    return [*reports, report]
+
+
+def _policy(run: RunFolder) -> str | Path:
+    """Return the model that training starts from; the small one is made from the run's own texts if need be."""
+    from persodpo.training.policy import make_small_policy  # noqa: PLC0415 - torch is slow to load
+
+    if run.profile.policy.model != "small":
+        return run.profile.policy.model
+    prompts = persodpo.pairs.prompt_table(run.read("dialogues"), run.profile)
+    responses = run.read("responses")
+    parsed = responses[responses["outcome"].eq("ok")].merge(prompts, on="dialogue_id")
+    texts = [json.dumps({"response": text}, ensure_ascii=False) for text in parsed["response"]]
+    examples = list(zip(parsed["prompt"], texts, strict=True))
+    return make_small_policy(examples, run.profile.policy.small, run.root / "policy")
+
+
+def _weights(policy: str | Path) -> dict[str, Path]:
+    """Return the weights of a policy that lies on this machine's disk by its own path."""
+    return {f"policy/{path.name}": path for path in sorted(Path(policy).glob("*.safetensors"))}

@@ -1,0 +1,72 @@
+"""The arms of the experiment: which pairs each trains on, and what weighs them. Loads no model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from persodpo.config import ArmName
+from persodpo.errors import PersodpoError
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train; all arms start from the same policy.
+
+    Attributes:
+        pairs: Pair set.
+        weighting: As in `persodpo.training.loss.pair_weights`.
+        corrected: Make the pairs with every correction that the audit has a setting for.
+        meaning: What the arm stands for.
+    """
+
+    pairs: Literal["simple", "perso"]
+    weighting: Literal["none", "sigmoid"]
+    corrected: bool
+    meaning: str
+
+
+ARMS: dict[ArmName, Arm] = {
+    "simple": Arm("simple", "none", False, "parsed against failed completions"),
+    "perso": Arm("perso", "none", False, "high against low quality, unweighted: what the authors ran"),
+    "perso_weighted": Arm("perso", "sigmoid", False, "high against low quality, weighted: what they meant"),
+    "corrected": Arm("perso", "sigmoid", True, "weighted, on pairs made with every correction"),
+}
+
+
+def arm_name(name: str) -> ArmName:
+    """Return ``name`` if it is an arm's.
+
+    Raises:
+        PersodpoError: There is no such arm.
+    """
+    known = [arm for arm in ARMS if arm == name]
+    if not known:
+        raise PersodpoError(f"There is no arm '{name}'; there are {', '.join(ARMS)}.")
+    return known[0]
+
+
+def split_prompts(pairs: pd.DataFrame, share: float, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Hold out the pairs of some prompts.
+
+    Args:
+        pairs: A pairs table.
+        share: Share of its prompts to hold out, above 0 and below 1; at least one is.
+        seed: Which prompts.
+
+    Returns:
+        The pairs to train on and the held-out ones; no prompt is in both.
+
+    Raises:
+        PersodpoError: There are fewer than two prompts.
+    """
+    prompts = pairs["prompt"].unique()
+    if len(prompts) < 2:
+        raise PersodpoError(f"The pairs have {len(prompts)} prompt; training needs two, one of them to hold out.")
+    count = min(len(prompts) - 1, max(1, round(share * len(prompts))))
+    held_out = np.random.default_rng(seed).permutation(np.asarray(prompts, dtype=object))[:count]
+    out = pairs["prompt"].isin(held_out)
+    return pairs[~out].reset_index(drop=True), pairs[out].reset_index(drop=True)

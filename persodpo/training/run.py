@@ -1,0 +1,229 @@
+"""Pairs and a policy in; a trained model, its log, health verdicts and generations out.
+
+Training goes on from its last checkpoint where it was interrupted, and only if pairs, policy and settings are still the
+same. What the arm was trained from, and what it is, stands in ``arm.json`` beside the model.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas as pd
+import torch
+from peft import LoraConfig
+from transformers import PrinterCallback
+
+from persodpo.artifacts import read_json, write_json
+from persodpo.config import ArmName, Profile
+from persodpo.errors import disk_errors, make_folder
+from persodpo.training.arms import ARMS, split_prompts
+from persodpo.training.health import Health, HealthSettings
+from persodpo.training.policy import RECORD, load_policy
+from persodpo.training.trainer import GroupedDPOConfig, GroupedDPOTrainer
+
+ARM_RECORD = "arm.json"
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+#: Column of the log table -> name in the trainer's log history, with ``eval_`` before it for evaluations.
+COLUMNS = {
+    "loss": "loss", "grad_norm": "grad_norm", "learning_rate": "learning_rate", "reward_margin": "rewards/margins",
+    "reward_accuracy": "rewards/accuracies", "reward_chosen": "rewards/chosen", "reward_rejected": "rewards/rejected",
+    "logps_chosen": "logps/chosen", "logps_rejected": "logps/rejected", "weight": "weights",
+    "parse_rate": "health/parse_rate", "words": "health/words", "loops": "health/loops",
+}  # fmt: skip
+#: What a row of the log history is, by a name that only it has.
+KINDS = {"loss": "train", "eval_loss": "eval", "health/parse_rate": "health"}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training gave.
+
+    Attributes:
+        log: A row a logged step (kind train), evaluation (eval) and health check (health).
+        health: The last verdicts.
+        generations: What the policy wrote to held-out prompts at each health check of this process.
+    """
+
+    log: pd.DataFrame
+    health: pd.DataFrame
+    generations: pd.DataFrame
+
+
+def is_trained(folder: Path, key: str) -> bool:
+    """Tell whether ``folder`` holds a model that was trained to its end from what ``key`` stands for."""
+    record = read_json(folder / ARM_RECORD)
+    return record.get("key") == key and "steps" in record and any((folder / name).is_file() for name in WEIGHTS)
+
+
+def train_arm(
+    pairs: pd.DataFrame, arm: ArmName, policy: str | Path, folder: Path, *, profile: Profile, key: str
+) -> Trained:
+    """Train one arm.
+
+    Args:
+        pairs: A pairs table.
+        arm: A name of `ARMS`.
+        policy: Folder or Hub name of the model to start from.
+        folder: Where model, tokenizer, model card, ``trainer_state.json`` and ``arm.json`` go. Reference
+            log-probabilities are cached beside it.
+        profile: Its ``training`` section and seed.
+        key: Stands for everything that the outcome depends on.
+
+    Returns:
+        Log, verdicts and generations.
+
+    Raises:
+        PersodpoError: The policy cannot be loaded, its attention or the pairs do not fit, or the disk fails.
+    """
+    settings = profile.training
+    train, held_out = split_prompts(pairs, settings.held_out, profile.seed)
+    checkpoint = _prepare(folder, key)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    model, tokenizer = load_policy(policy)
+    health = Health(
+        held_out["prompt"].unique().tolist(),
+        HealthSettings(
+            settings.health_prompts, settings.health_tokens, profile.completions.reading,
+            stop=settings.stop_when_collapsed,
+        ),
+    )  # fmt: skip
+    trainer = GroupedDPOTrainer(
+        model=model,
+        args=_arguments(arm, folder, profile),
+        train_dataset=_dataset(train),
+        eval_dataset=_dataset(held_out),
+        processing_class=tokenizer,
+        peft_config=_adapters(settings.lora_rank),
+        callbacks=[health],
+    )
+    trainer.remove_callback(PrinterCallback)
+    with disk_errors(folder):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if not any(log.get("step") == trainer.state.global_step and "eval_loss" in log for log in _history(trainer)):
+            trainer.evaluate()
+        _save(trainer, folder, arm)
+        described = describe(policy, model.num_parameters())
+        write_json(
+            folder / ARM_RECORD,
+            {
+                "key": key, "arm": arm, "policy": described, "parameters": model.num_parameters(),
+                "steps": trainer.state.global_step, "train_pairs": len(train), "held_out_pairs": len(held_out),
+                "left_out": {name: str(skipped) for name, skipped in trainer.skipped.items()},
+                "seconds": _seconds(trainer), "threads": torch.get_num_threads(), "device": str(trainer.args.device),
+            },
+        )  # fmt: skip
+    generations = health.generations.assign(prompt=lambda frame: [health.prompts[number] for number in frame["prompt"]])
+    return Trained(log_table(_history(trainer), described), health.summary(), generations)
+
+
+def describe(policy: str | Path, parameters: int) -> str:
+    """Say plainly which policy it is, with its true size."""
+    made_here = (Path(policy) / RECORD).is_file()
+    return f"{'small policy' if made_here else Path(policy).name}, {parameters / 1e6:,.1f} M parameters"
+
+
+def log_table(history: Sequence[Mapping[str, Any]], policy: str) -> pd.DataFrame:
+    """Make the log table of a trainer's log history.
+
+    Args:
+        history: The log history, under TRL's names.
+        policy: What was trained, for figures to say.
+
+    Returns:
+        Columns policy, kind, step, epoch and those of `COLUMNS`, NaN where a row of its kind has no such value.
+    """
+    rows = []
+    for log in history:
+        kind = next((kind for name, kind in KINDS.items() if name in log), None)
+        if kind:
+            before = "eval_" if kind == "eval" else ""
+            values = {column: log.get(before + name, float("nan")) for column, name in COLUMNS.items()}
+            rows.append(
+                {"policy": policy, "kind": kind, "step": int(log["step"]), "epoch": log.get("epoch", 0.0), **values}
+            )
+    return pd.DataFrame(rows, columns=["policy", "kind", "step", "epoch", *COLUMNS])
+
+
+def _history(trainer: GroupedDPOTrainer) -> list[dict[str, Any]]:
+    history: list[dict[str, Any]] = trainer.state.log_history
+    return history
+
+
+def _seconds(trainer: GroupedDPOTrainer) -> float:
+    """Return the wall time of training, evaluations and health checks included, the reference pass not."""
+    return next((float(log["train_runtime"]) for log in reversed(_history(trainer)) if "train_runtime" in log), 0.0)
+
+
+def _prepare(folder: Path, key: str) -> Path | None:
+    """Make ``folder`` ready for what ``key`` stands for; return the checkpoint to go on from, if there is one."""
+    record = read_json(folder / ARM_RECORD)
+    with disk_errors(folder):
+        make_folder(folder)
+        if record.get("key") != key or "steps" in record:
+            for left in folder.glob("checkpoint-*"):
+                shutil.rmtree(left)
+            write_json(folder / ARM_RECORD, {"key": key})
+    whole = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _arguments(arm: ArmName, folder: Path, profile: Profile) -> GroupedDPOConfig:
+    """Return the trainer's arguments."""
+    settings = profile.training
+    every: Callable[[str], dict[str, Any]] = lambda what: {  # noqa: E731
+        f"{what}_strategy": "steps",
+        f"{what}_steps": settings.evaluation_steps,
+    }
+    return GroupedDPOConfig(
+        output_dir=str(folder),
+        weighting=ARMS[arm].weighting,
+        scale_weights=settings.scale_weights,
+        token_budget=settings.token_budget,
+        reference_cache=str(folder.parent / "reference"),
+        num_train_epochs=settings.epochs,
+        per_device_train_batch_size=settings.prompts_per_step,
+        per_device_eval_batch_size=settings.prompts_per_step,
+        learning_rate=settings.learning_rate,
+        warmup_steps=settings.warmup_steps,
+        beta=settings.beta,
+        max_length=settings.max_length,
+        bf16=settings.bf16,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        seed=profile.seed,
+        logging_steps=settings.logging_steps,
+        save_total_limit=1,
+        report_to=[],
+        use_cpu=not torch.cuda.is_available(),
+        disable_tqdm=not sys.stderr.isatty(),
+        **every("eval"),
+        **every("save"),
+    )
+
+
+def _dataset(pairs: pd.DataFrame) -> datasets.Dataset:
+    columns = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected")
+    return datasets.Dataset.from_dict({column: pairs[column].tolist() for column in columns})
+
+
+def _adapters(rank: int | None) -> LoraConfig | None:
+    if rank is None:
+        return None
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def _save(trainer: GroupedDPOTrainer, folder: Path, arm: ArmName) -> None:
+    """Write model, tokenizer, state and card; remove what only a running training needs."""
+    trainer.save_model()
+    # Transformers writes its arguments as a pickle; they stand in the profile.
+    (folder / "training_args.bin").unlink(missing_ok=True)
+    trainer.save_state()
+    trainer.create_model_card(model_name=f"persodpo {arm}", tags=["persodpo"])
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
