@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from persodpo.errors import PersodpoError
 from persodpo.training.packing import PackedRows
 
-#: Attention implementations of transformers that take a mask of any shape.
-MASKED_ATTENTION = ("sdpa", "eager")
+#: Name under which `shared_prompt_attention` is registered with transformers.
+SHARED_PROMPT = "shared_prompt"
+#: Attention implementations that take a mask of any shape.
+MASKED_ATTENTION = ("sdpa", "eager", SHARED_PROMPT)
 #: Label positions projected onto the vocabulary at a time; bounds the memory of the logits.
 CHUNK = 2048
 
@@ -33,6 +39,48 @@ def check_attention(model: nn.Module) -> None:
         )
 
 
+def shared_prompt_attention(  # noqa: PLR0917 - transformers' order
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    shared_prompt: int = 0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend as ``sdpa`` does, but without the mask where rows are still in their prompts.
+
+    There attention is plainly causal: half the work, no mask to read, and on a GPU the fast kernels. Any other call,
+    such as one made while generating, is left to ``sdpa``.
+
+    Args:
+        module: The attention layer.
+        query: [rows, heads, length, width]; key and value alike, with their own heads.
+        key: See query.
+        value: See query.
+        attention_mask: [rows, 1, length, length].
+        shared_prompt: Positions at the start of every row that stand in its prompt.
+        **kwargs: Scaling, dropout and the like.
+
+    Returns:
+        [rows, length, heads, width], and no weights.
+    """
+    if attention_mask is None or shared_prompt < 1 or key.shape[2] != query.shape[2]:
+        whole: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return whole
+    inside = slice(None, shared_prompt)
+    first, _ = sdpa_attention_forward(
+        module, query[:, :, inside], key[:, :, inside], value[:, :, inside], None, **kwargs | {"is_causal": True}
+    )
+    branches = attention_mask[:, :, shared_prompt:]
+    second, _ = sdpa_attention_forward(module, query[:, :, shared_prompt:], key, value, branches, **kwargs)
+    return torch.cat([first, second], dim=1), None
+
+
+AttentionInterface.register(SHARED_PROMPT, shared_prompt_attention)
+AttentionMaskInterface.register(SHARED_PROMPT, sdpa_mask)
+
+
 def response_log_probs(model: Any, rows: PackedRows) -> Tensor:
     """Return the summed log-probability of each response, projecting only response positions onto the vocabulary.
 
@@ -44,11 +92,13 @@ def response_log_probs(model: Any, rows: PackedRows) -> Tensor:
         Log-probabilities in nats, float32, [responses]; differentiable.
     """
     check_attention(model)
+    known = {"shared_prompt": rows.shared} if model.config._attn_implementation == SHARED_PROMPT else {}
     hidden = _decoder(model)(
         input_ids=rows.input_ids,
         position_ids=rows.position_ids,
         attention_mask=rows.attention_mask,
         use_cache=False,
+        **known,
     ).last_hidden_state
     labelled = rows.owner >= 0
     log_probs = token_log_probs(hidden[labelled], model.get_output_embeddings(), rows.labels[labelled], _softcap(model))
@@ -70,7 +120,8 @@ def install_packed_forward(model: Any) -> None:
     """Let ``model(packed=rows)`` return `response_log_probs`; any other call stays what it was.
 
     Going through the model's own forward is what makes wrappers work: DistributedDataParallel sees the call and reduces
-    gradients, accelerate's mixed precision applies, and PEFT's adapters are on or off as set.
+    gradients, accelerate's mixed precision applies, and PEFT's adapters are on or off as set. Attention ``sdpa`` becomes
+    `shared_prompt_attention` where the model hands extra arguments down to it.
 
     Args:
         model: A causal language model, PEFT-wrapped or not. Installing twice does nothing.
@@ -86,6 +137,9 @@ def install_packed_forward(model: Any) -> None:
 
     forward.takes_packed = True  # type: ignore[attr-defined]
     base.forward = forward
+    parameters = inspect.signature(base.get_decoder().forward).parameters.values()
+    if base.config._attn_implementation == "sdpa" and any(p.kind is p.VAR_KEYWORD for p in parameters):
+        base.set_attn_implementation(SHARED_PROMPT)
 
 
 def _softcap(model: Any) -> float | None:

@@ -167,6 +167,7 @@ class PackedRows:
         rejected: Response number of its rejected side, [pairs].
         weights: [pairs].
         offsets: [pairs].
+        shared: Positions at the start of every row that stand in its prompt, so that plain causal attention holds there.
     """
 
     input_ids: Tensor
@@ -179,10 +180,13 @@ class PackedRows:
     rejected: Tensor
     weights: Tensor
     offsets: Tensor
+    shared: int
 
     def to(self, device: torch.device) -> PackedRows:
         """Return the rows on a device."""
-        return PackedRows(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "shared"}
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        return PackedRows(**moved, shared=self.shared)
 
 
 def pack(groups: Sequence[Group], pad_token_id: int = 0) -> PackedRows:
@@ -230,6 +234,7 @@ def pack(groups: Sequence[Group], pad_token_id: int = 0) -> PackedRows:
         torch.tensor([base + index for base, group in zip(bases, groups, strict=True) for index in group.rejected]),
         torch.tensor([weight for group in groups for weight in group.weights]),
         torch.tensor([offset for group in groups for offset in group.offsets]),
+        min(len(group.prompt) - 1 for group in groups),
     )
 
 
