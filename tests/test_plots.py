@@ -17,6 +17,7 @@ from scipy.stats import spearmanr
 from persodpo.artifacts import PROJECT, sha256
 from persodpo.errors import PersodpoError
 from persodpo.plots import (
+    attention_mask,
     failure_classes,
     metric_correlation,
     overview,
@@ -32,6 +33,29 @@ SEVEN = "Qwen2-7B-Instruct"
 HALF = "Qwen2-0.5B-Instruct"
 ARM = f"{HALF}/length_prior"
 PUBLISHED_RUN = "Qwen2-5B-Instruct-FoCus-perso-DPO"
+
+
+def test_attention_mask_by_hand():
+    """A prompt of two positions (the last one stands at the head of each response), responses of two and one."""
+    layout = pd.DataFrame({
+        "position": [0, 1, 2, 1], "response": [-1, 0, 0, 1], "side": ["prompt", "chosen", "chosen", "rejected"],
+    })  # fmt: skip
+    seen = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]]
+    assert attention_mask.visible(layout).astype(int).tolist() == seen
+    figure = attention_mask.draw(layout)
+    (picture,) = figure.axes[0].images
+    assert (np.asarray(picture.get_array()) > 0).astype(int).tolist() == seen
+    assert [line.get_ydata().tolist() for line in figure.axes[1].lines] == [[0], [1, 2], [1]]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["prompt", "chosen", "rejected"]
+
+
+def test_training_curves_by_epoch(curves):
+    timed = curves.assign(epoch=curves["step"] / 574)
+    figure = training_curves.draw(timed, highlight=[PUBLISHED_RUN], time="epoch")
+    assert figure.axes[-1].get_xlabel() == "Epoch"
+    assert max(figure.axes[0].lines[-1].get_xdata()) == pytest.approx(1700 / 574)
+    with pytest.raises(PersodpoError, match="needs column epoch"):
+        training_curves.draw(curves, highlight=[PUBLISHED_RUN], time="epoch")
 
 
 @pytest.fixture
@@ -300,6 +324,7 @@ CALLS = [
     (response_time.draw, response_time.COLUMNS, ()),
     (response_time.from_results, ("model", "metric", "responses", "mean", "std"), ()),
     (training_curves.draw, ("run", "step", "loss", "grad_norm"), ()),
+    (attention_mask.draw, ("position", "response", "side"), ()),
     (failure_classes.draw, ("model", "outcome"), ()),
     (score_distributions.draw_metrics, ("model", "imputed", "quality", *score_distributions.SIGNALS), ()),
     (score_distributions.draw_quality, ("model", "imputed", "quality"), (0.4, 0.6)),

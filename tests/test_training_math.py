@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import defaultdict
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from persodpo.errors import PersodpoError
-from persodpo.training.forward import response_log_probs, token_log_probs
+from persodpo.training.forward import SHARED_PROMPT, install_packed_forward, response_log_probs, token_log_probs
 from persodpo.training.loss import DIVERGENCES, LOSSES, LossSettings, Pairs, pair_losses, pair_weights
 from persodpo.training.packing import IGNORE, Group, TokenPair, group_pairs, micro_batches, pack
 
@@ -54,6 +55,37 @@ def test_packed_log_probs_are_those_of_plain_forward_passes(model, groups):
         packed = response_log_probs(model, pack(groups))
         plain = torch.cat([plain_log_probs(model, group) for group in groups])
     assert torch.allclose(packed, plain, atol=1e-4)
+
+
+@settings(max_examples=40)
+@given(GROUPS, st.booleans())
+def test_attention_without_a_mask_in_the_prompt_is_the_same(model, groups, checkpointing):
+    """Rows of any lengths, and the gradient of every weight, with and without gradient checkpointing."""
+    other = copy.deepcopy(model)
+    install_packed_forward(other)
+    assert (model.config._attn_implementation, other.config._attn_implementation) == ("sdpa", SHARED_PROMPT)
+    if checkpointing:
+        other.train()
+        other.gradient_checkpointing_enable()
+    model.zero_grad()
+    factors = torch.linspace(-1, 1, sum(len(group.responses) for group in groups))
+    values = [response_log_probs(model, pack(groups)), other(packed=pack(groups))]
+    assert torch.allclose(*values, atol=1e-4)
+    for value in values:
+        (value * factors).sum().backward()
+    for mine, theirs in zip(other.parameters(), model.parameters(), strict=True):
+        assert torch.allclose(mine.grad, theirs.grad, atol=1e-3, rtol=1e-3)
+
+
+def test_a_model_with_a_packed_forward_generates_and_saves_as_before(model, tmp_path):
+    other = copy.deepcopy(model)
+    install_packed_forward(other)
+    ids = torch.tensor([[5, 6, 7], [0, 8, 9]])
+    mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
+    arguments = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(other.generate(ids, **arguments), model.generate(ids, **arguments))
+    other.save_pretrained(tmp_path)
+    assert SHARED_PROMPT not in (tmp_path / "config.json").read_text()
 
 
 def loss_of(log_probs: torch.Tensor, chosen, rejected, lengths) -> torch.Tensor:

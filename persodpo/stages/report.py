@@ -41,10 +41,11 @@ def as_released(profile: Profile) -> Profile:
     """Return the profile whose tables the audit judges.
 
     That is ``profile`` itself if its method is the released one; otherwise the shipped ``release`` profile with this
-    one's folders and limits, under a name of its own, so that the tables of a corrected run stay as they are.
+    one's folders and limits, under a name of its own, so that the tables of a corrected run stay as they are. Policy and
+    training are no concern of the audit.
     """
     twin = load_profile("release").model_copy(
-        update={key: getattr(profile, key) for key in ("paths", "engine", "seed")}
+        update={key: getattr(profile, key) for key in ("paths", "engine", "seed", "policy", "training")}
     )
     same = twin.model_dump(exclude={"name"}) == profile.model_dump(exclude={"name"})
     return profile if same else twin.model_copy(update={"name": f"{profile.name}-as-released"})
@@ -70,7 +71,7 @@ def run_audit(profile: Profile, overwrite: bool = False) -> Reports:
     report = run.stage(
         "audit",
         inputs={name: run.path(name) for name in names} | files | published.fact_files(),
-        settings={"profile": profile.digest()},
+        settings=profile.model_dump(mode="json", exclude={"paths", "engine", "policy", "training"}),
         outputs=["audit/parity", "audit/findings", "audit/corrections"],
         code=[audit, parity, corrections, findings.base, findings.scores, findings.pairs, findings.results, published],
         build=build,

@@ -59,7 +59,7 @@ def make_small_policy(
         examples: Prompts and completions; the same prompt may come with several completions.
         settings: Size and warm-up.
         folder: Where to put model, tokenizer and record. A small policy made from something else is replaced.
-        progress: Show a progress bar.
+        progress: Show a progress bar, on a terminal.
 
     Returns:
         ``folder``, for `load_policy`.
@@ -259,7 +259,9 @@ def _train(model: Qwen2ForCausalLM, groups: Sequence[Group], settings: SmallPoli
     model.train()
     losses: list[float] = []
     batches = _batches(groups, settings)
-    for _ in tqdm(range(settings.steps), desc="small policy, warm-up", disable=not progress, leave=False):
+    for _ in tqdm(
+        range(settings.steps), desc="small policy, warm-up", disable=not (progress and sys.stderr.isatty()), leave=False
+    ):
         rows = pack(next(batches))
         loss = -response_log_probs(model, rows).sum() / rows.lengths.sum()
         optimiser.zero_grad()

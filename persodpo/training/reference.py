@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -54,7 +55,7 @@ def reference_log_probs(
     number, count = share
     found: dict[int, list[float]] = {}
     batches = list(micro_batches(groups, token_budget))[number::count]
-    for places in tqdm(batches, desc="reference log-probs", leave=False, disable=number > 0):
+    for places in tqdm(batches, desc="reference log-probs", leave=False, disable=number > 0 or not sys.stderr.isatty()):
         with torch.no_grad():
             values = iter(forward(pack([groups[place] for place in places], pad_token_id)).float().tolist())
         found |= {place: [next(values) for _ in groups[place].responses] for place in places}

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,10 @@ import datasets
 import pandas as pd
 import torch
 from peft import LoraConfig
+from tqdm import tqdm
 from transformers import PrinterCallback
+from transformers.utils.import_utils import is_in_notebook
+from transformers.utils.logging import disable_progress_bar
 
 from persodpo.artifacts import read_json, write_json
 from persodpo.config import ArmName, Profile
@@ -84,9 +89,8 @@ def train_arm(
     settings = profile.training
     train, held_out = split_prompts(pairs, settings.held_out, profile.seed)
     checkpoint = _prepare(folder, key)
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
     model, tokenizer = load_policy(policy)
+    described = describe(policy, model.num_parameters())
     health = Health(
         held_out["prompt"].unique().tolist(),
         HealthSettings(
@@ -94,33 +98,43 @@ def train_arm(
             stop=settings.stop_when_collapsed,
         ),
     )  # fmt: skip
-    trainer = GroupedDPOTrainer(
-        model=model,
-        args=_arguments(arm, folder, profile),
-        train_dataset=_dataset(train),
-        eval_dataset=_dataset(held_out),
-        processing_class=tokenizer,
-        peft_config=_adapters(settings.lora_rank),
-        callbacks=[health],
-    )
-    trainer.remove_callback(PrinterCallback)
-    with disk_errors(folder):
+    with _without_chatter(), disk_errors(folder):
+        trainer = GroupedDPOTrainer(
+            model=model,
+            args=arguments(arm, folder, profile),
+            train_dataset=as_dataset(train),
+            eval_dataset=as_dataset(held_out),
+            processing_class=tokenizer,
+            peft_config=_adapters(settings.lora_rank),
+            callbacks=[health],
+        )
+        trainer.remove_callback(PrinterCallback)
+        tqdm.write(f"{arm}: {described}; {len(train):,} pairs, {len(held_out):,} held out; {trainer.skipped['train']}")
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if not any(log.get("step") == trainer.state.global_step and "eval_loss" in log for log in _history(trainer)):
             trainer.evaluate()
         _save(trainer, folder, arm)
-        described = describe(policy, model.num_parameters())
-        write_json(
-            folder / ARM_RECORD,
-            {
-                "key": key, "arm": arm, "policy": described, "parameters": model.num_parameters(),
-                "steps": trainer.state.global_step, "train_pairs": len(train), "held_out_pairs": len(held_out),
-                "left_out": {name: str(skipped) for name, skipped in trainer.skipped.items()},
-                "seconds": _seconds(trainer), "threads": torch.get_num_threads(), "device": str(trainer.args.device),
-            },
-        )  # fmt: skip
+        record = {
+            "key": key, "arm": arm, "policy": described, "parameters": model.num_parameters(),
+            "steps": trainer.state.global_step, "train_pairs": len(train), "held_out_pairs": len(held_out),
+            "left_out": {name: str(skipped) for name, skipped in trainer.skipped.items()},
+            "seconds": _seconds(trainer), "threads": torch.get_num_threads(), "device": str(trainer.args.device),
+        }  # fmt: skip
+        write_json(folder / ARM_RECORD, record)
     generations = health.generations.assign(prompt=lambda frame: [health.prompts[number] for number in frame["prompt"]])
     return Trained(log_table(_history(trainer), described), health.summary(), generations)
+
+
+@contextmanager
+def _without_chatter() -> Iterator[None]:
+    """Leave out progress bars where nobody watches, and what TRL's own code is warned of."""
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        disable_progress_bar()  # type: ignore[no-untyped-call]
+    with warnings.catch_warnings():
+        # TRL 1.16 reads attributes that transformers 5 is renaming.
+        warnings.filterwarnings("ignore", r"`\w*gradient_checkpointing\w*` is deprecated", FutureWarning)
+        yield
 
 
 def describe(policy: str | Path, parameters: int) -> str:
@@ -174,13 +188,9 @@ def _prepare(folder: Path, key: str) -> Path | None:
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-def _arguments(arm: ArmName, folder: Path, profile: Profile) -> GroupedDPOConfig:
-    """Return the trainer's arguments."""
+def arguments(arm: ArmName, folder: Path, profile: Profile) -> GroupedDPOConfig:
+    """Return the trainer's arguments for an arm under a profile."""
     settings = profile.training
-    every: Callable[[str], dict[str, Any]] = lambda what: {  # noqa: E731
-        f"{what}_strategy": "steps",
-        f"{what}_steps": settings.evaluation_steps,
-    }
     return GroupedDPOConfig(
         output_dir=str(folder),
         weighting=ARMS[arm].weighting,
@@ -195,19 +205,22 @@ def _arguments(arm: ArmName, folder: Path, profile: Profile) -> GroupedDPOConfig
         beta=settings.beta,
         max_length=settings.max_length,
         bf16=settings.bf16,
-        gradient_checkpointing=settings.gradient_checkpointing,
+        activation_checkpointing=settings.gradient_checkpointing,
         seed=profile.seed,
         logging_steps=settings.logging_steps,
+        eval_strategy="steps",
+        eval_steps=settings.evaluation_steps,
+        save_strategy="steps",
+        save_steps=settings.evaluation_steps,
         save_total_limit=1,
         report_to=[],
         use_cpu=not torch.cuda.is_available(),
-        disable_tqdm=not sys.stderr.isatty(),
-        **every("eval"),
-        **every("save"),
+        disable_tqdm=not (sys.stderr.isatty() or is_in_notebook()),
     )
 
 
-def _dataset(pairs: pd.DataFrame) -> datasets.Dataset:
+def as_dataset(pairs: pd.DataFrame) -> datasets.Dataset:
+    """Return what the trainer needs of a pairs table."""
     columns = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected")
     return datasets.Dataset.from_dict({column: pairs[column].tolist() for column in columns})
 

@@ -1,0 +1,195 @@
+"""Training an arm from a pairs table: what is written, what is logged, what survives a kill, what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_policy import EXAMPLES, SETTINGS
+from typer.testing import CliRunner
+
+from persodpo.cli import app
+from persodpo.config import load_profile
+from persodpo.errors import PersodpoError
+from persodpo.figures import CURVES, PAPER_RUN, arm_curves
+from persodpo.release import published
+from persodpo.tables import check_table, write_table
+from persodpo.training import run
+from persodpo.training.arms import ARMS, arm_name, split_prompts
+from persodpo.training.policy import load_policy, make_small_policy
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+OVERRIDES = [
+    "training.epochs=2", "training.prompts_per_step=2", "training.evaluation_steps=2", "training.health_tokens=8",
+    "training.health_prompts=2", "training.held_out=0.2", "training.max_length=128", "training.warmup_steps=1",
+    "training.learning_rate=0.001",
+]  # fmt: skip
+
+
+def pairs_table(prompts: int = 10) -> pd.DataFrame:
+    texts = [text for _, text in EXAMPLES]
+    rows = [
+        {
+            "prompt": f"{EXAMPLES[0][0]} {number}", "chosen": texts[(number + c) % 12],
+            "rejected": texts[(number + 6 + r) % 12], "score_chosen": 0.9 - c / 10, "score_rejected": 0.1 + r / 10,
+        }
+        for number in range(prompts) for c in range(2) for r in range(3)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    return make_small_policy(EXAMPLES, SETTINGS, tmp_path_factory.mktemp("policy") / "small", progress=False)
+
+
+@pytest.fixture(scope="module")
+def profile():
+    return load_profile("release", OVERRIDES)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, policy, profile):
+    folder = tmp_path_factory.mktemp("arm") / "perso_weighted"
+    return folder, run.train_arm(pairs_table(), "perso_weighted", policy, folder, profile=profile, key="k")
+
+
+@settings(max_examples=40)
+@given(st.lists(st.integers(0, 8), min_size=2, max_size=40), st.floats(0.01, 0.99), st.integers(0, 9))
+def test_no_prompt_is_trained_on_and_held_out(numbers, share, seed):
+    pairs = pd.DataFrame({"prompt": [f"p{number}" for number in numbers]})
+    count = pairs["prompt"].nunique()
+    if count < 2:
+        with pytest.raises(PersodpoError, match="needs two"):
+            split_prompts(pairs, share, seed)
+        return
+    train, held_out = split_prompts(pairs, share, seed)
+    assert not set(train["prompt"]) & set(held_out["prompt"])
+    assert len(train) + len(held_out) == len(pairs)
+    assert held_out["prompt"].nunique() == min(count - 1, max(1, round(share * count)))
+
+
+def test_an_arm_leaves_a_model_that_loads_and_nothing_to_unpickle(trained, policy):
+    folder, _ = trained
+    names = {path.name for path in folder.iterdir()}
+    assert {"model.safetensors", "trainer_state.json", "arm.json", "README.md", "tokenizer.json"} <= names
+    assert not {name for name in names if name.endswith((".bin", ".pt", ".pth")) or name.startswith("checkpoint")}
+    after, before = load_policy(folder)[0].state_dict(), load_policy(policy)[0].state_dict()
+    assert any(not torch.equal(after[name], before[name]) for name in before)
+    record = json.loads((folder / "arm.json").read_text())
+    assert record["policy"].startswith("small policy, 0.0 M")
+    assert (record["train_pairs"], record["held_out_pairs"], record["steps"]) == (48, 12, 8)
+
+
+def test_the_log_starts_at_weight_times_log_2_and_has_every_kind(trained, tmp_path):
+    log = trained[1].log
+    write_table(tmp_path / "log.parquet", "training/perso_weighted/log", log)
+    assert check_table(tmp_path / "log.parquet", "training/perso_weighted/log") == len(log)
+    train = log[log["kind"] == "train"]
+    assert train["step"].tolist() == list(range(1, 9))
+    assert train["loss"].iloc[0] == pytest.approx(train["weight"].iloc[0] * math.log(2), abs=1e-6)
+    assert train["grad_norm"].gt(0).all()
+    assert train["weight"].ne(1).any()
+    assert log.loc[log["kind"] == "eval", "step"].tolist() == [2, 4, 6, 8]
+    assert log.loc[log["kind"] == "health", "step"].tolist() == [0, 2, 4, 6, 8]
+    assert log.loc[log["kind"] == "eval", ["loss", "reward_margin", "reward_accuracy"]].notna().all(axis=None)
+    assert trained[1].generations["step"].tolist() == [step for step in (0, 2, 4, 6, 8) for _ in range(2)]
+    assert trained[1].generations["prompt"].str.startswith("User1").all()
+
+
+def test_arms_differ_in_their_weights_alone(tmp_path, policy, profile, trained):
+    plain = run.train_arm(pairs_table(), "perso", policy, tmp_path / "perso", profile=profile, key="k").log
+    weighted = trained[1].log
+    train = plain["kind"] == "train"
+    assert (plain.loc[train, "weight"] == 1).all()
+    assert plain.loc[train, "learning_rate"].tolist() == weighted.loc[train, "learning_rate"].tolist()
+    assert plain["loss"].tolist() != weighted["loss"].tolist()
+
+
+def test_a_lora_arm_leaves_an_adapter(tmp_path, policy):
+    profile = load_profile("release", [*OVERRIDES, "training.lora_rank=2", "training.epochs=1"])
+    made = run.train_arm(pairs_table(), "perso", policy, tmp_path / "perso", profile=profile, key="k")
+    assert (tmp_path / "perso" / "adapter_model.safetensors").is_file()
+    assert run.is_trained(tmp_path / "perso", "k")
+    assert made.log.query("kind == 'train'")["loss"].iloc[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+SCRIPT = """
+import sys, torch
+torch.set_num_threads(1)
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from persodpo.config import load_profile
+from persodpo.training import run
+import test_train_run as t
+profile = load_profile("release", t.OVERRIDES)
+run.train_arm(t.pairs_table(), "perso_weighted", Path({policy!r}), Path({folder!r}), profile=profile, key={key!r})
+"""
+
+
+def script(policy, folder, key):
+    text = SCRIPT.format(tests=str(Path(__file__).parent), policy=str(policy), folder=str(folder), key=key)
+    return [sys.executable, "-c", text]
+
+
+def test_a_killed_training_goes_on_from_its_checkpoint_to_the_same_end(tmp_path, policy, profile, trained):
+    folder = tmp_path / "perso_weighted"
+    with subprocess.Popen(script(policy, folder, "k"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        started = time.monotonic()
+        while not list(folder.glob("checkpoint-*/trainer_state.json")) and time.monotonic() - started < 120:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+    assert list(folder.glob("checkpoint-*/trainer_state.json"))
+    assert not run.is_trained(folder, "k")
+    again = run.train_arm(pairs_table(), "perso_weighted", policy, folder, profile=profile, key="k")
+    pd.testing.assert_frame_equal(again.log.drop(columns="policy"), trained[1].log.drop(columns="policy"))
+    after, whole = (load_policy(path)[0].state_dict() for path in (folder, trained[0]))
+    assert all(torch.equal(after[name], whole[name]) for name in whole)
+
+
+def test_checkpoints_of_other_settings_are_not_gone_on_from(tmp_path, policy, profile, trained):
+    folder = tmp_path / "perso_weighted"
+    left = folder / "checkpoint-6"
+    left.mkdir(parents=True)
+    (left / "trainer_state.json").write_text("{}")
+    (folder / "arm.json").write_text('{"key": "other"}')
+    made = run.train_arm(pairs_table(), "perso_weighted", policy, folder, profile=profile, key="k")
+    pd.testing.assert_frame_equal(made.log, trained[1].log)
+
+
+def test_is_trained_only_with_its_key_its_end_and_its_weights(trained, tmp_path):
+    assert run.is_trained(trained[0], "k")
+    assert not run.is_trained(trained[0], "other")
+    assert not run.is_trained(tmp_path, "k")
+    (tmp_path / "arm.json").write_text('{"key": "k", "steps": 3}')
+    assert not run.is_trained(tmp_path, "k")
+
+
+def test_an_unknown_arm_is_one_sentence(tmp_path, capsys):
+    with pytest.raises(PersodpoError, match=r"no arm 'pers'; there are simple, perso, perso_weighted, corrected"):
+        arm_name("pers")
+    assert list(ARMS) == ["simple", "perso", "perso_weighted", "corrected"]
+    done = CliRunner().invoke(app, ["train", "--arm", "pers", "--set", f"paths.runs={tmp_path}"])
+    assert isinstance(done.exception, PersodpoError)
+
+
+def test_curves_of_arms_stand_beside_the_papers_on_one_axis(trained):
+    tables = {"training/perso_weighted/log": trained[1].log, CURVES: published.training_curves()}
+    curves, labels = arm_curves(tables)
+    assert labels == {"perso_weighted": "perso_weighted: small policy, 0.0 M parameters"}
+    ours = curves[curves["run"] == "perso_weighted"]
+    assert ours["epoch"].iloc[-1] == 2
+    paper = curves[curves["run"] != "perso_weighted"]
+    assert set(paper["run"]) == {PAPER_RUN}
+    assert paper["epoch"].max() == pytest.approx(1700 * 16 / 9184)
