@@ -11,7 +11,9 @@ pairs, AdamW steps and clipping, each rung adding one saving:
   still in their prompts, in the plain loop of the two rungs above;
 - grouped: `GroupedDPOTrainer`, the same rows in the trainer.
 
-An optimiser step is a fixed number of pairs of whole prompts, the same for every rung. Every measurement is a process of
+An optimiser step is a fixed number of pairs of whole prompts, the same for every rung. What grouping saves depends on how
+many pairs share a prompt and its responses, so of a hundred random subsets that one is timed on which it saves as much as
+on the whole set. Every measurement is a process of
 its own on a fixed subset of prompts, after one untimed forward and backward pass; seconds are scaled to an epoch by
 pairs and hold one pass for reference log-probabilities where a rung computes them ahead. Before anything is timed, the
 losses of the first prompts, pair by pair in float32 and against a reference that is not the policy, must agree.
@@ -29,6 +31,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -44,7 +47,9 @@ from persodpo.config import load_profile
 RESULTS = PROJECT / "benchmarks" / "results"
 CHECKED = ["trl", "pairs", "sequences", "grouped"]
 TOLERANCE = 1e-4
-SEED = 44
+Row = tuple[str, str, str]
+#: Subsets drawn, of which the one is taken that grouping saves as much on as on the whole set.
+DRAWS = 100
 #: Device -> least factor of `grouped` against a rung.
 BOUNDS = {"cpu": {"trl": 20.0, "pairs": 6.0}, "cuda": {"trl": 7.0, "trl-tuned": 4.0}}
 
@@ -67,7 +72,7 @@ def partition(counts: list[int], target: int) -> list[list[int]]:
     return steps
 
 
-def prepare(folder: Path, scale: Scale, prompts: int, overrides: list[str]) -> dict[str, int]:
+def prepare(folder: Path, scale: Scale, prompts: int, overrides: list[str]) -> dict[str, float]:
     """Write the subset's pairs and a tokenizer trained on all texts; return the sizes of set and subset."""
     frame = RunFolder(load_profile("release", overrides)).read("pairs/perso")
     frame = frame[frame["chosen"] != frame["rejected"]]
@@ -79,21 +84,41 @@ def prepare(folder: Path, scale: Scale, prompts: int, overrides: list[str]) -> d
     tokenizer.train_from_iterator(texts, vocab_size=TOKENIZER_WORDS, special_tokens=special, show_progress=False)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token="<|end|>", pad_token="<|pad|>")  # noqa: S106
     fast.save_pretrained(folder / "tokenizer")
-    rows: dict[str, list[tuple[str, str, str]]] = {}
+    rows: dict[str, list[Row]] = {}
     for row in frame[["prompt", "chosen", "rejected"]].itertuples(index=False, name=None):
         rows.setdefault(row[0], []).append(row)
+    tokens = dict(zip(texts, map(len, fast(texts)["input_ids"]), strict=True))
+    whole = saving(rows.values(), tokens)
+    draws = [draw(rows, scale.step_pairs, prompts, seed) for seed in range(DRAWS)]
+    steps = min(draws, key=lambda steps: abs(saving([pairs for step in steps for pairs in step], tokens) - whole))
+    (folder / "steps.json").write_text(json.dumps(steps))
+    taken = [pairs for step in steps for pairs in step]
+    return {"all_prompts": len(rows), "all_pairs": sum(map(len, rows.values())), "prompts": len(taken),
+            "pairs": sum(map(len, taken)), "steps": len(steps), "pair_tokens_a_grouped_token": whole,
+            "of_the_subset": saving(taken, tokens)}  # fmt: skip
+
+
+def draw(rows: dict[str, list[Row]], step_pairs: int, prompts: int, seed: int) -> list[list[list[Row]]]:
+    """Draw steps of prompts with their pairs, until there are so many prompts."""
     order = list(rows)
-    random.Random(SEED).shuffle(order)  # noqa: S311
-    steps, taken = [], 0
-    for step in partition([len(rows[prompt]) for prompt in order], scale.step_pairs):
-        if taken >= prompts:
+    random.Random(seed).shuffle(order)  # noqa: S311
+    # A part is enough to fill a few steps from, and much faster than all of it.
+    order = order[: 4 * prompts]
+    steps: list[list[list[Row]]] = []
+    for step in partition([len(rows[prompt]) for prompt in order], step_pairs):
+        if sum(map(len, steps)) >= prompts:
             break
         steps.append([rows[order[place]] for place in step])
-        taken += len(step)
-    (folder / "steps.json").write_text(json.dumps(steps))
-    all_pairs = sum(len(pairs) for pairs in rows.values())
-    return {"all_prompts": len(rows), "all_pairs": all_pairs, "prompts": taken,
-            "pairs": len(steps) * scale.step_pairs, "steps": len(steps)}  # fmt: skip
+    return steps
+
+
+def saving(groups: Iterable[list[Row]], tokens: dict[str, int]) -> float:
+    """Return how many tokens pairs have for each token of the same pairs in groups."""
+    alone = together = 0
+    for pairs in groups:
+        alone += sum(tokens[text] for prompt, *sides in pairs for side in sides for text in (prompt, side))
+        together += sum(tokens[text] for text in {text for pair in pairs for text in pair})
+    return alone / together
 
 
 def one(name: str, device: str, folder: Path, *, check: bool) -> None:
@@ -137,7 +162,7 @@ def check(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
     return worst
 
 
-def summarise(rows: dict[str, list[dict[str, Any]]], sizes: dict[str, int]) -> dict[str, dict[str, float]]:
+def summarise(rows: dict[str, list[dict[str, Any]]], sizes: dict[str, float]) -> dict[str, dict[str, float]]:
     """Return medians of each rung, scaled to an epoch, and its ratios."""
     scale, found = sizes["all_pairs"] / sizes["pairs"], {}
     for name, runs in rows.items():
@@ -203,7 +228,9 @@ def bench(arguments: argparse.Namespace) -> None:
     note = (
         f"{device}, {million:.0f} M parameters, {scale.dtype}. Timed on {sizes['prompts']} prompts with {sizes['pairs']} "
         f"pairs ({sizes['steps']} steps of {scale.step_pairs}), scaled to the {sizes['all_pairs']:,} pairs of an epoch; "
-        f"medians of {arguments.repeats}. Losses of the first pairs are within {max(apart.values()):.0e} of TRL's."
+        f"medians of {arguments.repeats}; pairs have {sizes['of_the_subset']:.2f} tokens for one of grouped rows, "
+        f"{sizes['pair_tokens_a_grouped_token']:.2f} in the whole set. Losses of the first pairs are within "
+        f"{max(apart.values()):.0e} of TRL's."
     )
     arguments.output.mkdir(parents=True, exist_ok=True)
     write_json(arguments.output / f"train-{arguments.device}.json", content)
