@@ -13,10 +13,10 @@ pairs, AdamW steps and clipping, each rung adding one saving:
 
 An optimiser step is a fixed number of pairs of whole prompts, the same for every rung. What grouping saves depends on how
 many pairs share a prompt and its responses, so of a hundred random subsets that one is timed on which it saves as much as
-on the whole set. Every measurement is a process of
-its own on a fixed subset of prompts, after one untimed forward and backward pass; seconds are scaled to an epoch by
-pairs and hold one pass for reference log-probabilities where a rung computes them ahead. Before anything is timed, the
-losses of the first prompts, pair by pair in float32 and against a reference that is not the policy, must agree.
+on the whole set; the fast rungs, for which starting up would otherwise count, on a subset four times as large. Every
+measurement is a process of its own, after one untimed forward and backward pass; seconds are scaled to an epoch by pairs
+and hold one pass for reference log-probabilities where a rung computes them ahead. Before anything is timed, the losses of
+the first prompts, pair by pair in float32 and against a reference that is not the policy, must agree.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rungs import RUNGS, SCALES, TOKENIZER_WORDS, TRAINERS, Rung, Scale
+from rungs import FAST, RUNGS, SCALES, TOKENIZER_WORDS, TRAINERS, Rung, Scale
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -48,6 +48,8 @@ RESULTS = PROJECT / "benchmarks" / "results"
 CHECKED = ["trl", "pairs", "sequences", "grouped"]
 TOLERANCE = 1e-4
 Row = tuple[str, str, str]
+#: How many times as many prompts the fast rungs are timed on.
+MORE = 4
 #: Subsets drawn, of which the one is taken that grouping saves as much on as on the whole set.
 DRAWS = 100
 #: Device -> least factor of `grouped` against a rung.
@@ -88,14 +90,24 @@ def prepare(folder: Path, scale: Scale, prompts: int, overrides: list[str]) -> d
     for row in frame[["prompt", "chosen", "rejected"]].itertuples(index=False, name=None):
         rows.setdefault(row[0], []).append(row)
     tokens = dict(zip(texts, map(len, fast(texts)["input_ids"]), strict=True))
-    whole = saving(rows.values(), tokens)
-    draws = [draw(rows, scale.step_pairs, prompts, seed) for seed in range(DRAWS)]
-    steps = min(draws, key=lambda steps: abs(saving([pairs for step in steps for pairs in step], tokens) - whole))
-    (folder / "steps.json").write_text(json.dumps(steps))
-    taken = [pairs for step in steps for pairs in step]
-    return {"all_prompts": len(rows), "all_pairs": sum(map(len, rows.values())), "prompts": len(taken),
-            "pairs": sum(map(len, taken)), "steps": len(steps), "pair_tokens_a_grouped_token": whole,
-            "of_the_subset": saving(taken, tokens)}  # fmt: skip
+    found = {
+        "all_prompts": len(rows),
+        "all_pairs": sum(map(len, rows.values())),
+        "saving": saving(rows.values(), tokens),
+    }
+    for kind, times in (("slow", 1), ("fast", MORE)):
+        draws = [draw(rows, scale.step_pairs, times * prompts, seed) for seed in range(DRAWS)]
+        off = [abs(saving(flat(steps), tokens) - found["saving"]) for steps in draws]
+        steps = draws[off.index(min(off))]
+        (folder / f"steps-{kind}.json").write_text(json.dumps(steps))
+        found |= {f"{kind}_prompts": len(flat(steps)), f"{kind}_pairs": sum(map(len, flat(steps))),
+                  f"{kind}_steps": len(steps), f"{kind}_saving": saving(flat(steps), tokens)}  # fmt: skip
+    return found
+
+
+def flat(steps: list[list[list[Row]]]) -> list[list[Row]]:
+    """Return the prompts of all steps, each with its pairs."""
+    return [pairs for step in steps for pairs in step]
 
 
 def draw(rows: dict[str, list[Row]], step_pairs: int, prompts: int, seed: int) -> list[list[list[Row]]]:
@@ -164,8 +176,9 @@ def check(arguments: argparse.Namespace, folder: Path) -> dict[str, float]:
 
 def summarise(rows: dict[str, list[dict[str, Any]]], sizes: dict[str, float]) -> dict[str, dict[str, float]]:
     """Return medians of each rung, scaled to an epoch, and its ratios."""
-    scale, found = sizes["all_pairs"] / sizes["pairs"], {}
+    found = {}
     for name, runs in rows.items():
+        scale = sizes["all_pairs"] / sizes["fast_pairs" if name in FAST else "slow_pairs"]
         middle = {key: statistics.median(run[key] for run in runs) for key in ("seconds", "reference_seconds")}
         total = statistics.median(run["seconds"] + run["reference_seconds"] for run in runs)
         found[name] = {
@@ -226,11 +239,12 @@ def bench(arguments: argparse.Namespace) -> None:
     }  # fmt: skip
     million = rows[arguments.rungs[0]][0]["parameters"] / 1e6
     note = (
-        f"{device}, {million:.0f} M parameters, {scale.dtype}. Timed on {sizes['prompts']} prompts with {sizes['pairs']} "
-        f"pairs ({sizes['steps']} steps of {scale.step_pairs}), scaled to the {sizes['all_pairs']:,} pairs of an epoch; "
-        f"medians of {arguments.repeats}; pairs have {sizes['of_the_subset']:.2f} tokens for one of grouped rows, "
-        f"{sizes['pair_tokens_a_grouped_token']:.2f} in the whole set. Losses of the first pairs are within "
-        f"{max(apart.values()):.0e} of TRL's."
+        f"{device}, {million:.0f} M parameters, {scale.dtype}. Timed on {sizes['slow_prompts']} prompts with "
+        f"{sizes['slow_pairs']} pairs in steps of {scale.step_pairs} ({', '.join(sorted(FAST))}: {sizes['fast_prompts']} "
+        f"with {sizes['fast_pairs']}), scaled to the {sizes['all_pairs']:,} pairs of an epoch; medians of "
+        f"{arguments.repeats}. Pairs have {sizes['slow_saving']:.2f} ({sizes['fast_saving']:.2f}) tokens for one of grouped "
+        f"rows, in the whole set {sizes['saving']:.2f}. Losses of the first pairs are within {max(apart.values()):.0e} of "
+        f"TRL's."
     )
     arguments.output.mkdir(parents=True, exist_ok=True)
     write_json(arguments.output / f"train-{arguments.device}.json", content)

@@ -23,6 +23,8 @@ from persodpo.training.trainer import GroupedDPOConfig, GroupedDPOTrainer
 
 RUNGS = ["trl", "trl-tuned", "pairs", "sequences", "grouped-loop", "grouped"]
 TRAINERS = {"trl", "trl-tuned", "grouped"}
+#: Rungs that are timed on the larger subset.
+FAST = {"grouped-loop", "grouped"}
 MAX_LENGTH = 1024
 TOKENIZER_WORDS = 16_384
 
@@ -61,7 +63,8 @@ class Rung:
         self.name, self.device, self.check, self.scale = name, device, check, SCALES[device]
         self.folder = folder
         self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-        steps = json.loads((folder / "steps.json").read_text())
+        kind = "fast" if name in FAST and not check else "slow"
+        steps = json.loads((folder / f"steps-{kind}.json").read_text())
         # A check takes prompts of the first step only, and few where a step is long.
         self.steps = [steps[0][:4]] if check else steps
         self.rows = [row for step in self.steps for pairs in step for row in pairs]
