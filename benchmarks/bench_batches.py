@@ -71,7 +71,8 @@ def measure(way: str, seed: int, train: pd.DataFrame, held_out: pd.DataFrame, pr
         steps = -(-len(grouped) // args.per_device_train_batch_size)
         if way == "shuffled":
             trainer.train_dataset = alone(grouped)
-            args.per_device_train_batch_size = -(-pairs // steps)
+            # Read from the arguments when the trainer was made.
+            trainer._train_batch_size = -(-pairs // steps)
         trainer.train()
         found = trainer.evaluate()
         assert trainer.state.global_step == steps
@@ -101,7 +102,7 @@ def summarise(runs: pd.DataFrame) -> dict[str, dict[str, float]]:
 def main() -> None:
     """Measure, and write the results."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--prompts", type=int, default=640, help="prompts to train on")
+    parser.add_argument("--prompts", type=int, default=320, help="prompts to train on")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as in `persodpo --set`")
     parser.add_argument("--output", type=Path, default=RESULTS)

@@ -17,6 +17,14 @@ settings.register_profile("persodpo", derandomize=True, deadline=None, database=
 settings.load_profile("persodpo")
 
 
+#: Training of seconds: a policy that learns nothing, a few steps.
+QUICK_TRAINING = [
+    "policy.small.vocabulary=2000", "policy.small.hidden_size=32", "policy.small.intermediate_size=64",
+    "policy.small.layers=1", "policy.small.steps=20", "training.epochs=0.05", "training.health_tokens=4",
+    "training.health_prompts=2",
+]  # fmt: skip
+
+
 def profile_in(folder: Path, *overrides: str) -> Profile:
     """Return the release profile with its folders under ``folder``."""
     places = [f"paths.{name}={folder / name}" for name in ("runs", "figures", "release")]

@@ -149,6 +149,20 @@ def test_readme_shows_the_measured_bench():
     assert {"cpu", "cores", "threads", "duckdb"} <= set(measured["machine"])
 
 
+def test_readme_shows_the_measured_trainer():
+    results = PROJECT / "benchmarks" / "results"
+    for name in ("train-cpu", "batches"):
+        assert (results / f"{name}.md").read_text().strip() in README, name
+    measured = json.loads((results / "train-cpu.json").read_text())
+    assert {"device", "cores", "threads", "torch", "trl"} <= set(measured["machine"])
+    assert measured["repeats"] >= 3
+    grouped = measured["rungs"]["grouped"]
+    assert grouped["against_trl"] >= 20
+    assert grouped["against_pairs"] >= 6
+    assert grouped["gib"] < measured["rungs"]["trl"]["gib"]
+    assert max(measured["losses_apart"].values()) < 1e-4
+
+
 def readme_commands() -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]

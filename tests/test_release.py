@@ -7,15 +7,17 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import QUICK_TRAINING
 
 from persodpo import figures
-from persodpo.artifacts import PROJECT, RunFolder
+from persodpo.artifacts import PROJECT, RunFolder, sha256
 from persodpo.completions import read_completion
 from persodpo.config import load_profile, with_overrides
+from persodpo.errors import PersodpoError
 from persodpo.plots.checks import plotted_sha256
 from persodpo.release import audit, corrections, published
 from persodpo.release.findings.scores import scored_response
-from persodpo.stages import as_released, limits, published_files, run_audit, run_pairs
+from persodpo.stages import as_released, limits, published_files, run_audit, run_pairs, run_train
 
 
 @pytest.fixture(scope="module")
@@ -218,3 +220,31 @@ def test_the_readme_quotes_the_findings_evidence(release_run):
     assert f"the source model alone {source:.0%}".replace("%", " %") in readme
     assert "0.34 over the 7,363 measured" in evidence
     assert "0.34 measured, 0.76 with failures imputed" in readme
+
+
+@pytest.mark.slow
+def test_arms_train_on_the_published_pairs_and_are_skipped_when_nothing_changed(release_run, tmp_path):
+    places = [f"paths.{name}={tmp_path / name}" for name in ("runs", "figures")]
+    profile = with_overrides(release_run.profile, [*places, *QUICK_TRAINING, "training.arms=[simple, corrected]"])
+    run = RunFolder(profile)
+    reports = run_train(profile)
+    assert [report.stage for report in reports if not report.skipped][-1] == "train corrected"
+    assert run.provenance("training/simple/log")["inputs"]["pairs/simple"] == sha256(run.path("pairs/simple"))
+    corrected = RunFolder(with_overrides(profile, ["name=release-corrected"]))
+    used = run.provenance("training/corrected/log")["inputs"]
+    assert used["pairs/perso"] == sha256(corrected.path("pairs/perso")) != sha256(run.path("pairs/perso"))
+    starts = [
+        run.provenance(f"training/{arm}/log")["inputs"]["policy/model.safetensors"] for arm in ("simple", "corrected")
+    ]
+    assert starts == [sha256(run.root / "policy" / "model.safetensors")] * 2
+    assert all(report.skipped for report in run_train(profile))
+    (run.root / "training" / "simple" / "model.safetensors").unlink()
+    again = run_train(profile, arms=["simple"])
+    assert [report.stage for report in again if not report.skipped] == ["train simple"]
+    assert run.read("training/simple/log")["policy"].str.startswith("small policy").all()
+
+
+def test_an_arm_without_its_pairs_is_one_sentence(tmp_path):
+    profile = load_profile("release", [f"paths.runs={tmp_path}", "pairs.sets=[simple]"])
+    with pytest.raises(PersodpoError, match=r"Arm perso trains on perso pairs; add perso to pairs\.sets"):
+        run_train(profile)

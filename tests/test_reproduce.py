@@ -8,9 +8,11 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from conftest import QUICK_TRAINING
 
 from persodpo import reproduce
 from persodpo.artifacts import PROJECT
+from persodpo.config import with_overrides
 from persodpo.errors import PersodpoError
 from persodpo.release.corrections import correction_settings
 
@@ -99,7 +101,7 @@ def stderr_of(path) -> list[str]:
 @pytest.mark.slow
 def test_all_notebooks_run_on_the_published_files_without_a_warning(release_run, tmp_path):
     source = tmp_path / "profile.yaml"
-    source.write_text(release_run.profile.to_yaml())
+    source.write_text(with_overrides(release_run.profile, QUICK_TRAINING).to_yaml())
     done = list(reproduce.reproduce(str(source)))
     assert [each.notebook for each in done] == reproduce.notebook_files()
     for each in done:
@@ -112,7 +114,13 @@ def test_notebooks_run_on_a_corrected_profile(release_run, tmp_path):
     """Every correction at once: the notebooks hold, and the audit still judges the tables as released."""
     source = tmp_path / "profile.yaml"
     source.write_text(release_run.profile.to_yaml())
-    overrides = [f"paths.runs={tmp_path}", f"paths.figures={tmp_path}", "name=corrected", *correction_settings()]
+    overrides = [
+        f"paths.runs={tmp_path}",
+        f"paths.figures={tmp_path}",
+        "name=corrected",
+        *correction_settings(),
+        *QUICK_TRAINING,
+    ]
     done = list(reproduce.reproduce(str(source), overrides))
     assert len(done) == len(reproduce.notebook_files())
     assert (tmp_path / "corrected" / "pairs" / "perso.parquet").exists()

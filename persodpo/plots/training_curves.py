@@ -161,7 +161,8 @@ def _ours(curves: pd.DataFrame, panels: Sequence[str], names: Mapping[str, str],
     figure.align_ylabels(stack)
     handles = [Line2D([], [], label=name, **_look(number)) for number, name in enumerate(names.values())]
     if background:
-        handles.append(Line2D([], [], color=GREY, linewidth=0.6, label=f"{others} ({len(background)})"))
+        label = others if len(background) == 1 else f"{others} ({len(background)})"
+        handles.append(Line2D([], [], color=GREY, linewidth=0.6, label=label))
     figure.legend(handles=handles, loc="outside upper left", ncols=1, labelspacing=0.25)
     return figure
 

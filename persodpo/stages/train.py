@@ -22,6 +22,9 @@ from persodpo.training.arms import ARMS, arm_name
 def run_train(profile: Profile, overwrite: bool = False, arms: Sequence[str] = ()) -> Reports:
     """Train arms, those of the profile unless others are named, each from the same policy."""
     chosen = [arm_name(arm) for arm in arms or profile.training.arms]
+    for arm in chosen:
+        if ARMS[arm].pairs not in profile.pairs.sets:
+            raise PersodpoError(f"Arm {arm} trains on {ARMS[arm].pairs} pairs; add {ARMS[arm].pairs} to pairs.sets.")
     reports = run_pairs(profile)
     for arm in chosen:
         reports += _train(profile, arm, overwrite)
@@ -47,8 +50,6 @@ def _train(profile: Profile, arm: ArmName, overwrite: bool) -> Reports:
         source = RunFolder(with_overrides(profile, settings))
         reports = run_pairs(source.profile)
     table = f"pairs/{spec.pairs}"
-    if spec.pairs not in profile.pairs.sets:
-        raise PersodpoError(f"Arm {arm} trains on {spec.pairs} pairs; add {spec.pairs} to pairs.sets.")
     start = _policy(run)
     outputs = [f"training/{arm}/{name}" for name in ("log", "health", "generations")]
     inputs = {table: source.path(table)} | _weights(start)

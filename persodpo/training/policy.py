@@ -32,6 +32,7 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from persodpo.artifacts import as_json, is_running, read_json, sha256, source_digest, versions, write_json
 from persodpo.config import SmallPolicy
@@ -97,7 +98,8 @@ def load_policy(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer.
 
-    Only weights in safetensors are read, and no code that comes with a model is run.
+    Only weights in safetensors are read, and no code that comes with a model is run. Away from a terminal transformers
+    draws no progress bars.
 
     Args:
         name: A local folder or a name on the Hugging Face Hub.
@@ -110,6 +112,8 @@ def load_policy(
     Raises:
         PersodpoError: There is no such model, it cannot be fetched, or it is damaged.
     """
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(

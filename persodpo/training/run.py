@@ -22,7 +22,6 @@ from peft import LoraConfig
 from tqdm import tqdm
 from transformers import PrinterCallback
 from transformers.utils.import_utils import is_in_notebook
-from transformers.utils.logging import disable_progress_bar
 
 from persodpo.artifacts import read_json, write_json
 from persodpo.config import ArmName, Profile
@@ -130,7 +129,6 @@ def _without_chatter() -> Iterator[None]:
     """Leave out progress bars where nobody watches, and what TRL's own code is warned of."""
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-        disable_progress_bar()  # type: ignore[no-untyped-call]
     with warnings.catch_warnings():
         # TRL 1.16 reads attributes that transformers 5 is renaming.
         warnings.filterwarnings("ignore", r"`\w*gradient_checkpointing\w*` is deprecated", FutureWarning)
@@ -234,7 +232,7 @@ def _adapters(rank: int | None) -> LoraConfig | None:
 def _save(trainer: GroupedDPOTrainer, folder: Path, arm: ArmName) -> None:
     """Write model, tokenizer, state and card; remove what only a running training needs."""
     trainer.save_model()
-    # Transformers writes its arguments as a pickle; they stand in the profile.
+    # Transformers writes its arguments in a format that runs code when read; they stand in the profile.
     (folder / "training_args.bin").unlink(missing_ok=True)
     trainer.save_state()
     trainer.create_model_card(model_name=f"persodpo {arm}", tags=["persodpo"])
