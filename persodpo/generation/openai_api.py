@@ -80,16 +80,7 @@ class OpenAIBackend:
         Raises:
             PersodpoError: The address is none, or holds a secret.
         """
-        parts = urlsplit(settings.base_url)
-        if parts.scheme not in {"http", "https"} or not parts.hostname:
-            raise PersodpoError(
-                f"base_url of model {settings.model} is no address; write it like http://localhost:8000/v1."
-            )
-        if parts.username or parts.password or parts.query:
-            raise PersodpoError(
-                f"base_url of model {settings.model} must hold no user name, password or query; put the key into an "
-                "environment variable and name it in api_key_env."
-            )
+        _check_address(settings)
         self.settings = settings
         self.model = settings.model
         self.concurrency = settings.concurrency
@@ -291,6 +282,24 @@ class _Session:
             async with asyncio.timeout(seconds):
                 await self._stopping.wait()
         self._raise_if_stopped()
+
+
+def _check_address(settings: OpenAIEndpoint) -> None:
+    """Refuse an address that is none, or that a secret would be shown with."""
+    if "@" in settings.base_url or "?" in settings.base_url:
+        raise PersodpoError(
+            f"base_url of model {settings.model} must hold no user name, password or query; put the key into an "
+            "environment variable and name it in api_key_env."
+        )
+    try:
+        parts = urlsplit(settings.base_url)
+        usable = parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise PersodpoError(
+            f"base_url of model {settings.model} is no address; write it like http://localhost:8000/v1."
+        )
 
 
 def _schema(keys: tuple[str, ...]) -> dict[str, Any]:
