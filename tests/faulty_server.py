@@ -145,6 +145,8 @@ class FaultyServer:
             "length": body_of(asked, prompt, finish_reason="length"),
             "no_usage": {**body_of(asked, prompt), "usage": None},
             "surrogate": body_of(asked, prompt, message={**say, "content": "half \ud83d and \x00"}),
+            "huge_usage": {**body_of(asked, prompt), "usage": {"prompt_tokens": 10**30, "completion_tokens": -1}},
+            "deep": b'{"choices": ' + b"[" * 100_000,
             "echo": body_of(asked, prompt, message={**say, "content": f"Your key is {key}."}),
         }
         return bodies[fault]

@@ -29,16 +29,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from asking import backend, chat, chats
 from faulty_server import completion
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from persodpo.errors import PersodpoError
-from persodpo.generation.budget import Prices
 from persodpo.generation.engine import Job, generate, generate_all
 from persodpo.generation.faults import FAILURES_IN_A_ROW, Redactor
 from persodpo.generation.forecast import forecast
-from persodpo.generation.openai_api import OpenAIBackend, OpenAIEndpoint
+from persodpo.generation.openai_api import OpenAIBackend
 from persodpo.generation.pacing import Pace
 from persodpo.generation.replay import Recorded, ReplayBackend
 from persodpo.generation.requests import FAILURES, Answer, Limits, Request, request_key
@@ -47,7 +47,6 @@ from persodpo.generation.summary import Summary
 
 TESTS = Path(__file__).parent
 CANARY = "sk-canary/7f+3Q=="
-PRICES = Prices(input_per_million=1.0, output_per_million=2.0)
 
 
 @dataclass
@@ -94,24 +93,6 @@ def slow(tmp_path: Path) -> Iterator[Server]:
 def store(tmp_path: Path) -> Iterator[Store]:
     with Store(tmp_path / "answers.sqlite") as opened:
         yield opened
-
-
-def backend(url: str, **changes: Any) -> OpenAIBackend:
-    settings: dict[str, Any] = {
-        "model": "small", "served_as": None, "base_url": url, "api_key_env": None, "concurrency": 8,
-        "requests_per_minute": None, "tokens_per_minute": None, "timeout_seconds": 5.0, "attempts": 4,
-        "longest_wait_seconds": 0.05, "token_limit": "max_tokens", "json_keys": (), "prices": PRICES,
-    }  # fmt: skip
-    return OpenAIBackend(OpenAIEndpoint(**{**settings, **changes}))
-
-
-def chat(text: str) -> Request:
-    messages = ({"role": "system", "content": "Answer in JSON."}, {"role": "user", "content": text})
-    return Request(text, messages, max_new_tokens=30, temperature=0.0, seed=None, template="plain")
-
-
-def chats(texts: Iterable[str]) -> list[Request]:
-    return [chat(text) for text in texts]
 
 
 def answer_to(request: Request, asked: OpenAIBackend, store: Store) -> Answer:
@@ -232,7 +213,7 @@ PASSING = {
     "status_408": "timeout", "status_409": "server_error", "status_429": "rate_limited", "status_500": "server_error",
     "status_503": "server_error", "hang": "timeout", "cut": "connection_cut", "invalid": "invalid_body",
     "wrong_shape": "invalid_body", "list": "invalid_body", "null_message": "invalid_body", "number": "invalid_body",
-    "html": "invalid_body",
+    "html": "invalid_body", "deep": "invalid_body",
 }  # fmt: skip
 UNBILLED = {"status_408", "status_409", "status_429", "status_500", "status_503"}
 
@@ -333,11 +314,17 @@ def test_cut_off_answers_are_counted(server: Server, store: Store) -> None:
 
 
 def test_an_answer_without_usage_counts_at_its_highest_price(server: Server, store: Store) -> None:
-    found = ask_one("unmetered <<fault=no_usage>>", backend(server.url), store)
-    assert (found.prompt_tokens, found.completion_tokens) == (None, None)
-    assert found.cost > 2 * 30 / 1e6
+    for fault in ("no_usage", "huge_usage"):
+        found = ask_one(f"unmetered <<fault={fault}>>", backend(server.url), store)
+        assert (found.outcome, found.prompt_tokens, found.completion_tokens) == ("answered", None, None)
+        assert found.cost > 2 * 30 / 1e6
     free = ask_one("unmetered <<fault=no_usage>>", backend(server.url, model="b", prices=None), store)
     assert free.cost == 0
+
+
+def test_a_prompt_that_no_request_can_carry(server: Server, store: Store) -> None:
+    found = generate([chat("lone \ud800"), chat("after it")], backend(server.url), store)
+    assert (found.answered, found.failed, found.cost < 1e-4) == (1, {"rejected": 1}, True)
 
 
 def test_a_raw_prompt_cannot_be_held_to_a_schema(server: Server, store: Store) -> None:
@@ -531,6 +518,10 @@ def test_the_key_is_in_no_traceback(server: Server, tmp_path: Path, monkeypatch:
     assert "canary" not in "".join(shown.format())
 
 
+def test_a_placeholder_is_no_secret() -> None:
+    assert Redactor("EMPTY").text("The glass is EMPTY.") == "The glass is EMPTY."
+
+
 secrets = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=8, max_size=40)
 
 
@@ -663,7 +654,7 @@ CHILD = """
 import os, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from test_generation_api import backend, chats
+from asking import backend, chats
 from persodpo.generation.engine import generate
 from persodpo.generation.store import Store
 
@@ -773,7 +764,7 @@ BAR = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from test_generation_api import backend, chats
+from asking import backend, chats
 from persodpo.generation.engine import Job, generate_all
 from persodpo.generation.store import Store
 with Store(Path(sys.argv[3])) as store:

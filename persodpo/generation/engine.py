@@ -223,7 +223,8 @@ class _ModelRun:
                 for _ in range(self._backend.concurrency):
                     group.create_task(self._worker(answer, bar))
         except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from None
+            first = errors.exceptions[0]
+            raise first from first.__cause__
 
     async def _worker(self, answer: AnswerRequest, bar: tqdm[NoReturn]) -> None:
         """Answer one request after another."""
@@ -246,10 +247,12 @@ class _ModelRun:
         """Return the next request that is to be asked, None when there is none or the model was stopped."""
         async with self._feeding:
             while not self._ready and not self.summary.stopped:
+                passed = self._passed()
                 chunk = self._chunk()
                 if not chunk:
                     return None
-                bar.update(await _in_thread(self._claim, chunk))
+                await _in_thread(self._claim, chunk)
+                bar.update(self._passed() - passed)
             return None if self.summary.stopped else self._ready.popleft()
 
     def _chunk(self) -> dict[str, Request]:
@@ -264,14 +267,17 @@ class _ModelRun:
             self._stop(error)
         return chunk
 
-    def _claim(self, chunk: dict[str, Request]) -> int:
-        """Sort out what is to be asked; return how many requests need not be."""
+    def _passed(self) -> int:
+        """Return how many requests need not be asked."""
+        return self.summary.skipped + self.summary.busy
+
+    def _claim(self, chunk: dict[str, Request]) -> None:
+        """Sort out what is to be asked."""
         claim = self._store.claim(list(chunk), self._retry_failed)
         self._claimed |= claim.granted
         self._ready.extend((key, request) for key, request in chunk.items() if key in claim.granted)
         self.summary.skipped += len(claim.stored)
         self.summary.busy += len(claim.busy)
-        return len(claim.stored) + len(claim.busy)
 
     def _count_rest(self) -> int:
         """Count the requests that nobody has looked at yet and that are not stored."""

@@ -12,6 +12,7 @@ import time
 import urllib.parse
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from typing import Any
 
 import openai
 
@@ -35,6 +36,7 @@ LASTING = {
     ),
 }  # fmt: skip
 
+SHORTEST_SECRET = 8
 _SHOWN = 300
 _QUOTA = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
 _TOO_LONG = ("context_length", "context length", "context size", "context window", "context_size", "too many tokens")
@@ -47,9 +49,9 @@ class Redactor:
     """Takes a secret, in the forms in which servers echo it, out of text."""
 
     def __init__(self, secret: str | None) -> None:
-        """Remember the secret; None for none."""
+        """Remember the secret; None for none. Shorter ones are placeholders such as EMPTY, which texts may well hold."""
         self._forms: list[str] = []
-        if secret:
+        if secret and len(secret) >= SHORTEST_SECRET:
             encoded = base64.b64encode(secret.encode()).decode().rstrip("=")
             forms = {secret, urllib.parse.quote(secret, safe=""), json.dumps(secret)[1:-1], encoded}
             self._forms = sorted(forms, key=len, reverse=True)
@@ -126,7 +128,7 @@ def read_reply(reply: object, redactor: Redactor) -> Answer:
     """Read the body of a successful call; the client does not check it.
 
     Args:
-        reply: What the client made of the body.
+        reply: The body as it was decoded: JSON, or text if it was none.
         redactor: Takes secrets out of what the server said.
 
     Returns:
@@ -135,23 +137,34 @@ def read_reply(reply: object, redactor: Redactor) -> Answer:
     Raises:
         CallFault: The body is no answer.
     """
-    choices, usage = getattr(reply, "choices", None), getattr(reply, "usage", None)
-    counts = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
-    prompt_tokens, completion_tokens = (count if isinstance(count, int) else None for count in counts)
+    body = _object(reply)
+    usage, choices = _object(body.get("usage")), body.get("choices")
+    prompt_tokens, completion_tokens = (_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens"))
     if choices == []:
         error = "the server answered with an empty list of choices"
         return Answer("failed", None, None, "no_choice", error, prompt_tokens, completion_tokens)
-    choice = choices[0] if isinstance(choices, list) else None
-    message = getattr(choice, "message", choice)
-    refusal = getattr(message, "refusal", None)
-    text = refusal or getattr(message, "content", getattr(message, "text", None))
-    reason = "refusal" if refusal else getattr(choice, "finish_reason", None)
-    if message is None or not isinstance(text, str | None) or not isinstance(reason, str | None):
-        raise CallFault("invalid_body", "the body is no answer: it lacks choices of text", transient=True, billed=True)
+    choice = _object(choices[0] if isinstance(choices, list) else None)
+    said = _object(choice.get("message")) or choice
+    refusal = said.get("refusal")
+    text = refusal or said.get("content", said.get("text", 0))
+    reason = "refusal" if refusal else choice.get("finish_reason")
+    if not isinstance(text, str | None) or not isinstance(reason, str | None):
+        raise CallFault(
+            "invalid_body", "the body is no answer: it lacks a choice with text", transient=True, billed=True
+        )
     return Answer(
         "answered", redactor.text(text or ""), redactor.line(reason) if reason else None,
         prompt_tokens=prompt_tokens, completion_tokens=completion_tokens,
     )  # fmt: skip
+
+
+def _object(value: object) -> dict[str, Any]:
+    """Return a JSON object, empty if it is none."""
+    return value if isinstance(value, dict) else {}
+
+
+def _count(value: object) -> int | None:
+    return value if isinstance(value, int) and 0 <= value < 2**53 else None
 
 
 def _from_status(error: openai.APIStatusError, redactor: Redactor) -> CallFault:

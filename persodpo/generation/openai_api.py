@@ -14,16 +14,14 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
-from typing import Annotated, Any, Literal, cast
-from urllib.parse import urlsplit
+from typing import Any
 
 import openai
 from openai import AsyncOpenAI
-from pydantic import Field
 
-from persodpo.config import Count, Positive, Section
 from persodpo.errors import PersodpoError
-from persodpo.generation.budget import BudgetReached, Prices, Purse
+from persodpo.generation.budget import BudgetReached, Purse
+from persodpo.generation.endpoint import OpenAIEndpoint, check_address
 from persodpo.generation.faults import FAILURES_IN_A_ROW, LASTING, CallFault, Redactor, classify, read_reply
 from persodpo.generation.pacing import Pace
 from persodpo.generation.requests import Answer, AnswerRequest, Limits, ModelStopped, Request
@@ -37,40 +35,6 @@ MESSAGE_TOKENS = 16
 BYTES_PER_TOKEN = 4
 
 
-class OpenAIEndpoint(Section):
-    """One model behind one endpoint.
-
-    Attributes:
-        model: The model's name in all tables.
-        served_as: The name the endpoint knows it by; None: the same.
-        base_url: Address up to ``/v1``, without user name, password or query.
-        api_key_env: Environment variable that holds the key; None for a server that asks for none.
-        concurrency: Requests under way at a time.
-        requests_per_minute: The endpoint's limit, None for none.
-        tokens_per_minute: The same, prompts and longest answers together.
-        timeout_seconds: Longest wait for one attempt, from sending to the last byte.
-        attempts: How often a prompt is sent at most.
-        longest_wait_seconds: Longest pause between two attempts; a server that asks for a longer one stops the model.
-        token_limit: The field that the endpoint reads the longest answer from; newer OpenAI models want the second.
-        json_keys: Keys, all text, of the JSON object that the endpoint must hold the model to; empty: no such schema.
-        prices: Prices of the tokens; None if unknown, then no budget can be kept.
-    """
-
-    model: Annotated[str, Field(min_length=1)]
-    served_as: str | None
-    base_url: str
-    api_key_env: str | None
-    concurrency: Count
-    requests_per_minute: Count | None
-    tokens_per_minute: Count | None
-    timeout_seconds: Positive
-    attempts: Count
-    longest_wait_seconds: Positive
-    token_limit: Literal["max_tokens", "max_completion_tokens"]
-    json_keys: tuple[str, ...]
-    prices: Prices | None
-
-
 class OpenAIBackend:
     """A backend (`persodpo.generation.requests.Backend`) over the ``openai`` client."""
 
@@ -80,7 +44,7 @@ class OpenAIBackend:
         Raises:
             PersodpoError: The address is none, or holds a secret.
         """
-        _check_address(settings)
+        check_address(settings)
         self.settings = settings
         self.model = settings.model
         self.concurrency = settings.concurrency
@@ -197,8 +161,9 @@ class _Session:
                 cost = self._settings.prices.cost(answer.prompt_tokens, answer.completion_tokens)
             return replace(answer, cost=cost)
         except CallFault as fault:
+            cost = cost if fault.billed else 0.0
             return fault
-        except (openai.OpenAIError, TimeoutError, ValueError) as error:
+        except (openai.OpenAIError, TimeoutError, ValueError, RecursionError) as error:
             found = classify(error, self._redactor)
             cost = cost if found.billed else 0.0
             return found
@@ -206,24 +171,24 @@ class _Session:
             self._purse.settle(reservation, cost)
 
     async def _send(self, request: Request) -> object:
-        """Send a request in the form that its prompt asks for."""
-        settings = self._settings
-        served = settings.served_as or settings.model
-        options: dict[str, Any] = {} if request.temperature is None else {"temperature": request.temperature}
+        """Send a request in the form that its prompt asks for; return the body as JSON, or as text if it is none."""
+        body: dict[str, Any] = {"model": self._settings.served_as or self._settings.model}
+        if request.temperature is not None:
+            body["temperature"] = request.temperature
         if request.seed is not None:
-            options["seed"] = request.seed
+            body["seed"] = request.seed
         if isinstance(request.prompt, str):
-            if settings.json_keys:
+            if self._settings.json_keys:
                 raise CallFault("rejected", "json_keys need a chat prompt, raw text cannot be held to a schema")
-            return await self._client.completions.create(
-                model=served, prompt=request.prompt, max_tokens=request.max_new_tokens, **options
-            )
-        options[settings.token_limit] = request.max_new_tokens
-        if settings.json_keys:
-            options["response_format"] = _schema(settings.json_keys)
-        return await self._client.chat.completions.create(
-            model=served, messages=cast(Any, list(request.prompt)), **options
-        )
+            body |= {"prompt": request.prompt, "max_tokens": request.max_new_tokens}
+        else:
+            body |= {"messages": request.prompt, self._settings.token_limit: request.max_new_tokens}
+            if self._settings.json_keys:
+                body["response_format"] = _schema(self._settings.json_keys)
+        # The client's typed methods convert every field both ways, which costs more than sending it.
+        path = "/completions" if isinstance(request.prompt, str) else "/chat/completions"
+        # Unless told otherwise it would also send an OPENAI_ADMIN_KEY that it finds, whatever server base_url names.
+        return await self._client.post(path, body=body, cast_to=object, options={"security": {"bearer_auth": True}})
 
     def _highest_cost(self, request: Request) -> float:
         """Return the most that one attempt can cost: no tokenizer makes more tokens than a text has bytes."""
@@ -244,13 +209,14 @@ class _Session:
         if fault.kind == "denied" and self._answered:
             # Some endpoints deny single prompts in this way.
             fault.kind, lasting = "rejected", False
-        if lasting:
-            self._stop(LASTING[fault.kind].format(**self._words(), detail=fault.detail))
+        reason, detail = fault.kind, fault.detail
         if fault.retry_after is not None and fault.retry_after > settings.longest_wait_seconds:
-            self._stop(LASTING["wait"].format(**self._words(), detail=f"{fault.retry_after:,.0f} s"))
+            reason, detail, lasting = "wait", f"{fault.retry_after:,.0f} s", True
+        if lasting:
+            self._stop(LASTING[reason].format(**self._words(), detail=detail))
+            self._raise_if_stopped()
         if fault.retry_after is not None:
             self._pace.pause(time.monotonic() + fault.retry_after)
-        self._raise_if_stopped()
 
     def _count_failure(self, fault: CallFault) -> None:
         """Stop the model after too many failures in a row; the request at hand has failed by itself."""
@@ -282,24 +248,6 @@ class _Session:
             async with asyncio.timeout(seconds):
                 await self._stopping.wait()
         self._raise_if_stopped()
-
-
-def _check_address(settings: OpenAIEndpoint) -> None:
-    """Refuse an address that is none, or that a secret would be shown with."""
-    if "@" in settings.base_url or "?" in settings.base_url:
-        raise PersodpoError(
-            f"base_url of model {settings.model} must hold no user name, password or query; put the key into an "
-            "environment variable and name it in api_key_env."
-        )
-    try:
-        parts = urlsplit(settings.base_url)
-        usable = parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable:
-        raise PersodpoError(
-            f"base_url of model {settings.model} is no address; write it like http://localhost:8000/v1."
-        )
 
 
 def _schema(keys: tuple[str, ...]) -> dict[str, Any]:

@@ -17,10 +17,10 @@ from typing import Literal, Protocol, TypedDict
 from persodpo.errors import PersodpoError
 from persodpo.generation.budget import Prices, Purse
 
-#: What can become of a request that was not answered. The first two lie with the prompt, the others with the call.
+#: Why a request was not answered. The first two lie with the prompt, the others with the call.
 FAILURES = (
     "context_too_long", "rejected", "rate_limited", "server_error", "timeout", "connection_cut", "invalid_body",
-    "no_choice", "not_recorded",
+    "no_choice", "unreachable", "not_recorded",
 )  # fmt: skip
 
 
