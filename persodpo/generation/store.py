@@ -12,7 +12,7 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass, fields
 from datetime import UTC, datetime
@@ -187,10 +187,11 @@ class Store:
                 self._connection.executemany("INSERT OR REPLACE INTO claims VALUES (?, ?, ?, ?)", mine)
             return Claim(granted, stored, busy)
 
-    def release(self, keys: Iterable[str]) -> None:
+    def release(self, keys: Collection[str]) -> None:
         """Give up claims on keys that were not asked after all; errors as `claim`."""
-        with sentences(self.path), self._lock, self._transaction():
-            self._forget_claims(keys)
+        if keys:
+            with sentences(self.path), self._lock, self._transaction():
+                self._forget_claims(keys)
 
     def write(self, entries: Sequence[Entry]) -> None:
         """Write entries in one transaction and end their claims; when this returns, they are on the disk.
