@@ -24,7 +24,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -783,11 +783,9 @@ def test_a_write_that_fails_once_ends_the_run(slow: Server, tmp_path: Path) -> N
     class Locked(Store):
         def write(self, entries):
             """Let another program hold the file during the first write."""
-            if self.free:
-                return super().write(entries)
-            self.free = True
-            with sqlite3.connect(self.path, isolation_level=None) as other:
-                other.execute("BEGIN IMMEDIATE")
+            with closing(sqlite3.connect(self.path, isolation_level=None)) as other:
+                other.execute("SELECT 1" if self.free else "BEGIN IMMEDIATE")
+                self.free = True
                 super().write(entries)
 
     with Locked(tmp_path / "answers.sqlite", wait_seconds=0.05) as store:
