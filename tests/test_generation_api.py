@@ -761,6 +761,22 @@ def test_an_interrupt_keeps_what_came_in(slow: Server, store: Store) -> None:
     assert sum(count - 1 for count in again.values()) <= 8
 
 
+def test_an_interrupt_of_a_notebook_ends_the_asking(slow: Server, store: Store) -> None:
+    """A kernel runs cells inside a loop of its own, whose thread is the only one that an interrupt reaches."""
+
+    async def cell() -> Summary:
+        return generate(chats(f"cell {number}" for number in range(200)), backend(slow.url), store)
+
+    loop = asyncio.new_event_loop()
+    interrupt_after(slow, 16)
+    with pytest.raises(KeyboardInterrupt):
+        loop.run_until_complete(cell())
+    asked = len(slow.received())
+    time.sleep(0.3)
+    assert len(slow.received()) == asked < 100
+    loop.close()
+
+
 def test_answers_that_wait_for_the_disk_survive_an_interrupt(slow: Server, tmp_path: Path) -> None:
     texts = [f"waiting {number}" for number in range(8)]
 
@@ -834,7 +850,7 @@ from asking import backend, chats
 from persodpo.generation.engine import Job, generate_all
 from persodpo.generation.store import Store
 with Store(Path(sys.argv[3])) as store:
-    jobs = [Job(chats(["a <<fault=status_400>>", *map(str, range(9))]), backend(sys.argv[2], model=m), 10) for m in "xy"]
+    jobs = [Job(chats(["a <<fault=status_400>>", *map(str, range(9))]), backend(sys.argv[2], model=m)) for m in "xy"]
     generate_all(jobs, store)
     generate_all(jobs, store, progress=False)
 """

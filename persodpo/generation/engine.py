@@ -12,7 +12,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Sequence, Sized
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from itertools import islice
@@ -25,6 +25,7 @@ from persodpo.generation.budget import BudgetReached, Purse
 from persodpo.generation.requests import AnswerRequest, Backend, ModelStopped, Request, request_key
 from persodpo.generation.store import Entry, Store
 from persodpo.generation.summary import Summary
+from persodpo.generation.writing import Writer, in_thread
 
 #: Requests looked up and claimed at a time.
 CHUNK = 64
@@ -38,7 +39,7 @@ class Job:
     Attributes:
         requests: The prompts, in any iterable; it is gone through once.
         backend: Where the answers come from.
-        total: How many there are, for the progress bar; None if unknown.
+        total: How many there are, for the progress bar; None if the iterable knows it itself or nobody does.
     """
 
     requests: Iterable[Request]
@@ -95,16 +96,31 @@ def _run(coroutine: Coroutine[Any, Any, T]) -> T:
         return asyncio.run(coroutine)
     found: list[T] = []
     errors: list[BaseException] = []
+    tasks: list[asyncio.Task[None]] = []
+
+    async def run() -> None:
+        tasks.append(asyncio.ensure_future(collect()))
+        await tasks[0]
+
+    async def collect() -> None:
+        found.append(await coroutine)
 
     def target() -> None:
         try:
-            found.append(asyncio.run(coroutine))
+            asyncio.run(run())
         except BaseException as error:
             errors.append(error)
 
     thread = threading.Thread(target=target, name="generate")
     thread.start()
-    thread.join()
+    try:
+        thread.join()
+    except KeyboardInterrupt:
+        # The interrupt reaches this thread alone; the other would go on asking, and paying.
+        for task in tasks:
+            task.get_loop().call_soon_threadsafe(task.cancel)
+        thread.join()
+        raise
     if errors:
         raise errors[0]
     return found[0]
@@ -115,10 +131,7 @@ async def _generate_all(
 ) -> list[Summary]:
     purse = Purse(budget_usd, store.spent() if budget_usd is not None else 0.0)
     runs = [_ModelRun(job, store, purse, retry_failed) for job in jobs]
-    bars = [
-        tqdm(total=job.total, desc=job.backend.model, unit=" prompts", position=row, disable=None if progress else True)
-        for row, job in enumerate(jobs)
-    ]
+    bars = [_bar(job, row, progress) for row, job in enumerate(jobs)]
     try:
         # Nobody is cancelled when one fails; an error that is no affair of one model is raised when all have ended.
         ended = await asyncio.gather(
@@ -133,43 +146,10 @@ async def _generate_all(
     return [run.summary for run in runs]
 
 
-class _Writer:
-    """Writes entries to the store; those that wait while others are written are written together."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._waiting: list[Entry] = []
-        self._lock = asyncio.Lock()
-        self._error: Exception | None = None
-
-    async def write(self, entry: Entry) -> None:
-        """Return when ``entry`` is on the disk; raises what the store raises."""
-        self._waiting.append(entry)
-        async with self._lock:
-            batch, self._waiting = self._waiting, []
-            if self._error is None and batch:
-                try:
-                    await _in_thread(self._store.write, batch)
-                except PersodpoError as error:
-                    # Those whose entries were in this batch wait for the lock; they must learn of it too.
-                    self._error = error
-            if self._error is not None:
-                raise self._error
-
-    def write_rest(self) -> None:
-        """Write what still waits, when the run was interrupted."""
-        if self._waiting and self._error is None:
-            self._store.write(self._waiting)
-
-
-async def _in_thread(function: Callable[..., T], *arguments: Any) -> T:
-    """Run a call that blocks on the disk in a thread, and to its end even when the run is interrupted."""
-    task = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task])
-        raise
+def _bar(job: Job, row: int, progress: bool) -> tqdm[NoReturn]:
+    """Make a bar that is shown on a terminal only."""
+    total = len(job.requests) if job.total is None and isinstance(job.requests, Sized) else job.total
+    return tqdm(total=total, desc=job.backend.model, unit=" prompts", position=row, disable=None if progress else True)
 
 
 class _ModelRun:
@@ -182,7 +162,7 @@ class _ModelRun:
         self._store = store
         self._purse = purse
         self._retry_failed = retry_failed
-        self._writer = _Writer(store)
+        self._writer = Writer(store)
         self._feeding = asyncio.Lock()
         self._ready: deque[tuple[str, Request]] = deque()
         self._claimed: set[str] = set()
@@ -203,7 +183,7 @@ class _ModelRun:
             self._writer.write_rest()
             self._store.release(self._claimed)
         if self.summary.stopped:
-            self.summary.left = len(self._claimed) + await _in_thread(self._count_rest)
+            self.summary.left = len(self._claimed) + await in_thread(self._count_rest)
         self.summary.seconds = time.perf_counter() - started
 
     def _require_prices(self) -> None:
@@ -251,7 +231,7 @@ class _ModelRun:
                 chunk = self._chunk()
                 if not chunk:
                     return None
-                await _in_thread(self._claim, chunk)
+                await in_thread(self._claim, chunk)
                 bar.update(self._passed() - passed)
             return None if self.summary.stopped else self._ready.popleft()
 

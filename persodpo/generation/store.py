@@ -261,9 +261,9 @@ class Store:
 
     def _prepare(self) -> None:
         """Check that the file is a store of this version, and make it one if it is empty."""
+        self._connection.execute("PRAGMA synchronous = FULL")
         application, version, tables = self._identity()
         if not (application or tables):
-            self._connection.execute("PRAGMA synchronous = FULL")
             with self._transaction():
                 # Another process may have made the store while this one waited.
                 application, version, tables = self._identity()
@@ -278,7 +278,6 @@ class Store:
                 f"{self.path} was written by another version of persodpo (layout {version}, this one reads {VERSION}); "
                 "install that version or name another file."
             )
-        self._connection.execute("PRAGMA synchronous = FULL")
         self._connection.execute("PRAGMA journal_mode = WAL")
 
     def _identity(self) -> tuple[int, int, int]:
