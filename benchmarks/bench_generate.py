@@ -230,7 +230,7 @@ def memory_child(path: Path, url: str, prompts: int) -> None:
         found = generate(noting(), backend(url), store, progress=False)
     assert found.answered == prompts, str(found)
     noted |= {"MB at the end": resident(), "seconds": found.seconds, "requests a second": prompts / found.seconds}
-    noted["peak MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+    noted["peak MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6  # the kernel counts KiB
     print(json.dumps(noted))
 
 
