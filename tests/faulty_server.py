@@ -1,0 +1,175 @@
+"""A real OpenAI-compatible server on a loopback port that misbehaves on demand and keeps a log of what it did.
+
+Run as a program it prints its port and serves until it is killed. What it does with a prompt is written in the prompt:
+``<<fault=status_429 times=2 after=1>>`` answers its first two requests with 429 and ``Retry-After: 1``, then well; without
+``times`` the fault stays. With ``--faults 0.3`` that share of all other requests meets a fault too, drawn from `RANDOM`.
+Every line of the log is a JSON object: ``received`` with what was asked, ``delivered`` once the whole answer was handed to
+the operating system.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import hashlib
+import json
+import logging
+import random
+import re
+import socket
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+MARK = re.compile(r"<<(.*?)>>")
+RANDOM = ["status_429", "status_429_after", "status_500", "status_503", "hang", "cut", "invalid", "wrong_shape", "html"]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+
+
+def completion(prompt: str) -> str:
+    """Return the answer to a prompt, the same every time."""
+    return json.dumps({"response": f"You said {hashlib.sha256(prompt.encode()).hexdigest()[:16]}."})
+
+
+def body_of(asked: dict[str, Any], prompt: str, **changes: Any) -> dict[str, Any]:
+    """Return a well-formed body, with changes to its choice."""
+    chat = "messages" in asked
+    text = completion(prompt)
+    said = {"message": {"role": "assistant", "content": text, "refusal": None}} if chat else {"text": text}
+    usage = {"prompt_tokens": len(prompt.encode()) // 4 + 4, "completion_tokens": len(text) // 4}
+    return {
+        "id": "answer-1", "object": "chat.completion" if chat else "text_completion", "created": 1,
+        "model": asked["model"], "choices": [{"index": 0, "finish_reason": "stop", "logprobs": None, **said, **changes}],
+        "usage": {**usage, "total_tokens": sum(usage.values())},
+    }  # fmt: skip
+
+
+class FaultyServer:
+    """The ASGI application."""
+
+    def __init__(self, log: Path, latency: float, faults: float, seed: int) -> None:
+        """Open the log."""
+        self.log = log.open("a", buffering=1, encoding="utf-8")
+        self.latency, self.faults, self.seed = latency, faults, seed
+        self.seen: Counter[str] = Counter()
+
+    def note(self, event: str, prompt: str, **more: Any) -> None:
+        self.log.write(json.dumps({"event": event, "prompt": prompt, "time": time.time(), **more}) + "\n")
+
+    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        raw = b""
+        while (part := await receive())["type"] == "http.request":
+            raw += part.get("body", b"")
+            if not part.get("more_body"):
+                break
+        asked = json.loads(raw)
+        prompt = asked["prompt"] if "prompt" in asked else asked["messages"][-1]["content"]
+        key = dict(scope["headers"]).get(b"authorization", b"").decode()
+        fields = {name: value for name, value in asked.items() if name not in {"messages", "prompt"}}
+        self.note("received", prompt, path=scope["path"], key=key, fields=fields)
+        self.seen[prompt] += 1
+        await asyncio.sleep(self.latency)
+        fault, after = self.choose(prompt)
+        if fault is None:
+            await self.answer(send, prompt, body_of(asked, prompt))
+        else:
+            await self.misbehave(fault, after, receive, send, asked=asked, prompt=prompt, key=key)
+
+    def choose(self, prompt: str) -> tuple[str | None, str]:
+        """Return the fault that this request meets, and what to say in Retry-After."""
+        if marked := MARK.search(prompt):
+            words = dict(word.split("=") for word in marked[1].split())
+            meets = self.seen[prompt] <= int(words.get("times", 10**9))
+            return (words["fault"] if meets else None), words.get("after", "")
+        drawn = random.Random(f"{self.seed} {prompt} {self.seen[prompt]}")
+        return (drawn.choice(RANDOM) if drawn.random() < self.faults else None), ""
+
+    async def answer(self, send: Send, prompt: str, body: Any, status: int = 200, **headers: str) -> None:
+        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+        named = {"content-type": "application/json", "content-length": str(len(raw)), **headers}
+        lines = [(name.replace("_", "-").encode(), value.encode()) for name, value in named.items()]
+        await send({"type": "http.response.start", "status": status, "headers": lines})
+        await send({"type": "http.response.body", "body": raw})
+        if status == 200:
+            self.note("delivered", prompt)
+
+    async def misbehave(
+        self, fault: str, after: str, receive: Receive, send: Send, *, asked: dict[str, Any], prompt: str, key: str
+    ) -> None:
+        """Do what the fault says."""
+        told = {"retry_after": after} if after else {}
+        if fault == "status_429_after":
+            fault, told = "status_429", {"retry_after": "0.2"}
+        if fault.startswith("status_"):
+            status = int(fault.removeprefix("status_"))
+            message = {"message": f"status {status} on demand; you sent Authorization: {key}", "headers": [key]}
+            await self.answer(send, prompt, {"error": message}, status, **told)
+        elif fault == "hang":
+            while (await receive())["type"] != "http.disconnect":
+                pass
+        elif fault == "cut":
+            headers = [(b"content-type", b"application/json"), (b"content-length", b"1000")]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": b'{"choices": [', "more_body": True})
+            raise ConnectionAbortedError("cut on demand")
+        elif fault == "html":
+            await self.answer(send, prompt, b"<html>Please sign in</html>", content_type="text/html")
+        elif fault == "context":
+            error = {"message": "This model's maximum context length is 10 tokens.", "code": "context_length_exceeded"}
+            await self.answer(send, prompt, {"error": error}, 400)
+        elif fault == "quota":
+            await self.answer(send, prompt, {"error": {"message": "No credit.", "code": "insufficient_quota"}}, 429)
+        else:
+            await self.answer(send, prompt, self.odd_body(fault, asked, prompt, key))
+
+    @staticmethod
+    def odd_body(fault: str, asked: dict[str, Any], prompt: str, key: str) -> Any:
+        """Return a body that is sent with status 200 and yet is no plain answer."""
+        say = {"role": "assistant", "content": None, "refusal": None}
+        bodies: dict[str, Any] = {
+            "invalid": b'{"choices": [{"message": ',
+            "wrong_shape": {"hello": [1, 2]},
+            "list": [],
+            "null_message": body_of(asked, prompt, message=None),
+            "number": body_of(asked, prompt, message={**say, "content": 7}),
+            "empty_choices": {**body_of(asked, prompt), "choices": []},
+            "refusal": body_of(asked, prompt, message={**say, "refusal": "I will not say that."}),
+            "filter": body_of(asked, prompt, message=say, finish_reason="content_filter"),
+            "length": body_of(asked, prompt, finish_reason="length"),
+            "no_usage": {**body_of(asked, prompt), "usage": None},
+            "surrogate": body_of(asked, prompt, message={**say, "content": "half \ud83d and \x00"}),
+            "huge_usage": {**body_of(asked, prompt), "usage": {"prompt_tokens": 10**30, "completion_tokens": -1}},
+            "deep": b'{"choices": ' + b"[" * 100_000,
+            "echo": body_of(asked, prompt, message={**say, "content": f"Your key is {key}."}),
+        }
+        return bodies[fault]
+
+
+def main() -> None:
+    """Serve until killed."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--log", type=Path, required=True)
+    parser.add_argument("--latency", type=float, default=0.0, help="seconds before anything is answered")
+    parser.add_argument("--faults", type=float, default=0.0, help="share of requests that meet a fault")
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    logging.disable()  # cut connections are wanted here
+    # Only for a socket that names TCP does asyncio turn off the delay that joins small packets, here 40 ms an answer.
+    listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listening.bind(("127.0.0.1", 0))
+    listening.listen(512)
+    print(listening.getsockname()[1], flush=True)
+    app = FaultyServer(asked.log, asked.latency, asked.faults, asked.seed)
+    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=60)
+    uvicorn.Server(config).run(sockets=[listening])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,874 @@
+"""From requests to stored answers, over a real server that misbehaves on demand (`tests/faulty_server.py`).
+
+Everything goes through the public doors: `generate`, `generate_all`, `forecast` and the store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import pty
+import random
+import re
+import resource
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import termios
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from asking import backend, chat, chats
+from faulty_server import completion
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from persodpo.errors import PersodpoError
+from persodpo.generation.engine import Job, generate, generate_all
+from persodpo.generation.faults import FAILURES_IN_A_ROW, Redactor
+from persodpo.generation.forecast import forecast
+from persodpo.generation.openai_api import OpenAIBackend
+from persodpo.generation.pacing import Pace
+from persodpo.generation.replay import Recorded, ReplayBackend
+from persodpo.generation.requests import FAILURES, Answer, Limits, Request, request_key
+from persodpo.generation.store import Store
+from persodpo.generation.summary import Summary
+
+TESTS = Path(__file__).parent
+CANARY = "sk-canary/7f+3Q=="
+
+
+@dataclass
+class Server:
+    """The faulty server, in a process of its own."""
+
+    url: str
+    log: Path
+    process: subprocess.Popen[str]
+
+    def events(self, prompts: Iterable[str] | None = None) -> list[dict[str, Any]]:
+        lines = [json.loads(line) for line in self.log.read_text().splitlines()]
+        wanted = None if prompts is None else set(prompts)
+        return [line for line in lines if wanted is None or line["prompt"] in wanted]
+
+    def received(self, *prompts: str) -> list[dict[str, Any]]:
+        return [event for event in self.events(prompts or None) if event["event"] == "received"]
+
+
+@contextmanager
+def serving(log: Path, *options: str) -> Iterator[Server]:
+    command = [sys.executable, TESTS / "faulty_server.py", "--log", log, *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield Server(f"http://127.0.0.1:{int(process.stdout.readline())}/v1", log, process)
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("server") / "log.jsonl") as started:
+        yield started
+
+
+@pytest.fixture
+def slow(tmp_path: Path) -> Iterator[Server]:
+    """A server that takes 100 ms for everything."""
+    with serving(tmp_path / "log.jsonl", "--latency", "0.1") as started:
+        yield started
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with Store(tmp_path / "answers.sqlite") as opened:
+        yield opened
+
+
+def answer_to(request: Request, asked: OpenAIBackend, store: Store) -> Answer:
+    found = next(store.entries([request_key(request, asked)]))[1]
+    assert found is not None
+    return found.answer
+
+
+def ask_one(text: str, asked: OpenAIBackend, store: Store) -> Answer:
+    generate([chat(text)], asked, store)
+    return answer_to(chat(text), asked, store)
+
+
+# -------------------------------------------------------------------------------------------- asking and not again
+
+
+def test_answers_are_stored_and_never_asked_again(server: Server, store: Store) -> None:
+    texts = [f"hello {number}" for number in range(200)]
+    first = generate(chats(texts), backend(server.url), store)
+    assert (first.asked, first.answered, first.failed, first.skipped, first.stopped) == (200, 200, {}, 0, None)
+    for text in texts:
+        found = answer_to(chat(text), backend(server.url), store)
+        assert (found.outcome, found.completion, found.finish_reason) == ("answered", completion(text), "stop")
+        assert (found.attempts, found.failure, found.error) == (1, None, None)
+        assert found.cost == pytest.approx((found.prompt_tokens + 2 * found.completion_tokens) / 1e6)
+        assert 0 < found.latency < 5
+    assert first.cost == pytest.approx(store.spent())
+    again = generate(iter(chats([*texts, "one more"])), backend(server.url), store)
+    assert (again.asked, again.answered, again.skipped) == (1, 1, 200)
+    assert Counter(event["prompt"] for event in server.received(*texts)) == dict.fromkeys(texts, 1)
+
+
+def test_prompts_that_stand_twice_are_asked_once(slow: Server, store: Store) -> None:
+    found = generate(chats(f"twice {number % 20}" for number in range(300)), backend(slow.url), store)
+    assert (found.asked, found.skipped) == (20, 280)
+    assert len(slow.received()) == 20
+
+
+def test_what_shapes_an_answer_is_sent_and_asked_anew(server: Server, store: Store) -> None:
+    request, text = chat("shaped"), "shaped"
+    ways = [
+        (backend(server.url), request),
+        (backend(server.url), replace(request, temperature=0.5)),
+        (backend(server.url), replace(request, temperature=None)),
+        (backend(server.url), replace(request, seed=3)),
+        (backend(server.url), replace(request, max_new_tokens=31)),
+        (backend(server.url), replace(request, template="another")),
+        (backend(server.url), replace(request, prompt=text)),
+        (backend(server.url, served_as="small-v2"), request),
+        (backend(server.url, model="other"), request),
+        (backend(server.url, json_keys=("reasoning", "response")), request),
+    ]
+    for asked, changed in ways:
+        assert generate([changed], asked, store).answered == 1
+        assert generate([changed], asked, store).skipped == 1
+    received = server.received(text)
+    schema = {
+        "type": "object", "properties": {"reasoning": {"type": "string"}, "response": {"type": "string"}},
+        "required": ["reasoning", "response"], "additionalProperties": False,
+    }  # fmt: skip
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}
+    plain = {"model": "small", "temperature": 0.0, "max_tokens": 30}
+    assert [event["fields"] for event in received] == [
+        plain, {**plain, "temperature": 0.5}, {"model": "small", "max_tokens": 30}, {**plain, "seed": 3},
+        {**plain, "max_tokens": 31}, plain, plain, {**plain, "model": "small-v2"}, {**plain, "model": "other"},
+        {**plain, "response_format": form},
+    ]  # fmt: skip
+    assert [event["path"].rpartition("/v1/")[2] for event in received[5:8]] == [
+        "chat/completions", "completions", "chat/completions",
+    ]  # fmt: skip
+
+
+def test_address_and_pace_do_not_shape_an_answer(server: Server, store: Store) -> None:
+    generate([chat("moved")], backend(server.url), store)
+    moved = backend("http://127.0.0.1:9/v1", concurrency=1, timeout_seconds=1.0, attempts=1, prices=None)
+    assert generate([chat("moved")], moved, store).skipped == 1
+
+
+def test_newer_models_want_another_field(server: Server, store: Store) -> None:
+    generate([chat("newer")], backend(server.url, token_limit="max_completion_tokens"), store)
+    assert server.received("newer")[0]["fields"] == {"model": "small", "temperature": 0.0, "max_completion_tokens": 30}
+
+
+def test_concurrency_is_used_and_bounded(slow: Server, store: Store) -> None:
+    started = time.perf_counter()
+    generate(chats(f"many {number}" for number in range(48)), backend(slow.url, concurrency=12), store)
+    assert time.perf_counter() - started < 2.4  # one after another: 4.8 s
+    under_way = most = 0
+    for event in slow.events():
+        under_way += 1 if event["event"] == "received" else -1
+        most = max(most, under_way)
+    assert most == 12
+
+
+def test_requests_are_taken_as_they_are_needed(slow: Server, store: Store) -> None:
+    taken = 0
+
+    def endless() -> Iterator[Request]:
+        nonlocal taken
+        while True:
+            taken += 1
+            if taken > 250:
+                raise PersodpoError("The dialogues end here.")
+            yield chat(f"endless {taken}")
+
+    seen: list[int] = []
+    timer = threading.Timer(0.4, lambda: seen.append(taken))
+    timer.start()
+    found = generate(endless(), backend(slow.url, concurrency=16), store)
+    assert seen[0] <= 192
+    assert found.stopped == "The dialogues end here."
+    assert found.answered + found.left == 250
+
+
+# ------------------------------------------------------------------------------------------------ passing faults
+
+PASSING = {
+    "status_408": "timeout", "status_409": "server_error", "status_429": "rate_limited", "status_500": "server_error",
+    "status_503": "server_error", "hang": "timeout", "cut": "connection_cut", "invalid": "invalid_body",
+    "wrong_shape": "invalid_body", "list": "invalid_body", "null_message": "invalid_body", "number": "invalid_body",
+    "html": "invalid_body", "deep": "invalid_body",
+}  # fmt: skip
+UNBILLED = {"status_408", "status_409", "status_429", "status_500", "status_503"}
+
+
+def test_passing_faults_are_tried_again(server: Server, store: Store) -> None:
+    asked = backend(server.url, timeout_seconds=0.4, concurrency=13)
+    texts = {fault: f"passing <<fault={fault} times=2>>" for fault in PASSING}
+    assert generate(chats(texts.values()), asked, store).answered == len(PASSING)
+    for fault, text in texts.items():
+        found = answer_to(chat(text), asked, store)
+        assert (found.completion, found.attempts, fault) == (completion(text), 3, fault)
+        known = (found.prompt_tokens + 2 * found.completion_tokens) / 1e6
+        assert (found.cost == pytest.approx(known)) == (fault in UNBILLED), fault
+
+
+def test_lasting_faults_are_accounted_for_and_retried_on_request(server: Server, store: Store) -> None:
+    asked = backend(server.url, timeout_seconds=0.2, concurrency=13, attempts=2)
+    texts = {fault: f"lasting <<fault={fault} times=2>>" for fault in PASSING}
+    found = generate(chats(texts.values()), asked, store)
+    assert (found.answered, found.failed) == (0, Counter(PASSING.values()))
+    assert set(found.failed) <= set(FAILURES)
+    for fault, text in texts.items():
+        answer = answer_to(chat(text), asked, store)
+        assert (answer.failure, answer.attempts, answer.completion) == (PASSING[fault], 2, None)
+        assert answer.error
+    spent = store.spent()
+    assert found.cost == pytest.approx(spent)
+    assert generate(chats(texts.values()), asked, store).skipped == len(PASSING)
+    again = generate(chats(texts.values()), asked, store, retry_failed=True)
+    assert again.answered == len(PASSING)
+    assert store.spent() == pytest.approx(spent + again.cost)
+    assert generate(chats(texts.values()), asked, store, retry_failed=True).skipped == len(PASSING)
+
+
+def test_retry_after_holds_the_whole_model_back(slow: Server, store: Store) -> None:
+    texts = ["first <<fault=status_429 times=1 after=1>>", *(f"after {number}" for number in range(30))]
+    asked = backend(slow.url, concurrency=2, longest_wait_seconds=5.0)
+    assert generate(chats(texts), asked, store).answered == 31
+    first, *others = slow.received()
+    told = first["time"] + 0.1
+    early = [event for event in others if event["time"] < told + 0.05]
+    assert len(early) <= 3
+    assert all(event["time"] >= told + 1.0 for event in others[len(early) :])
+
+
+def test_retry_after_given_as_a_date_or_longer_than_wanted(server: Server, store: Store) -> None:
+    found = generate([chat("long <<fault=status_429 after=3600>>")], backend(server.url), store)
+    assert found.left == 1
+    assert re.fullmatch(
+        r"http.* asks to wait 3,600 s before the next request to model small; run again .*", found.stopped
+    )
+    text = "dated <<fault=status_503 times=1 after=Thu,_01_Jan_1970_00:00:00_GMT>>"
+    assert ask_one(text, backend(server.url), store).attempts == 2
+
+
+def test_many_faults_at_once(tmp_path: Path, store: Store) -> None:
+    texts = [f"stormy {number}" for number in range(150)]
+    with serving(tmp_path / "log.jsonl", "--faults", "0.3") as stormy:
+        asked = backend(stormy.url, timeout_seconds=0.5, attempts=8, concurrency=32, longest_wait_seconds=0.3)
+        found = generate(chats(texts), asked, store)
+        assert (found.answered, found.left, sum(found.failed.values())) == (150, 0, 0)
+        events = stormy.events()
+    assert len([event for event in events if event["event"] == "received"]) > 170
+    answers = [answer_to(chat(text), asked, store) for text in texts]
+    assert [answer.completion for answer in answers] == list(map(completion, texts))
+    received = Counter(event["prompt"] for event in events if event["event"] == "received")
+    assert [answer.attempts for answer in answers] == [received[text] for text in texts]
+
+
+# --------------------------------------------------------------------------------------------- outcomes of a call
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        ("refusal", ("answered", "I will not say that.", "refusal", None)),
+        ("filter", ("answered", "", "content_filter", None)),
+        ("empty_choices", ("failed", None, None, "no_choice")),
+        ("context", ("failed", None, None, "context_too_long")),
+        ("status_400", ("failed", None, None, "rejected")),
+        ("status_422", ("failed", None, None, "rejected")),
+        ("surrogate", ("answered", "half \ufffd and \x00", "stop", None)),
+    ],
+)
+def test_odd_answers_are_outcomes_and_asked_once(server: Server, store: Store, fault: str, expected: tuple) -> None:
+    text = f"odd <<fault={fault}>>"
+    found = ask_one(text, backend(server.url), store)
+    assert (found.outcome, found.completion, found.finish_reason, found.failure) == expected
+    assert bool(found.error) == (expected[0] == "failed")
+    assert generate([chat(text)], backend(server.url), store).skipped == 1
+    assert len(server.received(text)) == 1
+
+
+def test_cut_off_answers_are_counted(server: Server, store: Store) -> None:
+    found = generate(chats(["cut off <<fault=length>>", "whole"]), backend(server.url), store)
+    assert (found.answered, found.truncated) == (2, 1)
+    assert "1 cut off at their longest length" in str(found)
+
+
+def test_an_answer_without_usage_counts_at_its_highest_price(server: Server, store: Store) -> None:
+    for fault in ("no_usage", "huge_usage"):
+        found = ask_one(f"unmetered <<fault={fault}>>", backend(server.url), store)
+        assert (found.outcome, found.prompt_tokens, found.completion_tokens) == ("answered", None, None)
+        assert found.cost > 2 * 30 / 1e6
+    free = ask_one("unmetered <<fault=no_usage>>", backend(server.url, model="b", prices=None), store)
+    assert free.cost == 0
+
+
+def test_a_prompt_that_no_request_can_carry(server: Server, store: Store) -> None:
+    found = generate([chat("lone \ud800"), chat("after it")], backend(server.url), store)
+    assert (found.answered, found.failed, found.cost < 1e-4) == (1, {"rejected": 1}, True)
+
+
+def test_a_raw_prompt_cannot_be_held_to_a_schema(server: Server, store: Store) -> None:
+    raw = replace(chat("raw"), prompt="raw text")
+    found = generate([raw], backend(server.url, json_keys=("response",)), store)
+    assert found.failed == {"rejected": 1}
+    assert "json_keys need a chat prompt" in answer_to(raw, backend(server.url, json_keys=("response",)), store).error
+
+
+# ----------------------------------------------------------------------------------------------- stopping a model
+
+
+def nobody() -> str:
+    """Return an address where nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+
+
+STOPS = {
+    "status_401": r"refuses the key in THE_KEY for model bad \(401: .*\); set api_key_env to a variable that holds a valid",
+    "status_403": r"denies the key in THE_KEY the model bad \(403: .*\); ask for access or choose another model\.",
+    "status_404": r"does not know model 'bad-v1' \(404: .*\); correct served_as, or base_url, which usually ends in /v1\.",
+    "status_402": r"has no credit left for the key in THE_KEY and model bad \(402: .*\); top up the account and run again\.",
+    "quota": r"has no credit left for the key in THE_KEY and model bad \(429: No credit\.\); top up the account",
+}
+
+
+@pytest.mark.parametrize("fault", STOPS)
+def test_a_lasting_fault_stops_its_model_and_no_other(
+    server: Server, store: Store, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("THE_KEY", CANARY)
+    bad = backend(server.url, model="bad", served_as="bad-v1", api_key_env="THE_KEY", concurrency=2)
+    texts = [f"{fault} {number} <<fault={fault}>>" for number in range(90)]
+    good = [f"{fault} good {number}" for number in range(90)]
+    stopped, fine = generate_all([Job(chats(texts), bad), Job(chats(good), backend(server.url))], store)
+    assert re.fullmatch(f"{server.url} {STOPS[fault]}.*", stopped.stopped)
+    assert (stopped.asked, stopped.left) == (0, 90)
+    assert str(stopped).endswith(f"90 left to do: {stopped.stopped}")
+    assert len(server.received(*texts)) <= 2
+    assert (fine.answered, fine.stopped) == (90, None)
+    assert list(store.missing(request_key(chat(text), bad) for text in texts[:2]))
+
+
+def test_a_single_prompt_may_be_denied(server: Server, store: Store) -> None:
+    asked = backend(server.url, concurrency=1)
+    found = generate(chats(["welcome", "unwelcome <<fault=status_403>>", "welcome again"]), asked, store)
+    assert (found.answered, found.failed, found.stopped) == (2, {"rejected": 1}, None)
+
+
+@pytest.mark.parametrize("url", [nobody(), "http://no.such.host.invalid/v1"])
+def test_a_server_that_cannot_be_reached(store: Store, url: str) -> None:
+    started = time.perf_counter()
+    found = generate(chats(f"hello {number}" for number in range(100)), backend(url, attempts=50), store)
+    assert time.perf_counter() - started < 5
+    assert re.fullmatch(
+        rf"{url} of model small cannot be reached \(.+\); start the server or correct base_url\.", found.stopped
+    )
+    assert (found.asked, found.left) == (0, 100)
+
+
+def test_a_server_that_goes_away(tmp_path: Path, store: Store) -> None:
+    texts = [f"going {number}" for number in range(400)]
+    with serving(tmp_path / "log.jsonl", "--latency", "0.02") as leaving:
+        asked = backend(leaving.url, concurrency=4, attempts=3)
+        timer = threading.Timer(1.0, leaving.process.kill)
+        timer.start()
+        found = generate(chats(texts), asked, store)
+    assert "cannot be reached" in found.stopped
+    assert found.answered > 4
+    assert found.answered + sum(found.failed.values()) + found.left == 400
+    assert sum(found.failed.values()) <= 4
+
+
+def test_failures_in_a_row_stop_the_model(server: Server, store: Store) -> None:
+    texts = [f"row {number} <<fault=status_400>>" for number in range(100)]
+    found = generate(chats(texts), backend(server.url, concurrency=1), store)
+    assert found.failed == {"rejected": FAILURES_IN_A_ROW}
+    assert found.left == 100 - FAILURES_IN_A_ROW
+    assert re.search(
+        r"failed for 20 prompts in a row to model small \(last: rejected, 400: .*\); mend that", found.stopped
+    )
+    long = [f"long {number} <<fault=context>>" for number in range(40)]
+    assert generate(chats(long), backend(server.url), store).failed == {"context_too_long": 40}
+
+
+def test_an_error_of_one_backend_is_raised_after_the_others_are_done(slow: Server, store: Store) -> None:
+    class Broken(ReplayBackend):
+        @asynccontextmanager
+        async def open(self, purse):
+            async def answer(request):
+                raise ZeroDivisionError
+
+            yield answer
+
+    texts = [f"beside {number}" for number in range(20)]
+    with pytest.raises(ZeroDivisionError):
+        generate_all([Job(chats(texts), Broken("broken", {})), Job(chats(texts), backend(slow.url))], store)
+    assert generate(chats(texts), backend(slow.url), store).skipped == 20
+
+
+def test_an_empty_prompt_is_refused_by_name() -> None:
+    for prompt in ("", " \n", ({"role": "user", "content": " "},)):
+        with pytest.raises(
+            PersodpoError, match="The prompt of dialogue 'valid-7' is empty; give the dialogue a context"
+        ):
+            Request("valid-7", prompt, 10, 0.0, None, "t")
+
+
+# ------------------------------------------------------------------------------------------------------ the API key
+
+
+def test_a_missing_key_is_named(server: Server, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", CANARY)
+    for value in (None, "", "  \n"):
+        monkeypatch.delenv("LAB_KEY", raising=False)
+        if value is not None:
+            monkeypatch.setenv("LAB_KEY", value)
+        found = generate([chat("keyless")], backend(server.url, api_key_env="LAB_KEY"), store)
+        assert found.stopped == (
+            "Model small needs an API key in the environment variable LAB_KEY, which is not set; export it and run again."
+        )
+    monkeypatch.setenv("LAB_KEY", f"{CANARY}\x07")
+    found = generate([chat("keyless")], backend(server.url, api_key_env="LAB_KEY"), store)
+    assert "the environment variable LAB_KEY holds characters that no key has" in found.stopped
+    assert CANARY not in found.stopped
+    assert found.left == 1
+
+
+def test_the_key_is_sent_to_its_own_endpoint_only(
+    server: Server, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY"):
+        monkeypatch.setenv(variable, CANARY)
+    monkeypatch.setenv("LAB_KEY", " lab-key \n")
+    generate([chat("with a key")], backend(server.url, api_key_env="LAB_KEY"), store)
+    generate([chat("without a key")], backend(server.url), store)
+    assert server.received("with a key")[0]["key"] == "Bearer lab-key"
+    assert server.received("without a key")[0]["key"] == "Bearer none"
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["localhost:8000/v1", "ftp://host/v1", "http://", f"http://user:{CANARY}@host/v1", f"https://host/v1?key={CANARY}"],
+)
+def test_addresses_that_are_none_or_hold_a_secret(url: str) -> None:
+    with pytest.raises(PersodpoError, match=r"base_url of model small (is no address|must hold no)") as caught:
+        backend(url)
+    assert CANARY not in str(caught.value)
+
+
+def test_the_key_appears_nowhere(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The server says the key in error bodies and in an answer; everything is logged that can be."""
+    monkeypatch.setenv("THE_KEY", CANARY)
+    monkeypatch.setenv("OPENAI_LOG", "debug")
+    caplog.set_level(logging.DEBUG)
+    asked = backend(server.url, api_key_env="THE_KEY", attempts=2, concurrency=1)
+    faults = ["echo", "status_500", "status_400", "status_429", "cut", "invalid", "status_401"]
+    with Store(tmp_path / "answers.sqlite") as store:
+        found = generate(chats(f"key <<fault={fault}>>" for fault in faults), asked, store)
+        assert (found.answered, sum(found.failed.values())) == (1, 5)
+        rows = [
+            found and repr(found)
+            for _, found in store.entries(request_key(chat(f"key <<fault={f}>>"), asked) for f in faults)
+        ]
+    assert "Your key is Bearer [key]." in rows[0]
+    assert "Authorization: Bearer [key]" in rows[1]
+    assert "Authorization: Bearer [key]" in found.stopped
+    written = b"".join(path.read_bytes() for path in tmp_path.iterdir())
+    said = [*rows, repr(found), str(found), repr(asked), repr(asked.settings), caplog.text, *capfd.readouterr()]
+    assert server.received("key <<fault=echo>>")[0]["key"] == f"Bearer {CANARY}"
+    for form in (CANARY, CANARY[:8], "canary"):
+        assert form.encode() not in written
+        assert not [text for text in said if text and form in text]
+
+
+def test_the_key_is_in_no_traceback(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even with the values of all local variables, as some tools print them."""
+    monkeypatch.setenv("THE_KEY", CANARY)
+
+    class Failing(Store):
+        def write(self, entries):
+            raise PersodpoError("The disk is full.")
+
+    with Failing(tmp_path / "answers.sqlite") as store, pytest.raises(PersodpoError) as caught:
+        generate([chat("traced <<fault=status_500>>")], backend(server.url, api_key_env="THE_KEY"), store)
+    shown = traceback.TracebackException.from_exception(caught.value, capture_locals=True)
+    assert "canary" not in "".join(shown.format())
+
+
+def test_a_placeholder_is_no_secret() -> None:
+    assert Redactor("EMPTY").text("The glass is EMPTY.") == "The glass is EMPTY."
+
+
+secrets = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=8, max_size=40)
+
+
+@given(secret=secrets, before=st.text(max_size=400), after=st.text(max_size=40))
+def test_no_form_of_a_secret_passes_the_redactor(secret: str, before: str, after: str) -> None:
+    redactor = Redactor(secret)
+    for said in (secret, json.dumps(secret), json.dumps({"Authorization": f"Bearer {secret}"}), secret * 2):
+        assert secret not in redactor.text(before + said + after).replace("[key]", "\0")
+        assert secret[:8] not in redactor.line("x" * 290 + said) or secret[:8] in "x" * 290
+    assert Redactor(None).text(before) == before
+
+
+# --------------------------------------------------------------------------------------------------- limits, money
+
+
+@settings(max_examples=100)
+@given(
+    limit=st.integers(1, 1000), tokens=st.lists(st.integers(0, 5000), min_size=1, max_size=60),
+    gaps=st.lists(st.floats(0, 30), min_size=60, max_size=60), tokens_limit=st.integers(100, 100_000),
+)  # fmt: skip
+def test_no_minute_holds_more_than_the_limits(limit, tokens, gaps, tokens_limit) -> None:
+    pace, now, slots = Pace(Limits(limit, tokens_limit)), 0.0, []
+    for size, gap in zip(tokens, gaps, strict=False):
+        now += gap
+        slots.append((pace.slot(size, now), size))
+        assert slots[-1][0] >= now
+    for start, _ in slots:
+        minute = [(at, size) for at, size in slots if start <= at < start + 60 - 1e-6]
+        assert len(minute) <= limit
+        assert sum(size for _, size in minute[:-1]) <= tokens_limit + 1e-6
+
+
+def test_without_limits_nothing_waits_but_for_a_pause() -> None:
+    pace = Pace(Limits())
+    assert [pace.slot(10**6, 5.0) for _ in range(3)] == [5.0, 5.0, 5.0]
+    pace.pause(9.0)
+    pace.pause(7.0)
+    assert pace.slot(1, 6.0) == 9.0
+
+
+@pytest.mark.parametrize("limits", [{"requests_per_minute": 1200}, {"tokens_per_minute": 44_400}])
+def test_requests_keep_to_the_pace(server: Server, store: Store, limits: dict[str, int]) -> None:
+    texts = [f"paced {sorted(limits)[0][:8]} {number:02d}" for number in range(20)]
+    generate(chats(texts), backend(server.url, concurrency=20, **limits), store)
+    times = [event["time"] for event in server.received(*texts)]
+    assert times[-1] - times[0] > 19 * 0.05 * 0.9
+
+
+@settings(max_examples=6)
+@given(budget=st.floats(0, 0.004), concurrency=st.integers(1, 40))
+@example(budget=0.0005, concurrency=40)
+def test_a_budget_is_never_passed_and_says_what_is_left(server: Server, budget: float, concurrency: int) -> None:
+    texts = [
+        f"budget {number} <<fault=cut times=1>>" if number % 5 == 0 else f"budget {number}" for number in range(40)
+    ]
+    asked = backend(server.url, concurrency=concurrency)
+    with Store(Path(":memory:")) as store:
+        found = generate(chats(texts), asked, store, budget_usd=budget)
+        spent = store.spent()
+        assert spent <= budget
+        assert found.cost == pytest.approx(spent)
+        assert found.asked + found.left == 40
+        assert bool(found.stopped) == bool(found.left)
+        if found.left:
+            assert re.search(r"budget of \$.* is used up: \$.* are spent .* raise generation.budget_usd", found.stopped)
+            # No room for the next request at its highest price, so at most that much is unspent.
+            assert budget - spent < 3e-4
+            assert generate(chats(texts), asked, store, budget_usd=budget).asked == 0
+        again = generate(chats(texts), asked, store, budget_usd=None)
+        assert again.asked == found.left
+        assert again.answered + found.answered == 40 - sum(found.failed.values())
+
+
+def test_what_a_cut_attempt_may_have_cost_is_kept_when_the_budget_is_reached(server: Server, store: Store) -> None:
+    """Room for one attempt and a half: the first is cut, the second may not be made."""
+    text = "half <<fault=cut times=1>>"
+    highest = ask_one("same <<fault=cut times=9>>", backend(server.url, attempts=1, model="other"), store).cost
+    spent = store.spent()
+    found = generate([chat(text)], backend(server.url), store, budget_usd=spent + 1.5 * highest)
+    assert (found.failed, found.left, found.stopped) == ({"connection_cut": 1}, 0, None)
+    assert store.spent() == pytest.approx(spent + highest)
+
+
+def test_a_budget_needs_prices(server: Server, store: Store) -> None:
+    found = generate([chat("unpriced")], backend(server.url, prices=None), store, budget_usd=1.0)
+    assert found.stopped == (
+        "Model small has no prices, so the budget cannot be kept; set its prices (0 for a server of your own) or no budget."
+    )
+    assert found.cost is None
+    assert "cost unknown" in str(found)
+    assert generate([chat("unpriced")], backend(server.url, prices=None), store).answered == 1
+
+
+def test_a_forecast_before_and_after_a_sample(server: Server, store: Store) -> None:
+    texts = [f"forecast {number:03d}" for number in range(100)]
+    asked = backend(server.url, concurrency=10)
+    blind = forecast(chats(texts), asked, store)
+    assert (blind.requests, blind.to_ask, blind.sample, blind.completion_tokens) == (100, 100, 0, 3000)
+    assert blind.cost == blind.highest_cost == pytest.approx((blind.prompt_tokens + 2 * 3000) / 1e6)
+    assert blind.seconds is None
+    assert "100 of 100 requests to ask" in str(blind)
+    assert "nothing is stored yet" in str(blind)
+    sample = generate(chats(texts[:40]), asked, store)
+    known = forecast(chats(texts), asked, store)
+    assert (known.requests, known.stored, known.to_ask, known.sample) == (100, 40, 60, 40)
+    before = len(server.received(*texts))
+    rest = generate(chats(texts), asked, store)
+    assert before == 40
+    assert known.prompt_tokens == pytest.approx(rest.prompt_tokens, rel=0.02)
+    assert known.completion_tokens == pytest.approx(rest.completion_tokens, rel=0.02)
+    assert known.cost == pytest.approx(rest.cost, rel=0.02)
+    assert known.highest_cost > known.cost
+    assert sample.seconds > 0
+    assert known.seconds > 0
+    paced = forecast(chats(texts), backend(server.url, model="other", requests_per_minute=60, prices=None), store)
+    assert (paced.to_ask, paced.seconds, paced.cost, paced.highest_cost) == (100, 100.0, None, None)
+    assert "cost unknown" in str(paced)
+    tokens = forecast(chats(texts), backend(server.url, model="other", tokens_per_minute=1000), store)
+    assert tokens.seconds == pytest.approx(60 * (tokens.prompt_tokens + 3000) / 1000)
+
+
+# -------------------------------------------------------------------------------------------------------- replay
+
+
+def test_a_recording_is_replayed_at_no_cost(store: Store) -> None:
+    recorded = {"a": Recorded("one", "stop", 0.5), "b": Recorded("two", "length")}
+    replayed = ReplayBackend("recorded", recorded)
+    requests = [replace(chat("same prompt"), dialogue_id=dialogue) for dialogue in "abc"]
+    found = generate(requests, replayed, store, budget_usd=0.0)
+    assert (found.answered, found.failed, found.truncated, found.cost) == (2, {"not_recorded": 1}, 1, 0)
+    answers = [found.answer for _, found in store.entries(request_key(request, replayed) for request in requests)]
+    assert [(a.completion, a.finish_reason, a.latency) for a in answers] == [
+        ("one", "stop", 0.5), ("two", "length", 0.0), (None, None, 0.0),
+    ]  # fmt: skip
+    assert answers[2].error == "There is no recorded answer of recorded to dialogue 'c'."
+
+
+# ------------------------------------------------------------------------------------- interruptions and processes
+
+CHILD = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from asking import backend, chats
+from persodpo.generation.engine import generate
+from persodpo.generation.store import Store
+
+class Telling(Store):
+    def write(self, entries):
+        super().write(entries)
+        os.write(1, "".join(f"{entry.key}\\n" for entry in entries).encode())
+
+with Telling(Path(sys.argv[3])) as store:
+    found = generate(chats(f"prompt {n}" for n in range(int(sys.argv[4]))), backend(sys.argv[2], concurrency=16), store)
+    print(f"busy {found.busy} asked {found.asked} left {found.left}")
+"""
+
+
+def child(server: Server, path: Path, prompts: int) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", CHILD, TESTS, server.url, path, str(prompts)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def export(path: Path, asked: OpenAIBackend, texts: list[str]) -> list[tuple[str, str, str | None]]:
+    with Store(path) as store:
+        keys = [request_key(chat(text), asked) for text in texts]
+        return [(key, e.answer.outcome, e.answer.completion) for key, e in store.entries(keys)]
+
+
+def test_killed_runs_lose_nothing_and_ask_nothing_again(slow: Server, tmp_path: Path) -> None:
+    path, texts = tmp_path / "answers.sqlite", [f"prompt {number}" for number in range(300)]
+    asked = backend(slow.url)
+    key_of = {text: request_key(chat(text), asked) for text in texts}
+    source, stored_at = random.Random(3), {}
+    for _ in range(3):
+        with child(slow, path, 300) as process:
+            lines = process.stdout.readline()
+            time.sleep(source.uniform(0, 0.3))
+            process.kill()
+            acknowledged = set((lines + process.stdout.read()).split())
+        killed = time.time()
+        with Store(path) as store:
+            stored = {key for key, found in store.entries(key_of.values()) if found}
+        assert acknowledged <= stored
+        stored_at |= {key: stored_at.get(key, killed) for key in stored}
+    assert 50 < len(stored_at) < 300
+    with child(slow, path, 300) as process:
+        assert process.stdout.read().splitlines()[-1] == f"busy 0 asked {300 - len(stored_at)} left 0"
+    for event in slow.received():
+        assert event["time"] < stored_at.get(key_of[event["prompt"]], float("inf"))
+    lost = Counter(event["prompt"] for event in slow.received())
+    assert sum(count - 1 for count in lost.values()) <= 3 * 16
+    undisturbed = tmp_path / "undisturbed.sqlite"
+    with Store(undisturbed) as store:
+        generate(chats(texts), backend(slow.url, concurrency=64), store)
+    assert export(path, asked, texts) == export(undisturbed, asked, texts)
+
+
+def test_two_processes_share_the_work(slow: Server, tmp_path: Path) -> None:
+    path = tmp_path / "answers.sqlite"
+    with child(slow, path, 200) as one, child(slow, path, 200) as two:
+        said = [process.stdout.read().splitlines()[-1] for process in (one, two)]
+    asked = [int(line.split()[3]) for line in said]
+    assert sum(asked) == 200
+    assert min(asked) > 20
+    assert Counter(event["prompt"] for event in slow.received()).most_common(1)[0][1] == 1
+
+
+def delivered(server: Server) -> list[str]:
+    return [event["prompt"] for event in server.events() if event["event"] == "delivered"]
+
+
+def interrupt_after(server: Server, answers: int) -> threading.Thread:
+    """Send this program Ctrl-C once the server has delivered so many answers."""
+
+    def watch() -> None:
+        while len(delivered(server)) < answers:
+            time.sleep(0.02)
+        time.sleep(0.1)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_an_interrupt_keeps_what_came_in(slow: Server, store: Store) -> None:
+    texts = [f"interrupted {number}" for number in range(100)]
+    interrupt_after(slow, 24)
+    with pytest.raises(KeyboardInterrupt):
+        generate(chats(texts), backend(slow.url), store)
+    found = generate(chats(texts), backend(slow.url), store)
+    assert found.skipped >= 16
+    assert found.skipped + found.answered == 100
+    again = Counter(event["prompt"] for event in slow.received())
+    assert sum(count - 1 for count in again.values()) <= 8
+
+
+def test_an_interrupt_of_a_notebook_ends_the_asking(slow: Server, store: Store) -> None:
+    """A kernel runs cells inside a loop of its own, whose thread is the only one that an interrupt reaches."""
+
+    async def cell() -> Summary:
+        return generate(chats(f"cell {number}" for number in range(200)), backend(slow.url), store)
+
+    loop = asyncio.new_event_loop()
+    interrupt_after(slow, 16)
+    with pytest.raises(KeyboardInterrupt):
+        loop.run_until_complete(cell())
+    asked = len(slow.received())
+    time.sleep(0.3)
+    assert len(slow.received()) == asked < 100
+    loop.close()
+
+
+def test_answers_that_wait_for_the_disk_survive_an_interrupt(slow: Server, tmp_path: Path) -> None:
+    texts = [f"waiting {number}" for number in range(8)]
+
+    class Slow(Store):
+        def write(self, entries):
+            """Be still writing when the interrupt comes, with the other answers waiting."""
+            watch.join()
+            time.sleep(0.1)
+            super().write(entries)
+
+    with Slow(tmp_path / "answers.sqlite") as store:
+        watch = interrupt_after(slow, 8)
+        with pytest.raises(KeyboardInterrupt):
+            generate(chats(texts), backend(slow.url), store)
+        assert sorted(delivered(slow)) == texts
+        assert list(store.missing(request_key(chat(text), backend(slow.url)) for text in texts)) == []
+
+
+def test_a_write_that_fails_once_ends_the_run(slow: Server, tmp_path: Path) -> None:
+    class Locked(Store):
+        def write(self, entries):
+            """Let another program hold the file during the first write."""
+            with closing(sqlite3.connect(self.path, isolation_level=None)) as other:
+                other.execute("SELECT 1" if self.free else "BEGIN IMMEDIATE")
+                self.free = True
+                super().write(entries)
+
+    with Locked(tmp_path / "answers.sqlite", wait_seconds=0.05) as store:
+        store.free = False
+        requests = chats(f"unwritten {number}" for number in range(8))
+        with pytest.raises(PersodpoError, match="locked by another process"):
+            generate(requests, backend(slow.url), store)
+        found = generate(requests, backend(slow.url), store)
+        assert found.answered >= 1
+        assert found.answered + found.skipped == 8
+
+
+def test_a_disk_that_fails_in_the_middle_loses_nothing(server: Server, store: Store) -> None:
+    texts = [f"disk {number}" for number in range(300)]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, before[1]))
+    try:
+        with pytest.raises(PersodpoError, match="refuses to read or write"):
+            generate(chats(texts), backend(server.url), store)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    found = generate(chats(texts), backend(server.url), store)
+    assert found.skipped > 10
+    assert found.skipped + found.answered == 300
+
+
+def test_it_runs_inside_a_running_loop_as_in_notebooks(server: Server, store: Store) -> None:
+    async def cell() -> Summary:
+        return generate([chat("in a notebook")], backend(server.url), store)
+
+    assert asyncio.run(cell()).answered == 1
+
+    async def broken() -> Summary:
+        store.close()
+        return generate([chat("in a notebook too")], backend(server.url), store)
+
+    with pytest.raises(Exception, match="closed"):
+        asyncio.run(broken())
+
+
+BAR = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from asking import backend, chats
+from persodpo.generation.engine import Job, generate_all
+from persodpo.generation.store import Store
+with Store(Path(sys.argv[3])) as store:
+    jobs = [Job(chats(["a <<fault=status_400>>", *map(str, range(9))]), backend(sys.argv[2], model=m)) for m in "xy"]
+    generate_all(jobs, store)
+    generate_all(jobs, store, progress=False)
+"""
+
+
+def test_a_bar_a_model_counts_outcomes_on_a_terminal_only(server: Server, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", BAR, TESTS, server.url]
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 120))
+    subprocess.run([*command, tmp_path / "a.sqlite"], stderr=theirs, check=True)
+    os.close(theirs)
+    shown = b""
+    try:
+        while part := os.read(ours, 65536):
+            shown += part
+    except OSError:  # how the end of a terminal reads
+        os.close(ours)
+    for model in "xy":
+        assert re.search(rf"{model}: 100%.*10/10 .*answered=9, failed=1, stored=0", shown.decode())
+    quiet = subprocess.run([*command, tmp_path / "b.sqlite"], capture_output=True, check=True)
+    assert (quiet.stdout, quiet.stderr) == (b"", b"")

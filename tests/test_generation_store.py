@@ -1,0 +1,405 @@
+"""The store of answers: nothing lost, nothing paid for twice, one sentence for everything that can go wrong.
+
+Faults are real: killed processes, locked and damaged files, a disk that is full.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from persodpo.errors import PersodpoError
+from persodpo.generation.requests import Answer
+from persodpo.generation.store import CHUNK, Entry, Store
+
+SAID = Answer("answered", '{"response": "Hi."}', "stop", None, None, 12, 5, 0.25, 0.5, 1)
+FAILED = Answer("failed", failure="timeout", error="no answer in time", cost=0.5, latency=2.0, attempts=3)
+
+
+def entry(key: str, answer: Answer = SAID) -> Entry:
+    return Entry(key, "some-model", "template", 48, answer)
+
+
+def stored(store: Store, *keys: str) -> list[Answer | None]:
+    return [found and found.answer for _, found in store.entries(keys)]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "runs" / "answers.sqlite"
+
+
+@pytest.fixture
+def store(path: Path) -> Iterator[Store]:
+    with Store(path) as opened:
+        yield opened
+
+
+# ------------------------------------------------------------------------------------------------- what it holds
+
+
+def test_entries_come_back_in_the_order_asked_for(store: Store, path: Path) -> None:
+    keys = [f"key-{number}" for number in range(2 * CHUNK + 7)]
+    store.write([entry(key, FAILED if number % 3 else SAID) for number, key in enumerate(keys)])
+    wanted = [*reversed(keys), "unknown", keys[0], keys[0]]
+    with Store(path) as again:
+        found = dict(again.entries(keys))
+        assert [key for key, _ in again.entries(wanted)] == wanted
+    assert [found[key].answer for key in keys] == [FAILED if n % 3 else SAID for n in range(len(keys))]
+    assert {(e.model, e.template, e.prompt_bytes) for e in found.values()} == {("some-model", "template", 48)}
+    assert all(e.created.endswith("+00:00") for e in found.values())
+    assert stored(store, "unknown") == [None]
+
+
+text = st.text(st.characters(exclude_categories=()), max_size=40)
+
+
+@settings(max_examples=60)
+@given(completion=text, error=text)
+def test_any_text_is_kept_except_for_lone_surrogates(completion: str, error: str) -> None:
+    with Store(Path(":memory:")) as store:
+        store.write([entry("a", Answer("answered", completion, error=error))])
+        found = stored(store, "a")[0]
+    for kept, given_text in ((found.completion, completion), (found.error, error)):
+        assert kept == given_text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+writes = st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from([None, "timeout", "rejected"])), max_size=12)
+
+
+@settings(max_examples=60)
+@given(writes=writes, together=st.booleans())
+def test_answers_stay_and_failures_give_way_but_what_they_cost_is_counted(writes, together) -> None:
+    expected: dict[str, Answer] = {}
+    entries = []
+    for number, (key, failure) in enumerate(writes):
+        made = Answer("failed" if failure else "answered", f"text {number}", failure=failure, cost=0.25, attempts=2)
+        entries.append(entry(key, made))
+        before = expected.get(key)
+        if before is None:
+            expected[key] = made
+        elif before.failure:
+            expected[key] = Answer(
+                made.outcome, made.completion, failure=failure, cost=before.cost + 0.25, attempts=before.attempts + 2
+            )
+    with Store(Path(":memory:")) as store:
+        for batch in [entries] if together else [[one] for one in entries]:
+            store.write(batch)
+        assert stored(store, *"abc") == [expected.get(key) for key in "abc"]
+        assert store.spent() == sum(answer.cost for answer in expected.values())
+        assert list(store.missing("abcd")) == [key for key in "abcd" if key not in expected]
+        failed = {key for key, answer in expected.items() if answer.failure}
+        assert list(store.missing("abcd", retry_failed=True)) == [
+            key for key in "abcd" if key not in expected or key in failed
+        ]
+
+
+def test_experience_is_of_one_model_and_template(store: Store) -> None:
+    assert store.experience("some-model", "template") is None
+    store.write(
+        [
+            entry("a"),
+            entry("b", Answer("answered", "x", prompt_tokens=24, completion_tokens=15, latency=1.5)),
+            entry("c", FAILED),
+            entry("d", Answer("answered", "no usage")),
+            Entry("e", "other-model", "template", 48, SAID),
+            Entry("f", "some-model", "another", 48, SAID),
+        ]
+    )
+    known = store.experience("some-model", "template")
+    assert known == (2, 36 / 96, 10.0, 1.0)
+
+
+def test_reading_does_not_hold_what_it_has_read(store: Store) -> None:
+    keys = [f"{number:05d}" for number in range(8000)]
+    for start in range(0, len(keys), 1000):
+        store.write([entry(key, Answer("answered", f"{key} " * 400)) for key in keys[start : start + 1000]])
+    tracemalloc.start()
+    size = sum(len(found.answer.completion) for _, found in store.entries(iter(keys)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert size == 8000 * 2400
+    assert peak < 6e6
+
+
+# -------------------------------------------------------------------------------------------------------- claims
+
+
+def test_a_claim_holds_until_written_released_or_closed(store: Store, path: Path) -> None:
+    store.write([entry("old"), entry("bad", FAILED)])
+    assert store.claim(["old", "bad", "a", "b", "c"]) == ({"a", "b", "c"}, {"old", "bad"}, set())
+    assert store.claim(["a", "bad"], retry_failed=True) == ({"bad"}, {"a"}, set())
+    with Store(path) as other:
+        assert other.claim(["a", "b", "c", "old", "new"]) == ({"new"}, {"old"}, {"a", "b", "c"})
+        store.release(["b"])
+        store.write([entry("c")])
+        assert other.claim(["a", "b", "c"]) == ({"b"}, {"c"}, {"a"})
+    assert store.claim(["new", "b"]).granted == {"new", "b"}
+
+
+CLAIM = """
+import sys, time
+from pathlib import Path
+from persodpo.generation.store import Store
+store = Store(Path(sys.argv[1]))
+print(sorted(store.claim(["a", "b"]).granted), flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_killed_process_holds_no_claims(store: Store, path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", CLAIM, path], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout.readline() == "['a', 'b']\n"
+        assert store.claim(["a", "b", "c"]) == ({"c"}, set(), {"a", "b"})
+        child.kill()
+        child.wait()
+        assert store.claim(["a", "b"]).granted == {"a", "b"}
+
+
+def test_an_old_claim_is_void_though_its_process_number_runs(store: Store, path: Path) -> None:
+    with sqlite3.connect(path) as raw:
+        now = time.time()
+        raw.execute("INSERT INTO claims VALUES ('old', 'x', 1, ?), ('new', 'x', 1, ?)", (now - 4000, now))
+    raw.close()
+    assert store.claim(["old", "new"]) == ({"old"}, set(), {"new"})
+
+
+# ------------------------------------------------------------------------------------- killed and parallel writers
+
+WRITE = """
+import os, sys
+from pathlib import Path
+from persodpo.generation.requests import Answer
+from persodpo.generation.store import Entry, Store
+path, first, last = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+with Store(path) as store:
+    for number in range(first, last):
+        key = f"{number:05d}"
+        if key in store.claim([key]).granted:
+            store.write([Entry(key, "model", "t", 1, Answer("answered", key * 50, cost=1.0))])
+            os.write(1, key.encode() + b"\\n")
+"""
+
+
+def test_what_was_acknowledged_survives_kills_at_any_moment(path: Path) -> None:
+    source = random.Random(7)
+    acknowledged: list[str] = []
+    for _ in range(6):
+        with subprocess.Popen([sys.executable, "-c", WRITE, path, "0", "100000"], stdout=subprocess.PIPE) as child:
+            first = child.stdout.readline()
+            time.sleep(source.uniform(0, 0.2))
+            child.send_signal(signal.SIGKILL)
+            lines = (first + child.stdout.read()).decode().split()
+        acknowledged += lines
+        with Store(path) as store:
+            found = dict(store.entries(acknowledged))
+            assert all(found[key].answer.completion == key * 50 for key in acknowledged)
+    assert len(acknowledged) == len(set(acknowledged)) > 20
+    with Store(path) as store:
+        # A row may have been written and its process killed before it could say so; never the other way round.
+        assert 0 <= store.spent() - len(acknowledged) <= 6
+
+
+def test_two_processes_write_at_once(path: Path) -> None:
+    children = [
+        subprocess.Popen([sys.executable, "-c", WRITE, path, *bounds], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for bounds in (("0", "400"), ("200", "600"))
+    ]
+    said = [child.communicate(timeout=60) for child in children]
+    assert [error for _, error in said] == [b"", b""]
+    keys = b"".join(out for out, _ in said).decode().split()
+    assert sorted(keys) == [f"{number:05d}" for number in range(600)]
+    with Store(path) as store:
+        assert store.spent() == 600
+
+
+def test_many_open_a_new_store_at_once(path: Path) -> None:
+    def open_and_write(number: int) -> None:
+        with Store(path) as store:
+            store.write([entry(str(number))])
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(open_and_write, range(24)))
+    with Store(path) as store:
+        assert list(store.missing(map(str, range(24)))) == []
+
+
+# ---------------------------------------------------------------------------------------------- files at fault
+
+
+def use(path: Path, wait_seconds: float) -> None:
+    with Store(path, wait_seconds) as store:
+        store.claim(["a"])
+        store.write([entry("a")])
+        list(store.entries(["a"]))
+
+
+def refusal(path: Path) -> str:
+    """Use a store that cannot be used; return the one sentence."""
+    with pytest.raises(PersodpoError) as caught:
+        use(path, wait_seconds=0.1)
+    message = str(caught.value)
+    assert str(path) in message or str(path.parent) in message
+    assert "\n" not in message
+    assert message.endswith(".")
+    return message
+
+
+def test_locked(store: Store, path: Path) -> None:
+    store.write([entry("kept")])
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    assert "locked by another process; wait for it or end it" in refusal(path)
+    other.execute("ROLLBACK")
+    other.close()
+    assert stored(store, "kept") == [SAID]
+
+
+def test_a_short_lock_is_waited_for(store: Store, path: Path) -> None:
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN EXCLUSIVE")
+    timer = threading.Timer(0.3, lambda: other.execute("ROLLBACK"))
+    timer.start()
+    store.write([entry("a")])
+    assert not timer.is_alive()
+    timer.join()
+    other.close()
+    assert stored(store, "a") == [SAID]
+
+
+def test_a_file_that_is_no_database(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_bytes(b"dialogue_id,completion\n" * 100)
+    assert "damaged or the file is none of persodpo's" in refusal(path)
+    assert path.read_bytes() == b"dialogue_id,completion\n" * 100
+
+
+def test_a_damaged_page(path: Path) -> None:
+    with Store(path) as store:
+        store.write([entry(f"{number:04d}", Answer("answered", "x" * 500)) for number in range(200)])
+    content = bytearray(path.read_bytes())
+    content[4096:] = b"\xff" * (len(content) - 4096)
+    path.write_bytes(content)
+    assert "restore a copy" in refusal(path)
+    assert path.read_bytes() == content
+
+
+def test_a_store_that_lacks_a_table(path: Path) -> None:
+    Store(path).close()
+    with sqlite3.connect(path) as raw:
+        raw.execute("DROP TABLE claims")
+    raw.close()
+    assert "damaged" in refusal(path)
+
+
+def test_the_file_of_another_program_is_left_as_it_is(path: Path) -> None:
+    path.parent.mkdir()
+    with sqlite3.connect(path) as raw:
+        raw.execute("CREATE TABLE answers (mine)")
+    raw.close()
+    before = path.read_bytes()
+    assert "an SQLite file of another program; name another file" in refusal(path)
+    assert path.read_bytes() == before
+    assert [found.name for found in path.parent.iterdir()] == [path.name]
+
+
+def test_a_newer_layout(path: Path) -> None:
+    Store(path).close()
+    with sqlite3.connect(path) as raw:
+        raw.execute("PRAGMA user_version = 7")
+    raw.close()
+    assert "another version of persodpo (layout 7, this one reads 1); install that version" in refusal(path)
+
+
+def test_a_folder_in_its_place(path: Path) -> None:
+    path.mkdir(parents=True)
+    assert "cannot be opened for writing; make the file and its folder writable" in refusal(path)
+    path.rmdir()
+    path.parent.rmdir()
+    path.parent.write_text("a file")
+    assert "cannot be created" in refusal(path)
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Let the kernel refuse files longer than ``size``."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def fill(store: Store) -> None:
+    for number in range(100):
+        store.write([entry(f"{number}", Answer("answered", "x" * 10_000))])
+
+
+def test_a_disk_that_refuses(store: Store) -> None:
+    store.write([entry("kept")])
+    with (
+        file_size_limit(100_000),
+        pytest.raises(PersodpoError, match=r"refuses to read or write; check it and its free"),
+    ):
+        fill(store)
+    assert stored(store, "kept") == [SAID]
+    store.write([entry("after")])
+    assert stored(store, "after") == [SAID]
+
+
+FULL = """
+import sys
+from pathlib import Path
+from persodpo.errors import PersodpoError
+from persodpo.generation.requests import Answer
+from persodpo.generation.store import Entry, Store
+path, done = Path(sys.argv[1]), []
+try:
+    with Store(path) as store:
+        for number in range(10_000):
+            store.write([Entry(str(number), "m", "t", 1, Answer("answered", "x" * 3000))])
+            done.append(str(number))
+except PersodpoError as error:
+    print(error)
+(path.parent / "filler").unlink()
+with Store(path) as store:
+    print(len(done) > 5, list(store.missing(done)))
+    store.write([Entry("last", "m", "t", 1, Answer("answered", "x"))])
+    print(store.claim(["last"]).stored)
+"""
+
+
+def test_a_full_disk(path: Path) -> None:
+    """A real disk of 1 MB, in a mount namespace that ends with the process; then some space is freed."""
+    path.parent.mkdir()
+    mount = f"mount -t tmpfs -o size=1m tmpfs '{path.parent}' && head -c 400000 /dev/zero > '{path.parent}/filler'"
+    namespace = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    if not shutil.which("unshare") or subprocess.run([*namespace, mount], capture_output=True, check=False).returncode:
+        pytest.skip("needs Linux that lets this user mount a tmpfs in a namespace of its own")
+    command = [*namespace, f'{mount} && exec "{sys.executable}" -c "$0" "{path}"', FULL]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
+    assert done.stderr == ""
+    sentence, kept, last = done.stdout.splitlines()
+    assert (
+        sentence
+        == f"The disk holding {path} is full; free some space and run again, answers that were stored are safe."
+    )
+    assert (kept, last) == ("True []", "{'last'}")
