@@ -9,7 +9,7 @@ LOCKED  := $(VENV)/.built-from-lock
 STAMP   := $(VENV)/.installed
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
-.PHONY: reproduce test test-slow lint format figures lab bench-pairs bench-train bench-batches lock clean
+.PHONY: reproduce test test-slow lint format figures lab bench-pairs bench-generate bench-train bench-batches lock clean
 
 reproduce: $(STAMP)  ## run every notebook in order under PROFILE
 	$(BIN)/persodpo reproduce --profile $(PROFILE) $(foreach s,$(SET),--set $(s))
@@ -37,6 +37,9 @@ lab: $(STAMP)  ## open the notebooks
 
 bench-pairs: $(STAMP)  ## metric values -> pairs, up to 100 million responses
 	$(BIN)/python benchmarks/bench_pairs.py
+
+bench-generate: $(STAMP)  ## asking an endpoint: throughput, faults, kills, memory
+	$(BIN)/python benchmarks/bench_generate.py
 
 bench-train: $(STAMP)  ## the trainer's ladder against TRL; needs the pairs (persodpo pairs)
 	$(BIN)/python benchmarks/bench_train.py --device $(DEVICE)
