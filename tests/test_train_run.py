@@ -42,7 +42,8 @@ def pairs_table(prompts: int = 10) -> pd.DataFrame:
     rows = [
         {
             "prompt": f"{EXAMPLES[0][0]} {number}", "chosen": texts[(number + c) % 12],
-            "rejected": texts[(number + 6 + r) % 12], "score_chosen": 0.9 - c / 10, "score_rejected": 0.1 + r / 10 + number / 50,
+            "rejected": texts[(number + 6 + r) % 12], "score_chosen": 0.9 - c / 10,
+            "score_rejected": 0.1 + r / 10 + number / 50,
         }
         for number in range(prompts) for c in range(2) for r in range(3)
     ]  # fmt: skip
