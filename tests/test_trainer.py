@@ -361,3 +361,14 @@ def test_the_readmes_example_runs(tmp_path, monkeypatch):
     exec(code, names)  # noqa: S102 - the README's own example
     assert names["args"].weighting == "sigmoid"
     assert (tmp_path / "dpo" / "checkpoint-3" / "model.safetensors").exists()
+
+
+def test_four_bits_on_a_cpu_are_refused(tmp_path):
+    """After an evaluation bitsandbytes would train them without gradients, and silently."""
+    model = tiny_model()
+    model.is_loaded_in_4bit = True
+    with pytest.raises(PersodpoError, match=r"4-bit weights on a CPU cannot be trained: .* load the model on a GPU"):
+        GroupedDPOTrainer(
+            model=model, args=GroupedDPOConfig(str(tmp_path), **TINY), train_dataset=tiny_pairs(4),
+            processing_class=tiny_tokenizer(),
+        )  # fmt: skip

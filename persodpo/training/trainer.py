@@ -197,6 +197,11 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         install_packed_forward(self.model)
         install_packed_forward(model)
         check_attention(model)
+        if getattr(model, "is_loaded_in_4bit", False) and model.device.type == "cpu":
+            raise PersodpoError(
+                "4-bit weights on a CPU cannot be trained: bitsandbytes packs them at the first evaluation, and no gradient "
+                "passes them from then on; load the model on a GPU, or without quantisation."
+            )
         groups = [to_group(example) for example in dataset]
         named = {
             "model": self._precompute_model_hash, "dtype": model.dtype, "attention": model.config._attn_implementation,
