@@ -735,6 +735,14 @@ def delivered(server: Server) -> list[str]:
     return [event["prompt"] for event in server.events() if event["event"] == "delivered"]
 
 
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Take interrupts as on a terminal, also where the tests run in the background and inherit that they be ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupt_after(server: Server, answers: int) -> threading.Thread:
     """Send this program Ctrl-C once the server has delivered so many answers."""
 
