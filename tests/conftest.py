@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,17 @@ def profile_in(folder: Path, *overrides: str) -> Profile:
     """Return the release profile with its folders under ``folder``."""
     places = [f"paths.{name}={folder / name}" for name in ("runs", "figures", "release")]
     return load_profile("release", [*places, *overrides])
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Let the kernel refuse files longer than ``size``, as it does on a disk that is too small."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture

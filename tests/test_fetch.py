@@ -12,7 +12,6 @@ import io
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import socket
@@ -23,11 +22,11 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from conftest import file_size_limit
 
 from persodpo.artifacts import RELEASE_VARIABLE
 from persodpo.errors import PersodpoError
@@ -456,17 +455,6 @@ def test_loopback_request_does_not_leave_through_a_proxy(
 
 
 # --------------------------------------------------------------------------------------------------- disk at fault
-
-
-@contextmanager
-def file_size_limit(size: int) -> Iterator[None]:
-    """Let the kernel refuse files longer than ``size``, as it does on a disk that is too small."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_write_refused_by_the_kernel(release: Release, server: Server) -> None:

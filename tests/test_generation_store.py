@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import random
-import resource
 import shutil
 import signal
 import sqlite3
@@ -18,10 +17,10 @@ import time
 import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from conftest import file_size_limit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -335,17 +334,6 @@ def test_a_folder_in_its_place(path: Path) -> None:
     path.parent.rmdir()
     path.parent.write_text("a file")
     assert "cannot be created" in refusal(path)
-
-
-@contextmanager
-def file_size_limit(size: int) -> Iterator[None]:
-    """Let the kernel refuse files longer than ``size``."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def fill(store: Store) -> None:
