@@ -29,8 +29,8 @@ from typing import Any
 import pandas as pd
 import pyarrow.parquet as pq
 
-from persodpo.config import Profile
 from persodpo.errors import PersodpoError, disk_errors, make_folder
+from persodpo.settings import Profile
 from persodpo.tables import check_table, schema_of, with_none
 
 PROJECT = Path(__file__).resolve().parents[1]

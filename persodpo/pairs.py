@@ -14,9 +14,9 @@ from pathlib import Path
 import duckdb
 import pandas as pd
 
-from persodpo.config import Pairs, Profile, Scoring
 from persodpo.prompts import load_template, render
 from persodpo.scoring.quality import measure_scale, one_row, rate_sql, thresholds
+from persodpo.settings import Pairs, Profile, Scoring
 
 #: A response that can stand in a pair: read or recovered text, with a quality.
 _USABLE = "quality IS NOT NULL AND response IS NOT NULL"

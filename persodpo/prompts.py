@@ -10,8 +10,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from persodpo.config import Prompts
 from persodpo.errors import PersodpoError
+from persodpo.settings import Prompts
 
 TEMPLATES = Path(__file__).parent / "templates"
 FIELDS = frozenset({"personas", "context", "max_words"})

@@ -13,7 +13,8 @@ from hypothesis import settings
 
 from persodpo import stages
 from persodpo.artifacts import RELEASE_VARIABLE, RunFolder
-from persodpo.config import Profile, load_profile
+from persodpo.config import load_profile
+from persodpo.settings import Profile
 
 settings.register_profile("persodpo", derandomize=True, deadline=None, database=None)
 settings.load_profile("persodpo")

@@ -9,8 +9,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from persodpo.config import PROFILES, Profile, load_profile, profile_names, with_overrides
+from persodpo.config import PROFILES, load_profile, profile_names, with_overrides
 from persodpo.errors import PersodpoError
+from persodpo.settings import Profile
 
 
 @pytest.mark.parametrize("name", profile_names())

@@ -26,7 +26,8 @@ MODULES = sorted(path.relative_to(PROJECT) for path in PACKAGE.rglob("*.py"))
 
 #: Layers from the bottom up; a module imports from its own layer or below.
 LAYERS = [
-    ["errors", "config", "tables"],
+    ["errors", "settings"],
+    ["config", "tables"],
     ["artifacts"],
     [
         "completions",

@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from persodpo.config import Scoring, load_profile
+from persodpo.config import load_profile
 from persodpo.errors import PersodpoError
 from persodpo.scoring.quality import METRICS, connect, measure_scale, rate_sql, thresholds
 from persodpo.scoring.run import impute, rank
+from persodpo.settings import Scoring
 
 PROFILE = load_profile("release", ["engine.threads=1"])
 ROWS = pd.DataFrame({

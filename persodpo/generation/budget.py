@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from pydantic import Field
 
-from persodpo.config import Section
 from persodpo.errors import PersodpoError
+from persodpo.settings import Section
 
 
 class BudgetReached(PersodpoError):  # noqa: N818 - reaching the budget is what it is for, no error of the run

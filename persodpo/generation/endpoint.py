@@ -7,9 +7,9 @@ from urllib.parse import urlsplit
 
 from pydantic import Field
 
-from persodpo.config import Count, Positive, Section
 from persodpo.errors import PersodpoError
 from persodpo.generation.budget import Prices
+from persodpo.settings import Count, Positive, Section
 
 
 class OpenAIEndpoint(Section):

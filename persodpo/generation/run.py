@@ -8,9 +8,9 @@ from pathlib import Path
 import pandas as pd
 
 from persodpo.completions import read_completion
-from persodpo.config import Completions
 from persodpo.errors import PersodpoError
 from persodpo.release.published import PublishedSet, read_set
+from persodpo.settings import Completions
 
 
 def published_responses(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from persodpo.config import Profile, with_overrides
+from persodpo.config import with_overrides
 from persodpo.generation.run import read_completions
 from persodpo.pairs import build_pairs
 from persodpo.release.audit import FINDINGS
@@ -12,6 +12,7 @@ from persodpo.release.findings.base import Material
 from persodpo.release.published import TRAIN_SETS, PublishedSet
 from persodpo.scoring.quality import connect
 from persodpo.scoring.run import impute, published_metrics, rank
+from persodpo.settings import Profile
 
 PairKeys = set[tuple[str, str, str]]
 

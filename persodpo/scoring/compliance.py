@@ -5,7 +5,7 @@ Given as an SQL expression, so that the same formula serves ten responses and a 
 
 from __future__ import annotations
 
-from persodpo.config import Scoring
+from persodpo.settings import Scoring
 
 
 def count_words(text: str) -> int:

@@ -15,9 +15,9 @@ from typing import Any
 import duckdb
 import numpy as np
 
-from persodpo.config import Engine, MetricValues, Scoring
 from persodpo.errors import PersodpoError
 from persodpo.scoring.compliance import compliance_sql
+from persodpo.settings import Engine, MetricValues, Scoring
 
 METRICS = ("coherence", "c_score", "ue_score", "persona_distance")
 SIGNALS = (*METRICS, "compliance")

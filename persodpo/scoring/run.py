@@ -11,10 +11,10 @@ import numpy as np
 import pandas as pd
 
 from persodpo.completions import is_one_object
-from persodpo.config import MetricValues, Pairs, Scoring
 from persodpo.release.published import PublishedSet, read_set
 from persodpo.scoring.compliance import count_words
 from persodpo.scoring.quality import METRICS, Scale, measure_scale, rate_sql, thresholds
+from persodpo.settings import MetricValues, Pairs, Scoring
 from persodpo.tables import with_none
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar, cast
 
 from persodpo.artifacts import RunFolder, StageReport
-from persodpo.config import Profile
 from persodpo.release.fetch import fetch_release, release_files
+from persodpo.settings import Profile
 
 Reports = list[StageReport]
 Targets = Mapping[str, Path]

@@ -16,10 +16,10 @@ import persodpo.prompts
 import persodpo.scoring.compliance
 import persodpo.scoring.run as scoring
 from persodpo.artifacts import RunFolder
-from persodpo.config import Profile
 from persodpo.errors import PersodpoError
 from persodpo.release import published
 from persodpo.scoring import quality
+from persodpo.settings import Profile
 from persodpo.stages.base import Reports, Targets, alone, published_files
 from persodpo.tables import write_table
 

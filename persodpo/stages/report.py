@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import persodpo.evaluation.results
 from persodpo.artifacts import RunFolder, StageReport
-from persodpo.config import Profile, load_profile
+from persodpo.config import load_profile
 from persodpo.figures import FigureReport, save_figures
 from persodpo.release import audit, corrections, findings, parity, published
 from persodpo.release.findings.base import Material
+from persodpo.settings import Profile
 from persodpo.stages.base import Reports, Targets, alone, published_files
 from persodpo.stages.pairs import limits, run_pairs, run_score
 from persodpo.stages.train import run_train

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import persodpo.pairs
 from persodpo.artifacts import RunFolder, digest_of, sha256
-from persodpo.config import ArmName, Profile, with_overrides
+from persodpo.config import with_overrides
 from persodpo.errors import PersodpoError
 from persodpo.release import corrections
+from persodpo.settings import ArmName, Profile
 from persodpo.stages.base import Reports, Targets, alone
 from persodpo.stages.pairs import run_pairs
 from persodpo.tables import write_table

@@ -8,8 +8,8 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from persodpo.config import ArmName
 from persodpo.errors import PersodpoError
+from persodpo.settings import ArmName
 
 
 @dataclass(frozen=True)

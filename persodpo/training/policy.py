@@ -35,8 +35,8 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from persodpo.artifacts import as_json, is_running, read_json, sha256, source_digest, versions, write_json
-from persodpo.config import SmallPolicy
 from persodpo.errors import PersodpoError, disk_errors
+from persodpo.settings import SmallPolicy
 from persodpo.training import forward, packing
 from persodpo.training.forward import response_log_probs
 from persodpo.training.packing import Group, micro_batches, pack

@@ -24,8 +24,8 @@ from transformers import PrinterCallback
 from transformers.utils.import_utils import is_in_notebook
 
 from persodpo.artifacts import read_json, write_json
-from persodpo.config import ArmName, Profile
 from persodpo.errors import disk_errors, make_folder
+from persodpo.settings import ArmName, Profile
 from persodpo.training.arms import ARMS, split_prompts
 from persodpo.training.health import Health, HealthSettings
 from persodpo.training.policy import RECORD, load_policy

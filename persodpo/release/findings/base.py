@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from persodpo.config import Profile
 from persodpo.release.published import SETS, PublishedSet, read_set
+from persodpo.settings import Profile
 
 CONFIRMED, PARTLY, REFUTED = "confirmed", "partly", "refuted"
 
