@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from persodpo.generation.budget import Prices
-from persodpo.generation.endpoint import OpenAIEndpoint
 from persodpo.generation.openai_api import OpenAIBackend
 from persodpo.generation.requests import Request
+from persodpo.settings import OpenAIModel, Prices
 
 PRICES = Prices(input_per_million=1.0, output_per_million=2.0)
 
 
-def backend(url: str, **changes: Any) -> OpenAIBackend:
+def backend(url: str, json_keys: tuple[str, ...] = (), **changes: Any) -> OpenAIBackend:
     settings: dict[str, Any] = {
-        "model": "small", "served_as": None, "base_url": url, "api_key_env": None, "concurrency": 8,
+        "kind": "openai", "model": "small", "served_as": None, "base_url": url, "api_key_env": None, "concurrency": 8,
         "requests_per_minute": None, "tokens_per_minute": None, "timeout_seconds": 5.0, "attempts": 4,
-        "longest_wait_seconds": 0.05, "token_limit": "max_tokens", "json_keys": (), "prices": PRICES,
+        "longest_wait_seconds": 0.05, "token_limit": "max_tokens", "prices": PRICES,
     }  # fmt: skip
-    return OpenAIBackend(OpenAIEndpoint(**{**settings, **changes}))
+    return OpenAIBackend(OpenAIModel(**{**settings, **changes}), json_keys)
 
 
 def chat(text: str) -> Request:

@@ -332,7 +332,7 @@ def test_a_raw_prompt_cannot_be_held_to_a_schema(server: Server, store: Store) -
     raw = replace(chat("raw"), prompt="raw text")
     found = generate([raw], backend(server.url, json_keys=("response",)), store)
     assert found.failed == {"rejected": 1}
-    assert "json_keys need a chat prompt" in answer_to(raw, backend(server.url, json_keys=("response",)), store).error
+    assert "a schema needs a chat prompt" in answer_to(raw, backend(server.url, json_keys=("response",)), store).error
 
 
 # ----------------------------------------------------------------------------------------------- stopping a model
@@ -879,6 +879,6 @@ def test_a_bar_a_model_counts_outcomes_on_a_terminal_only(server: Server, tmp_pa
     except OSError:  # how the end of a terminal reads
         os.close(ours)
     for model in "xy":
-        assert re.search(rf"{model}: 100%.*10/10 .*answered=9, failed=1, stored=0", shown.decode())
+        assert re.search(rf"{model}: 100%.*10/10 .*ok=9, api_error=1, stored=0", shown.decode())
     quiet = subprocess.run([*command, tmp_path / "b.sqlite"], capture_output=True, check=True)
     assert (quiet.stdout, quiet.stderr) == (b"", b"")
