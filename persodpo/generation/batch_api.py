@@ -34,6 +34,7 @@ FILE_BYTES = 90_000_000
 RETRIES = 5
 ENDED = {"completed", "failed", "expired", "cancelled"}
 HARDWARE = "batch API"
+_NO_BATCHES = "{url} has no Batch API for model {model} ({detail}); set batch: false for it."
 #: How far back a batch whose name was never learnt is looked for, seconds before it was written down (clocks differ).
 CLOCKS = 3600.0
 
@@ -268,7 +269,6 @@ class _Session:
                 "model": self._settings.model, "served": self._settings.served_as or self._settings.model,
                 "url": self._settings.base_url, "key": f"the key in {self._settings.api_key_env}",
             }  # fmt: skip
-            sentence = LASTING.get(
-                fault.kind, "{url} does not serve batches for model {model} ({detail}); run again later."
-            )
+            lasting = LASTING | {"unknown_model": _NO_BATCHES}
+            sentence = lasting.get(fault.kind, "{url} failed on a batch of model {model} ({detail}); run again later.")
             raise ModelStopped(sentence.format(**words, detail=fault.detail)) from error

@@ -237,9 +237,9 @@ class _Drawing(LogitsProcessor):
         return cls(temperature, generators)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        noise = torch.stack([torch.rand(scores.shape[1], generator=generator) for generator in self._generators])
-        gumbel = -torch.log(-torch.log(noise.clamp_min(1e-20)).clamp_min(1e-20))
-        return scores.float() / self._temperature + gumbel.to(scores.device)
+        width = scores.shape[1]
+        noise = torch.stack([torch.empty(width).exponential_(generator=generator) for generator in self._generators])
+        return scores.float() / self._temperature - torch.log(noise).to(scores.device)
 
 
 def _with_adapter(model: Any, folder: Path) -> Any:
