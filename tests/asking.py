@@ -1,8 +1,14 @@
-"""A backend over the faulty server and prompts for it, for tests and for the processes they start."""
+"""The faulty server, a backend over it and prompts for it, for tests and for the processes they start."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from persodpo.generation.openai_api import OpenAIBackend
@@ -28,3 +34,30 @@ def chat(text: str) -> Request:
 
 def chats(texts: Iterable[str]) -> list[Request]:
     return [chat(text) for text in texts]
+
+
+@dataclass
+class Server:
+    """The faulty server, in a process of its own."""
+
+    url: str
+    log: Path
+    process: subprocess.Popen[str]
+
+    def events(self, prompts: Iterable[str] | None = None) -> list[dict[str, Any]]:
+        lines = [json.loads(line) for line in self.log.read_text().splitlines()]
+        wanted = None if prompts is None else set(prompts)
+        return [line for line in lines if wanted is None or line["prompt"] in wanted]
+
+    def received(self, *prompts: str) -> list[dict[str, Any]]:
+        return [event for event in self.events(prompts or None) if event["event"] == "received"]
+
+
+@contextmanager
+def serving(log: Path, *options: str) -> Iterator[Server]:
+    command = [sys.executable, Path(__file__).with_name("faulty_server.py"), "--log", log, *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield Server(f"http://127.0.0.1:{int(process.stdout.readline())}/v1", log, process)
+        finally:
+            process.kill()

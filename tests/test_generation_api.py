@@ -23,14 +23,13 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import asynccontextmanager, closing, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import asynccontextmanager, closing
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-from asking import backend, chat, chats
+from asking import Server, backend, chat, chats, serving
 from faulty_server import completion
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -48,33 +47,6 @@ from persodpo.generation.summary import Summary
 
 TESTS = Path(__file__).parent
 CANARY = "sk-canary/7f+3Q=="
-
-
-@dataclass
-class Server:
-    """The faulty server, in a process of its own."""
-
-    url: str
-    log: Path
-    process: subprocess.Popen[str]
-
-    def events(self, prompts: Iterable[str] | None = None) -> list[dict[str, Any]]:
-        lines = [json.loads(line) for line in self.log.read_text().splitlines()]
-        wanted = None if prompts is None else set(prompts)
-        return [line for line in lines if wanted is None or line["prompt"] in wanted]
-
-    def received(self, *prompts: str) -> list[dict[str, Any]]:
-        return [event for event in self.events(prompts or None) if event["event"] == "received"]
-
-
-@contextmanager
-def serving(log: Path, *options: str) -> Iterator[Server]:
-    command = [sys.executable, TESTS / "faulty_server.py", "--log", log, *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            yield Server(f"http://127.0.0.1:{int(process.stdout.readline())}/v1", log, process)
-        finally:
-            process.kill()
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +23,9 @@ from persodpo.prompts import answer_keys, load_system, load_template, render, te
 from persodpo.settings import AskedModel, Profile, ReplayModel, TransformersModel
 from persodpo.tables import schema_of, with_none
 
+#: What leads a turn; a context of nothing else says nothing.
+_SPEAKER = re.compile(r"^\w+:", re.MULTILINE)
+
 
 def job_for(dialogues: pd.DataFrame, settings: AskedModel, profile: Profile, backend: Backend) -> Job:
     """Return what one model is to answer.
@@ -40,7 +44,8 @@ def job_for(dialogues: pd.DataFrame, settings: AskedModel, profile: Profile, bac
     """
     template = load_template(profile.prompts.template)
     system = load_system(profile.prompts.system, profile.prompts) if settings.format == "chat_with_system" else None
-    empty = dialogues.loc[dialogues["context"].fillna("").str.strip() == "", "dialogue_id"]
+    said = dialogues["context"].fillna("").str.replace(_SPEAKER, "", regex=True).str.strip()
+    empty = dialogues.loc[said == "", "dialogue_id"]
     if len(empty):
         raise PersodpoError(
             f"Dialogue '{empty.iloc[0]}' has no context to answer ({len(empty)} such dialogues); leave it out of its file."

@@ -42,7 +42,7 @@ class Purse:
         while not self._fits(usd):
             if not self._reserved:
                 raise BudgetReached(
-                    f"The budget of ${self.budget:,.2f} is used up: ${self.spent:,.4f} are spent and the next request may "
+                    f"The budget of ${self.budget:,} is used up: ${self.spent:,.4f} are spent and the next request may "
                     f"cost ${usd:,.4f}; raise generation.budget_usd to go on."
                 )
             self._settled.clear()

@@ -52,7 +52,8 @@ def run_generate(profile: Profile, overwrite: bool = False) -> Reports:
     """
     if profile.generation.source == "published":
         return _published(profile, overwrite)
-    reports = run_dialogues(profile)
+    with RunFolder(profile).locked(WAIT_SECONDS):
+        reports = run_dialogues(profile)
     scope = Scope(profile.generation.models, ("train",))
     summaries = _ask(RunFolder(profile), scope, retry_failed=False, progress=True)
     unfinished = [summary for summary in summaries if summary.stopped or summary.busy]
@@ -121,18 +122,18 @@ def run_ask(
     run = RunFolder(profile)
     entries = [_entry(profile, model) for model in scope.models]
     reports: list[StageReport | Summary] = []
-    if any(_is_small_policy(entry, profile) for entry in entries):
-        reports += run_generate(profile)
-    else:
-        reports += run_dialogues(profile)
+    needs_responses = any(_is_small_policy(entry, profile) for entry in entries)
+    with run.locked(WAIT_SECONDS):
+        reports += run_generate(profile) if needs_responses else run_dialogues(profile)
     summaries = _ask(run, scope, retry_failed=retry_failed, progress=progress)
     return [*reports, *summaries, _write_answers(run)]
 
 
 def run_forecast(profile: Profile, scope: Scope, retry_failed: bool = False) -> list[Forecast]:
     """Say what `run_ask` would take; nothing is sent, loaded or written but the dialogues table."""
-    run_dialogues(profile)
     run = RunFolder(profile)
+    with run.locked(WAIT_SECONDS):
+        run_dialogues(profile)
     with _store(run) as store:
         jobs = [job for job, _ in _jobs(run, scope, store, make_policy=False)]
         return [forecast(job.requests, job.backend, store, retry_failed=retry_failed) for job in jobs]
