@@ -7,14 +7,15 @@ run that is killed loses at most the batch under way.
 
 from __future__ import annotations
 
+import ast
+import importlib
 import inspect
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from tqdm import tqdm
@@ -29,8 +30,33 @@ PORTION = 4096
 BATCH = 256
 
 Texts = tuple[str, ...]
-#: Scores batches; gives each batch's number and scores as they come.
-Backend = Callable[[Scorer, Sequence[Sequence[Texts]]], Iterator[tuple[int, Scored]]]
+
+
+class Backend(Protocol):
+    """What scores batches.
+
+    Attributes:
+        portion: Responses to look at together; enough to be worth a start.
+    """
+
+    portion: int
+
+    def __call__(self, scorer: Scorer, batches: Sequence[Sequence[Texts]]) -> Iterator[tuple[int, Scored]]:
+        """Yield each batch's number and scores as they come, in any order."""
+        ...
+
+
+class Local:
+    """Scores batches one after another in this process."""
+
+    portion = PORTION
+
+    def __call__(self, scorer: Scorer, batches: Sequence[Sequence[Texts]]) -> Iterator[tuple[int, Scored]]:
+        """Yield each batch's number and scores."""
+        return ((number, scorer.score(batch)) for number, batch in enumerate(batches))
+
+
+LOCAL = Local()
 
 
 class Asked(NamedTuple):
@@ -81,16 +107,26 @@ class Tally:
 
 
 def fingerprint(scorer: Scorer) -> str:
-    """Return the digest of all that shapes a scorer's values: what it says of itself, and its module's source."""
-    source = ""
-    with suppress(OSError, TypeError):  # typed into a notebook or a terminal
-        source = inspect.getsource(sys.modules[type(scorer).__module__])
-    return digest_of({"name": scorer.name, "identity": dict(scorer.identity()), "code": source})
+    """Return the digest of all that shapes a scorer's values: what it says of itself, and the source it runs."""
+    sources = _sources(type(scorer).__module__, {})
+    return digest_of({"name": scorer.name, "identity": dict(scorer.identity()), "code": sources})
 
 
-def score_here(scorer: Scorer, batches: Sequence[Sequence[Texts]]) -> Iterator[tuple[int, Scored]]:
-    """Score batches one after another in this process."""
-    return ((number, scorer.score(batch)) for number, batch in enumerate(batches))
+def _sources(name: str, found: dict[str, str]) -> dict[str, str]:
+    """Add the source of a module, and of the modules of this package's folder that it imports, now or later."""
+    if name in found:
+        return found
+    found[name] = ""
+    try:
+        found[name] = inspect.getsource(importlib.import_module(name))
+    except (OSError, TypeError, ImportError):  # typed into a notebook or a terminal, or a name that is no module
+        return found
+    for node in ast.walk(ast.parse(found[name])):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(__package__):
+            inside = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == __package__ else []
+            for imported in inside or [str(node.module)]:
+                _sources(imported, found)
+    return found
 
 
 def score_items(
@@ -98,8 +134,8 @@ def score_items(
     asked: Iterable[Asked],
     cache: ScoreCache,
     *,
-    backend: Backend = score_here,
-    portion: int = PORTION,
+    backend: Backend = LOCAL,
+    portion: int | None = None,
     batch: int = BATCH,
     progress: bool = True,
 ) -> tuple[np.ndarray, Tally]:
@@ -110,7 +146,7 @@ def score_items(
         asked: Responses; looked at once, a portion at a time.
         cache: Where scores are found and kept.
         backend: What scores the batches.
-        portion: Responses looked at together; texts are sorted by length within a portion.
+        portion: Responses looked at together, the backend's own number if None; texts are sorted by length within it.
         batch: Texts handed to the scorer, and written to the cache, together.
         progress: Show a progress bar, on a terminal.
 
@@ -130,7 +166,7 @@ def score_items(
     with tqdm(
         total=total, desc=scorer.name, unit=" responses", leave=False, disable=not (progress and sys.stderr.isatty())
     ) as bar:
-        while part := list(islice(remaining, portion)):
+        while part := list(islice(remaining, portion or backend.portion)):
             values.append(_score_portion(scorer, part, cache, number=number, backend=backend, batch=batch))
             empty += sum(not one.item.personas for one in part)
             bar.update(len(part))

@@ -1,0 +1,142 @@
+"""From responses to scores: what `run_score` does for published and for computed metric values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+
+import persodpo.scoring.compliance
+import persodpo.scoring.run as scoring
+from persodpo.artifacts import PROJECT, RunFolder, StageReport
+from persodpo.scoring import computed, engine, extras, probes, quality
+from persodpo.scoring.cache import ScoreCache
+from persodpo.scoring.engine import Backend
+from persodpo.scoring.scorers import Scorer
+from persodpo.settings import Profile
+from persodpo.stages.base import Targets
+from persodpo.tables import write_table
+
+#: The responses that are ranked, and the held-out ones.
+TABLES = ("scores", "evaluation/scores")
+#: Under the folder of all runs, for scores and small scorers do not depend on a run's name; no run can be called so.
+CACHE, SMALL = "_scores.sqlite", "_scorers"
+
+
+def score_settings(profile: Profile) -> dict[str, object]:
+    """Return the settings that scores depend on, those that are not used left out."""
+    kept = profile.scoring.model_dump(
+        mode="json", exclude=set() if profile.scoring.source == "compute" else {"compute"}
+    )
+    return {
+        "scoring": kept,
+        "quantiles": [profile.pairs.low_quantile, profile.pairs.high_quantile],
+        "models": list(profile.generation.models),
+    }
+
+
+def write_scores(
+    profile: Profile, targets: Targets, responses: Mapping[str, pd.DataFrame], metrics: Mapping[str, pd.DataFrame]
+) -> None:
+    """Impute, rate and rank, and write both scores tables and the thresholds.
+
+    Args:
+        profile: The settings.
+        targets: Paths to write, of `TABLES` and of thresholds.
+        responses: Responses tables, by the name of their scores table.
+        metrics: Metric values of parsed responses, by the same names.
+    """
+    settings = profile.scoring
+    connection = quality.connect(profile.engine, str(targets["scores"].parent))
+    values = {
+        table: scoring.impute(responses[table], metrics[table], settings.worst_case, unread=table != "scores")
+        for table in TABLES
+    }
+    ranking = scoring.rank(connection, values["scores"], settings, profile.pairs)
+    write_table(targets["scores"], "scores", ranking.scores)
+    held_out = scoring.rate(connection, values["evaluation/scores"], ranking.scale, settings)
+    write_table(targets["evaluation/scores"], "evaluation/scores", held_out)
+    scale = ranking.scale
+    named = {
+        "low": ranking.low, "high": ranking.high, "target_words": scale.target_words, "mean_words": scale.mean_words,
+    }  # fmt: skip
+    write_table(targets["thresholds"], "thresholds", pd.DataFrame(named.items(), columns=["name", "value"]))
+
+
+def run_extras(profile: Profile, overwrite: bool = False) -> StageReport:
+    """Make the extras table: what is reported beside the quality score."""
+    run = RunFolder(profile)
+
+    def build(targets: Targets) -> None:
+        write_table(targets["extras"], "extras", extras.extras_table(run.read("responses"), run.read("dialogues")))
+
+    return run.stage(
+        "extras",
+        inputs={name: run.path(name) for name in ("dialogues", "responses")},
+        settings={},
+        outputs=["extras"],
+        code=[extras, persodpo.scoring.compliance],
+        build=build,
+        overwrite=overwrite,
+    )
+
+
+def run_computed(profile: Profile, overwrite: bool = False) -> StageReport:
+    """Make scores, thresholds and the reports on scorers with the profile's own scorers.
+
+    Raises:
+        PersodpoError: A scorer that failed its probes would enter the quality score and is not accepted by name, or as
+            `persodpo.scoring.computed.computed_metrics`.
+    """
+    run = RunFolder(profile)
+    small = small_scorers(run)
+    scorers = [computed.make_scorer(metric, profile.scoring.compute, small) for metric in quality.METRICS]
+    responses = {table: run.path(table.replace("scores", "responses")) for table in TABLES}
+    notes: list[str] = []
+
+    def build(targets: Targets) -> None:
+        with ScoreCache(cache_path(run)) as cache:
+            found = [verdict for scorer in scorers for verdict in probes.probe_once(scorer, cache)]
+            _warnings(profile, found)
+            tables = {table: run.read(table.replace("scores", "responses")) for table in TABLES}
+            metrics, reports = _compute(run, tables, scorers, cache, notes)
+        write_scores(profile, targets, tables, metrics)
+        write_table(targets["probes"], "probes", pd.DataFrame(found))
+        write_table(targets["scorers"], "scorers", reports)
+
+    report = run.stage(
+        "score",
+        inputs={str(path.relative_to(run.root).with_suffix("")): path for path in responses.values()}
+        | {"dialogues": run.path("dialogues")}
+        | computed.model_files(profile.scoring.compute, small),
+        settings=score_settings(profile) | {"scorers": {one.name: dict(one.identity()) for one in scorers}},
+        outputs=["scores", "thresholds", "evaluation/scores", "probes", "scorers"],
+        code=[scoring, quality, persodpo.scoring.compliance, computed, engine, probes],
+        build=build,
+        overwrite=overwrite,
+    )
+    kept = [probes.Verdict(**row) for row in run.read("probes").to_dict("records")]
+    return replace(report, notes=(*notes, *(f"warning: {warning}" for warning in _warnings(profile, kept))))
+
+
+def _warnings(profile: Profile, found: Sequence[probes.Verdict]) -> list[str]:
+    accepted = profile.scoring.compute.accept_failed_probes
+    return probes.admit(found, quality.effective_weights(profile.scoring), accepted)
+
+
+def _compute(
+    run: RunFolder, tables: Mapping[str, pd.DataFrame], scorers: list[Scorer], cache: ScoreCache, notes: list[str]
+) -> tuple[dict[str, pd.DataFrame], pd.DataFrame]:
+    """Score both tables; notes what was cut, unknown and cached."""
+    dialogues = run.read("dialogues")
+    metrics, reports = {}, []
+    with backend_of(run.profile, small_scorers(run)) as backend:
+        for table, frame in tables.items():
+            metrics[table], report, tallies = computed.computed_metrics(
+                frame, dialogues, scorers, cache, backend=backend
+            )
+            reports.append(report.assign(table=table))
+            notes.extend(f"{table}, {tally}" for tally in tallies)
+    return metrics, pd.concat(reports, ignore_index=True)
