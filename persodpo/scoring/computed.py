@@ -46,7 +46,8 @@ def make_scorer(name: str, settings: Compute, small: Mapping[str, str]) -> Score
             Checkpoint(model), max_length=settings.coherence_tokens, truncation=settings.truncation,
             batch_tokens=settings.batch_tokens,
         )  # fmt: skip
-    from persodpo.scoring.nli import CScorer, NliModel, UEScorer  # noqa: PLC0415
+    from persodpo.scoring.nli import CScorer, UEScorer  # noqa: PLC0415
+    from persodpo.scoring.nli_model import NliModel  # noqa: PLC0415
 
     classifier = NliModel(
         Checkpoint(model), labels=settings.c_labels if name == "c_score" else settings.ue_labels,

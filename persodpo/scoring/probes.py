@@ -127,10 +127,10 @@ KNOWN: dict[str, tuple[Probe, ...]] = {
         _paired("empty text", "the reply scores above an empty response", (case.item() for case in CASES), _EMPTY),
     ),
     "c_score": (
-        _each("copied persona", "a copy of a persona sentence scores 1", _COPIES, lambda s: s == 1),
+        _each("copied persona", "a copy of a persona sentence scores above 0", _COPIES, lambda s: s > 0),
         _paired("contradiction", "a denied persona sentence scores below its copy", _COPIES, _DENIALS),
-        _each("swapped persona", "a copy under other personas scores below 1", _SWAPPED, lambda s: s < 1),
-        _each("empty text", "an empty response scores below 1", _EMPTY, lambda s: s < 1),
+        _each("swapped persona", "a copy under other personas does not score above 0", _SWAPPED, lambda s: s <= 0),
+        _each("empty text", "an empty response does not score above 0", _EMPTY, lambda s: s <= 0),
     ),
     "ue_score": (
         _each("copied persona", "a persona sentence that was asked and answered scores 2", _ECHOES, lambda s: s == 2),

@@ -9,6 +9,7 @@ is in the cache.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
@@ -104,7 +105,7 @@ class RayBackend:
             return
         address = os.environ.get("RAY_ADDRESS")
         own: dict[str, Any] = {} if address else {"num_cpus": self._workers, "include_dashboard": False}
-        self._ray.init(address=address, log_to_driver=False, logging_level="error", **own)
+        self._ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **own)
         self._started = True
         context = self._ray.data.DataContext.get_current()
         context.enable_progress_bars = False
@@ -123,6 +124,6 @@ def _why(name: str, error: BaseException) -> str:
         seen = seen.__cause__
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return (
-        f"A Ray worker of scorer {name} died or failed ({first.rstrip('.')}); look at Ray's logs, give workers more memory or "
-        "use fewer, and run again, finished batches are in the cache."
+        f"A Ray worker of scorer {name} died or failed ({first.rstrip('.')}); look at Ray's logs, give workers more memory "
+        "or use fewer, and run again, finished batches are in the cache."
     )

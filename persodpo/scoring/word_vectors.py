@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,7 +118,7 @@ def _read(path: Path) -> tuple[list[str], np.ndarray]:
         found = KeyedVectors.load_word2vec_format(
             str(path), binary=binary, no_header=not header and not binary, unicode_errors="replace"
         )
-    except (EOFError, OSError, ValueError, AssertionError, MemoryError) as error:
+    except (EOFError, OSError, ValueError, TypeError, AssertionError, MemoryError, zlib.error) as error:
         cut = isinstance(error, EOFError)
         raise PersodpoError(
             f"Word vectors {path} are {'cut off' if cut else 'damaged or in no format of word2vec or GloVe'}; fetch the "

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
 import persodpo.scoring.compliance
 import persodpo.scoring.run as scoring
-from persodpo.artifacts import PROJECT, RunFolder, StageReport
+from persodpo.artifacts import RunFolder, StageReport
 from persodpo.scoring import computed, engine, extras, probes, quality
 from persodpo.scoring.cache import ScoreCache
 from persodpo.scoring.engine import Backend
@@ -101,7 +103,8 @@ def run_computed(profile: Profile, overwrite: bool = False) -> StageReport:
             found = [verdict for scorer in scorers for verdict in probes.probe_once(scorer, cache)]
             _warnings(profile, found)
             tables = {table: run.read(table.replace("scores", "responses")) for table in TABLES}
-            metrics, reports = _compute(run, tables, scorers, cache, notes)
+            with backend_of(profile, small) as backend:
+                metrics, reports = _compute(run, tables, scorers, cache, backend=backend, notes=notes)
         write_scores(profile, targets, tables, metrics)
         write_table(targets["probes"], "probes", pd.DataFrame(found))
         write_table(targets["scorers"], "scorers", reports)
@@ -117,7 +120,7 @@ def run_computed(profile: Profile, overwrite: bool = False) -> StageReport:
         build=build,
         overwrite=overwrite,
     )
-    kept = [probes.Verdict(**row) for row in run.read("probes").to_dict("records")]
+    kept = [probes.Verdict(*row) for row in run.read("probes").itertuples(index=False)]
     return replace(report, notes=(*notes, *(f"warning: {warning}" for warning in _warnings(profile, kept))))
 
 
@@ -126,17 +129,53 @@ def _warnings(profile: Profile, found: Sequence[probes.Verdict]) -> list[str]:
     return probes.admit(found, quality.effective_weights(profile.scoring), accepted)
 
 
+def cache_path(run: RunFolder) -> Path:
+    """Return the file that keeps the scores of all runs beside this one."""
+    return run.root.with_name(CACHE)
+
+
+def small_scorers(run: RunFolder) -> dict[str, str]:
+    """Return the small models that the profile asks for, by metric, made from the run's dialogues if need be."""
+    wanted = computed.small_models(run.profile.scoring.compute)
+    if not wanted:
+        return {}
+    from persodpo.scoring.small import make_small_scorers  # noqa: PLC0415 - torch is slow to load
+
+    made = make_small_scorers(run.read("dialogues"), run.root.with_name(SMALL))
+    return {metric: str(made[metric]) for metric in wanted}
+
+
+@contextmanager
+def backend_of(profile: Profile, small: Mapping[str, str]) -> Iterator[Backend]:
+    """Give what scores batches under a profile: this process, or a Ray cluster.
+
+    Raises:
+        PersodpoError: Ray is asked for and not installed.
+    """
+    if profile.engine.scorers == "local":
+        yield engine.LOCAL
+        return
+    from persodpo.scoring.ray_engine import RayBackend  # noqa: PLC0415 - optional
+
+    make = partial(computed.make_scorer, settings=profile.scoring.compute, small=small)
+    with RayBackend(make, profile.engine.ray_workers) as backend:
+        yield backend
+
+
 def _compute(
-    run: RunFolder, tables: Mapping[str, pd.DataFrame], scorers: list[Scorer], cache: ScoreCache, notes: list[str]
+    run: RunFolder,
+    tables: Mapping[str, pd.DataFrame],
+    scorers: Sequence[Scorer],
+    cache: ScoreCache,
+    *,
+    backend: Backend,
+    notes: list[str],
 ) -> tuple[dict[str, pd.DataFrame], pd.DataFrame]:
     """Score both tables; notes what was cut, unknown and cached."""
     dialogues = run.read("dialogues")
     metrics, reports = {}, []
-    with backend_of(run.profile, small_scorers(run)) as backend:
-        for table, frame in tables.items():
-            metrics[table], report, tallies = computed.computed_metrics(
-                frame, dialogues, scorers, cache, backend=backend
-            )
-            reports.append(report.assign(table=table))
-            notes.extend(f"{table}, {tally}" for tally in tallies)
+    for table, frame in tables.items():
+        metrics[table], report, tallies = computed.computed_metrics(frame, dialogues, scorers, cache, backend=backend)
+        reports.append(report.assign(table=table))
+        notes.extend(f"{table}, {tally}" for tally in tallies)
     return metrics, pd.concat(reports, ignore_index=True)
