@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -18,18 +19,25 @@ from typing import Any, Self
 import numpy as np
 
 from persodpo.errors import PersodpoError
-from persodpo.scoring.engine import Texts
+from persodpo.scoring.engine import Texts, fingerprint
 from persodpo.scoring.scorers import Scored, Scorer
 
 #: Responses looked at together: workers load their models once for all of them.
 PORTION = 65_536
+_SENTENCE = re.compile(r"PersodpoError: (.+)")
 
 
 class _Worker:
     """What runs on the cluster: one scorer."""
 
-    def __init__(self, make: Callable[[str], Scorer], name: str) -> None:
+    def __init__(self, make: Callable[[str], Scorer], name: str, expected: str) -> None:
         self.scorer = make(name)
+        # Scores are kept under the identity seen by the process that asks; a GPU here and none there is another one.
+        if fingerprint(self.scorer) != expected:
+            raise PersodpoError(
+                f"A Ray worker has another {name} scorer than the process that asks it (other files, package or type of "
+                "number); give all machines the same, or none or all of them a GPU."
+            )
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """Score the batches of texts in ``rows``; numbers travel as JSON, which keeps every digit."""
@@ -88,9 +96,10 @@ class RayBackend:
         self._start()
         rows = [{"number": number, "texts": json.dumps(batch)} for number, batch in enumerate(batches)]
         workers = min(self._workers, len(rows))
+        gpus = min(1.0, self._ray.cluster_resources().get("GPU", 0.0) / workers)
         scored = self._ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-            _Worker, fn_constructor_args=(self._make, scorer.name), batch_size=1, num_cpus=1,
-            compute=self._ray.data.ActorPoolStrategy(size=workers), max_restarts=0, max_task_retries=0,
+            _Worker, fn_constructor_args=(self._make, scorer.name, fingerprint(scorer)), batch_size=1, num_cpus=1,
+            num_gpus=gpus or None, compute=self._ray.data.ActorPoolStrategy(size=workers), max_restarts=0,
         )  # fmt: skip
         try:
             for row in scored.iter_rows():
@@ -116,11 +125,10 @@ def _why(name: str, error: BaseException) -> str:
     """Say what went wrong on the cluster: a scorer's own sentence where there is one."""
     seen: BaseException | None = error
     while seen is not None:
-        cause = getattr(seen, "cause", None)
-        if isinstance(cause, PersodpoError):
-            return str(cause)
-        if isinstance(seen, PersodpoError):
-            return str(seen)
+        # Ray keeps a worker's exception as an object or as the text of its trace, depending on when it was raised.
+        told = _SENTENCE.findall(f"{seen}\n{getattr(seen, 'cause', '')!r}")
+        if isinstance(seen, PersodpoError) or told:
+            return str(told[-1] if told else seen)
         seen = seen.__cause__
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return (
