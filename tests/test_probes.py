@@ -11,6 +11,7 @@ from scoring_fakes import Letters
 
 from persodpo.errors import PersodpoError
 from persodpo.release.findings.scores import scored_response
+from persodpo.release.loops import windowed
 from persodpo.scoring import probes
 from persodpo.scoring.cache import ScoreCache
 from persodpo.scoring.persona_distance import persona_distance
@@ -116,13 +117,11 @@ def test_tossed_coins_fail():
 
 
 class Scrambled(Letters):
-    """The released loop: slices of 8 that advance by 1; row k keeps the score of text k // 8 + k % 8 (audit A1)."""
+    """Scores as the release did (audit A1)."""
 
     def score(self, texts):
-        kept = []
-        for start in range(len(texts)):
-            kept += super().score(texts[start : start + 8]).values.tolist()
-        return Scored(np.array(kept[: len(texts)]), 0, {})
+        straight = super().score
+        return Scored(np.array(windowed(lambda part: straight(part).values, texts)), 0, {})
 
 
 def test_the_released_coherence_loop_fails_the_order_probes():

@@ -73,7 +73,8 @@ class RayBackend:
                 "Ray is not installed, so scorers can run in this process only; pip install 'persodpo[ray]', or set "
                 "engine.scorers=local."
             ) from error
-        self._ray, self._make, self._workers, self._started = ray, make, workers, False
+        self._ray: Any = ray  # its own annotations are partial
+        self._make, self._workers, self._started = make, workers, False
 
     def __enter__(self) -> Self:
         """Return the backend."""

@@ -1,7 +1,7 @@
 """A file of word vectors in, a matrix and its vocabulary out: word2vec (binary or text) and GloVe.
 
 gensim reads the file. A large one, such as GoogleNews with 3.4 GiB, is read once and kept beside itself as a matrix that
-the system maps into memory page by page, and a list of words; both are plain data, nothing is unpickled.
+the system maps into memory page by page, and a list of words; both are plain data that run no code.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def load_word_vectors(path: Path, *, map_from: int = MAP_FROM) -> WordVectors:
         return WordVectors(vectors, {word: row for row, word in enumerate(words)}, sha256(path))
     folder, digest = _mapped(path)
     words = json.loads((folder / "words.json").read_text(encoding="utf-8"))
-    vectors = np.load(folder / "vectors.npy", mmap_mode="r", allow_pickle=False)
+    vectors = np.load(folder / "vectors.npy", mmap_mode="r")
     return WordVectors(vectors, {word: row for row, word in enumerate(words)}, digest)
 
 
@@ -94,7 +94,7 @@ def _make_mapped(path: Path, folder: Path, seen: Mapping[str, int]) -> dict[str,
     with disk_errors(folder):
         scratch.mkdir(parents=True, exist_ok=True)
         try:
-            np.save(scratch / "vectors.npy", vectors, allow_pickle=False)
+            np.save(scratch / "vectors.npy", vectors)
             (scratch / "words.json").write_text(json.dumps(words, ensure_ascii=False), encoding="utf-8")
             write_json(scratch / "record.json", record)
             shutil.rmtree(folder, ignore_errors=True)
