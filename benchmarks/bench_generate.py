@@ -38,12 +38,11 @@ from typing import Any
 import openai
 
 from persodpo.artifacts import PROJECT, digest_of, git_commit, versions, write_json
-from persodpo.generation.budget import Prices
-from persodpo.generation.endpoint import OpenAIEndpoint
 from persodpo.generation.engine import generate
 from persodpo.generation.openai_api import OpenAIBackend
 from persodpo.generation.requests import Message, Request, request_key
 from persodpo.generation.store import Entry, Store
+from persodpo.settings import OpenAIModel, Prices
 
 RESULTS = PROJECT / "benchmarks" / "results"
 SERVER = PROJECT / "tests" / "faulty_server.py"
@@ -78,11 +77,11 @@ def serving(log: Path, latency: float = LATENCY, faults: float = 0.0) -> Iterato
 def backend(url: str) -> OpenAIBackend:
     """Return the backend all parts use."""
     return OpenAIBackend(
-        OpenAIEndpoint(
-            model="bench", served_as=None, base_url=url, api_key_env=None, concurrency=CONCURRENCY,
+        OpenAIModel(
+            kind="openai", model="bench", served_as=None, base_url=url, api_key_env=None, concurrency=CONCURRENCY,
             requests_per_minute=None, tokens_per_minute=None, timeout_seconds=3.0, attempts=10, longest_wait_seconds=2.0,
             token_limit="max_tokens",  # noqa: S106 - no password
-            json_keys=(), prices=Prices(input_per_million=0.15, output_per_million=0.6),
+            prices=Prices(input_per_million=0.15, output_per_million=0.6),
         )
     )  # fmt: skip
 

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import IO, Any
 
 import pandas as pd
 import pyarrow.parquet as pq
@@ -42,9 +42,9 @@ _HELD: set[Path] = set()
 
 #: The command that makes each table, for messages.
 MAKER = {
-    "dialogues": "dialogues", "responses": "generate", "scores": "score", "thresholds": "score", "extras": "score",
-    "scorers": "score", "probes": "score", "pairs": "pairs",
-    "training": "train", "evaluation": "evaluate", "audit": "audit",
+    "dialogues": "dialogues", "responses": "generate", "answers": "generate", "scores": "score", "thresholds": "score",
+    "extras": "score", "scorers": "score", "probes": "score", "pairs": "pairs", "training": "train",
+    "evaluation": "evaluate", "audit": "audit",
 }  # fmt: skip
 
 
@@ -156,6 +156,11 @@ class RunFolder:
     def figures(self) -> Path:
         """Folder of this profile's figures."""
         return PROJECT / self.profile.paths.figures / self.profile.name
+
+    @property
+    def answers(self) -> Path:
+        """The store of all that models were asked in this run."""
+        return self.root / "answers.sqlite"
 
     @property
     def notebooks(self) -> Path:
@@ -295,8 +300,11 @@ class RunFolder:
         write_json(provenance_path(path), provenance)
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, wait_seconds: float = 0.0) -> Iterator[None]:
         """Keep other processes out of this run folder; within a process it can be entered again.
+
+        Args:
+            wait_seconds: How long to wait for another process.
 
         Raises:
             PersodpoError: Another process works in this folder.
@@ -306,18 +314,24 @@ class RunFolder:
             return
         make_folder(self.root)
         with disk_errors(self.root), (self.root / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise PersodpoError(
-                    f"Another process works in {self.root}; wait for it, or give this run a folder of its own with "
-                    "--set name=another."
-                ) from error
+            self._take_lock(file, time.monotonic() + wait_seconds)
             _HELD.add(self.root)
             try:
                 yield
             finally:
                 _HELD.discard(self.root)
+
+    def _take_lock(self, file: IO[str], until: float) -> None:
+        while True:
+            try:
+                return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if time.monotonic() >= until:
+                    raise PersodpoError(
+                        f"Another process works in {self.root}; wait for it, or give this run a folder of its own with "
+                        "--set name=another."
+                    ) from error
+            time.sleep(0.1)
 
     def _save_profile(self) -> None:
         text = self.profile.to_yaml()

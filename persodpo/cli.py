@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -38,6 +38,11 @@ def main() -> None:
         sys.exit(1)
 
 
+def _print_all(reports: Iterable[object]) -> None:
+    for report in reports:
+        print(report)
+
+
 def _stage(name: str, help_text: str) -> None:
     """Add the command of one stage; `persodpo.stages` is imported only when it runs."""
 
@@ -47,14 +52,12 @@ def _stage(name: str, help_text: str) -> None:
         from persodpo import stages  # noqa: PLC0415
 
         run: Callable[[Profile, bool], list[object]] = getattr(stages, f"run_{name}")
-        for report in run(load_profile(profile, set_ or ()), overwrite):
-            print(report)
+        _print_all(run(load_profile(profile, set_ or ()), overwrite))
 
     app.command(name, help=f"{help_text} Earlier stages run first where something changed.")(command)
 
 
 _stage("dialogues", "Make the dialogues table.")
-_stage("generate", "Make the responses tables.")
 _stage("pairs", "Make the pair sets and their gate report.")
 _stage("evaluate", "Make the results table.")
 _stage("audit", "Make the parity table, the audit's findings and the effect of every correction.")
@@ -74,8 +77,44 @@ def score(
     from persodpo import stages  # noqa: PLC0415
 
     chosen = [f"engine.scorers={engine}"] if engine else []
-    for report in stages.run_score(load_profile(profile, [*(set_ or ()), *chosen]), overwrite):
-        print(report)
+    _print_all(stages.run_score(load_profile(profile, [*(set_ or ()), *chosen]), overwrite))
+
+
+@app.command()
+def generate(  # noqa: PLR0917 - the command's options
+    profile: ProfileOption = DEFAULT_PROFILE,
+    models: Annotated[
+        list[str] | None, typer.Option("--models", "-m", help="Ask this model of generation.backends; repeatable.")
+    ] = None,
+    split: Annotated[list[str] | None, typer.Option(help="Only this split (train, valid); repeatable.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first dialogues of each split.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what asking would take; nothing is sent.")
+    ] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Ask again what has failed before.")] = False,
+    set_: SetOption = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Make the responses tables, or ask models; what is stored is never asked again.
+
+    Without any of --models, --split, --limit, --dry-run and --retry-failed the responses tables of the profile are made.
+    """
+    from persodpo import stages  # noqa: PLC0415
+
+    chosen = load_profile(profile, set_ or ())
+    asks = bool(models or split or limit or dry_run or retry_failed)
+    if not asks:
+        _print_all(stages.run_generate(chosen, overwrite))
+        return
+    everything = [entry.model for entry in chosen.generation.backends] if dry_run else []
+    scope = stages.asked_scope(chosen, models or everything, split or (), limit)
+    if dry_run:
+        _print_all(stages.forecast_report(chosen, scope, retry_failed))
+        return
+    reports = stages.run_ask(chosen, scope, retry_failed=retry_failed)
+    _print_all(reports)
+    if any(getattr(report, "stopped", None) for report in reports):
+        sys.exit(1)
 
 
 @app.command()
@@ -90,8 +129,7 @@ def train(
     """Train arms: model, trainer_state.json, log and health verdicts. Earlier stages run first where something changed."""
     from persodpo import stages  # noqa: PLC0415
 
-    for report in stages.run_train(load_profile(profile, set_ or ()), overwrite, arm or ()):
-        print(report)
+    _print_all(stages.run_train(load_profile(profile, set_ or ()), overwrite, arm or ()))
 
 
 @app.command()

@@ -94,17 +94,27 @@ def _allowed(names: Sequence[str] | dict[str, Any], wrong: str) -> str:
 
 
 def _section_at(location: Sequence[Any]) -> type[BaseModel] | None:
-    """Return the model class of the section that ``location`` points into."""
-    model: type[BaseModel] = Profile
+    """Return the model class of the section that ``location`` points into; a list's entries are told apart by kind."""
+    sections: list[type[BaseModel]] = [Profile]
     for part in location:
-        field = model.model_fields.get(str(part))
-        annotation = field.annotation if field else None
-        candidates = [annotation, *get_args(annotation)]
-        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-        if section is None:
-            return None
-        model = section
-    return model
+        if isinstance(part, int):
+            continue
+        of_kind = [section for section in sections if part in _kinds(section)]
+        fields = (section.model_fields.get(str(part)) for section in sections)
+        sections = of_kind or [inner for field in fields if field for inner in _sections_in(field.annotation)]
+    return sections[0] if sections else None
+
+
+def _kinds(section: type[BaseModel]) -> tuple[Any, ...]:
+    """Return the kinds of list entries that a section describes, none for other sections."""
+    return get_args(section.model_fields["kind"].annotation) if "kind" in section.model_fields else ()
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """Return the sections that an annotation allows, however deep they stand in it."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for inner in get_args(annotation) for section in _sections_in(inner)]
 
 
 def _explain(error: ValidationError) -> str:

@@ -72,6 +72,7 @@ class Prompts(Section):
     """How a dialogue becomes a prompt."""
 
     template: str
+    system: str
     max_words: Count
     personas: Correction
 
@@ -82,11 +83,136 @@ class Completions(Section):
     reading: Literal["as_released", "strict"]
 
 
+class Prices(Section):
+    """Prices of a model's tokens, US dollars a million; 0 for a server of one's own."""
+
+    input_per_million: float = Field(ge=0)
+    output_per_million: float = Field(ge=0)
+
+    def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
+        """Return the price in US dollars of one answered request."""
+        return (prompt_tokens * self.input_per_million + completion_tokens * self.output_per_million) / 1e6
+
+
+class _Model(Section):
+    """What all ways of asking a model share.
+
+    Attributes:
+        model: The model's name in all tables.
+        format: ``raw`` text, a ``chat`` of one user message, or ``chat_with_system`` with the system message before it.
+    """
+
+    model: Annotated[str, Field(min_length=1)]
+    format: Literal["raw", "chat", "chat_with_system"] = "raw"
+
+
+class OpenAIModel(_Model):
+    """A model behind an OpenAI-compatible endpoint; holds no secret, only the name of the variable that does.
+
+    Attributes:
+        kind: ``openai``.
+        served_as: The name the endpoint knows the model by; None: the same.
+        base_url: Address up to ``/v1``, without user name, password or query.
+        api_key_env: Environment variable that holds the key; None for a server that asks for none.
+        concurrency: Requests under way at a time; with ``batch``, requests of one batch.
+        requests_per_minute: The endpoint's limit, None for none.
+        tokens_per_minute: The same, prompts and longest answers together.
+        timeout_seconds: Longest wait for one attempt, from sending to the last byte.
+        attempts: How often a prompt is sent at most.
+        longest_wait_seconds: Longest pause between two attempts; a server that asks for a longer one stops the model.
+        token_limit: The field that the endpoint reads the longest answer from; newer OpenAI models want the second.
+        structured_output: Whether the endpoint must hold the model to the JSON schema of the template's keys.
+        batch: Ask through the Batch API (hours, usually half the price) instead of one request after another.
+        poll_seconds: Pause between two looks at a batch.
+        prices: Prices of the tokens; None if unknown, then no budget can be kept.
+    """
+
+    kind: Literal["openai"]
+    format: Literal["raw", "chat", "chat_with_system"] = "chat_with_system"
+    served_as: str | None = None
+    base_url: str
+    api_key_env: str | None = None
+    concurrency: Annotated[int, Field(ge=1, le=50_000)] = 16
+    requests_per_minute: Count | None = None
+    tokens_per_minute: Count | None = None
+    timeout_seconds: Positive = 60.0
+    attempts: Count = 6
+    longest_wait_seconds: Positive = 60.0
+    token_limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"  # noqa: S105 - no password
+    structured_output: bool = False
+    batch: bool = False
+    poll_seconds: Positive = 60.0
+    prices: Prices | None = None
+
+    @model_validator(mode="after")
+    def _possible(self) -> OpenAIModel:
+        if not self.batch and self.concurrency > 500:
+            raise ValueError(f"concurrency may be 500 at most without batch, it is {self.concurrency}")
+        if self.structured_output and self.format == "raw":
+            raise ValueError(
+                "structured_output needs format chat or chat_with_system, raw text cannot be held to a schema"
+            )
+        return self
+
+
+class TransformersModel(_Model):
+    """A model that runs on this machine.
+
+    Attributes:
+        kind: ``transformers``.
+        weights: ``policy`` for the model that `Policy` names, else a folder or a name on the Hugging Face Hub.
+        revision: Commit, tag or branch of the Hub; None for the newest.
+        adapter: Folder of a LoRA adapter for these weights; None for none.
+        mode: ``latency`` answers one prompt at a time on a warm model, so that response times can be compared;
+            ``throughput`` answers many together.
+        batch_size: Prompts answered together in throughput mode.
+        stop_at_json: Stop a completion when its JSON object with the response is closed.
+    """
+
+    kind: Literal["transformers"]
+    weights: Annotated[str, Field(min_length=1)]
+    revision: str | None = None
+    adapter: Path | None = None
+    mode: Literal["latency", "throughput"] = "throughput"
+    batch_size: Count = 32
+    stop_at_json: bool = False
+
+
+class ReplayModel(_Model):
+    """Recorded answers of a model.
+
+    Attributes:
+        kind: ``replay``.
+        responses: A responses or answers table (Parquet).
+        recorded_as: The model's name in that table; None: the same.
+    """
+
+    kind: Literal["replay"]
+    responses: Path
+    recorded_as: str | None = None
+
+
+AskedModel = Annotated[OpenAIModel | TransformersModel | ReplayModel, Field(discriminator="kind")]
+
+
 class Generation(Section):
     """Where responses come from."""
 
-    source: Literal["published"]
+    source: Literal["published", "models"]
     models: Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_distinct)]
+    token_budget: Correction
+    temperature: Annotated[float, Field(ge=0)] | None
+    seed: Annotated[int, Field(ge=0)] | None
+    budget_usd: Annotated[float, Field(ge=0)] | None
+    backends: tuple[AskedModel, ...]
+
+    @model_validator(mode="after")
+    def _models_are_known(self) -> Generation:
+        names = _distinct(tuple(backend.model for backend in self.backends))
+        unknown = [model for model in self.models if model not in names]
+        if self.source == "models" and unknown:
+            raise ValueError(f"'{unknown[0]}' has no entry in backends; there are {', '.join(names) or 'none'}")
+        return self
 
 
 class MetricValues(Section):

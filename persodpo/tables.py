@@ -16,6 +16,7 @@ _text, _real, _whole, _flag = pa.string(), pa.float64(), pa.int64(), pa.bool_()
 _RESPONSES = [
     ("dialogue_id", _text), ("split", _text), ("model", _text), ("completion", _text), ("response", _text),
     ("outcome", _text), ("finish_reason", _text), ("response_time", _real),
+    ("batch_size", _whole), ("hardware", _text),
 ]  # fmt: skip
 _SCORES = [
     ("dialogue_id", _text), ("model", _text), ("coherence", _real), ("c_score", _real), ("ue_score", _real),
@@ -33,6 +34,10 @@ SCHEMAS: dict[str, pa.Schema] = {
         ("context", _text), ("reference", _text),
     ]),
     "responses": pa.schema(_RESPONSES),
+    "answers": pa.schema([
+        *_RESPONSES, ("failure", _text), ("error", _text), ("attempts", _whole), ("prompt_tokens", _whole),
+        ("completion_tokens", _whole), ("cost", _real), ("created", _text),
+    ]),
     "scores": pa.schema(_SCORES),
     "extras": pa.schema([
         ("dialogue_id", _text), ("model", _text), ("rouge_l", _real), ("distinct_1", _real), ("distinct_2", _real),

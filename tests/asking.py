@@ -1,25 +1,30 @@
-"""A backend over the faulty server and prompts for it, for tests and for the processes they start."""
+"""The faulty server, a backend over it and prompts for it, for tests and for the processes they start."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from persodpo.generation.budget import Prices
-from persodpo.generation.endpoint import OpenAIEndpoint
 from persodpo.generation.openai_api import OpenAIBackend
 from persodpo.generation.requests import Request
+from persodpo.settings import OpenAIModel, Prices
 
 PRICES = Prices(input_per_million=1.0, output_per_million=2.0)
 
 
-def backend(url: str, **changes: Any) -> OpenAIBackend:
+def backend(url: str, json_keys: tuple[str, ...] = (), **changes: Any) -> OpenAIBackend:
     settings: dict[str, Any] = {
-        "model": "small", "served_as": None, "base_url": url, "api_key_env": None, "concurrency": 8,
+        "kind": "openai", "model": "small", "served_as": None, "base_url": url, "api_key_env": None, "concurrency": 8,
         "requests_per_minute": None, "tokens_per_minute": None, "timeout_seconds": 5.0, "attempts": 4,
-        "longest_wait_seconds": 0.05, "token_limit": "max_tokens", "json_keys": (), "prices": PRICES,
+        "longest_wait_seconds": 0.05, "token_limit": "max_tokens", "prices": PRICES,
     }  # fmt: skip
-    return OpenAIBackend(OpenAIEndpoint(**{**settings, **changes}))
+    return OpenAIBackend(OpenAIModel(**{**settings, **changes}), json_keys)
 
 
 def chat(text: str) -> Request:
@@ -29,3 +34,30 @@ def chat(text: str) -> Request:
 
 def chats(texts: Iterable[str]) -> list[Request]:
     return [chat(text) for text in texts]
+
+
+@dataclass
+class Server:
+    """The faulty server, in a process of its own."""
+
+    url: str
+    log: Path
+    process: subprocess.Popen[str]
+
+    def events(self, prompts: Iterable[str] | None = None) -> list[dict[str, Any]]:
+        lines = [json.loads(line) for line in self.log.read_text().splitlines()]
+        wanted = None if prompts is None else set(prompts)
+        return [line for line in lines if wanted is None or line["prompt"] in wanted]
+
+    def received(self, *prompts: str) -> list[dict[str, Any]]:
+        return [event for event in self.events(prompts or None) if event["event"] == "received"]
+
+
+@contextmanager
+def serving(log: Path, *options: str) -> Iterator[Server]:
+    command = [sys.executable, Path(__file__).with_name("faulty_server.py"), "--log", log, *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield Server(f"http://127.0.0.1:{int(process.stdout.readline())}/v1", log, process)
+        finally:
+            process.kill()

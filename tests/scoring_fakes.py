@@ -12,7 +12,7 @@ import pandas as pd
 from persodpo.artifacts import RunFolder
 from persodpo.scoring.engine import Asked
 from persodpo.scoring.scorers import Item, Scored
-from persodpo.tables import write_table
+from persodpo.tables import schema_of, write_table
 
 
 class Letters:
@@ -63,7 +63,7 @@ def write_run(run: RunFolder, dialogues: pd.DataFrame, responses: pd.DataFrame) 
 
     def build(targets) -> None:
         for name, frame in tables.items():
-            write_table(targets[name], name, frame)
+            write_table(targets[name], name, frame.reindex(columns=schema_of(name).names))
 
     run.stage("given", inputs={}, settings={}, outputs=list(tables), code=[], build=build)
 

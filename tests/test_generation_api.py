@@ -23,14 +23,13 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import asynccontextmanager, closing, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import asynccontextmanager, closing
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-from asking import backend, chat, chats
+from asking import Server, backend, chat, chats, serving
 from faulty_server import completion
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -48,33 +47,6 @@ from persodpo.generation.summary import Summary
 
 TESTS = Path(__file__).parent
 CANARY = "sk-canary/7f+3Q=="
-
-
-@dataclass
-class Server:
-    """The faulty server, in a process of its own."""
-
-    url: str
-    log: Path
-    process: subprocess.Popen[str]
-
-    def events(self, prompts: Iterable[str] | None = None) -> list[dict[str, Any]]:
-        lines = [json.loads(line) for line in self.log.read_text().splitlines()]
-        wanted = None if prompts is None else set(prompts)
-        return [line for line in lines if wanted is None or line["prompt"] in wanted]
-
-    def received(self, *prompts: str) -> list[dict[str, Any]]:
-        return [event for event in self.events(prompts or None) if event["event"] == "received"]
-
-
-@contextmanager
-def serving(log: Path, *options: str) -> Iterator[Server]:
-    command = [sys.executable, TESTS / "faulty_server.py", "--log", log, *options]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            yield Server(f"http://127.0.0.1:{int(process.stdout.readline())}/v1", log, process)
-        finally:
-            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -332,7 +304,7 @@ def test_a_raw_prompt_cannot_be_held_to_a_schema(server: Server, store: Store) -
     raw = replace(chat("raw"), prompt="raw text")
     found = generate([raw], backend(server.url, json_keys=("response",)), store)
     assert found.failed == {"rejected": 1}
-    assert "json_keys need a chat prompt" in answer_to(raw, backend(server.url, json_keys=("response",)), store).error
+    assert "a schema needs a chat prompt" in answer_to(raw, backend(server.url, json_keys=("response",)), store).error
 
 
 # ----------------------------------------------------------------------------------------------- stopping a model
@@ -879,6 +851,6 @@ def test_a_bar_a_model_counts_outcomes_on_a_terminal_only(server: Server, tmp_pa
     except OSError:  # how the end of a terminal reads
         os.close(ours)
     for model in "xy":
-        assert re.search(rf"{model}: 100%.*10/10 .*answered=9, failed=1, stored=0", shown.decode())
+        assert re.search(rf"{model}: 100%.*10/10 .*api_error=1, ok=9, stored=0", shown.decode())
     quiet = subprocess.run([*command, tmp_path / "b.sqlite"], capture_output=True, check=True)
     assert (quiet.stdout, quiet.stderr) == (b"", b"")

@@ -111,7 +111,7 @@ def test_answers_stay_and_failures_give_way_but_what_they_cost_is_counted(writes
 
 
 def test_experience_is_of_one_model_and_template(store: Store) -> None:
-    assert store.experience("some-model", "template") is None
+    assert store.experience("some-model", "template", 4) is None
     store.write(
         [
             entry("a"),
@@ -122,8 +122,11 @@ def test_experience_is_of_one_model_and_template(store: Store) -> None:
             Entry("f", "some-model", "another", 48, SAID),
         ]
     )
-    known = store.experience("some-model", "template")
-    assert known == (2, 36 / 96, 10.0, 1.0)
+    known = store.experience("some-model", "template", 4)
+    assert known == (2, 36 / 96, 10.0, 1.0 / 4)
+    together = Answer("answered", "x", prompt_tokens=24, completion_tokens=15, latency=1.5, batch_size=3)
+    store.write([Entry("g", "local-model", "template", 48, together)])
+    assert store.experience("local-model", "template", 256).seconds == 0.5
 
 
 def test_reading_does_not_hold_what_it_has_read(store: Store) -> None:

@@ -1,29 +1,15 @@
-"""Money: prices of tokens, and a purse that is never overdrawn."""
+"""Money: a purse that is never overdrawn."""
 
 from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
 
-from pydantic import Field
-
 from persodpo.errors import PersodpoError
-from persodpo.settings import Section
 
 
 class BudgetReached(PersodpoError):  # noqa: N818 - reaching the budget is what it is for, no error of the run
     """The next request could pass the budget."""
-
-
-class Prices(Section):
-    """Prices of a model's tokens, US dollars a million; 0 for a server of one's own."""
-
-    input_per_million: float = Field(ge=0)
-    output_per_million: float = Field(ge=0)
-
-    def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
-        """Return the price in US dollars of one answered request."""
-        return (prompt_tokens * self.input_per_million + completion_tokens * self.output_per_million) / 1e6
 
 
 @dataclass
@@ -56,7 +42,7 @@ class Purse:
         while not self._fits(usd):
             if not self._reserved:
                 raise BudgetReached(
-                    f"The budget of ${self.budget:,.2f} is used up: ${self.spent:,.4f} are spent and the next request may "
+                    f"The budget of ${self.budget:,} is used up: ${self.spent:,.4f} are spent and the next request may "
                     f"cost ${usd:,.4f}; raise generation.budget_usd to go on."
                 )
             self._settled.clear()

@@ -1,52 +1,25 @@
-"""Settings of one OpenAI-compatible endpoint; they hold no secret, only the name of the variable that does."""
+"""One endpoint: its address, its key, and a request in the form in which it is sent and priced."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import os
+from typing import Any
 from urllib.parse import urlsplit
 
-from pydantic import Field
+import openai
+from openai import AsyncOpenAI
 
 from persodpo.errors import PersodpoError
-from persodpo.generation.budget import Prices
-from persodpo.settings import Count, Positive, Section
+from persodpo.generation.faults import CallFault
+from persodpo.generation.requests import Request
+from persodpo.settings import OpenAIModel
+
+CONNECT_SECONDS = 10.0
+#: Tokens that servers add around each message of a chat, at most.
+MESSAGE_TOKENS = 16
 
 
-class OpenAIEndpoint(Section):
-    """One model behind one endpoint.
-
-    Attributes:
-        model: The model's name in all tables.
-        served_as: The name the endpoint knows it by; None: the same.
-        base_url: Address up to ``/v1``, without user name, password or query.
-        api_key_env: Environment variable that holds the key; None for a server that asks for none.
-        concurrency: Requests under way at a time.
-        requests_per_minute: The endpoint's limit, None for none.
-        tokens_per_minute: The same, prompts and longest answers together.
-        timeout_seconds: Longest wait for one attempt, from sending to the last byte.
-        attempts: How often a prompt is sent at most.
-        longest_wait_seconds: Longest pause between two attempts; a server that asks for a longer one stops the model.
-        token_limit: The field that the endpoint reads the longest answer from; newer OpenAI models want the second.
-        json_keys: Keys, all text, of the JSON object that the endpoint must hold the model to; empty: no such schema.
-        prices: Prices of the tokens; None if unknown, then no budget can be kept.
-    """
-
-    model: Annotated[str, Field(min_length=1)]
-    served_as: str | None
-    base_url: str
-    api_key_env: str | None
-    concurrency: Annotated[int, Field(ge=1, le=500)]
-    requests_per_minute: Count | None
-    tokens_per_minute: Count | None
-    timeout_seconds: Positive
-    attempts: Count
-    longest_wait_seconds: Positive
-    token_limit: Literal["max_tokens", "max_completion_tokens"]
-    json_keys: tuple[str, ...]
-    prices: Prices | None
-
-
-def check_address(settings: OpenAIEndpoint) -> None:
+def check_address(settings: OpenAIModel) -> None:
     """Refuse an address that is none, or that a secret would be shown with.
 
     Raises:
@@ -66,3 +39,78 @@ def check_address(settings: OpenAIEndpoint) -> None:
         raise PersodpoError(
             f"base_url of model {settings.model} is no address; write it like http://localhost:8000/v1."
         )
+
+
+def api_key(settings: OpenAIModel) -> str | None:
+    """Read the key from the environment; None for an endpoint that asks for none.
+
+    Raises:
+        PersodpoError: Its variable is not set, or holds what no key is; the variable is named, never its value.
+    """
+    variable = settings.api_key_env
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise PersodpoError(
+            f"Model {settings.model} needs an API key in the environment variable {variable}, which is not set; export it "
+            "and run again."
+        )
+    if not key.isascii() or not key.isprintable():
+        raise PersodpoError(
+            f"The API key in the environment variable {variable} holds characters that no key has; export it again."
+        )
+    return key
+
+
+def client_for(settings: OpenAIModel, key: str | None, retries: int = 0) -> AsyncOpenAI:
+    """Return a client for an endpoint; it is to be closed."""
+    timeout = openai.Timeout(settings.timeout_seconds, connect=min(CONNECT_SECONDS, settings.timeout_seconds))
+    # Without a key of its own the client would send OPENAI_API_KEY to whatever server base_url names.
+    return AsyncOpenAI(api_key=key or "none", base_url=settings.base_url, max_retries=retries, timeout=timeout)
+
+
+def request_body(settings: OpenAIModel, json_keys: tuple[str, ...], request: Request) -> tuple[str, dict[str, Any]]:
+    """Return a request as it is sent: the path below ``/v1`` and the body.
+
+    Args:
+        settings: Of the endpoint.
+        json_keys: Keys, all text, of the JSON object that the endpoint must hold the model to; empty: no such schema.
+        request: The request.
+
+    Returns:
+        Path and body.
+
+    Raises:
+        CallFault: A raw prompt cannot be held to a schema.
+    """
+    body: dict[str, Any] = {"model": settings.served_as or settings.model}
+    if request.temperature is not None:
+        body["temperature"] = request.temperature
+    if request.seed is not None:
+        body["seed"] = request.seed
+    if isinstance(request.prompt, str):
+        if json_keys:
+            raise CallFault("rejected", "a schema needs a chat prompt, raw text cannot be held to one")
+        return "/completions", body | {"prompt": request.prompt, "max_tokens": request.max_new_tokens}
+    body |= {"messages": request.prompt, settings.token_limit: request.max_new_tokens}
+    if json_keys:
+        body["response_format"] = _schema(json_keys)
+    return "/chat/completions", body
+
+
+def highest_cost(settings: OpenAIModel, json_keys: tuple[str, ...], request: Request) -> float:
+    """Return the most that one attempt can cost, US dollars: no tokenizer makes more tokens than a text has bytes."""
+    if settings.prices is None:
+        return 0.0
+    around = MESSAGE_TOKENS * (len(request.texts) + 1 + 2 * len(json_keys))
+    return settings.prices.cost(request.prompt_bytes + around, request.max_new_tokens)
+
+
+def _schema(keys: tuple[str, ...]) -> dict[str, Any]:
+    """Return the ``response_format`` that asks for one object with these keys, all text."""
+    schema = {
+        "type": "object", "properties": {key: {"type": "string"} for key in keys}, "required": list(keys),
+        "additionalProperties": False,
+    }  # fmt: skip
+    return {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}

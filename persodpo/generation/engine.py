@@ -3,7 +3,8 @@
 Requests are taken from their iterable as they are needed, so memory does not grow with their number. What the store
 holds is skipped; what is about to be asked is claimed, so that two processes do not ask the same. A request is done when
 its answer is on the disk. A model that has to stop (a wrong key, a server that is gone, the budget) says so in its
-summary, and the others go on.
+summary, and the others go on. Endpoints are asked side by side; models of this machine come after them, one at a time, so
+that their response times are not those of a busy machine. A model that has nothing to answer is not even loaded.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from persodpo.errors import PersodpoError
 from persodpo.generation.budget import BudgetReached, Purse
 from persodpo.generation.requests import AnswerRequest, Backend, ModelStopped, Request, request_key
 from persodpo.generation.store import Entry, Store
-from persodpo.generation.summary import Summary
+from persodpo.generation.summary import Reading, Summary
 from persodpo.generation.writing import Writer, in_thread
 
 #: Requests looked up and claimed at a time.
@@ -55,10 +56,13 @@ def generate(
     budget_usd: float | None = None,
     retry_failed: bool = False,
     progress: bool = True,
+    reading: Reading = "as_released",
 ) -> Summary:
     """Ask one model all that is not stored yet; arguments and errors as `generate_all`."""
     job = Job(requests, backend)
-    return generate_all([job], store, budget_usd=budget_usd, retry_failed=retry_failed, progress=progress)[0]
+    return generate_all(
+        [job], store, budget_usd=budget_usd, retry_failed=retry_failed, progress=progress, reading=reading
+    )[0]
 
 
 def generate_all(
@@ -68,8 +72,9 @@ def generate_all(
     budget_usd: float | None = None,
     retry_failed: bool = False,
     progress: bool = True,
+    reading: Reading = "as_released",
 ) -> list[Summary]:
-    """Ask several models side by side all that is not stored yet.
+    """Ask several models all that is not stored yet.
 
     Args:
         jobs: One for each model.
@@ -78,6 +83,7 @@ def generate_all(
             limit. It is never passed: the run stops before.
         retry_failed: Ask again what has failed in earlier runs.
         progress: Show a bar for each model if standard error is a terminal.
+        reading: How completions are read for the count of outcomes; the store keeps them as they were generated.
 
     Returns:
         A summary for each job, in their order. A model that had to stop says why in ``stopped``.
@@ -85,7 +91,10 @@ def generate_all(
     Raises:
         PersodpoError: The store failed; what had been stored is safe.
     """
-    return _run(_generate_all(jobs, store, budget_usd, retry_failed, progress))
+    purse = Purse(budget_usd, store.spent() if budget_usd is not None else 0.0)
+    runs = [_ModelRun(job, store, purse, retry_failed=retry_failed, reading=reading) for job in jobs]
+    _run(_generate_all(runs, [_bar(job, row, progress) for row, job in enumerate(jobs)]))
+    return [run.summary for run in runs]
 
 
 def _run(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -126,24 +135,21 @@ def _run(coroutine: Coroutine[Any, Any, T]) -> T:
     return found[0]
 
 
-async def _generate_all(
-    jobs: Sequence[Job], store: Store, budget_usd: float | None, retry_failed: bool, progress: bool
-) -> list[Summary]:
-    purse = Purse(budget_usd, store.spent() if budget_usd is not None else 0.0)
-    runs = [_ModelRun(job, store, purse, retry_failed) for job in jobs]
-    bars = [_bar(job, row, progress) for row, job in enumerate(jobs)]
+async def _generate_all(runs: Sequence[_ModelRun], bars: Sequence[tqdm[NoReturn]]) -> None:
+    """Go through all runs. Nobody is cancelled when one fails; its error is raised when all have ended."""
+    all_runs = list(zip(runs, bars, strict=True))
     try:
-        # Nobody is cancelled when one fails; an error that is no affair of one model is raised when all have ended.
-        ended = await asyncio.gather(
-            *(run.run(bar) for run, bar in zip(runs, bars, strict=True)), return_exceptions=True
-        )
+        side_by_side = [run.run(bar) for run, bar in all_runs if not run.local]
+        ended = await asyncio.gather(*side_by_side, return_exceptions=True)
+        for run, bar in all_runs:
+            if run.local:
+                ended += await asyncio.gather(run.run(bar), return_exceptions=True)
     finally:
         for bar in bars:
             bar.close()
     for error in ended:
         if isinstance(error, BaseException):
             raise error
-    return [run.summary for run in runs]
 
 
 def _bar(job: Job, row: int, progress: bool) -> tqdm[NoReturn]:
@@ -155,13 +161,15 @@ def _bar(job: Job, row: int, progress: bool) -> tqdm[NoReturn]:
 class _ModelRun:
     """One model's way through its requests."""
 
-    def __init__(self, job: Job, store: Store, purse: Purse, retry_failed: bool) -> None:
+    def __init__(self, job: Job, store: Store, purse: Purse, *, retry_failed: bool, reading: Reading) -> None:
+        self.local = job.backend.local
         self.summary = Summary(job.backend.model, cost=None if job.backend.prices is None else 0.0)
         self._backend = job.backend
         self._requests = iter(job.requests)
         self._store = store
         self._purse = purse
         self._retry_failed = retry_failed
+        self._reading = reading
         self._writer = Writer(store)
         self._feeding = asyncio.Lock()
         self._ready: deque[tuple[str, Request]] = deque()
@@ -171,20 +179,25 @@ class _ModelRun:
         """Answer all requests, or stop and count what is left."""
         started = time.perf_counter()
         try:
-            async with AsyncExitStack() as stack:
-                try:
-                    self._require_prices()
-                    answer = await stack.enter_async_context(self._backend.open(self._purse))
-                except PersodpoError as error:
-                    self._stop(error)
-                else:
-                    await self._work(answer, bar)
+            await self._fill(bar)
+            if self._ready:
+                await self._open_and_work(bar)
         finally:
             self._writer.write_rest()
             self._store.release(self._claimed)
         if self.summary.stopped:
             self.summary.left = len(self._claimed) + await in_thread(self._count_rest)
         self.summary.seconds = time.perf_counter() - started
+
+    async def _open_and_work(self, bar: tqdm[NoReturn]) -> None:
+        async with AsyncExitStack() as stack:
+            try:
+                self._require_prices()
+                answer = await stack.enter_async_context(self._backend.open(self._purse))
+            except PersodpoError as error:
+                self._stop(error)
+            else:
+                await self._work(answer, bar)
 
     def _require_prices(self) -> None:
         if self._purse.budget is not None and self._backend.prices is None:
@@ -218,22 +231,25 @@ class _ModelRun:
                 return
             await self._writer.write(Entry(key, self._backend.model, request.template, request.prompt_bytes, found))
             self._claimed.discard(key)
-            summary.count(found)
-            failed = sum(summary.failed.values())
-            bar.set_postfix(answered=summary.answered, failed=failed, stored=summary.skipped, refresh=False)
+            summary.count(found, self._reading)
+            bar.set_postfix({**summary.outcomes, "stored": summary.skipped}, refresh=False)
             bar.update()
 
     async def _next(self, bar: tqdm[NoReturn]) -> tuple[str, Request] | None:
         """Return the next request that is to be asked, None when there is none or the model was stopped."""
         async with self._feeding:
-            while not self._ready and not self.summary.stopped:
-                passed = self._passed()
-                chunk = self._chunk()
-                if not chunk:
-                    return None
-                await in_thread(self._claim, chunk)
-                bar.update(self._passed() - passed)
-            return None if self.summary.stopped else self._ready.popleft()
+            await self._fill(bar)
+            return self._ready.popleft() if self._ready and not self.summary.stopped else None
+
+    async def _fill(self, bar: tqdm[NoReturn]) -> None:
+        """Look requests up until one is to be asked or none is left."""
+        while not self._ready and not self.summary.stopped:
+            passed = self._passed()
+            chunk = self._chunk()
+            if not chunk:
+                return
+            await in_thread(self._claim, chunk)
+            bar.update(self._passed() - passed)
 
     def _chunk(self) -> dict[str, Request]:
         """Take the next requests from the iterable; those that stand twice are one."""

@@ -80,7 +80,7 @@ def forecast(requests: Iterable[Request], backend: Backend, store: Store, *, ret
         PersodpoError: The store fails.
     """
     missing = _count(requests, backend, store, retry_failed)
-    known = store.experience(backend.model, missing.template)
+    known = store.experience(backend.model, missing.template, backend.concurrency)
     prompt_tokens = round(missing.prompt_bytes * (known.tokens_per_byte if known else 1 / BYTES_PER_TOKEN))
     expected = min(missing.longest, round(missing.to_ask * known.completion_tokens)) if known else missing.longest
     prices = backend.prices
@@ -114,9 +114,9 @@ def _count(requests: Iterable[Request], backend: Backend, store: Store, retry_fa
 
 
 def _seconds(missing: _Missing, prompt_tokens: int, backend: Backend, known: Experience | None) -> float | None:
-    """Return the longest of what latency and the endpoint's limits take, None if neither is known."""
+    """Return the longest of what answering and the endpoint's limits take, None if neither is known."""
     limits = backend.limits
-    bounds = [missing.to_ask * known.latency / backend.concurrency] if known else []
+    bounds = [missing.to_ask * known.seconds] if known else []
     if limits.requests_per_minute:
         bounds.append(60 * missing.to_ask / limits.requests_per_minute)
     if limits.tokens_per_minute:

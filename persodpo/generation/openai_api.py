@@ -8,53 +8,54 @@ lasting one stops the model. The API key is read from the environment and is han
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
-from typing import Any
 
 import openai
 from openai import AsyncOpenAI
 
-from persodpo.errors import PersodpoError
 from persodpo.generation.budget import BudgetReached, Purse
-from persodpo.generation.endpoint import OpenAIEndpoint, check_address
+from persodpo.generation.endpoint import api_key, check_address, client_for, highest_cost, request_body
 from persodpo.generation.faults import FAILURES_IN_A_ROW, LASTING, CallFault, Redactor, classify, read_reply
 from persodpo.generation.pacing import Pace
 from persodpo.generation.requests import Answer, AnswerRequest, Limits, ModelStopped, Request
+from persodpo.settings import OpenAIModel
 
 #: Attempts at an endpoint that has never answered; a wrong address is no matter for patience.
 FIRST_ATTEMPTS = 2
 FIRST_WAIT = 1.0
-CONNECT_SECONDS = 10.0
-#: Tokens that servers add around each message of a chat, at most.
-MESSAGE_TOKENS = 16
 BYTES_PER_TOKEN = 4
 
 
 class OpenAIBackend:
     """A backend (`persodpo.generation.requests.Backend`) over the ``openai`` client."""
 
-    def __init__(self, settings: OpenAIEndpoint) -> None:
+    def __init__(self, settings: OpenAIModel, json_keys: tuple[str, ...] = ()) -> None:
         """Check the address; nothing is connected yet.
+
+        Args:
+            settings: Of the endpoint.
+            json_keys: Keys, all text, of the JSON object that the endpoint must hold the model to; empty: no such schema.
 
         Raises:
             PersodpoError: The address is none, or holds a secret.
         """
         check_address(settings)
         self.settings = settings
+        self.json_keys = json_keys
         self.model = settings.model
         self.concurrency = settings.concurrency
         self.prices = settings.prices
         self.limits = Limits(settings.requests_per_minute, settings.tokens_per_minute)
+        self.local = False
 
     def identity(self, request: Request) -> Mapping[str, object]:
         """Name the served model and the enforced schema; the address may change."""
         served = self.settings.served_as or self.model
-        return {"kind": "openai", "served_as": served, "json_keys": list(self.settings.json_keys)}
+        return {"kind": "openai", "served_as": served, "json_keys": list(self.json_keys)}
 
     @asynccontextmanager
     async def open(self, purse: Purse) -> AsyncIterator[AnswerRequest]:
@@ -63,41 +64,24 @@ class OpenAIBackend:
         Raises:
             PersodpoError: The key's variable is not set; it is named, never its value.
         """
-        key = self._key()
-        # Without a key of its own the client would send OPENAI_API_KEY to whatever server base_url names.
-        client = AsyncOpenAI(
-            api_key=key or "none",
-            base_url=self.settings.base_url,
-            max_retries=0,
-            timeout=openai.Timeout(
-                self.settings.timeout_seconds, connect=min(CONNECT_SECONDS, self.settings.timeout_seconds)
-            ),
-        )
-        async with client:
-            yield _Session(self.settings, client, Redactor(key), purse).answer
-
-    def _key(self) -> str | None:
-        variable = self.settings.api_key_env
-        if variable is None:
-            return None
-        key = os.environ.get(variable, "").strip()
-        if not key:
-            raise PersodpoError(
-                f"Model {self.model} needs an API key in the environment variable {variable}, which is not set; export it "
-                "and run again."
-            )
-        if not key.isascii() or not key.isprintable():
-            raise PersodpoError(
-                f"The API key in the environment variable {variable} holds characters that no key has; export it again."
-            )
-        return key
+        key = api_key(self.settings)
+        async with client_for(self.settings, key) as client:
+            yield _Session(self.settings, self.json_keys, client, Redactor(key), purse).answer
 
 
 class _Session:
     """One run against one endpoint."""
 
-    def __init__(self, settings: OpenAIEndpoint, client: AsyncOpenAI, redactor: Redactor, purse: Purse) -> None:
+    def __init__(
+        self,
+        settings: OpenAIModel,
+        json_keys: tuple[str, ...],
+        client: AsyncOpenAI,
+        redactor: Redactor,
+        purse: Purse,
+    ) -> None:
         self._settings = settings
+        self._json_keys = json_keys
         self._client = client
         self._redactor = redactor
         self._purse = purse
@@ -171,30 +155,13 @@ class _Session:
             self._purse.settle(reservation, cost)
 
     async def _send(self, request: Request) -> object:
-        """Send a request in the form that its prompt asks for; return the body as JSON, or as text if it is none."""
-        body: dict[str, Any] = {"model": self._settings.served_as or self._settings.model}
-        if request.temperature is not None:
-            body["temperature"] = request.temperature
-        if request.seed is not None:
-            body["seed"] = request.seed
-        if isinstance(request.prompt, str):
-            if self._settings.json_keys:
-                raise CallFault("rejected", "json_keys need a chat prompt, raw text cannot be held to a schema")
-            body |= {"prompt": request.prompt, "max_tokens": request.max_new_tokens}
-        else:
-            body |= {"messages": request.prompt, self._settings.token_limit: request.max_new_tokens}
-            if self._settings.json_keys:
-                body["response_format"] = _schema(self._settings.json_keys)
+        """Send a request; return the body as JSON, or as text if it is none."""
+        path, body = request_body(self._settings, self._json_keys, request)
         # The client's typed methods convert every field both ways, which costs more than sending it.
-        path = "/completions" if isinstance(request.prompt, str) else "/chat/completions"
         return await self._client.post(path, body=body, cast_to=object)
 
     def _highest_cost(self, request: Request) -> float:
-        """Return the most that one attempt can cost: no tokenizer makes more tokens than a text has bytes."""
-        if self._settings.prices is None:
-            return 0.0
-        around = MESSAGE_TOKENS * (len(request.texts) + 1 + 2 * len(self._settings.json_keys))
-        return self._settings.prices.cost(request.prompt_bytes + around, request.max_new_tokens)
+        return highest_cost(self._settings, self._json_keys, request)
 
     def _stop_if_lasting(self, fault: CallFault, sent: int) -> None:
         """Raise ModelStopped where no further request can succeed."""
@@ -247,12 +214,3 @@ class _Session:
             async with asyncio.timeout(seconds):
                 await self._stopping.wait()
         self._raise_if_stopped()
-
-
-def _schema(keys: tuple[str, ...]) -> dict[str, Any]:
-    """Return the ``response_format`` that asks for one object with these keys, all text."""
-    schema = {
-        "type": "object", "properties": {key: {"type": "string"} for key in keys}, "required": list(keys),
-        "additionalProperties": False,
-    }  # fmt: skip
-    return {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, TypedDict
 
 from persodpo.errors import PersodpoError
-from persodpo.generation.budget import Prices, Purse
+from persodpo.generation.budget import Purse
+from persodpo.settings import Prices
 
 #: Why a request was not answered. The first two lie with the prompt, the others with the call.
 FAILURES = (
@@ -92,6 +93,9 @@ class Answer:
         cost: US dollars. Attempts that may have been billed without an answer count with their highest possible price.
         latency: Seconds of the last attempt.
         attempts: How often the request was sent.
+        batch_size: Prompts answered together with this one, itself included, in ``latency`` seconds; None where only
+            the server knows.
+        hardware: What the model ran on, None where only the server knows.
     """
 
     outcome: Literal["answered", "failed"]
@@ -104,6 +108,8 @@ class Answer:
     cost: float = 0.0
     latency: float = 0.0
     attempts: int = 1
+    batch_size: int | None = None
+    hardware: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +150,10 @@ class Backend(Protocol):
     @property
     def limits(self) -> Limits:
         """What its server takes in a minute."""
+
+    @property
+    def local(self) -> bool:
+        """True for a model of this machine, which is asked when no other is, so that its times are its own."""
 
     def identity(self, request: Request) -> Mapping[str, object]:
         """Return, as JSON-like content, what shapes the answer to ``request`` besides the request itself."""

@@ -36,9 +36,13 @@ CREATE TABLE answers (
     key TEXT PRIMARY KEY, model TEXT NOT NULL, template TEXT NOT NULL, prompt_bytes INTEGER NOT NULL,
     outcome TEXT NOT NULL CHECK (outcome IN ('answered', 'failed')), completion TEXT, finish_reason TEXT, failure TEXT,
     error TEXT, prompt_tokens INTEGER, completion_tokens INTEGER, cost REAL NOT NULL, latency REAL NOT NULL,
-    attempts INTEGER NOT NULL, created TEXT NOT NULL
+    attempts INTEGER NOT NULL, batch_size INTEGER, hardware TEXT, created TEXT NOT NULL
 );
 CREATE INDEX answers_model ON answers (model);
+CREATE TABLE batches (
+    tag TEXT PRIMARY KEY, model TEXT NOT NULL, address TEXT NOT NULL, batch_id TEXT, since REAL NOT NULL
+);
+CREATE TABLE batch_keys (tag TEXT NOT NULL, key TEXT NOT NULL, PRIMARY KEY (tag, key)) WITHOUT ROWID;
 CREATE TABLE claims (key TEXT PRIMARY KEY, owner TEXT NOT NULL, process INTEGER NOT NULL, since REAL NOT NULL);
 PRAGMA application_id = {APPLICATION};
 PRAGMA user_version = {VERSION};
@@ -100,13 +104,13 @@ class Experience(NamedTuple):
         answers: Answers with token counts.
         tokens_per_byte: Prompt tokens for each byte of prompt text.
         completion_tokens: Mean tokens of an answer.
-        latency: Mean seconds of an answer.
+        seconds: Mean seconds of wall time an answer takes beside those that are answered together with it.
     """
 
     answers: int
     tokens_per_byte: float
     completion_tokens: float
-    latency: float
+    seconds: float
 
 
 class Store:
@@ -248,16 +252,29 @@ class Store:
         with sentences(self.path), self._lock:
             return float(self._connection.execute("SELECT total(cost) FROM answers").fetchone()[0])
 
-    def experience(self, model: str, template: str) -> Experience | None:
-        """Return what the stored answers of a model to one template teach; None if there are none."""
+    def experience(self, model: str, template: str, concurrency: int) -> Experience | None:
+        """Return what the stored answers of a model to one template teach; None if there are none.
+
+        Args:
+            model: The model's name.
+            template: Hash of the template.
+            concurrency: Requests under way at a time, for answers whose server alone knows how many it answers together.
+        """
         query = """
-            SELECT count(*), total(prompt_tokens) / total(prompt_bytes), avg(completion_tokens), avg(latency)
+            SELECT count(*), total(prompt_tokens) / total(prompt_bytes), avg(completion_tokens),
+                avg(latency / coalesce(batch_size, ?))
             FROM answers WHERE model = ? AND template = ? AND outcome = 'answered'
                 AND prompt_tokens IS NOT NULL AND completion_tokens IS NOT NULL
         """
         with sentences(self.path), self._lock:
-            row = self._connection.execute(query, (model, template)).fetchone()
+            row = self._connection.execute(query, (concurrency, model, template)).fetchone()
         return Experience(*row) if row[0] else None
+
+    @contextmanager
+    def exclusive(self) -> Iterator[sqlite3.Connection]:
+        """Give the connection within one write transaction, for tables beside the answers; errors as `claim`."""
+        with sentences(self.path), self._lock, self._transaction():
+            yield self._connection
 
     def _prepare(self) -> None:
         """Check that the file is a store of this version, and make it one if it is empty."""

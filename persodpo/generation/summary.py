@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
+from typing import Literal
 
+from persodpo.completions import read_completion
 from persodpo.generation.requests import Answer
+
+Reading = Literal["as_released", "strict"]
+
+
+def outcome_of(answer: Answer, reading: Reading) -> str:
+    """Return an answer's outcome class (`persodpo.completions.OUTCOMES`); what has no answer is ``api_error``."""
+    return "api_error" if answer.failure is not None else read_completion(answer.completion, reading).outcome
 
 
 @dataclass
@@ -16,6 +26,7 @@ class Summary:
         asked: Requests that were sent, each counted once: answered and failed.
         answered: Of these, with an answer.
         failed: Failures by class.
+        outcomes: What the answers read as, and the failures as ``api_error``, in the order in which they first came.
         skipped: Requests whose answer (or failure) was stored already, or that stood twice in this run.
         busy: Requests that another process is asking.
         left: Requests still to be asked, because the model was stopped.
@@ -31,6 +42,7 @@ class Summary:
     asked: int = 0
     answered: int = 0
     failed: dict[str, int] = field(default_factory=dict)
+    outcomes: Counter[str] = field(default_factory=Counter)
     skipped: int = 0
     busy: int = 0
     left: int = 0
@@ -50,13 +62,16 @@ class Summary:
             f"{self.skipped:,} stored before", f"{self.truncated:,} cut off at their longest length",
             f"{self.prompt_tokens:,} + {self.completion_tokens:,} tokens", cost, f"{self.seconds:,.1f} s",
         ]  # fmt: skip
+        read = ", ".join(f"{count:,} {name}" for name, count in self.outcomes.most_common())
+        parts += [f"read as {read}"] if read else []
         parts += [f"{self.busy:,} left to another process"] if self.busy else []
         parts += [f"{self.left:,} left to do: {self.stopped}"] if self.stopped else []
         return f"{self.model}: {', '.join(parts)}"
 
-    def count(self, answer: Answer) -> None:
+    def count(self, answer: Answer, reading: Reading) -> None:
         """Add one request's outcome."""
         self.asked += 1
+        self.outcomes[outcome_of(answer, reading)] += 1
         self.prompt_tokens += answer.prompt_tokens or 0
         self.completion_tokens += answer.completion_tokens or 0
         self.truncated += answer.finish_reason == "length"

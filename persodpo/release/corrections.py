@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from persodpo.config import with_overrides
-from persodpo.generation.run import read_completions
+from persodpo.generation.published import read_completions
 from persodpo.pairs import build_pairs
 from persodpo.release.audit import FINDINGS
 from persodpo.release.findings.base import Material

@@ -5,11 +5,13 @@ its own. What a stage does stands in the module it calls; nothing else joins two
 """
 
 from persodpo.stages.base import published_files
-from persodpo.stages.pairs import limits, run_dialogues, run_generate, run_pairs, run_score
+from persodpo.stages.dialogues import run_dialogues
+from persodpo.stages.generate import Scope, asked_scope, forecast_report, run_ask, run_forecast, run_generate
+from persodpo.stages.pairs import limits, run_pairs, run_score
 from persodpo.stages.report import as_released, run_audit, run_evaluate, run_figures
 from persodpo.stages.train import run_train
 
 __all__ = [
-    "as_released", "limits", "published_files", "run_audit", "run_dialogues", "run_evaluate", "run_figures",
-    "run_generate", "run_pairs", "run_score", "run_train",
+    "Scope", "as_released", "asked_scope", "forecast_report", "limits", "published_files", "run_ask", "run_audit",
+    "run_dialogues", "run_evaluate", "run_figures", "run_forecast", "run_generate", "run_pairs", "run_score", "run_train",
 ]  # fmt: skip

@@ -46,7 +46,7 @@ def write_scores(
 
     Args:
         profile: The settings.
-        targets: Paths to write, of `TABLES` and of thresholds.
+        targets: Paths to write, of the scores tables and of thresholds.
         responses: Responses tables, by the name of their scores table.
         metrics: Metric values of parsed responses, by the same names.
     """
@@ -54,12 +54,12 @@ def write_scores(
     connection = quality.connect(profile.engine, str(targets["scores"].parent))
     values = {
         table: scoring.impute(responses[table], metrics[table], settings.worst_case, unread=table != "scores")
-        for table in TABLES
+        for table in responses
     }
     ranking = scoring.rank(connection, values["scores"], settings, profile.pairs)
     write_table(targets["scores"], "scores", ranking.scores)
-    held_out = scoring.rate(connection, values["evaluation/scores"], ranking.scale, settings)
-    write_table(targets["evaluation/scores"], "evaluation/scores", held_out)
+    for table in [table for table in responses if table != "scores"]:
+        write_table(targets[table], table, scoring.rate(connection, values[table], ranking.scale, settings))
     scale = ranking.scale
     named = {
         "low": ranking.low, "high": ranking.high, "target_words": scale.target_words, "mean_words": scale.mean_words,
@@ -95,27 +95,30 @@ def run_computed(profile: Profile, overwrite: bool = False) -> StageReport:
     run = RunFolder(profile)
     small = small_scorers(run)
     scorers = [computed.make_scorer(metric, profile.scoring.compute, small) for metric in quality.METRICS]
-    responses = {table: run.path(table.replace("scores", "responses")) for table in TABLES}
+    # Models that are asked answer no held-out prompts here.
+    wanted = TABLES if profile.generation.source == "published" else TABLES[:1]
+    answers = {table: table.replace("scores", "responses") for table in wanted}
     notes: list[str] = []
 
     def build(targets: Targets) -> None:
         with ScoreCache(cache_path(run)) as cache:
             found = [verdict for scorer in scorers for verdict in probes.probe_once(scorer, cache)]
             _warnings(profile, found)
-            tables = {table: run.read(table.replace("scores", "responses")) for table in TABLES}
+            tables = {table: run.read(name) for table, name in answers.items()}
             with backend_of(profile, small) as backend:
                 metrics, reports = _compute(run, tables, scorers, cache, backend=backend, notes=notes)
         write_scores(profile, targets, tables, metrics)
         write_table(targets["probes"], "probes", pd.DataFrame(found))
         write_table(targets["scorers"], "scorers", reports)
+        for left in set(TABLES) - set(wanted):
+            run.forget(left)
 
     report = run.stage(
         "score",
-        inputs={str(path.relative_to(run.root).with_suffix("")): path for path in responses.values()}
-        | {"dialogues": run.path("dialogues")}
+        inputs={name: run.path(name) for name in ("dialogues", *answers.values())}
         | computed.model_files(profile.scoring.compute, small),
         settings=score_settings(profile) | {"scorers": {one.name: dict(one.identity()) for one in scorers}},
-        outputs=["scores", "thresholds", "evaluation/scores", "probes", "scorers"],
+        outputs=[*answers, "thresholds", "probes", "scorers"],
         code=[scoring, quality, persodpo.scoring.compliance, computed, engine, probes],
         build=build,
         overwrite=overwrite,

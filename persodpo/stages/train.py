@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import persodpo.pairs
 from persodpo.artifacts import RunFolder, digest_of, sha256
 from persodpo.config import with_overrides
 from persodpo.errors import PersodpoError
@@ -15,6 +13,7 @@ from persodpo.release import corrections
 from persodpo.settings import ArmName, Profile
 from persodpo.stages.base import Reports, Targets, alone
 from persodpo.stages.pairs import run_pairs
+from persodpo.stages.policy import start_policy
 from persodpo.tables import write_table
 from persodpo.training.arms import ARMS, arm_name
 
@@ -51,7 +50,7 @@ def _train(profile: Profile, arm: ArmName, overwrite: bool) -> Reports:
         source = RunFolder(with_overrides(profile, settings))
         reports = run_pairs(source.profile)
     table = f"pairs/{spec.pairs}"
-    start = _policy(run)
+    start = start_policy(run)
     outputs = [f"training/{arm}/{name}" for name in ("log", "health", "generations")]
     inputs = {table: source.path(table)} | _weights(start)
     settings_used = {
@@ -79,20 +78,6 @@ def _train(profile: Profile, arm: ArmName, overwrite: bool) -> Reports:
         overwrite=overwrite or not training.is_trained(folder, key),
     )
     return [*reports, report]
-
-
-def _policy(run: RunFolder) -> str | Path:
-    """Return the model that training starts from; the small one is made from the run's own texts if need be."""
-    from persodpo.training.policy import make_small_policy  # noqa: PLC0415 - torch is slow to load
-
-    if run.profile.policy.model != "small":
-        return run.profile.policy.model
-    prompts = persodpo.pairs.prompt_table(run.read("dialogues"), run.profile)
-    responses = run.read("responses")
-    parsed = responses[responses["outcome"].eq("ok")].merge(prompts, on="dialogue_id")
-    texts = [json.dumps({"response": text}, ensure_ascii=False) for text in parsed["response"]]
-    examples = list(zip(parsed["prompt"], texts, strict=True))
-    return make_small_policy(examples, run.profile.policy.small, run.root / "policy")
 
 
 def _weights(policy: str | Path) -> dict[str, Path]:

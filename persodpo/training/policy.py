@@ -94,7 +94,7 @@ def make_small_policy(
 
 
 def load_policy(
-    name: str | Path, *, attention: str = "sdpa", dtype: torch.dtype = torch.float32
+    name: str | Path, *, attention: str = "sdpa", dtype: torch.dtype = torch.float32, revision: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer.
 
@@ -105,6 +105,7 @@ def load_policy(
         name: A local folder or a name on the Hugging Face Hub.
         attention: Implementation of attention; see `persodpo.training.forward.MASKED_ATTENTION`.
         dtype: Type of the weights.
+        revision: Commit, tag or branch on the Hub; None for the newest.
 
     Returns:
         The model, in evaluation mode on the CPU, and the tokenizer.
@@ -115,9 +116,14 @@ def load_policy(
     if not sys.stderr.isatty():
         disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name), trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(str(name), revision=revision or "main", trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
-            str(name), attn_implementation=attention, dtype=dtype, trust_remote_code=False, use_safetensors=True
+            str(name),
+            attn_implementation=attention,
+            dtype=dtype,
+            revision=revision or "main",
+            trust_remote_code=False,
+            use_safetensors=True,
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise PersodpoError(

@@ -1,4 +1,4 @@
-"""Published completions in, responses table out (other sources of responses join here)."""
+"""Published completions in, responses table out."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def published_responses(
         else:
             outcome = frame["parsed"].map(lambda text: "ok" if text else "unknown")
             frame = frame.assign(response=frame["parsed"], outcome=outcome)
-        frames.append(frame.assign(dialogue_id=ids, split=which.split, model=which.model, finish_reason=None))
+        # The authors asked one prompt at a time; on what machine is not published.
+        known = {"split": which.split, "model": which.model, "finish_reason": None, "batch_size": 1, "hardware": None}
+        frames.append(frame.assign(dialogue_id=ids, **known))
     table = pd.concat(frames, ignore_index=True)
     return table.sort_values("dialogue_id", kind="stable", ignore_index=True)
 

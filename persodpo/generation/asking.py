@@ -1,0 +1,153 @@
+"""Dialogues and one model's settings in, its requests and backend out; and what the store holds of them, as a table."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from persodpo.artifacts import sha256
+from persodpo.completions import read_completion
+from persodpo.errors import PersodpoError
+from persodpo.generation.engine import Job
+from persodpo.generation.replay import Recorded, ReplayBackend
+from persodpo.generation.requests import Backend, Message, Request, request_key
+from persodpo.generation.store import Store
+from persodpo.generation.summary import outcome_of
+from persodpo.prompts import answer_keys, load_system, load_template, render, template_digest, token_budget
+from persodpo.settings import AskedModel, Profile, ReplayModel, TransformersModel
+from persodpo.tables import schema_of, with_none
+
+#: What leads a turn; a context of nothing else says nothing.
+_SPEAKER = re.compile(r"^\w+:", re.MULTILINE)
+
+
+def job_for(dialogues: pd.DataFrame, settings: AskedModel, profile: Profile, backend: Backend) -> Job:
+    """Return what one model is to answer.
+
+    Args:
+        dialogues: Rows of the dialogues table.
+        settings: How the model is asked.
+        profile: Template, word limit, token budget and sampling.
+        backend: From `backend_for`.
+
+    Returns:
+        A job whose requests are rendered as they are taken.
+
+    Raises:
+        PersodpoError: A template is wrong, or a dialogue has no context.
+    """
+    template = load_template(profile.prompts.template)
+    system = load_system(profile.prompts.system, profile.prompts) if settings.format == "chat_with_system" else None
+    said = dialogues["context"].fillna("").str.replace(_SPEAKER, "", regex=True).str.strip()
+    empty = dialogues.loc[said == "", "dialogue_id"]
+    if len(empty):
+        raise PersodpoError(
+            f"Dialogue '{empty.iloc[0]}' has no context to answer ({len(empty)} such dialogues); leave it out of its file."
+        )
+    generation, digest = profile.generation, template_digest(template, system)
+    budget = token_budget(template, profile.prompts.max_words, generation.token_budget)
+
+    def requests() -> Iterator[Request]:
+        rows = zip(dialogues["dialogue_id"], dialogues["personas"], dialogues["context"], strict=True)
+        for dialogue_id, personas, context in rows:
+            text = render(template, personas, context, profile.prompts)
+            prompt = text if settings.format == "raw" else as_messages(text, system)
+            yield Request(dialogue_id, prompt, budget, generation.temperature, generation.seed, digest)
+
+    return Job(requests(), backend, total=len(dialogues))
+
+
+def as_messages(prompt: str, system: str | None) -> tuple[Message, ...]:
+    """Return a prompt as a chat of one user message, after the system message if there is one."""
+    first = (Message(role="system", content=system),) if system else ()
+    return (*first, Message(role="user", content=prompt))
+
+
+def backend_for(settings: AskedModel, profile: Profile, weights: str | Path, store: Store) -> Backend:
+    """Return the backend that a model is asked through.
+
+    Args:
+        settings: How the model is asked.
+        profile: The template, whose keys structured output asks for.
+        weights: Folder or Hub name of a model of this machine.
+        store: Where batches under way are kept in mind.
+
+    Returns:
+        The backend; nothing is connected or loaded yet.
+
+    Raises:
+        PersodpoError: An address is none, or a recording cannot be read.
+    """
+    if isinstance(settings, TransformersModel):
+        from persodpo.generation.local import TransformersBackend  # noqa: PLC0415 - each backend loads only what it needs
+
+        return TransformersBackend(settings, weights)
+    if isinstance(settings, ReplayModel):
+        return _recording(settings)
+    from persodpo.generation.batch_api import OpenAIBatchBackend  # noqa: PLC0415
+    from persodpo.generation.openai_api import OpenAIBackend  # noqa: PLC0415
+
+    keys = answer_keys(load_template(profile.prompts.template)) if settings.structured_output else ()
+    return OpenAIBatchBackend(settings, keys, store) if settings.batch else OpenAIBackend(settings, keys)
+
+
+def _recording(settings: ReplayModel) -> ReplayBackend:
+    """Read a model's answers from a responses or answers table."""
+    columns = ["dialogue_id", "model", "completion", "finish_reason", "response_time", "batch_size", "hardware"]
+    name = settings.recorded_as or settings.model
+    try:
+        table = with_none(pq.read_table(settings.responses, columns=columns).to_pandas())
+    except (OSError, pa.ArrowException) as error:
+        raise PersodpoError(
+            f"The recorded responses of {settings.model} cannot be read from {settings.responses}; name a responses or "
+            "answers table in Parquet."
+        ) from error
+    rows = table[(table["model"] == name) & table["completion"].notna()]
+    if rows.empty:
+        models = ", ".join(sorted(table["model"].unique()))
+        raise PersodpoError(
+            f"{settings.responses} holds no completion of '{name}'; set recorded_as to one of: {models}."
+        )
+    sizes = rows["batch_size"].astype(object).where(rows["batch_size"].notna(), None)
+    fields = zip(rows["completion"], rows["finish_reason"], rows["response_time"], sizes, rows["hardware"], strict=True)
+    recorded = dict(zip(rows["dialogue_id"], (Recorded(*values) for values in fields), strict=True))
+    return ReplayBackend(settings.model, recorded, sha256(settings.responses))
+
+
+def stored_answers(store: Store, jobs: Iterable[tuple[Job, Sequence[str]]], profile: Profile) -> pd.DataFrame:
+    """Return what the store holds of some jobs.
+
+    Args:
+        store: The store.
+        jobs: Each with the splits of its dialogues; its requests are gone through.
+        profile: How completions are read.
+
+    Returns:
+        An answers table (`persodpo.tables.SCHEMAS`), a row for each request that was answered or has failed.
+    """
+    rows = []
+    for job, splits in jobs:
+        requests = list(zip(job.requests, splits, strict=True))
+        keys = [request_key(request, job.backend) for request, _ in requests]
+        for (request, split), (_, entry) in zip(requests, store.entries(keys), strict=True):
+            if entry is None:
+                continue
+            answer = asdict(entry.answer)
+            reading = profile.completions.reading
+            rows.append({
+                **answer, "dialogue_id": request.dialogue_id, "split": split, "model": job.backend.model,
+                "response": read_completion(entry.answer.completion, reading).response,
+                "outcome": outcome_of(entry.answer, reading), "response_time": entry.answer.latency,
+                "created": entry.created,
+            })  # fmt: skip
+    frame = pd.DataFrame(rows, columns=schema_of("answers").names)
+    whole = {
+        name: frame[name].astype("Int64") for name in ("batch_size", "prompt_tokens", "completion_tokens", "attempts")
+    }
+    return with_none(frame.assign(**whole))

@@ -1,0 +1,65 @@
+"""From a source of dialogues to the dialogues table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+import persodpo.dialogues
+from persodpo.artifacts import RunFolder
+from persodpo.release import published
+from persodpo.settings import Profile
+from persodpo.stages.base import Reports, Targets, alone, published_files
+from persodpo.tables import write_table
+
+_DATASETS = {"blended_skill_talk": "Blended Skill Talk", "it_convai2": "IT-ConvAI2"}
+
+
+@alone
+def run_dialogues(profile: Profile, overwrite: bool = False) -> Reports:
+    """Make the dialogues table."""
+    run, settings = RunFolder(profile), profile.dialogues
+    inputs = _dialogue_files(run)
+
+    def build(targets: Targets) -> None:
+        frames = []
+        for key, path in inputs.items():
+            split: persodpo.dialogues.Split = "train" if "train" in key else "valid"
+            if settings.source == "published_focus":
+                frames.append(persodpo.dialogues.published_focus(path, split))
+            elif settings.source == "focus_json":
+                drawn: dict[str, Any] = {
+                    "size": settings.train_size,
+                    "seed": settings.sample_seed,
+                    "max_reference_words": settings.max_reference_words,
+                }
+                frames.append(persodpo.dialogues.focus_json(path, split, **(drawn if split == "train" else {})))
+            else:
+                frames.append(getattr(persodpo.dialogues, settings.source)(path))
+        write_table(targets["dialogues"], "dialogues", pd.concat(frames, ignore_index=True))
+
+    report = run.stage(
+        "dialogues",
+        inputs=inputs,
+        settings=settings.model_dump(mode="json"),
+        outputs=["dialogues"],
+        code=[persodpo.dialogues],
+        build=build,
+        overwrite=overwrite,
+    )
+    return [report]
+
+
+def _dialogue_files(run: RunFolder) -> dict[str, Path]:
+    """Return the files that the dialogues are read from."""
+    settings = run.profile.dialogues
+    if settings.source == "focus_json":
+        given = {"train": settings.train_file, "valid": settings.valid_file}
+        return {split: path for split, path in given.items() if path}
+    files = published_files(run)
+    if settings.source == "published_focus":
+        return {name: files[name] for name in (published.prompts_file("train"), published.prompts_file("valid"))}
+    name = f"datasets/{_DATASETS[settings.source]}/ds_cleaned.csv"
+    return {name: files[name]}

@@ -1,0 +1,302 @@
+"""From dialogues to responses: published ones, or those of models that are asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+import persodpo.completions
+import persodpo.generation.asking
+import persodpo.generation.published
+from persodpo.artifacts import PROJECT, RunFolder, StageReport, digest_of
+from persodpo.errors import PersodpoError
+from persodpo.generation.asking import backend_for, job_for, stored_answers
+from persodpo.generation.engine import Job, generate_all
+from persodpo.generation.forecast import Forecast, forecast
+from persodpo.generation.store import Store
+from persodpo.generation.summary import Summary
+from persodpo.release import published
+from persodpo.settings import AskedModel, Profile, TransformersModel
+from persodpo.stages.base import Reports, Targets, alone, published_files
+from persodpo.stages.dialogues import run_dialogues
+from persodpo.tables import write_table
+
+SPLITS = ("train", "valid")
+#: How long the tables of answers wait for another process that works in the run folder.
+WAIT_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Which prompts of a run are meant.
+
+    Attributes:
+        models: Names of backends.
+        splits: Of the dialogues.
+        limit: Dialogues of each split, from the first on; None for all.
+    """
+
+    models: tuple[str, ...]
+    splits: tuple[str, ...] = SPLITS
+    limit: int | None = None
+
+
+def run_generate(profile: Profile, overwrite: bool = False) -> Reports:
+    """Make the responses tables: train responses to rank, and held-out ones where they are published.
+
+    With ``generation.source: models`` the profile's models are asked what is not stored yet.
+    """
+    if profile.generation.source == "published":
+        return _published(profile, overwrite)
+    with RunFolder(profile).locked(WAIT_SECONDS):
+        reports = run_dialogues(profile)
+    scope = Scope(profile.generation.models, ("train",))
+    summaries = _ask(RunFolder(profile), scope, retry_failed=False, progress=True)
+    unfinished = [summary for summary in summaries if summary.stopped or summary.busy]
+    if unfinished:
+        raise PersodpoError(
+            f"Not every prompt is answered yet ({unfinished[0]}); run `persodpo generate --profile {profile.name}` again, "
+            "what is stored is not asked again."
+        )
+    return [*reports, _write_answers(RunFolder(profile)), _asked_responses(profile, scope, overwrite)]
+
+
+@alone
+def _published(profile: Profile, overwrite: bool) -> Reports:
+    """Read the published completions."""
+    chosen = ranked_sets(profile)
+    if profile.dialogues.source != "published_focus":
+        raise PersodpoError(
+            "generation.source published has responses to the published FoCus prompts only; "
+            "set dialogues.source=published_focus."
+        )
+    reports = run_dialogues(profile)
+    run = RunFolder(profile)
+    files = published_files(run)
+
+    def build(targets: Targets) -> None:
+        dialogues = run.read("dialogues")
+        for table, sets in (("responses", chosen), ("evaluation/responses", published.VALID_SETS)):
+            frame = persodpo.generation.published.published_responses(files, sets, dialogues, profile.completions)
+            write_table(targets[table], table, frame)
+
+    report = run.stage(
+        "generate",
+        inputs={"dialogues": run.path("dialogues")} | set_files(files, (*chosen, *published.VALID_SETS)),
+        settings={
+            "source": "published",
+            "models": list(profile.generation.models),
+            "reading": profile.completions.reading,
+        },
+        outputs=["responses", "evaluation/responses"],
+        code=[persodpo.generation.published, persodpo.completions, published],
+        build=build,
+        overwrite=overwrite,
+    )
+    return [*reports, report]
+
+
+def run_ask(
+    profile: Profile, scope: Scope, *, retry_failed: bool = False, progress: bool = True
+) -> list[StageReport | Summary]:
+    """Ask models what is not stored yet, and write the table of all answers.
+
+    Several processes may ask in one run folder at the same time.
+
+    Args:
+        profile: The profile; its ``generation.backends`` say how each model is asked.
+        scope: Which models and dialogues.
+        retry_failed: Ask again what has failed in earlier runs.
+        progress: Show a bar for each model on a terminal.
+
+    Returns:
+        Reports of the stages, and a summary for each model.
+
+    Raises:
+        PersodpoError: A model is unknown, or the store or the disk fails; what had been stored is safe.
+    """
+    run = RunFolder(profile)
+    entries = [_entry(profile, model) for model in scope.models]
+    reports: list[StageReport | Summary] = []
+    needs_responses = any(_is_small_policy(entry, profile) for entry in entries)
+    with run.locked(WAIT_SECONDS):
+        reports += run_generate(profile) if needs_responses else run_dialogues(profile)
+    summaries = _ask(run, scope, retry_failed=retry_failed, progress=progress)
+    return [*reports, *summaries, _write_answers(run)]
+
+
+def run_forecast(profile: Profile, scope: Scope, retry_failed: bool = False) -> list[Forecast]:
+    """Say what `run_ask` would take; nothing is sent, loaded or written but the dialogues table."""
+    run = RunFolder(profile)
+    with run.locked(WAIT_SECONDS):
+        run_dialogues(profile)
+    with _store(run) as store:
+        jobs = [job for job, _ in _jobs(run, scope, store, make_policy=False)]
+        return [forecast(job.requests, job.backend, store, retry_failed=retry_failed) for job in jobs]
+
+
+def forecast_report(profile: Profile, scope: Scope, retry_failed: bool = False) -> Iterator[str]:
+    """Yield `run_forecast` as lines: one a model, then all together beside the budget."""
+    found = run_forecast(profile, scope, retry_failed)
+    yield from map(str, found)
+    with _store(RunFolder(profile)) as store:
+        spent = store.spent()
+    known = [one for one in found if one.cost is not None and one.highest_cost is not None]
+    expected, most = (sum(getattr(one, name) for one in known) for name in ("cost", "highest_cost"))
+    unknown = f", {len(found) - len(known)} models without prices" if len(known) < len(found) else ""
+    budget = profile.generation.budget_usd
+    limit = "no budget is set" if budget is None else f"the budget is ${budget:,.2f}"
+    yield (
+        f"together: {sum(one.to_ask for one in found):,} requests, ${expected:,.2f} (at most ${most:,.2f}){unknown}; "
+        f"${spent:,.4f} are spent, {limit}"
+    )
+
+
+def asked_scope(profile: Profile, models: Sequence[str], splits: Sequence[str], limit: int | None) -> Scope:
+    """Return a scope of known models and splits; without models, those of the profile.
+
+    Raises:
+        PersodpoError: A model has no entry in ``generation.backends``, or none is named and the profile reads published
+            responses; a split is unknown.
+    """
+    unknown = [split for split in splits if split not in SPLITS]
+    if unknown:
+        raise PersodpoError(f"There is no split '{unknown[0]}'; name {' or '.join(SPLITS)}.")
+    if not models and profile.generation.source == "published":
+        names = ", ".join(entry.model for entry in profile.generation.backends)
+        raise PersodpoError(f"This profile reads published responses; name the models to ask with --models ({names}).")
+    for model in models:
+        _entry(profile, model)
+    return Scope(tuple(models) or profile.generation.models, tuple(splits) or SPLITS, limit)
+
+
+def _entry(profile: Profile, model: str) -> AskedModel:
+    """Return how a model is asked."""
+    known = {entry.model: entry for entry in profile.generation.backends}
+    if model not in known:
+        names = ", ".join(known) or "none"
+        raise PersodpoError(f"Model '{model}' has no entry in generation.backends; there are: {names}.")
+    return known[model]
+
+
+def _is_small_policy(entry: AskedModel, profile: Profile) -> bool:
+    is_policy = isinstance(entry, TransformersModel) and entry.weights == "policy" and profile.policy.model == "small"
+    if is_policy and profile.generation.source != "published":
+        raise PersodpoError(
+            f"Model {entry.model} is the small policy, which is made from responses that are there already; with "
+            "generation.source=models name other weights for it."
+        )
+    return is_policy
+
+
+@contextmanager
+def _store(run: RunFolder) -> Iterator[Store]:
+    """Open the store to look things up; where there is none, an empty one that leaves no file."""
+    with Store(run.answers if run.answers.exists() else Path(":memory:")) as store:
+        yield store
+
+
+def _ask(run: RunFolder, scope: Scope, *, retry_failed: bool, progress: bool) -> list[Summary]:
+    profile = run.profile
+    with Store(run.answers) as store:
+        return generate_all(
+            [job for job, _ in _jobs(run, scope, store, make_policy=True)],
+            store,
+            budget_usd=profile.generation.budget_usd,
+            retry_failed=retry_failed,
+            progress=progress,
+            reading=profile.completions.reading,
+        )
+
+
+def _jobs(run: RunFolder, scope: Scope, store: Store, *, make_policy: bool) -> list[tuple[Job, list[str]]]:
+    """Return what each model of the scope is to answer, with the splits of its dialogues."""
+    table = run.read("dialogues")
+    parts = [part if scope.limit is None else part.head(scope.limit)
+             for part in (table[table["split"] == split] for split in scope.splits)]  # fmt: skip
+    dialogues = pd.concat(parts)
+    jobs = []
+    for model in scope.models:
+        entry = _entry(run.profile, model)
+        backend = backend_for(entry, run.profile, _weights(run, entry, make_policy=make_policy), store)
+        jobs.append((job_for(dialogues, entry, run.profile, backend), dialogues["split"].tolist()))
+    return jobs
+
+
+def _weights(run: RunFolder, entry: AskedModel, *, make_policy: bool) -> str | Path:
+    """Return the weights of a model of this machine, as a folder or a name on the Hub."""
+    if not isinstance(entry, TransformersModel):
+        return ""
+    if entry.weights != "policy":
+        folder = PROJECT / entry.weights
+        return folder if folder.is_dir() else entry.weights
+    from persodpo.stages.policy import policy_folder, start_policy  # noqa: PLC0415 - only needed for local models
+
+    if not _is_small_policy(entry, run.profile):
+        return run.profile.policy.model
+    if not make_policy:
+        return policy_folder(run)
+    with run.locked(WAIT_SECONDS):
+        return start_policy(run)
+
+
+def _write_answers(run: RunFolder) -> StageReport:
+    """Write all that is stored for this run's prompts, whatever models and dialogues were asked last."""
+    profile = run.profile
+    with _store(run) as store:
+        jobs: list[tuple[Job, list[str]]] = []
+        for entry in profile.generation.backends:
+            # Under a backend that cannot be made, nothing can have been stored.
+            with suppress(PersodpoError):
+                jobs += _jobs(run, Scope((entry.model,)), store, make_policy=False)
+        frame = stored_answers(store, jobs, profile)
+    return _stage(run, "answers", frame, overwrite=False)
+
+
+def _asked_responses(profile: Profile, scope: Scope, overwrite: bool) -> StageReport:
+    """Write the responses of the models that are ranked."""
+    run = RunFolder(profile)
+    with _store(run) as store:
+        frame = stored_answers(store, _jobs(run, scope, store, make_policy=False), profile)
+    return _stage(
+        run, "responses", frame.sort_values("dialogue_id", kind="stable", ignore_index=True), overwrite=overwrite
+    )
+
+
+def _stage(run: RunFolder, name: str, frame: pd.DataFrame, *, overwrite: bool) -> StageReport:
+    """Write a table of answers, unless it is written already."""
+    content = digest_of({"rows": frame.astype(object).where(frame.notna(), None).to_dict("split")["data"]})
+    generation = run.profile.generation.model_dump(mode="json", exclude={"budget_usd"})
+    with run.locked(WAIT_SECONDS):
+        return run.stage(
+            name,
+            inputs={"dialogues": run.path("dialogues")},
+            settings={"generation": generation, "answers": content, "reading": run.profile.completions.reading},
+            outputs=[name],
+            code=[persodpo.generation.asking, persodpo.completions],
+            build=lambda targets: write_table(targets[name], name, frame),
+            overwrite=overwrite,
+        )
+
+
+def ranked_sets(profile: Profile) -> tuple[published.PublishedSet, ...]:
+    """Return the published train sets of the profile's models.
+
+    Raises:
+        PersodpoError: There are none of a model.
+    """
+    known = {which.model: which for which in published.TRAIN_SETS}
+    unknown = [model for model in profile.generation.models if model not in known]
+    if unknown:
+        names = ", ".join(known)
+        raise PersodpoError(f"generation.models: there are no published responses of '{unknown[0]}', only of {names}.")
+    return tuple(known[model] for model in profile.generation.models)
+
+
+def set_files(files: dict[str, Path], sets: Sequence[published.PublishedSet]) -> dict[str, Path]:
+    """Return the files of published sets by manifest path."""
+    return {name: files[name] for which in sets for name in (which.raw, which.metrics) if name}

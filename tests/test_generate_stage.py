@@ -1,0 +1,308 @@
+"""The generate stage and command: from a profile to the tables, through real servers and models."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import pytest
+import yaml
+from asking import Server, serving
+from faulty_server import completion
+from talker import make_talker
+from test_dialogues import focus_entry
+from typer.testing import CliRunner
+
+from persodpo import stages
+from persodpo.artifacts import PROJECT, RunFolder
+from persodpo.cli import app
+from persodpo.config import load_profile
+from persodpo.errors import PersodpoError
+from persodpo.settings import Profile
+
+COMMAND = str(Path(sys.executable).with_name("persodpo"))
+CANARY = "sk-canary/9d+1Z=="
+PRICES = {"input_per_million": 1.0, "output_per_million": 2.0}
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    with serving(tmp_path / "server.jsonl") as started:
+        yield started
+
+
+def endpoint(server: Server, model: str = "api", **changes: Any) -> dict[str, Any]:
+    fields = {"attempts": 2, "longest_wait_seconds": 0.05, "timeout_seconds": 5.0, "prices": PRICES}
+    return {"model": model, "kind": "openai", "base_url": server.url, **fields, **changes}
+
+
+def profile_of(
+    folder: Path, *backends: dict[str, Any], faults: dict[int, str] | None = None, **settings: str
+) -> Profile:
+    """A profile of 12 train and 4 valid dialogues in FoCus's own JSON."""
+    for split, count in (("train", 12), ("valid", 4)):
+        entries = [focus_entry(number + (100 if split == "valid" else 0)) for number in range(count)]
+        for number, mark in (faults or {}).items() if split == "train" else ():
+            entries[number]["persona"][0] += mark
+        (folder / f"{split}.json").write_text(json.dumps({"data": entries}))
+    plain = {
+        "name": "asked", "dialogues.source": "focus_json", "dialogues.train_size": "null",
+        "dialogues.train_file": folder / "train.json", "dialogues.valid_file": folder / "valid.json",
+        "generation.source": "models", "generation.models": json.dumps([entry["model"] for entry in backends]),
+        "generation.backends": json.dumps(backends, default=str),
+        **{f"paths.{name}": folder / name for name in ("runs", "figures", "release")}, **settings,
+    }  # fmt: skip
+    return load_profile("release", [f"{key}={value}" for key, value in plain.items()])
+
+
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(profile: Profile, folder: Path, *arguments: str) -> Done:
+    """Run the command on a profile's file, in this process."""
+    path = folder / "profile.yaml"
+    path.write_text(profile.to_yaml())
+    found = CliRunner().invoke(app, [*arguments, "--profile", str(path)])
+    if found.exception and not isinstance(found.exception, SystemExit | PersodpoError):
+        raise found.exception
+    said = str(found.exception) if isinstance(found.exception, PersodpoError) else ""
+    return Done(found.exit_code, found.stdout, found.stderr + said)
+
+
+def prompts_at(server: Server) -> list[str]:
+    return [event["prompt"] for event in server.received()]
+
+
+def test_all_kinds_of_models_become_one_table(server: Server, tmp_path: Path, one_thread: None) -> None:
+    talker = make_talker(tmp_path / "talker")
+    local = {"model": "local", "kind": "transformers", "weights": str(talker), "mode": "latency"}
+    fast = {**local, "model": "fast", "mode": "throughput"}
+    faults = {3: "<<fault=status_400>>", 5: "<<fault=length>>"}
+    profile = profile_of(tmp_path, endpoint(server), local, fast, faults=faults)
+    reports = stages.run_generate(profile)
+    assert [report.stage for report in reports] == ["dialogues", "answers", "responses"]
+    folder = RunFolder(profile)
+    table = folder.read("responses").set_index(["model", "dialogue_id"])
+    assert table.groupby("model").size().to_dict() == {"api": 12, "local": 12, "fast": 12}
+    prompts = dict(zip(folder.read("dialogues")["dialogue_id"], prompts_at(server), strict=False))
+    failed = table.loc[("api", "D3")]
+    assert (failed["outcome"], failed["completion"], failed["response"]) == ("api_error", None, None)
+    good = table.loc[("api", "D0")]
+    assert (good["outcome"], good["finish_reason"]) == ("ok", "stop")
+    assert good["completion"] in {completion(prompt) for prompt in prompts_at(server)}
+    assert table.loc[("api", "D5"), "finish_reason"] == "length"
+    assert table.loc["local", "batch_size"].eq(1).all()
+    assert table.loc["fast", "batch_size"].eq(12).all()
+    assert table.loc["api", "batch_size"].isna().all()
+    assert table.loc["local", "hardware"].str.endswith("float32").all()
+    answers = folder.read("answers").set_index(["model", "dialogue_id"])
+    assert answers.loc[("api", "D3"), "failure"] == "rejected"
+    assert answers.loc[("api", "D0"), "cost"] > 0
+    assert len(prompts) == 12
+    asked = len(prompts_at(server))
+    again = stages.run_generate(profile)
+    assert all(report.skipped for report in again)
+    assert len(prompts_at(server)) == asked
+
+
+def test_recorded_answers_are_replayed(server: Server, tmp_path: Path) -> None:
+    profile = profile_of(tmp_path, endpoint(server))
+    stages.run_generate(profile)
+    recorded = RunFolder(profile).path("responses")
+    asked = len(prompts_at(server))
+    replay = {"model": "again", "kind": "replay", "responses": str(recorded), "recorded_as": "api"}
+    second = profile_of(tmp_path, replay, name="second")
+    stages.run_generate(second)
+    columns = ["dialogue_id", "completion", "response", "outcome", "finish_reason", "response_time"]
+    first_table, second_table = (RunFolder(one).read("responses")[columns] for one in (profile, second))
+    pd.testing.assert_frame_equal(first_table, second_table)
+    assert len(prompts_at(server)) == asked
+    wrong = profile_of(tmp_path, {**replay, "recorded_as": "nobody"}, name="third")
+    with pytest.raises(PersodpoError, match=r"holds no completion of 'nobody'; set recorded_as to one of: api"):
+        stages.run_generate(wrong)
+
+
+def test_what_is_missing_is_said_and_asked_by_the_next_run(server: Server, tmp_path: Path) -> None:
+    profile = profile_of(tmp_path, endpoint(server), endpoint(server, "gone", base_url="http://127.0.0.1:9/v1"))
+    with pytest.raises(PersodpoError, match=r"Not every prompt is answered yet \(gone: .*12 left.*cannot be reached"):
+        stages.run_generate(profile)
+    assert len(prompts_at(server)) == 12
+    mended = profile_of(tmp_path, endpoint(server), endpoint(server, "gone"))
+    stages.run_generate(mended)
+    assert len(prompts_at(server)) == 24
+    assert len(RunFolder(mended).read("responses")) == 24
+
+
+def test_models_splits_and_limits(server: Server, tmp_path: Path) -> None:
+    profile = profile_of(tmp_path, endpoint(server, "one"), endpoint(server, "two"))
+    done = run(profile, tmp_path, "generate", "--models", "two", "--split", "valid", "--limit", "3")
+    assert done.returncode == 0, done.stderr
+    assert "two: 3 answered, 0 failed" in done.stdout
+    assert "answers (3 rows)" in done.stdout
+    done = run(profile, tmp_path, "generate", "--models", "one", "--limit", "2")
+    assert "one: 4 answered" in done.stdout
+    table = RunFolder(profile).read("answers")
+    assert table.groupby(["model", "split"]).size().to_dict() == {
+        ("two", "valid"): 3, ("one", "train"): 2, ("one", "valid"): 2,
+    }  # fmt: skip
+    assert table.loc[table["split"] == "train", "dialogue_id"].tolist() == ["D0", "D1"]
+
+
+def test_a_dry_run_sends_nothing_and_learns_from_what_is_stored(server: Server, tmp_path: Path) -> None:
+    profile = profile_of(tmp_path, endpoint(server), **{"generation.budget_usd": "0.5"})
+    before = run(profile, tmp_path, "generate", "--dry-run").stdout
+    assert "api: 16 of 16 requests to ask" in before
+    assert "from text lengths, nothing is stored yet" in before
+    assert "$0.0000 are spent, the budget is $0.50" in before
+    assert prompts_at(server) == []
+    assert not RunFolder(profile).answers.exists()
+    run(profile, tmp_path, "generate", "--models", "api", "--limit", "2")
+    after = run(profile, tmp_path, "generate", "--dry-run").stdout
+    assert "api: 12 of 16 requests to ask" in after
+    assert "from 4 stored answers" in after
+    (forecast,) = stages.run_forecast(profile, stages.Scope(("api",)))
+    stored = RunFolder(profile).read("answers")
+    assert forecast.completion_tokens == round(12 * stored["completion_tokens"].mean())
+    assert len(prompts_at(server)) == 4
+
+
+def test_the_budget_stops_before_it_is_passed_and_says_what_is_left(server: Server, tmp_path: Path) -> None:
+    profile = profile_of(tmp_path, endpoint(server, concurrency=2), **{"generation.budget_usd": "0.002"})
+    done = run(profile, tmp_path, "generate", "--models", "api")
+    assert done.returncode == 1
+    spent = RunFolder(profile).read("answers")["cost"].sum()
+    assert 0 < spent <= 0.002
+    left = 16 - len(prompts_at(server))
+    assert left > 0
+    assert f"{left} left to do: The budget of $0.002 is used up" in done.stdout
+    assert "raise generation.budget_usd" in done.stdout
+
+
+def test_failed_prompts_are_retried_on_request(server: Server, tmp_path: Path) -> None:
+    profile = profile_of(tmp_path, endpoint(server, attempts=1), faults={1: "<<fault=status_500 times=1>>"})
+    assert "1 failed (1 server_error)" in run(profile, tmp_path, "generate", "--models", "api").stdout
+    assert "16 stored before" in run(profile, tmp_path, "generate", "--models", "api").stdout
+    assert "1 answered, 0 failed, 15 stored before" in run(
+        profile, tmp_path, "generate", "--models", "api", "--retry-failed"
+    ).stdout  # fmt: skip
+    assert RunFolder(profile).read("answers")["outcome"].eq("ok").all()
+
+
+def test_two_commands_share_the_work(tmp_path: Path) -> None:
+    with serving(tmp_path / "server.jsonl", "--latency", "0.3") as server:
+        profile = profile_of(tmp_path, endpoint(server, concurrency=1))
+        stages.run_dialogues(profile)
+        path = tmp_path / "profile.yaml"
+        path.write_text(profile.to_yaml())
+        command = [COMMAND, "generate", "--models", "api", "--profile", str(path)]
+        started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=PROJECT) for _ in range(2)]
+        outputs = [process.communicate(timeout=120)[0] for process in started]
+        assert all(process.returncode == 0 for process in started)
+        prompts = prompts_at(server)
+    assert len(prompts) == len(set(prompts)) == 16, outputs
+    run(profile, tmp_path, "generate", "--models", "api")
+    assert len(RunFolder(profile).read("answers")) == 16
+
+
+def test_templates_formats_and_budgets_reach_the_server(server: Server, tmp_path: Path) -> None:
+    raw = endpoint(server, "raw", format="raw")
+    chat = endpoint(server, "chat", format="chat_with_system", structured_output=True, served_as="chat-1")
+    overrides = {"prompts.template": "chain_of_thought", "generation.token_budget": "corrected"}
+    profile = profile_of(tmp_path, raw, chat, **overrides)
+    stages.run_ask(profile, stages.Scope(("raw", "chat"), ("valid",), 1), progress=False)
+    first, second = sorted(server.received(), key=lambda event: event["path"], reverse=True)
+    assert (first["path"], second["path"]) == ("/v1/completions", "/v1/chat/completions")
+    assert first["fields"] == {"model": "raw", "temperature": 0.0, "max_tokens": 2 * (220 + 16)}
+    assert first["prompt"] == second["prompt"]
+    assert '"reasoning"' in first["prompt"]
+    schema = second["fields"]["response_format"]["json_schema"]["schema"]
+    assert schema["required"] == ["reasoning", "response"]
+    assert second["fields"]["model"] == "chat-1"
+    stages.run_ask(profile_of(tmp_path, raw, chat), stages.Scope(("raw",), ("valid",), 1), progress=False)
+    assert server.received()[-1]["fields"]["max_tokens"] == 110
+    assert len(server.received()) == 3  # another template and budget is another question
+
+
+def test_the_key_is_in_no_file_and_no_output(server: Server, tmp_path: Path) -> None:
+    faults = {0: "<<fault=echo>>", 1: "<<fault=status_400>>", 2: "<<fault=status_500>>"}
+    profile = profile_of(tmp_path, endpoint(server, api_key_env="LAB_KEY"), faults=faults)
+    (tmp_path / "profile.yaml").write_text(profile.to_yaml())
+    command = [COMMAND, "generate", "--profile", str(tmp_path / "profile.yaml")]
+    told = {
+        "capture_output": True,
+        "text": True,
+        "cwd": PROJECT,
+        "env": os.environ | {"LAB_KEY": CANARY},
+    }
+    outputs = [subprocess.run([*command, *more], check=True, **told) for more in ([], ["--dry-run"])]
+    assert {event["key"] for event in server.received()} == {f"Bearer {CANARY}"}
+    for done in outputs:
+        assert CANARY not in done.stdout + done.stderr
+    files = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
+    assert any(path.name == "answers.sqlite" for path in files)
+    for path in files:
+        assert CANARY.encode() not in path.read_bytes(), path
+    refused = run(profile, tmp_path, "generate", "--retry-failed")
+    assert "API key in the environment variable LAB_KEY, which is not set" in refused.stdout
+    assert refused.returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--models", "nobody"], "Model 'nobody' has no entry in generation.backends; there are: api."),
+        (["--split", "test"], "There is no split 'test'; name train or valid."),
+        (
+            ["--models", "api", "--set", "prompts.template=/nonexistent"],
+            "neither a shipped one (chain_of_thought, plain)",
+        ),
+        (["--models", "api", "--set", "prompts.system=/nonexistent"], "neither a shipped one"),
+        (["--set", "generation.models=[nobody]"], "'nobody' has no entry in backends; there are api"),
+        (["--set", "generation.backends=[{model: x, kind: carrier}]"], "'carrier'"),
+        (["--set", "generation.backends=[{model: x, kind: openai, base_ur: y}]"], "base_url is missing"),
+        (["--set", "generation.backends=[{model: x, kind: openai, base_url: y, concurency: 3}]"], "'concurrency'"),
+        (["--models", "api", "--limit", "0"], "greater than or equal to 1"),
+    ],
+)
+def test_bad_input_is_one_sentence(server: Server, tmp_path: Path, arguments: list[str], words: str) -> None:
+    done = run(profile_of(tmp_path, endpoint(server)), tmp_path, "generate", *arguments)
+    assert done.returncode != 0
+    assert words in " ".join(done.stderr.split()), done.stderr
+    assert "Traceback" not in done.stderr
+    assert server.received() == []
+
+
+def test_a_dialogue_without_a_context_is_named(server: Server, tmp_path: Path) -> None:
+    profile = profile_of(tmp_path, endpoint(server))
+    table = yaml.safe_load((tmp_path / "train.json").read_text())
+    table["data"][4]["utterance"][-1]["dialogue2"] = ["", "an answer"]
+    (tmp_path / "train.json").write_text(json.dumps(table))
+    done = run(profile, tmp_path, "generate")
+    assert "Dialogue 'D4' has no context to answer (1 such dialogues)" in done.stderr, done.stderr
+    assert server.received() == []
+
+
+def test_a_damaged_store_is_named_and_left_as_it_is(server: Server, tmp_path: Path) -> None:
+    profile = profile_of(tmp_path, endpoint(server))
+    stages.run_dialogues(profile)
+    damaged = RunFolder(profile).answers
+    damaged.write_bytes(b"not SQLite " * 1000)
+    done = run(profile, tmp_path, "generate", "--models", "api")
+    assert "answers.sqlite are damaged or the file is none of persodpo's" in done.stderr
+    assert damaged.read_bytes() == b"not SQLite " * 1000
+    assert server.received() == []
+
+
+def test_the_small_policy_needs_responses_first(tmp_path: Path, server: Server) -> None:
+    small = {"model": "small", "kind": "transformers", "weights": "policy"}
+    with pytest.raises(PersodpoError, match=r"is made from responses that are there already"):
+        stages.run_generate(profile_of(tmp_path, small))

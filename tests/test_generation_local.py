@@ -1,0 +1,382 @@
+"""Models of this machine: the same texts as one at a time, batches, times, adapters, chats, sampling, faults."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from talker import PLACES, SETTINGS, make_talker, question, reply
+from transformers import pipeline
+
+from persodpo.completions import KEY
+from persodpo.generation import decoding, local
+from persodpo.generation.engine import Job, generate, generate_all
+from persodpo.generation.local import TransformersBackend
+from persodpo.generation.requests import Answer, Request, request_key
+from persodpo.generation.stopping import ObjectEnd
+from persodpo.generation.store import Store
+from persodpo.settings import TransformersModel
+from persodpo.training.policy import load_policy
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+MESSAGES = ({"role": "user", "content": question("Rome")},)
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_talker(tmp_path_factory.mktemp("talker") / "model")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    with Store(tmp_path / "answers.sqlite") as opened:
+        yield opened
+
+
+def backend(weights: Path | str, **changes) -> TransformersBackend:
+    settings = {"kind": "transformers", "model": "talker", "weights": str(weights), "batch_size": 8, **changes}
+    return TransformersBackend(TransformersModel(**settings), weights)
+
+
+def ask(prompt, name: str = "", tokens: int = 30, **changes) -> Request:
+    fields = {"temperature": 0.0, "seed": None, "template": "t", **changes}
+    return Request(name or str(prompt), prompt, tokens, **fields)
+
+
+def questions(count: int = 40) -> list[Request]:
+    return [ask(question(PLACES[n % 8], n % 5), name=str(n)) for n in range(count)]
+
+
+def answers(store: Store, asked: list[Request], via: TransformersBackend) -> list[Answer]:
+    return [entry.answer for _, entry in store.entries([request_key(request, via) for request in asked])]
+
+
+def released_way(weights: Path, asked: list[Request]) -> list[str]:
+    """One prompt at a time through transformers' own pipeline, greedily."""
+    model, tokenizer = load_policy(weights)
+    write = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    return [
+        write(one.prompt, max_new_tokens=one.max_new_tokens, do_sample=False, return_full_text=False)[0][
+            "generated_text"
+        ]
+        for one in asked
+    ]
+
+
+def test_batches_say_what_one_at_a_time_says(talker: Path, store: Store) -> None:
+    asked = [*questions(), *(ask(question(place), tokens=5) for place in PLACES)]
+    via = backend(talker)
+    summary = generate(asked, via, store)
+    found = answers(store, asked, via)
+    assert [answer.completion for answer in found] == released_way(talker, asked)
+    assert found[3].completion == reply(PLACES[3])
+    assert (found[3].finish_reason, found[-1].finish_reason) == ("stop", "length")
+    assert (summary.outcomes, summary.truncated) == (Counter(ok=40, truncated=8), 8)
+    tokenizer = load_policy(talker)[1]
+    for request, answer in zip(asked, found, strict=True):
+        assert answer.prompt_tokens == len(tokenizer(request.prompt)["input_ids"])
+        assert answer.completion_tokens == len(tokenizer(answer.completion)["input_ids"])
+
+
+def test_modes_are_different_measurements(talker: Path, store: Store) -> None:
+    asked = questions(20)
+    together, alone = backend(talker), backend(talker, mode="latency")
+    generate(asked, together, store)
+    assert generate(asked, alone, store).answered == 20
+    assert {answer.batch_size for answer in answers(store, asked, alone)} == {1}
+    sizes = [answer.batch_size for answer in answers(store, asked, together)]
+    assert max(sizes) == 8
+    assert sum(1 / size for size in sizes) == pytest.approx(3)  # 8 + 8 + 4
+    for answer in answers(store, asked, alone) + answers(store, asked, together):
+        assert answer.latency > 0
+        assert answer.hardware.endswith("1 threads, float32")
+    assert generate(asked, alone, store).skipped == generate(asked, backend(talker, batch_size=4), store).skipped == 20
+
+
+def test_prompts_of_like_length_are_answered_together(talker: Path, store: Store, monkeypatch) -> None:
+    batches = []
+    decode = decoding.Decoder.answer
+
+    def watched(self, requests):
+        batches.append([request.prompt_bytes for request in requests])
+        return decode(self, requests)
+
+    monkeypatch.setattr(decoding.Decoder, "answer", watched)
+    asked = questions(40)
+    generate(asked, backend(talker), store)
+    longest_first = sorted((request.prompt_bytes for request in asked), reverse=True)
+    assert [sorted(batch, reverse=True) for batch in batches] == [longest_first[n : n + 8] for n in range(0, 40, 8)]
+
+
+def test_nothing_is_loaded_where_nothing_is_to_be_asked(talker: Path, store: Store, monkeypatch) -> None:
+    generate(questions(), backend(talker), store)
+    monkeypatch.setattr(decoding, "load_policy", lambda *_, **__: pytest.fail("loaded"))
+    assert generate(questions(), backend(talker), store).skipped == 40
+
+
+def test_other_weights_are_another_model(talker: Path, store: Store, tmp_path: Path) -> None:
+    generate(questions(4), backend(talker), store)
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in talker.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    assert generate(questions(4), backend(other), store).skipped == 4
+    weights = load_file(other / "model.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    assert generate(questions(4), backend(other), store).answered == 4
+
+
+# Ends of objects
+
+
+def answer_end(text: str) -> int | None:
+    """Where the first object with the key ends, found by decoding from every outer brace."""
+    place = 0
+    while (start := text.find("{", place)) >= 0:
+        try:
+            value, end = json.JSONDecoder().raw_decode(text, start)
+        except ValueError:
+            return None  # an outer brace that opens no object: what follows lies in it
+        if isinstance(value, dict) and KEY in value:
+            return end
+        place = end
+    return None
+
+
+VALUES = st.recursive(
+    st.text() | st.integers() | st.none(),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([KEY, "a", '"{', "}"]), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@given(st.lists(VALUES.map(json.dumps) | st.text("ab \\\"}'\n", max_size=8), max_size=5), st.integers(1, 7))
+def test_the_end_of_the_answer_is_seen_however_it_is_cut(parts: list[str], size: int) -> None:
+    text = "".join(parts)
+    watch, seen = ObjectEnd(), None
+    for start in range(0, len(text), size):
+        if watch.feed(text[start : start + size]):
+            seen = start
+            break
+    end = answer_end(text)
+    assert seen == (None if end is None else (end - 1) // size * size)
+
+
+def test_completions_stop_at_their_closed_object(talker: Path, store: Store, monkeypatch) -> None:
+    """A model whose end token never comes goes on after its object, unless it is stopped."""
+    config = decoding.Decoder._greedy
+
+    def endless(self, tokens):
+        made = config(self, tokens)
+        made.eos_token_id = None
+        made.suppress_tokens = sorted(self._end_tokens())
+        return made
+
+    monkeypatch.setattr(decoding.Decoder, "_greedy", endless)
+    stopping, going_on = backend(talker, stop_at_json=True), backend(talker)
+    asked = questions(10)
+    for via in (stopping, going_on):
+        assert generate(asked, via, store).answered == 10
+    for request, short, long in zip(
+        asked, answers(store, asked, stopping), answers(store, asked, going_on), strict=True
+    ):
+        assert long.completion.startswith(short.completion)
+        assert (short.finish_reason, long.finish_reason) == ("stop", "length")
+        assert short.completion == reply(PLACES[int(request.dialogue_id) % 8])
+        assert short.completion_tokens < long.completion_tokens == 30
+
+
+# Sampling
+
+
+def test_a_seed_gives_the_same_text_whatever_else_is_in_the_batch(talker: Path, store: Store) -> None:
+    asked = [ask(question(place), temperature=20.0, seed=7) for place in PLACES]
+    generate(asked, backend(talker), store)
+    generate(asked, backend(talker, mode="latency"), store)
+    together, alone = (answers(store, asked, backend(talker, mode=mode)) for mode in ("throughput", "latency"))
+    assert [answer.completion for answer in together] == [answer.completion for answer in alone]
+    other = [ask(question(place), temperature=20.0, seed=8) for place in PLACES]
+    generate(other, backend(talker), store)
+    again = [answer.completion for answer in answers(store, other, backend(talker))]
+    assert again != [answer.completion for answer in together]
+
+
+def test_tokens_are_drawn_from_the_softmax() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, -30.0]])
+    drawing = decoding._Drawing(2.0, [torch.Generator().manual_seed(1)])
+    counts = Counter(drawing(torch.empty(1, 0), logits).argmax().item() for _ in range(4000))
+    for token, share in enumerate(torch.softmax(logits[0] / 2.0, 0).tolist()):
+        assert abs(counts[token] / 4000 - share) < 4 * math.sqrt(share * (1 - share) / 4000) + 1e-6
+
+
+# Chats, adapters
+
+
+def with_template(talker: Path, folder: Path, template: str) -> Path:
+    folder.mkdir()
+    for path in talker.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+def test_a_chat_is_written_by_the_tokenizers_own_template(talker: Path, store: Store, tmp_path: Path) -> None:
+    via = backend(with_template(talker, tmp_path / "chatty", TEMPLATE), format="chat")
+    generate([ask(MESSAGES, name="Rome")], via, store)
+    assert answers(store, [ask(MESSAGES, name="Rome")], via)[0].completion == reply("Rome")
+
+
+@pytest.mark.parametrize(
+    ("template", "form"),
+    [(None, "chat"), ("{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}",
+                      "chat_with_system")],
+)  # fmt: skip
+def test_a_format_that_the_tokenizer_cannot_write(talker: Path, store: Store, tmp_path: Path, template, form) -> None:
+    folder = with_template(talker, tmp_path / "m", template) if template else talker
+    summary = generate([ask(MESSAGES, name="a"), ask(MESSAGES, name="b")], backend(folder, format=form), store)
+    assert f"cannot write format {form}" in summary.stopped
+    assert summary.left == 1  # the two are one prompt
+    assert summary.answered == 0
+
+
+def test_an_adapter_changes_the_answers(talker: Path, store: Store, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(load_policy(talker)[0], LoraConfig(r=4, target_modules="all-linear"))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    model.save_pretrained(tmp_path / "adapter")
+    via = backend(talker, adapter=tmp_path / "adapter")
+    generate(questions(4), via, store)
+    generate(questions(4), backend(talker), store)
+    plain = [answer.completion for answer in answers(store, questions(4), backend(talker))]
+    assert [answer.completion for answer in answers(store, questions(4), via)] != plain
+
+
+def test_adapters_are_read_from_safetensors_only(talker: Path, store: Store, tmp_path: Path) -> None:
+    folder = tmp_path / "pickled"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.bin").write_bytes(b"would be unpickled")
+    summary = generate(questions(2), backend(talker, adapter=folder), store)
+    assert "holds no adapter_model.safetensors" in summary.stopped
+
+
+# Faults
+
+
+def test_a_prompt_that_is_too_long_fails_alone(talker: Path, store: Store) -> None:
+    long = ask(question("Rome", turns=60))
+    via = backend(talker)
+    summary = generate([*questions(3), long], via, store)
+    assert (summary.answered, summary.failed) == (3, {"context_too_long": 1})
+    error = answers(store, [long], via)[0].error
+    assert f"do not fit the {SETTINGS.max_length} tokens that talker takes" in error
+
+
+def test_a_model_that_cannot_be_loaded_stops_alone(talker: Path, store: Store, tmp_path: Path) -> None:
+    missing, good = backend(tmp_path / "nowhere", model="missing"), backend(talker)
+    first, second = generate_all([Job(questions(), missing), Job(questions(), good)], store)
+    assert "nowhere' cannot be loaded" in first.stopped
+    assert (first.left, second.answered) == (40, 40)
+
+
+def test_a_batch_that_does_not_fit_the_memory_is_halved(talker: Path, store: Store, monkeypatch) -> None:
+    decode = decoding.Decoder._decode
+
+    def short_of_memory(self, ids, requests):
+        if len(ids) > 3:
+            raise torch.OutOfMemoryError("out of memory")
+        return decode(self, ids, requests)
+
+    monkeypatch.setattr(decoding.Decoder, "_decode", short_of_memory)
+    via = backend(talker)
+    assert generate(questions(20), via, store).answered == 20
+    assert {answer.batch_size for answer in answers(store, questions(20), via)} == {2}
+    monkeypatch.setattr(decoding.Decoder, "_decode", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none")))
+    stopped = generate([ask("another")], via, store)
+    assert "runs out of GPU memory on a single prompt" in stopped.stopped
+    assert stopped.left == 1
+
+
+def test_local_models_take_turns_after_the_endpoints(talker: Path, store: Store, monkeypatch) -> None:
+    events = []
+    load = decoding.load_policy
+
+    def noted(*arguments, **options):
+        events.append("load")
+        return load(*arguments, **options)
+
+    answered = local._Session.answer
+
+    async def noting(self, request):
+        found = await answered(self, request)
+        events.append("answer")
+        return found
+
+    monkeypatch.setattr(decoding, "load_policy", noted)
+    monkeypatch.setattr(local._Session, "answer", noting)
+    jobs = [Job(questions(6), backend(talker, model=name)) for name in ("one", "two")]
+    assert [summary.answered for summary in generate_all(jobs, store)] == [6, 6]
+    assert events == ["load", *["answer"] * 6] * 2
+
+
+ENDLESS = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(1)
+from test_generation_local import ask, backend, question
+from persodpo.generation import decoding
+from persodpo.generation.engine import generate
+from persodpo.generation.store import Store
+config = decoding.Decoder._greedy
+def endless(self, tokens):
+    print("decoding", flush=True)
+    made = config(self, tokens)
+    made.suppress_tokens = sorted(self._end_tokens())
+    return made
+decoding.Decoder._greedy = endless
+load = decoding.Decoder.__init__
+def without_limit(self, *given):
+    load(self, *given)
+    self._limit = None
+decoding.Decoder.__init__ = without_limit
+with Store(Path(sys.argv[3])) as store:
+    generate([ask(question(place), tokens=100_000) for place in ("Rome", "Oslo")], backend(Path(sys.argv[2])), store)
+"""
+
+
+def test_an_interrupt_ends_a_batch_and_stores_no_half_answer(talker: Path, tmp_path: Path) -> None:
+    path = tmp_path / "answers.sqlite"
+    command = [sys.executable, "-c", ENDLESS, str(Path(__file__).parent), str(talker), str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "decoding\n"
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        started = time.monotonic()
+        process.wait(timeout=60)
+    assert time.monotonic() - started < 20
+    assert process.returncode != 0
+    asked = [ask(question(place), tokens=100_000) for place in ("Rome", "Oslo")]
+    with Store(path) as store:
+        assert [entry for _, entry in store.entries([request_key(one, backend(talker)) for one in asked])] == [
+            None,
+            None,
+        ]

@@ -1,0 +1,104 @@
+"""`transformers serve` as the endpoint: the client talks to a real server of a real, small model."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from asking import backend
+from talker import CHATML, PLACES, in_chatml, make_talker, question, reply
+
+from persodpo.generation.engine import generate
+from persodpo.generation.local import TransformersBackend
+from persodpo.generation.requests import Request, request_key
+from persodpo.generation.store import Store
+from persodpo.settings import TransformersModel
+
+TRANSFORMERS = str(Path(sys.executable).with_name("transformers"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_talker(tmp_path_factory.mktemp("served") / "talker", in_chatml)
+    (folder / "chat_template.jinja").write_text(CHATML)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(model: Path) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [TRANSFORMERS, "serve", str(model), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            wait_until_it_answers(f"http://127.0.0.1:{port}", process)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            process.terminate()
+
+
+def wait_until_it_answers(address: str, process: subprocess.Popen) -> None:
+    for _ in range(240):
+        assert process.poll() is None, "transformers serve has ended"
+        try:
+            if httpx.get(f"{address}/health", timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.25)
+    pytest.fail("transformers serve did not answer within a minute")
+
+
+def chat(text: str, tokens: int = 30) -> Request:
+    return Request(text, ({"role": "user", "content": text},), tokens, 0.0, None, "t")
+
+
+def raw(text: str) -> Request:
+    return Request(text, in_chatml(text), 30, 0.0, None, "t")
+
+
+def test_a_served_model_answers_chats_and_raw_prompts(url: str, model: Path, tmp_path: Path) -> None:
+    via = backend(url, served_as=str(model), timeout_seconds=60.0)
+    asked = [*(chat(question(place)) for place in PLACES), *(raw(question(place)) for place in PLACES)]
+    with Store(tmp_path / "answers.sqlite") as store:
+        assert generate(asked, via, store).answered == 16
+        found = [entry.answer for _, entry in store.entries([request_key(one, via) for one in asked])]
+        assert generate(asked, via, store).skipped == 16
+    here = TransformersBackend(TransformersModel(kind="transformers", model="here", weights=str(model)), model)
+    with Store(tmp_path / "here.sqlite") as store:
+        generate(asked[8:], here, store)
+        texts = [entry.answer.completion for _, entry in store.entries([request_key(one, here) for one in asked[8:]])]
+    assert [answer.completion for answer in found] == texts * 2
+    assert texts[0] == reply(PLACES[0])
+    for answer in found[:8]:
+        assert answer.finish_reason == "stop"
+        assert answer.prompt_tokens > 5
+        assert answer.completion_tokens >= 5
+        assert answer.latency > 0
+
+
+def test_an_answer_that_is_cut_off_says_so(url: str, model: Path, tmp_path: Path) -> None:
+    via = backend(url, served_as=str(model), timeout_seconds=60.0)
+    with Store(tmp_path / "answers.sqlite") as store:
+        summary = generate([chat(question("Rome"), tokens=7)], via, store)
+    assert summary.truncated == 1
+    assert summary.outcomes == {"truncated": 1}
+
+
+def test_a_model_that_is_not_served_is_named(url: str, tmp_path: Path) -> None:
+    via = backend(url, served_as="no/such-model", attempts=1)
+    with Store(tmp_path / "answers.sqlite") as store:
+        summary = generate([chat("x")], via, store)
+        ((_, entry),) = store.entries([request_key(chat("x"), via)])
+    assert summary.answered == 0
+    assert entry.answer.failure == "rejected"
+    assert "no/such-model" in entry.answer.error
