@@ -94,14 +94,14 @@ def run_computed(profile: Profile, overwrite: bool = False) -> StageReport:
     """
     run = RunFolder(profile)
     small = small_scorers(run)
-    scorers = [computed.make_scorer(metric, profile.scoring.compute, small) for metric in quality.METRICS]
+    scorers = _scorers(profile, small)
     # Models that are asked answer no held-out prompts here.
     wanted = TABLES if profile.generation.source == "published" else TABLES[:1]
     answers = {table: table.replace("scores", "responses") for table in wanted}
     notes: list[str] = []
 
     def build(targets: Targets) -> None:
-        with ScoreCache(cache_path(run)) as cache:
+        with ScoreCache(score_cache(run)) as cache:
             found = [verdict for scorer in scorers for verdict in probes.probe_once(scorer, cache)]
             _warnings(profile, found)
             tables = {table: run.read(name) for table, name in answers.items()}
@@ -132,7 +132,16 @@ def _warnings(profile: Profile, found: Sequence[probes.Verdict]) -> list[str]:
     return probes.admit(found, quality.effective_weights(profile.scoring), accepted)
 
 
-def cache_path(run: RunFolder) -> Path:
+def profile_scorers(profile: Profile) -> list[Scorer]:
+    """Return the profile's four scorers, in the order of the metrics; small models are made if need be."""
+    return _scorers(profile, small_scorers(RunFolder(profile)))
+
+
+def _scorers(profile: Profile, small: Mapping[str, str]) -> list[Scorer]:
+    return [computed.make_scorer(metric, profile.scoring.compute, small) for metric in quality.METRICS]
+
+
+def score_cache(run: RunFolder) -> Path:
     """Return the file that keeps the scores of all runs beside this one."""
     return run.root.with_name(CACHE)
 
