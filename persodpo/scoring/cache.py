@@ -55,7 +55,9 @@ class Told(NamedTuple):
 
 def text_key(texts: Sequence[str]) -> bytes:
     """Return the sha256 of a text tuple; texts with other bounds give another one."""
-    return hashlib.sha256(json.dumps(texts, ensure_ascii=True).encode()).digest()
+    # A lone surrogate is no Unicode text, but a model may write one.
+    parts = [text.encode("utf-8", "surrogatepass") for text in texts]
+    return hashlib.sha256(b"".join([f"{[len(part) for part in parts]}".encode(), *parts])).digest()
 
 
 class ScoreCache:

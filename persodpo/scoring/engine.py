@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from typing import NamedTuple, Protocol
 
@@ -108,8 +109,13 @@ class Tally:
 
 def fingerprint(scorer: Scorer) -> str:
     """Return the digest of all that shapes a scorer's values: what it says of itself, and the source it runs."""
-    sources = _sources(type(scorer).__module__, {})
-    return digest_of({"name": scorer.name, "identity": dict(scorer.identity()), "code": sources})
+    code = _source_digest(type(scorer).__module__)
+    return digest_of({"name": scorer.name, "identity": dict(scorer.identity()), "code": code})
+
+
+@cache
+def _source_digest(module: str) -> str:
+    return digest_of(_sources(module, {}))
 
 
 def _sources(name: str, found: dict[str, str]) -> dict[str, str]:
@@ -132,7 +138,7 @@ def _sources(name: str, found: dict[str, str]) -> dict[str, str]:
 def score_items(
     scorer: Scorer,
     asked: Iterable[Asked],
-    cache: ScoreCache,
+    store: ScoreCache,
     *,
     backend: Backend = LOCAL,
     portion: int | None = None,
@@ -144,7 +150,7 @@ def score_items(
     Args:
         scorer: The scorer.
         asked: Responses; looked at once, a portion at a time.
-        cache: Where scores are found and kept.
+        store: Where scores are found and kept.
         backend: What scores the batches.
         portion: Responses looked at together, the backend's own number if None; texts are sorted by length within it.
         batch: Texts handed to the scorer, and written to the cache, together.
@@ -158,7 +164,7 @@ def score_items(
             Batches that were finished before stay in the cache.
     """
     started = time.perf_counter()
-    number, last = cache.scorer(scorer.name, fingerprint(scorer)), cache.begin()
+    number, last = store.scorer(scorer.name, fingerprint(scorer)), store.begin()
     values: list[np.ndarray] = []
     empty = 0
     remaining = iter(asked)
@@ -167,10 +173,10 @@ def score_items(
         total=total, desc=scorer.name, unit=" responses", leave=False, disable=not (progress and sys.stderr.isatty())
     ) as bar:
         while part := list(islice(remaining, portion or backend.portion)):
-            values.append(_score_portion(scorer, part, cache, number=number, backend=backend, batch=batch))
+            values.append(_score_portion(scorer, part, store, number=number, backend=backend, batch=batch))
             empty += sum(not one.item.personas for one in part)
             bar.update(len(part))
-    told = cache.told(number, last)
+    told = store.told(number, last)
     found = np.concatenate(values) if values else np.empty(0)
     tally = Tally(
         scorer.name, len(found), empty, told.distinct, told.scored, told.truncated, told.notes,
@@ -180,13 +186,13 @@ def score_items(
 
 
 def _score_portion(
-    scorer: Scorer, part: Sequence[Asked], cache: ScoreCache, *, number: int, backend: Backend, batch: int
+    scorer: Scorer, part: Sequence[Asked], store: ScoreCache, *, number: int, backend: Backend, batch: int
 ) -> np.ndarray:
     """Return the values of a portion of responses; what the cache lacks is scored and stored."""
     texts = [scorer.texts(one.item) for one in part]
     keys = [text_key(found) for found in texts]
     distinct = dict(zip(keys, range(len(keys)), strict=True))
-    known = cache.find(number, list(distinct))
+    known = store.find(number, list(distinct))
     missing = [place for key, place in distinct.items() if key not in known]
     missing.sort(key=lambda place: sum(map(len, texts[place])), reverse=True)
     batches = [missing[start : start + batch] for start in range(0, len(missing), batch)]
@@ -194,7 +200,7 @@ def _score_portion(
         places = batches[which]
         _check(scorer, [part[place].label for place in places], scored)
         fresh = [keys[place] for place in places]
-        cache.store(number, fresh, scored)
+        store.store(number, fresh, scored)
         known.update(zip(fresh, map(float, scored.values), strict=True))
     lost = [part[distinct[key]].label for key in keys if key not in known]
     if lost:

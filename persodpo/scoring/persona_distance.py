@@ -11,6 +11,7 @@ from __future__ import annotations
 import string
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -28,6 +29,7 @@ from persodpo.settings import Correction
 PUNCTUATION = string.punctuation + "‘’“”–—…"
 #: Texts whose words are averaged at a time; it bounds memory.
 CHUNK = 4096
+_UNKNOWN, _STOP = -1, -2
 
 
 class Embedded(NamedTuple):
@@ -81,32 +83,36 @@ class WordMeans:
             "stop_words": digest_of({"words": sorted(STOP_WORDS)}),
         }  # fmt: skip
 
-    def tokens(self, text: str) -> list[str]:
-        """Return the words of ``text`` that are looked up, in their order."""
+    @cached_property
+    def _codes(self) -> dict[str, int]:
+        """Word -> its row, or that it is a stop word; one look-up a word is what most of the time goes into."""
+        return {**self.table.rows, **dict.fromkeys(STOP_WORDS, _STOP)}
+
+    def _words(self, text: str) -> list[str]:
         words = text.lower().split()
         if self.words == "corrected":
             words = [stripped for word in words if (stripped := word.strip(PUNCTUATION))]
-        return [word for word in words if word not in STOP_WORDS]
+        return words
 
     def embed(self, texts: Sequence[str]) -> Embedded:
         """Average word vectors, in float64."""
-        rows, vectors = self.table.rows, self.table.vectors
-        means = np.zeros((len(texts), vectors.shape[1]))
-        looked_up, missing = np.zeros(len(texts), dtype=np.int64), np.zeros(len(texts), dtype=np.int64)
-        for start in range(0, len(texts), CHUNK):
-            part = slice(start, start + CHUNK)
-            words = [self.tokens(text) for text in texts[part]]
-            known = [[row for word in found if (row := rows.get(word)) is not None] for found in words]
-            counts = np.array([len(found) for found in known])
-            looked_up[part] = [len(found) for found in words]
-            missing[part] = looked_up[part] - counts
-            used, places = np.unique(np.concatenate([np.array(f, dtype=np.int64) for f in known]), return_inverse=True)
-            bounds = np.concatenate([[0], np.cumsum(counts)])
-            # Words stand in a row's own order, so the sum of one text does not depend on its neighbours.
-            counter = csr_matrix((np.ones(len(places)), places, bounds), shape=(len(counts), max(1, len(used))))
-            sums = counter @ vectors[used].astype(np.float64) if len(used) else 0.0
-            means[part] = sums / np.maximum(counts, 1)[:, None]
-        return Embedded(means, np.zeros(len(texts), dtype=bool), looked_up, missing)
+        parts = [self._embed(texts[start : start + CHUNK]) for start in range(0, len(texts), CHUNK)]
+        return Embedded(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+    def _embed(self, texts: Sequence[str]) -> Embedded:
+        look_up = self._codes.get
+        coded = [[look_up(word, _UNKNOWN) for word in self._words(text)] for text in texts]
+        codes = np.fromiter(chain.from_iterable(coded), dtype=np.int64)
+        owner = np.repeat(np.arange(len(texts)), [len(found) for found in coded])
+        known = codes >= 0
+        counts, missing = (np.bincount(owner[which], minlength=len(texts)) for which in (known, codes == _UNKNOWN))
+        used, places = np.unique(codes[known], return_inverse=True)
+        bounds = np.concatenate([[0], np.cumsum(counts)])
+        # Words stand in a row's own order, so the sum of one text does not depend on its neighbours.
+        counter = csr_matrix((np.ones(len(places)), places, bounds), shape=(len(texts), max(1, len(used))))
+        vectors = self.table.vectors[used if len(used) else [0]].astype(np.float64)
+        means = (counter @ vectors) / np.maximum(counts, 1)[:, None]
+        return Embedded(means, np.zeros(len(texts), dtype=bool), counts + missing, missing)
 
 
 class SentenceVectors:
