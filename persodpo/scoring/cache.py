@@ -55,9 +55,12 @@ class Told(NamedTuple):
 
 def text_key(texts: Sequence[str]) -> bytes:
     """Return the sha256 of a text tuple; texts with other bounds give another one."""
-    # A lone surrogate is no Unicode text, but a model may write one.
-    parts = [text.encode("utf-8", "surrogatepass") for text in texts]
-    return hashlib.sha256(b"".join([f"{[len(part) for part in parts]}".encode(), *parts])).digest()
+    digest = hashlib.sha256()
+    for text in texts:
+        # A lone surrogate is no Unicode text, but a model may write one.
+        part = text.encode("utf-8", "surrogatepass")
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.digest()
 
 
 class ScoreCache:

@@ -142,7 +142,7 @@ def score_items(
     *,
     backend: Backend = LOCAL,
     portion: int | None = None,
-    batch: int = BATCH,
+    batch: int | None = None,
     progress: bool = True,
 ) -> tuple[np.ndarray, Tally]:
     """Score responses.
@@ -153,7 +153,8 @@ def score_items(
         store: Where scores are found and kept.
         backend: What scores the batches.
         portion: Responses looked at together, the backend's own number if None; texts are sorted by length within it.
-        batch: Texts handed to the scorer, and written to the cache, together.
+        batch: Texts handed to the scorer, and written to the cache, together; if None, the scorer's ``batch_texts``, or
+            256.
         progress: Show a progress bar, on a terminal.
 
     Returns:
@@ -165,6 +166,7 @@ def score_items(
     """
     started = time.perf_counter()
     number, last = store.scorer(scorer.name, fingerprint(scorer)), store.begin()
+    batch = batch or getattr(scorer, "batch_texts", BATCH)
     values: list[np.ndarray] = []
     empty = 0
     remaining = iter(asked)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import string
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -79,9 +79,13 @@ class WordMeans:
     def identity(self) -> Mapping[str, object]:
         """Return the vectors' sha256 and how words are taken."""
         return {
-            "kind": "word vectors", "sha256": vectors_sha256(self.path), "words": self.words,
+            "kind": "word vectors", "sha256": self._sha256, "words": self.words,
             "stop_words": digest_of({"words": sorted(STOP_WORDS)}),
         }  # fmt: skip
+
+    @cached_property
+    def _sha256(self) -> str:
+        return vectors_sha256(self.path)
 
     @cached_property
     def _codes(self) -> dict[str, int]:
@@ -100,19 +104,32 @@ class WordMeans:
         return Embedded(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
     def _embed(self, texts: Sequence[str]) -> Embedded:
-        look_up = self._codes.get
-        coded = [[look_up(word, _UNKNOWN) for word in self._words(text)] for text in texts]
-        codes = np.fromiter(chain.from_iterable(coded), dtype=np.int64)
-        owner = np.repeat(np.arange(len(texts)), [len(found) for found in coded])
+        words = [self._words(text) for text in texts]
+        coded = map(self._codes.get, chain.from_iterable(words), repeat(_UNKNOWN))
+        owner = np.repeat(np.arange(len(texts)), [len(found) for found in words])
+        codes = np.fromiter(coded, dtype=np.int64, count=len(owner))
         known = codes >= 0
         counts, missing = (np.bincount(owner[which], minlength=len(texts)) for which in (known, codes == _UNKNOWN))
-        used, places = np.unique(codes[known], return_inverse=True)
+        used, places = _numbered(codes[known], len(self.table.vectors))
         bounds = np.concatenate([[0], np.cumsum(counts)])
         # Words stand in a row's own order, so the sum of one text does not depend on its neighbours.
         counter = csr_matrix((np.ones(len(places)), places, bounds), shape=(len(texts), max(1, len(used))))
         vectors = self.table.vectors[used if len(used) else [0]].astype(np.float64)
         means = (counter @ vectors) / np.maximum(counts, 1)[:, None]
         return Embedded(means, np.zeros(len(texts), dtype=bool), counts + missing, missing)
+
+
+def _numbered(rows: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the distinct ``rows``, ascending, and the place of each row among them."""
+    if size > 8 * len(rows):
+        used, places = np.unique(rows, return_inverse=True)
+        return used, places
+    # A look-up table is faster than sorting where it is small.
+    table = np.zeros(size, dtype=np.int64)
+    table[rows] = 1
+    used = np.flatnonzero(table)
+    table[used] = np.arange(len(used))
+    return used, table[rows]
 
 
 class SentenceVectors:
@@ -180,6 +197,8 @@ class PersonaDistance:
     """Cosine of persona and response, -1 to 1; 0 where either has nothing to go by."""
 
     name = "persona_distance"
+    #: Texts that the engine hands over together: cheap ones, of which many share a persona.
+    batch_texts = 4096
 
     def __init__(self, embedder: WordMeans | SentenceVectors) -> None:
         """Take the vectors of `WordMeans` or `SentenceVectors`."""
