@@ -166,7 +166,7 @@ def score_items(
     """
     started = time.perf_counter()
     number, last = store.scorer(scorer.name, fingerprint(scorer)), store.begin()
-    batch = batch or getattr(scorer, "batch_texts", BATCH)
+    size: int = getattr(scorer, "batch_texts", BATCH) if batch is None else batch
     values: list[np.ndarray] = []
     empty = 0
     remaining = iter(asked)
@@ -175,7 +175,7 @@ def score_items(
         total=total, desc=scorer.name, unit=" responses", leave=False, disable=not (progress and sys.stderr.isatty())
     ) as bar:
         while part := list(islice(remaining, portion or backend.portion)):
-            values.append(_score_portion(scorer, part, store, number=number, backend=backend, batch=batch))
+            values.append(_score_portion(scorer, part, store, number=number, backend=backend, batch=size))
             empty += sum(not one.item.personas for one in part)
             bar.update(len(part))
     told = store.told(number, last)
