@@ -9,7 +9,7 @@ LOCKED  := $(VENV)/.built-from-lock
 STAMP   := $(VENV)/.installed
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
-.PHONY: reproduce test test-slow lint format figures lab bench-pairs bench-generate bench-train bench-batches lock clean
+.PHONY: reproduce test test-slow lint format figures lab bench-pairs bench-generate bench-train bench-batches bench-score lock clean
 
 reproduce: $(STAMP)  ## run every notebook in order under PROFILE
 	$(BIN)/persodpo reproduce --profile $(PROFILE) $(foreach s,$(SET),--set $(s))
@@ -47,6 +47,9 @@ bench-train: $(STAMP)  ## the trainer's ladder against TRL; needs the pairs (per
 
 bench-batches: $(STAMP)  ## whole prompts a step against shuffled pairs, over seeds
 	$(BIN)/python benchmarks/bench_batches.py
+
+bench-score: $(STAMP)  ## scorers against the released loops, growth, a full cache; needs the published files
+	$(BIN)/python benchmarks/bench_score.py
 
 $(LOCKED): requirements.lock
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; name another with make PYTHON=python3.12")'

@@ -43,7 +43,8 @@ _HELD: set[Path] = set()
 #: The command that makes each table, for messages.
 MAKER = {
     "dialogues": "dialogues", "responses": "generate", "answers": "generate", "scores": "score", "thresholds": "score",
-    "pairs": "pairs", "training": "train", "evaluation": "evaluate", "audit": "audit",
+    "extras": "score", "scorers": "score", "probes": "score", "pairs": "pairs", "training": "train",
+    "evaluation": "evaluate", "audit": "audit",
 }  # fmt: skip
 
 
@@ -56,18 +57,20 @@ class StageReport:
         skipped: True if its inputs, settings and code were unchanged, so nothing was done.
         rows: Rows of each table it made.
         seconds: Wall time, 0 if skipped.
+        notes: Further lines to show, warnings among them.
     """
 
     stage: str
     skipped: bool
     rows: Mapping[str, int]
     seconds: float
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """Return one line for logs and notebooks."""
+        """Return a line for logs and notebooks, and one for each note."""
         tables = ", ".join(f"{name} ({count:,} rows)" for name, count in self.rows.items())
         done = "unchanged, skipped" if self.skipped else f"written in {self.seconds:.1f} s"
-        return f"{self.stage}: {tables} - {done}"
+        return "\n  ".join([f"{self.stage}: {tables} - {done}", *self.notes])
 
 
 def sha256(path: Path) -> str:

@@ -58,11 +58,26 @@ def _stage(name: str, help_text: str) -> None:
 
 
 _stage("dialogues", "Make the dialogues table.")
-_stage("score", "Make the scores tables and the thresholds.")
 _stage("pairs", "Make the pair sets and their gate report.")
 _stage("evaluate", "Make the results table.")
 _stage("audit", "Make the parity table, the audit's findings and the effect of every correction.")
 _stage("figures", "Draw the figures.")
+
+
+@app.command()
+def score(
+    profile: ProfileOption = DEFAULT_PROFILE,
+    engine: Annotated[
+        str | None, typer.Option(help="Where scorers run, local or ray; default: engine.scorers of the profile.")
+    ] = None,
+    set_: SetOption = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Make the scores tables, the thresholds and the extras. Earlier stages run first where something changed."""
+    from persodpo import stages  # noqa: PLC0415
+
+    chosen = [f"engine.scorers={engine}"] if engine else []
+    _print_all(stages.run_score(load_profile(profile, [*(set_ or ()), *chosen]), overwrite))
 
 
 @app.command()

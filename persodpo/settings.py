@@ -43,10 +43,12 @@ class Paths(Section):
 
 
 class Engine(Section):
-    """Limits of the table engine (DuckDB); they change speed and memory, never results."""
+    """Limits of the table engine (DuckDB), and where scorers run; they change speed and memory, never results."""
 
     threads: Count | None
     memory_gib: Positive
+    scorers: Literal["local", "ray"]
+    ray_workers: Count
 
 
 class Dialogues(Section):
@@ -239,10 +241,40 @@ class Weights(Section):
         return self
 
 
+ClassName = Literal["contradiction", "neutral", "entailment"]
+ScorerName = Literal["coherence", "c_score", "ue_score", "persona_distance"]
+
+
+class Models(Section):
+    """The model of each scorer: ``small``, a folder, a file of word vectors, or a name on the Hugging Face Hub."""
+
+    coherence: Annotated[str, Field(min_length=1)]
+    c_score: Annotated[str, Field(min_length=1)]
+    ue_score: Annotated[str, Field(min_length=1)]
+    persona_distance: Annotated[str, Field(min_length=1)]
+
+
+class Compute(Section):
+    """How scores are computed."""
+
+    models: Models
+    c_labels: Annotated[tuple[ClassName, ...], Field(min_length=3, max_length=3), AfterValidator(_distinct)] | None
+    ue_labels: Annotated[tuple[ClassName, ...], Field(min_length=3, max_length=3), AfterValidator(_distinct)] | None
+    coherence_tokens: Annotated[int, Field(ge=8)]
+    nli_tokens: Annotated[int, Field(ge=8)]
+    batch_tokens: Count
+    truncation: Correction
+    nli: Correction
+    nli_aggregation: Literal["contradiction_first", "mean"]
+    words: Correction
+    accept_failed_probes: Annotated[tuple[ScorerName, ...], AfterValidator(_distinct)]
+
+
 class Scoring(Section):
     """Metric values and the quality score made of them."""
 
-    source: Literal["published"]
+    source: Literal["published", "compute"]
+    compute: Compute
     weights: Weights
     worst_case: MetricValues
     normalisation: Literal["observed", "declared"]

@@ -39,6 +39,14 @@ SCHEMAS: dict[str, pa.Schema] = {
         ("completion_tokens", _whole), ("cost", _real), ("created", _text),
     ]),
     "scores": pa.schema(_SCORES),
+    "extras": pa.schema([
+        ("dialogue_id", _text), ("model", _text), ("rouge_l", _real), ("distinct_1", _real), ("distinct_2", _real),
+        ("words", _whole), ("repetition", _real),
+    ]),
+    "scorers": pa.schema([("table", _text), ("scorer", _text), ("quantity", _text), ("value", _real)]),
+    "probes": pa.schema([
+        ("scorer", _text), ("probe", _text), ("expected", _text), ("found", _text), ("passed", _flag),
+    ]),
     "thresholds": pa.schema([("name", _text), ("value", _real)]),
     "pairs/simple": pa.schema(_PAIRS),
     "pairs/perso": pa.schema(_PAIRS),

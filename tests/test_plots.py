@@ -20,16 +20,19 @@ from persodpo.plots import (
     attention_mask,
     failure_classes,
     metric_correlation,
+    model_ranks,
     overview,
     pair_sources,
     response_time,
     score_distributions,
+    scrambled,
     style,
     time_distribution,
     token_budget,
     training_curves,
 )
 from persodpo.plots.checks import plotted_sha256, wilson
+from persodpo.release.loops import windowed
 
 SEVEN = "Qwen2-7B-Instruct"
 HALF = "Qwen2-0.5B-Instruct"
@@ -457,3 +460,26 @@ def test_plots_import_neither_torch_nor_a_stage():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=PROJECT)
     assert done.stdout.strip() == "set()"
+
+
+def test_scrambled_rows_stand_below_the_straight_ones():
+    straight = [float(n) for n in range(20)]
+    table = pd.DataFrame({"straight": straight, "scrambled": windowed(lambda part: part, straight)})
+    top, bottom = scrambled.draw(table).axes
+    assert top.lines[-1].get_ydata().tolist() == straight
+    assert bottom.lines[-1].get_ydata().tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 4, 5, 6, 7, 8, 2, 3, 4, 5]
+    assert "the 9 that are kept" in top.get_title(loc="left")
+
+
+def test_ranks_of_models_are_those_of_their_means():
+    table = pd.DataFrame({
+        "way": ["one"] * 3 + ["two"] * 3, "model": [SEVEN, HALF, "gpt-4-turbo"] * 2,
+        "quality": [0.5, 0.7, 0.6, 0.3, 0.2, 0.3],
+    })  # fmt: skip
+    axes = model_ranks.draw(table).axes[0]
+    assert {line.get_label(): line.get_ydata().tolist() for line in axes.lines} == {
+        "Qwen2-0.5B": [1, 3], "Qwen2-7B": [3, 1], "GPT-4 Turbo": [2, 1],
+    }  # fmt: skip
+    assert "0.700" in texts(axes)
+    with pytest.raises(PersodpoError, match="every model under every way"):
+        model_ranks.draw(table[:-1])

@@ -170,7 +170,7 @@ def test_a_pair_set_that_is_no_longer_made_is_removed(release_run, tmp_path):
 
 
 def test_an_unchanged_audit_is_skipped(release_run):
-    assert [report.skipped for report in run_audit(release_run.profile)] == [True] * 5
+    assert [report.skipped for report in run_audit(release_run.profile)] == [True] * 6
 
 
 def test_committed_figures_show_the_data_of_this_run(release_run):

@@ -9,9 +9,11 @@ from persodpo.stages.dialogues import run_dialogues
 from persodpo.stages.generate import Scope, asked_scope, forecast_report, run_ask, run_forecast, run_generate
 from persodpo.stages.pairs import limits, run_pairs, run_score
 from persodpo.stages.report import as_released, run_audit, run_evaluate, run_figures
+from persodpo.stages.score import profile_scorers, score_cache
 from persodpo.stages.train import run_train
 
 __all__ = [
-    "Scope", "as_released", "asked_scope", "forecast_report", "limits", "published_files", "run_ask", "run_audit",
-    "run_dialogues", "run_evaluate", "run_figures", "run_forecast", "run_generate", "run_pairs", "run_score", "run_train",
+    "Scope", "as_released", "asked_scope", "forecast_report", "limits", "profile_scorers", "published_files", "run_ask",
+    "run_audit", "run_dialogues", "run_evaluate", "run_figures", "run_forecast", "run_generate", "run_pairs", "run_score",
+    "run_train", "score_cache",
 ]  # fmt: skip

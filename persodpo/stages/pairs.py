@@ -17,6 +17,7 @@ from persodpo.errors import PersodpoError
 from persodpo.release import published
 from persodpo.scoring import quality
 from persodpo.settings import Profile
+from persodpo.stages import score
 from persodpo.stages.base import Reports, Targets, alone, published_files
 from persodpo.stages.generate import ranked_sets, run_generate, set_files
 from persodpo.tables import write_table
@@ -26,40 +27,28 @@ from persodpo.tables import write_table
 def run_score(profile: Profile, overwrite: bool = False) -> Reports:
     """Make the scores tables and the thresholds."""
     reports = run_generate(profile)
-    run, settings = RunFolder(profile), profile.scoring
+    reports.append(score.run_extras(profile))
+    if profile.scoring.source == "compute":
+        return [*reports, score.run_computed(profile, overwrite)]
+    run = RunFolder(profile)
     files = published_files(run)
     chosen = ranked_sets(profile)
 
     def build(targets: Targets) -> None:
-        connection = quality.connect(profile.engine, str(targets["scores"].parent))
-        tables = {}
-        for table, sets in (("scores", chosen), ("evaluation/scores", published.VALID_SETS)):
-            responses = run.read(table.replace("scores", "responses"))
-            metrics = scoring.published_metrics(files, sets, responses)
-            held_out = table != "scores"
-            tables[table] = scoring.impute(responses, metrics, settings.worst_case, unread=held_out)
-        ranking = scoring.rank(connection, tables["scores"], settings, profile.pairs)
-        write_table(targets["scores"], "scores", ranking.scores)
-        held_out_scores = scoring.rate(connection, tables["evaluation/scores"], ranking.scale, settings)
-        write_table(targets["evaluation/scores"], "evaluation/scores", held_out_scores)
-        scale = ranking.scale
-        named = {
-            "low": ranking.low,
-            "high": ranking.high,
-            "target_words": scale.target_words,
-            "mean_words": scale.mean_words,
+        tables = {table: run.read(table.replace("scores", "responses")) for table in score.TABLES}
+        metrics = {
+            table: scoring.published_metrics(files, sets, tables[table])
+            for table, sets in zip(score.TABLES, (chosen, published.VALID_SETS), strict=True)
         }
-        write_table(targets["thresholds"], "thresholds", pd.DataFrame(named.items(), columns=["name", "value"]))
+        score.write_scores(profile, targets, tables, metrics)
+        for left in ("probes", "scorers"):
+            run.forget(left)
 
     report = run.stage(
         "score",
         inputs={name: run.path(name) for name in ("responses", "evaluation/responses")}
         | set_files(files, (*chosen, *published.VALID_SETS)),
-        settings={
-            "scoring": settings.model_dump(mode="json"),
-            "quantiles": [profile.pairs.low_quantile, profile.pairs.high_quantile],
-            "models": list(profile.generation.models),
-        },
+        settings=score.score_settings(profile),
         outputs=["scores", "thresholds", "evaluation/scores"],
         code=[scoring, quality, persodpo.scoring.compliance, persodpo.completions, published],
         build=build,

@@ -1,0 +1,242 @@
+"""Scores in, scores out: one SQLite file that keeps what every scorer has said about every text.
+
+A score is found again by the scorer's name, the digest of all that shapes it (`persodpo.scoring.engine.fingerprint`) and
+the sha256 of its texts, so that another checkpoint, setting or code never answers for this one. What was cut or unknown
+is known of a batch of texts, not of each, and is kept with the batch. The file holds nothing that cannot be computed
+again; it may be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from persodpo.errors import PersodpoError, make_folder
+from persodpo.scoring.scorers import Scored
+
+APPLICATION = 0x50445343  # "PDSC", in the file's header, tells the cache from any other SQLite file
+VERSION = 1
+CHUNK = 500
+
+_SCHEMA = f"""
+CREATE TABLE scorers (id INTEGER PRIMARY KEY, name TEXT NOT NULL, fingerprint TEXT NOT NULL, UNIQUE (name, fingerprint));
+CREATE TABLE batches (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, texts INTEGER NOT NULL, truncated INTEGER NOT NULL, notes TEXT NOT NULL
+);
+CREATE TABLE scores (
+    scorer INTEGER NOT NULL, key BLOB NOT NULL, value REAL NOT NULL, batch INTEGER NOT NULL, PRIMARY KEY (scorer, key)
+) WITHOUT ROWID;
+CREATE TABLE verdicts (scorer INTEGER NOT NULL, code TEXT NOT NULL, verdicts TEXT NOT NULL, PRIMARY KEY (scorer, code));
+PRAGMA application_id = {APPLICATION};
+PRAGMA user_version = {VERSION};
+"""
+
+
+class Told(NamedTuple):
+    """What was said about the texts of one run.
+
+    Attributes:
+        distinct: Distinct texts.
+        scored: Of these, scored in this run; the rest were stored before.
+        truncated: Inputs that were cut to the model's length.
+        notes: Further shares, means over the texts.
+    """
+
+    distinct: int
+    scored: int
+    truncated: int
+    notes: dict[str, float]
+
+
+def text_key(texts: Sequence[str]) -> bytes:
+    """Return the sha256 of a text tuple; texts with other bounds give another one."""
+    digest = hashlib.sha256()
+    for text in texts:
+        # A lone surrogate is no Unicode text, but a model may write one.
+        part = text.encode("utf-8", "surrogatepass")
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.digest()
+
+
+class ScoreCache:
+    """The scores of all scorers, in one file; several processes may use it at once."""
+
+    def __init__(self, path: Path, wait_seconds: float = 30.0) -> None:
+        """Open a cache, or make one where there is none.
+
+        Args:
+            path: The file.
+            wait_seconds: How long to wait for another process that is writing.
+
+        Raises:
+            PersodpoError: The file is damaged, locked, of another program or version, or cannot be made.
+        """
+        self.path = path
+        make_folder(path.parent)
+        with self._sentences():
+            self._connection = sqlite3.connect(path, timeout=wait_seconds, isolation_level=None)
+            try:
+                self._prepare()
+            except BaseException:
+                self._connection.close()
+                raise
+
+    def __enter__(self) -> Self:
+        """Return the open cache."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self._connection.close()
+
+    def scorer(self, name: str, fingerprint: str) -> int:
+        """Return the number under which the scores of a scorer are kept.
+
+        Args:
+            name: The scorer's name.
+            fingerprint: Digest of all that shapes its scores.
+        """
+        with self._sentences(), self._transaction():
+            self._connection.execute(
+                "INSERT OR IGNORE INTO scorers (name, fingerprint) VALUES (?, ?)", (name, fingerprint)
+            )
+            query = "SELECT id FROM scorers WHERE name = ? AND fingerprint = ?"
+            return int(self._connection.execute(query, (name, fingerprint)).fetchone()[0])
+
+    def begin(self) -> int:
+        """Start to count the texts of a run; returns the number of the last batch before it."""
+        with self._sentences():
+            self._connection.execute("DELETE FROM temp.asked")
+            return int(self._connection.execute("SELECT coalesce(max(id), 0) FROM batches").fetchone()[0])
+
+    def find(self, scorer: int, keys: Sequence[bytes]) -> dict[bytes, float]:
+        """Return the stored scores of ``keys``, and count these keys as asked for in this run."""
+        found: dict[bytes, float] = {}
+        with self._sentences(), self._transaction():
+            self._connection.executemany("INSERT OR IGNORE INTO temp.asked VALUES (?)", ((key,) for key in keys))
+            for start in range(0, len(keys), CHUNK):
+                part = keys[start : start + CHUNK]
+                marks = ", ".join("?" * len(part))
+                query = f"SELECT key, value FROM scores WHERE scorer = ? AND key IN ({marks})"
+                found.update(self._connection.execute(query, (scorer, *part)).fetchall())
+        return found
+
+    def store(self, scorer: int, keys: Sequence[bytes], scored: Scored) -> None:
+        """Write the scores of a batch in one transaction; when this returns they are on the disk.
+
+        Raises:
+            PersodpoError: The file is locked or damaged, or the disk is full; nothing of the batch is written then.
+        """
+        with self._sentences(), self._transaction():
+            notes = json.dumps(dict(scored.notes), sort_keys=True)
+            batch = self._connection.execute(
+                "INSERT INTO batches (texts, truncated, notes) VALUES (?, ?, ?)", (len(keys), scored.truncated, notes)
+            ).lastrowid
+            rows = ((scorer, key, float(value), batch) for key, value in zip(keys, scored.values, strict=True))
+            self._connection.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?, ?)", rows)
+
+    def told(self, scorer: int, last_before: int) -> Told:
+        """Sum up the texts asked for since `begin`.
+
+        What was cut is known by batch: where a batch's texts are used in part, they count as its average text.
+
+        Args:
+            scorer: From `scorer`.
+            last_before: From `begin`.
+        """
+        query = """
+            SELECT batches.id, count(*), batches.texts, batches.truncated, batches.notes
+            FROM temp.asked JOIN scores ON scores.scorer = ? AND scores.key = asked.key
+            JOIN batches ON batches.id = scores.batch GROUP BY batches.id
+        """
+        distinct, scored, truncated = 0, 0, 0.0
+        sums: dict[str, float] = {}
+        weights: dict[str, int] = {}
+        with self._sentences():
+            for batch, used, texts, cut, notes in self._connection.execute(query, (scorer,)):
+                distinct += used
+                scored += used if batch > last_before else 0
+                truncated += cut * used / texts
+                for name, share in json.loads(notes).items():
+                    sums[name] = sums.get(name, 0.0) + share * used
+                    weights[name] = weights.get(name, 0) + used
+        return Told(distinct, scored, round(truncated), {name: sums[name] / weights[name] for name in sorted(sums)})
+
+    def verdicts(self, scorer: int, code: str) -> list[dict[str, Any]] | None:
+        """Return what the probes found about a scorer; None if they did not run, or were others (``code``)."""
+        query = "SELECT verdicts FROM verdicts WHERE scorer = ? AND code = ?"
+        with self._sentences():
+            row = self._connection.execute(query, (scorer, code)).fetchone()
+        return json.loads(row[0]) if row else None
+
+    def keep_verdicts(self, scorer: int, code: str, verdicts: Sequence[Mapping[str, Any]]) -> None:
+        """Keep what the probes found."""
+        with self._sentences(), self._transaction():
+            text = json.dumps([dict(verdict) for verdict in verdicts])
+            self._connection.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?)", (scorer, code, text))
+
+    def _prepare(self) -> None:
+        """Check that the file is a cache of this version, and make it one if it is empty."""
+        with self._transaction():
+            application, version, tables = self._header()
+            if not (application or tables):
+                for statement in filter(str.strip, _SCHEMA.split(";")):
+                    self._connection.execute(statement)
+                application, version, tables = self._header()
+        if application != APPLICATION or version != VERSION or not tables:
+            raise PersodpoError(
+                f"{self.path} holds no cached scores of this version of persodpo; move it away, or delete it if it is a "
+                "cache: its scores will be computed again."
+            )
+        self._connection.execute("PRAGMA journal_mode = WAL")
+        self._connection.execute("PRAGMA synchronous = FULL")
+        self._connection.execute("PRAGMA temp_store = FILE")
+        self._connection.execute("CREATE TEMP TABLE asked (key BLOB PRIMARY KEY) WITHOUT ROWID")
+
+    def _header(self) -> tuple[int, int, int]:
+        queries = ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM main.sqlite_master")
+        application, version, tables = (self._connection.execute(query).fetchone()[0] for query in queries)
+        return application, version, tables
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """Write all or nothing, with other writers kept out from the start."""
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._connection.execute("COMMIT")
+        except BaseException:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+            raise
+
+    @contextmanager
+    def _sentences(self) -> Iterator[None]:
+        """Turn SQLite's errors into one sentence."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            name = getattr(error, "sqlite_errorname", "")
+            if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+                raise PersodpoError(
+                    f"The cached scores in {self.path} are locked by another process; wait for it."
+                ) from error
+            if name.startswith(("SQLITE_FULL", "SQLITE_IOERR")):
+                raise PersodpoError(
+                    f"The disk holding {self.path} is full or refuses to write; free some space and run again, scores "
+                    "that were stored are safe."
+                ) from error
+            if name.startswith(("SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_PERM", "SQLITE_AUTH")):
+                raise PersodpoError(
+                    f"{self.path} cannot be opened for writing; make the file and its folder writable."
+                ) from error
+            if name.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")) or str(error).startswith("no such"):
+                raise PersodpoError(
+                    f"The cached scores in {self.path} are damaged; delete the file, they will be computed again."
+                ) from error
+            raise

@@ -1,0 +1,221 @@
+"""Coherence: how surely an encoder-decoder model answers Yes when asked whether a response fits its dialogue.
+
+The questions, the order of the parts and the marks between them are the interface of the published checkpoint
+``MingZhong/unieval-dialog`` (UniEval, Zhong et al. 2022, github.com/maszhongming/UniEval: ``add_question``, task
+dialogue): it was trained on exactly these. A turn of the dialogue history ends with a line end, the history with two;
+a fact ends with one. The score is P(Yes) / (P(Yes) + P(No)) of the first decoded token.
+
+Only the dimension that is asked for is computed. The released method computed five to keep one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+
+from persodpo.errors import PersodpoError
+from persodpo.scoring.checkpoints import Checkpoint
+from persodpo.scoring.scorers import Item, Scored
+from persodpo.settings import Correction
+
+if TYPE_CHECKING:
+    from persodpo.scoring.inference import Loaded
+
+Dimension = Literal["coherence", "naturalness", "engagingness", "groundedness", "understandability"]
+
+
+class Question(NamedTuple):
+    """What is asked in a dimension.
+
+    Attributes:
+        text: The question.
+        history: Whether the dialogue history is shown.
+        fact: Whether the fact is shown; here the persona sentences are the fact.
+        by_sentence: Whether each sentence of the response is asked about, and the answers summed.
+    """
+
+    text: str
+    history: bool
+    fact: bool
+    by_sentence: bool = False
+
+
+QUESTIONS: dict[Dimension, Question] = {
+    "coherence": Question("Is this a coherent response given the dialogue history?", True, False),
+    "naturalness": Question("Is this a natural response in the dialogue?", False, False),
+    "engagingness": Question(
+        "Is this an engaging and informative response according to the dialogue history and fact?", True, True, True
+    ),
+    "groundedness": Question("Is this response consistent with knowledge in the fact?", False, True),
+    "understandability": Question("Is this an understandable response in the dialogue?", False, False),
+}
+YES, NO = "Yes", "No"
+
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+
+
+class CoherenceScorer:
+    """UniEval's dialogue coherence, or another of its dimensions.
+
+    An input longer than ``max_length`` tokens is cut. ``as_released`` cuts its end, and so the turns that the response
+    answers; ``corrected`` cuts the oldest turns and keeps question, response, the latest turns and the fact. Only where
+    those alone are too long does the end go too. Cut inputs are counted.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        dimension: Dimension = "coherence",
+        max_length: int = 1024,
+        truncation: Correction = "corrected",
+        batch_tokens: int = 8192,
+    ) -> None:
+        """Name the model; it is loaded when something is scored.
+
+        Args:
+            checkpoint: An encoder-decoder model that was trained on `QUESTIONS`.
+            dimension: What is asked.
+            max_length: Longest input, tokens; 1,024 in the published method.
+            truncation: Which end of a longer input is cut.
+            batch_tokens: Tokens of a batch, padding included; it changes speed and memory, never scores.
+
+        Raises:
+            PersodpoError: There is no such dimension.
+        """
+        if dimension not in QUESTIONS:
+            raise PersodpoError(f"UniEval has no dialogue dimension '{dimension}'; it has {', '.join(QUESTIONS)}.")
+        self.checkpoint, self.dimension, self.max_length = checkpoint, dimension, max_length
+        self.truncation, self.batch_tokens = truncation, batch_tokens
+        self._loaded: Loaded | None = None
+
+    @property
+    def name(self) -> str:
+        """The dimension: coherence is a column of the scores table."""
+        return self.dimension
+
+    def identity(self) -> Mapping[str, object]:
+        """Return kind, checkpoint, settings and type of number."""
+        settings = {"dimension": self.dimension, "max_length": self.max_length, "truncation": self.truncation}
+        return {"kind": "unieval", **self.checkpoint.identity(), **settings}
+
+    def texts(self, item: Item) -> tuple[str, ...]:
+        """Return the response and what of history and personas the question shows."""
+        question = QUESTIONS[self.dimension]
+        history = [item.context] if question.history else []
+        return (item.response, *history, *(["\n".join(item.personas)] if question.fact else []))
+
+    def score(self, texts: Sequence[tuple[str, ...]]) -> Scored:
+        """Score response and context, each distinct input once.
+
+        Args:
+            texts: From `texts`.
+
+        Returns:
+            Values in 0..1; for engagingness the sum over the response's sentences.
+
+        Raises:
+            PersodpoError: The model cannot be loaded, its tokenizer has no single tokens for Yes and No, or it gives
+                values that are not finite.
+        """
+        if not texts:
+            return Scored(np.empty(0), 0, {})
+        parts = [self._sentences(given) for given in texts]
+        distinct = {given: place for place, given in enumerate(dict.fromkeys(p for group in parts for p in group))}
+        shares, cut = self._yes_shares(list(distinct))
+        values = np.array([sum(shares[distinct[part]] for part in group) for group in parts], dtype=np.float64)
+        return Scored(values, sum(any(cut[distinct[part]] for part in group) for group in parts), {})
+
+    def _sentences(self, given: tuple[str, ...]) -> list[tuple[str, ...]]:
+        if not QUESTIONS[self.dimension].by_sentence:
+            return [given]
+        response, *rest = given
+        return [(sentence, *rest) for sentence in _SENTENCE_END.split(response.strip())]
+
+    def _yes_shares(self, inputs: Sequence[tuple[str, ...]]) -> tuple[np.ndarray, list[bool]]:
+        """Return P(Yes) / (P(Yes) + P(No)) of each input, and whether it was cut."""
+        import torch  # noqa: PLC0415 - takes seconds, and a scorer may only be asked for its identity
+
+        from persodpo.scoring import inference  # noqa: PLC0415
+
+        if self._loaded is None:
+            self._loaded = inference.load_yes_no(self.checkpoint)
+        loaded = self._loaded
+        answers = yes_no_tokens(loaded)
+        rows, cut = self._encode(inputs, loaded)
+        start = loaded.model.config.decoder_start_token_id
+
+        def forward(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+            first = torch.full((len(batch["input_ids"]), 1), start, device=loaded.model.device)
+            logits: torch.Tensor = loaded.model(**batch, decoder_input_ids=first, use_cache=False).logits
+            return logits[:, 0, answers]
+
+        logits = inference.run(loaded, rows, self.batch_tokens, forward)
+        # A softmax over two logits is their share of any larger softmax.
+        return 1.0 / (1.0 + np.exp(logits[:, 1] - logits[:, 0])), cut
+
+    def _encode(
+        self, inputs: Sequence[tuple[str, ...]], loaded: Loaded
+    ) -> tuple[list[dict[str, list[int]]], list[bool]]:
+        """Tokenise inputs and cut those that are too long."""
+        written = [write_input(self.dimension, given) for given in inputs]
+        encoded = loaded.tokenizer([text for text, _ in written], return_offsets_mapping=True, verbose=False)
+        rows, cut = [], []
+        for (_, history), ids, offsets in zip(written, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            excess = len(ids) - self.max_length
+            cut.append(excess > 0)
+            if excess > 0 and self.truncation == "corrected":
+                # A token may take in the space before it; what marks the end of the input has no place at all.
+                inside = [n for n, (start, end) in enumerate(offsets) if start < history.stop and end > history.start]
+                gone = set(inside[:excess])
+                ids = [token for n, token in enumerate(ids) if n not in gone]  # noqa: PLW2901
+            rows.append({"input_ids": ids if len(ids) <= self.max_length else [*ids[: self.max_length - 1], ids[-1]]})
+        return rows, cut
+
+
+def write_input(dimension: Dimension, given: Sequence[str]) -> tuple[str, range]:
+    """Write the input of UniEval's dialogue checkpoint.
+
+    Args:
+        dimension: What is asked.
+        given: The response, then the history and the fact where the dimension shows them.
+
+    Returns:
+        The input, and the places of its characters that are the history's.
+    """
+    question = QUESTIONS[dimension]
+    response, *rest = given
+    text = f"question: {question.text} </s> response: {response}"
+    history = range(0)
+    if question.history:
+        text += " </s> dialogue history: "
+        history = range(len(text), len(text) + len(rest[0]))
+        text += f"{rest[0]}\n\n"
+    if question.fact:
+        text += f" </s> fact: {rest[-1]}\n"
+    return text, history
+
+
+def yes_no_tokens(loaded: Loaded) -> list[int]:
+    """Return the tokens that answer Yes and No.
+
+    Args:
+        loaded: Model and tokenizer.
+
+    Returns:
+        The token of Yes and that of No.
+
+    Raises:
+        PersodpoError: One is not a single token, is unknown, or they are the same.
+    """
+    tokenizer = loaded.tokenizer
+    yes, no = (tokenizer(word, add_special_tokens=False)["input_ids"] for word in (YES, NO))
+    if len(yes) != 1 or len(no) != 1 or yes == no or tokenizer.unk_token_id in (yes[0], no[0]):
+        raise PersodpoError(
+            f"The tokenizer of '{loaded.model.name_or_path}' has no single, different tokens for {YES} and {NO}, so its "
+            "first decoded token answers no question; name a checkpoint such as MingZhong/unieval-dialog."
+        )
+    return [yes[0], no[0]]

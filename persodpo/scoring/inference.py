@@ -1,0 +1,165 @@
+"""Checkpoints in, numbers out: loading models for scoring, and running them in batches of like length."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from persodpo.errors import PersodpoError
+from persodpo.scoring.checkpoints import Checkpoint, device_name, dtype_name
+
+#: One model input by field: input_ids, and token_type_ids where the model has them.
+Row = Mapping[str, Sequence[int]]
+
+
+class Loaded(NamedTuple):
+    """A model ready to score, and its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load_classifier(checkpoint: Checkpoint) -> Loaded:
+    """Load a sequence classifier; raises as `load_yes_no`, also where it has no trained head."""
+    return _load(
+        checkpoint,
+        AutoModelForSequenceClassification,
+        "a fine-tuned sequence classifier (persodpo finetune-scorer makes one)",
+    )
+
+
+def load_yes_no(checkpoint: Checkpoint) -> Loaded:
+    """Load an encoder-decoder model.
+
+    Only weights in safetensors are read, and no code that comes with a model is run.
+
+    Args:
+        checkpoint: Which one.
+
+    Returns:
+        The model, in evaluation mode where it will run, and its tokenizer.
+
+    Raises:
+        PersodpoError: There is no such model, it is damaged, of another kind, not in safetensors, or incomplete.
+    """
+    return _load(checkpoint, AutoModelForSeq2SeqLM, "an encoder-decoder model such as T5")
+
+
+def _load(checkpoint: Checkpoint, auto: Any, wanted: str) -> Loaded:
+    name, places = checkpoint.name, {"revision": checkpoint.commit or "main", "trust_remote_code": False}
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(name, **places)
+            model, report = auto.from_pretrained(
+                name, dtype=getattr(torch, dtype_name()), use_safetensors=True, output_loading_info=True, **places
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise PersodpoError(_why_not_loaded(name, wanted, error)) from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise PersodpoError(f"Model '{name}' has no trained weights for {missing[0]}; name the checkpoint of {wanted}.")
+    return Loaded(model.to(device_name()), tokenizer)
+
+
+def _why_not_loaded(name: str, wanted: str, error: Exception) -> str:
+    """Say what is wrong with a checkpoint and what to do."""
+    if isinstance(error, OSError) and ".safetensors" in str(error):
+        return (
+            f"Model '{name}' has no weights in safetensors, the only format that is read (others can run code); convert "
+            "it once with transformers' save_pretrained, or name a revision that has them."
+        )
+    return (
+        f"Model '{name}' cannot be loaded ({type(error).__name__}); name a folder that holds {wanted} with its tokenizer, "
+        "or one on the Hugging Face Hub while the network is up."
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out what transformers says while it loads: what matters of it is raised."""
+    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[np.ndarray]:
+    """Yield places of inputs of like length, so that little of a batch is padding.
+
+    Args:
+        lengths: Tokens of each input.
+        batch_tokens: The most tokens of a batch, padding included; a longer input is a batch of its own.
+
+    Yields:
+        Places, the longest inputs first: memory runs out at once or never.
+    """
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    start = 0
+    while start < len(order):
+        count = max(1, batch_tokens // max(1, lengths[order[start]]))
+        yield order[start : start + count]
+        start += count
+
+
+def run(
+    loaded: Loaded, rows: Sequence[Row], batch_tokens: int, forward: Callable[[dict[str, torch.Tensor]], torch.Tensor]
+) -> np.ndarray:
+    """Run a model over inputs in batches of like length.
+
+    Args:
+        loaded: From `load_classifier` or `load_yes_no`.
+        rows: Model inputs.
+        batch_tokens: As in `batches`.
+        forward: Takes a batch (input_ids, attention_mask and what else the rows have, [rows, tokens], padded on the
+            right) and returns logits, [rows, classes].
+
+    Returns:
+        The logits in the order of ``rows``, float64, [rows, classes].
+
+    Raises:
+        PersodpoError: A logit is not finite.
+    """
+    found: dict[int, np.ndarray] = {}
+    with torch.inference_mode():
+        for places in batches([len(row["input_ids"]) for row in rows], batch_tokens):
+            batch = _padded([rows[place] for place in places], loaded)
+            logits = forward(batch).to(torch.float64).cpu().numpy()
+            if not np.isfinite(logits).all():
+                raise PersodpoError(
+                    f"Model '{loaded.model.name_or_path}' gives values that are not finite; its weights are damaged or "
+                    "do not fit the type of number it runs in."
+                )
+            found |= dict(zip(places.tolist(), logits, strict=True))
+    return np.stack([found[place] for place in range(len(rows))])
+
+
+def _padded(rows: Sequence[Row], loaded: Loaded) -> dict[str, torch.Tensor]:
+    fill = {"input_ids": loaded.tokenizer.pad_token_id, "token_type_ids": loaded.tokenizer.pad_token_type_id}
+    batch = {
+        field: pad_sequence([torch.tensor(row[field]) for row in rows], batch_first=True, padding_value=fill[field])
+        for field in rows[0]
+    }
+    ones = [torch.ones(len(row["input_ids"]), dtype=torch.long) for row in rows]
+    batch["attention_mask"] = pad_sequence(ones, batch_first=True)
+    return {field: tensor.to(loaded.model.device) for field, tensor in batch.items()}

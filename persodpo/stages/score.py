@@ -1,0 +1,193 @@
+"""From responses to scores: what `run_score` does for published and for computed metric values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+
+import persodpo.scoring.compliance
+import persodpo.scoring.run as scoring
+from persodpo.artifacts import RunFolder, StageReport
+from persodpo.scoring import computed, engine, extras, probes, quality
+from persodpo.scoring.cache import ScoreCache
+from persodpo.scoring.engine import Backend
+from persodpo.scoring.scorers import Scorer
+from persodpo.settings import Profile
+from persodpo.stages.base import Targets
+from persodpo.tables import write_table
+
+#: The responses that are ranked, and the held-out ones.
+TABLES = ("scores", "evaluation/scores")
+#: Under the folder of all runs, for scores and small scorers do not depend on a run's name; no run can be called so.
+CACHE, SMALL = "_scores.sqlite", "_scorers"
+
+
+def score_settings(profile: Profile) -> dict[str, object]:
+    """Return the settings that scores depend on, those that are not used left out."""
+    kept = profile.scoring.model_dump(
+        mode="json", exclude=set() if profile.scoring.source == "compute" else {"compute"}
+    )
+    return {
+        "scoring": kept,
+        "quantiles": [profile.pairs.low_quantile, profile.pairs.high_quantile],
+        "models": list(profile.generation.models),
+    }
+
+
+def write_scores(
+    profile: Profile, targets: Targets, responses: Mapping[str, pd.DataFrame], metrics: Mapping[str, pd.DataFrame]
+) -> None:
+    """Impute, rate and rank, and write both scores tables and the thresholds.
+
+    Args:
+        profile: The settings.
+        targets: Paths to write, of the scores tables and of thresholds.
+        responses: Responses tables, by the name of their scores table.
+        metrics: Metric values of parsed responses, by the same names.
+    """
+    settings = profile.scoring
+    connection = quality.connect(profile.engine, str(targets["scores"].parent))
+    values = {
+        table: scoring.impute(responses[table], metrics[table], settings.worst_case, unread=table != "scores")
+        for table in responses
+    }
+    ranking = scoring.rank(connection, values["scores"], settings, profile.pairs)
+    write_table(targets["scores"], "scores", ranking.scores)
+    for table in [table for table in responses if table != "scores"]:
+        write_table(targets[table], table, scoring.rate(connection, values[table], ranking.scale, settings))
+    scale = ranking.scale
+    named = {
+        "low": ranking.low, "high": ranking.high, "target_words": scale.target_words, "mean_words": scale.mean_words,
+    }  # fmt: skip
+    write_table(targets["thresholds"], "thresholds", pd.DataFrame(named.items(), columns=["name", "value"]))
+
+
+def run_extras(profile: Profile, overwrite: bool = False) -> StageReport:
+    """Make the extras table: what is reported beside the quality score."""
+    run = RunFolder(profile)
+
+    def build(targets: Targets) -> None:
+        write_table(targets["extras"], "extras", extras.extras_table(run.read("responses"), run.read("dialogues")))
+
+    return run.stage(
+        "extras",
+        inputs={name: run.path(name) for name in ("dialogues", "responses")},
+        settings={},
+        outputs=["extras"],
+        code=[extras, persodpo.scoring.compliance],
+        build=build,
+        overwrite=overwrite,
+    )
+
+
+def run_computed(profile: Profile, overwrite: bool = False) -> StageReport:
+    """Make scores, thresholds and the reports on scorers with the profile's own scorers.
+
+    Raises:
+        PersodpoError: A scorer that failed its probes would enter the quality score and is not accepted by name, or as
+            `persodpo.scoring.computed.computed_metrics`.
+    """
+    run = RunFolder(profile)
+    small = small_scorers(run)
+    scorers = _scorers(profile, small)
+    # Models that are asked answer no held-out prompts here.
+    wanted = TABLES if profile.generation.source == "published" else TABLES[:1]
+    answers = {table: table.replace("scores", "responses") for table in wanted}
+    notes: list[str] = []
+
+    def build(targets: Targets) -> None:
+        with ScoreCache(score_cache(run)) as cache:
+            found = [verdict for scorer in scorers for verdict in probes.probe_once(scorer, cache)]
+            _warnings(profile, found)
+            tables = {table: run.read(name) for table, name in answers.items()}
+            with backend_of(profile, small) as backend:
+                metrics, reports = _compute(run, tables, scorers, cache, backend=backend, notes=notes)
+        write_scores(profile, targets, tables, metrics)
+        write_table(targets["probes"], "probes", pd.DataFrame(found))
+        write_table(targets["scorers"], "scorers", reports)
+        for left in set(TABLES) - set(wanted):
+            run.forget(left)
+
+    report = run.stage(
+        "score",
+        inputs={name: run.path(name) for name in ("dialogues", *answers.values())}
+        | computed.model_files(profile.scoring.compute, small),
+        settings=score_settings(profile) | {"scorers": {one.name: dict(one.identity()) for one in scorers}},
+        outputs=[*answers, "thresholds", "probes", "scorers"],
+        code=[scoring, quality, persodpo.scoring.compliance, computed, engine, probes],
+        build=build,
+        overwrite=overwrite,
+    )
+    kept = [probes.Verdict(*row) for row in run.read("probes").itertuples(index=False)]
+    return replace(report, notes=(*notes, *(f"warning: {warning}" for warning in _warnings(profile, kept))))
+
+
+def _warnings(profile: Profile, found: Sequence[probes.Verdict]) -> list[str]:
+    accepted = profile.scoring.compute.accept_failed_probes
+    return probes.admit(found, quality.effective_weights(profile.scoring), accepted)
+
+
+def profile_scorers(profile: Profile) -> list[Scorer]:
+    """Return the profile's four scorers, in the order of the metrics; small models are made if need be."""
+    return _scorers(profile, small_scorers(RunFolder(profile)))
+
+
+def _scorers(profile: Profile, small: Mapping[str, str]) -> list[Scorer]:
+    return [computed.make_scorer(metric, profile.scoring.compute, small) for metric in quality.METRICS]
+
+
+def score_cache(run: RunFolder) -> Path:
+    """Return the file that keeps the scores of all runs beside this one."""
+    return run.root.with_name(CACHE)
+
+
+def small_scorers(run: RunFolder) -> dict[str, str]:
+    """Return the small models that the profile asks for, by metric, made from the run's dialogues if need be."""
+    wanted = computed.small_models(run.profile.scoring.compute)
+    if not wanted:
+        return {}
+    from persodpo.scoring.small import make_small_scorers  # noqa: PLC0415 - torch is slow to load
+
+    made = make_small_scorers(run.read("dialogues"), run.root.with_name(SMALL))
+    return {metric: str(made[metric]) for metric in wanted}
+
+
+@contextmanager
+def backend_of(profile: Profile, small: Mapping[str, str]) -> Iterator[Backend]:
+    """Give what scores batches under a profile: this process, or a Ray cluster.
+
+    Raises:
+        PersodpoError: Ray is asked for and not installed.
+    """
+    if profile.engine.scorers == "local":
+        yield engine.LOCAL
+        return
+    from persodpo.scoring.ray_engine import RayBackend  # noqa: PLC0415 - optional
+
+    make = partial(computed.make_scorer, settings=profile.scoring.compute, small=small)
+    with RayBackend(make, profile.engine.ray_workers) as backend:
+        yield backend
+
+
+def _compute(
+    run: RunFolder,
+    tables: Mapping[str, pd.DataFrame],
+    scorers: Sequence[Scorer],
+    cache: ScoreCache,
+    *,
+    backend: Backend,
+    notes: list[str],
+) -> tuple[dict[str, pd.DataFrame], pd.DataFrame]:
+    """Score both tables; notes what was cut, unknown and cached."""
+    dialogues = run.read("dialogues")
+    metrics, reports = {}, []
+    for table, frame in tables.items():
+        metrics[table], report, tallies = computed.computed_metrics(frame, dialogues, scorers, cache, backend=backend)
+        reports.append(report.assign(table=table))
+        notes.extend(f"{table}, {tally}" for tally in tallies)
+    return metrics, pd.concat(reports, ignore_index=True)

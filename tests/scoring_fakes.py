@@ -1,0 +1,87 @@
+"""Scorers whose values can be told from the text, and a small run to score."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+
+from persodpo.artifacts import RunFolder
+from persodpo.scoring.engine import Asked
+from persodpo.scoring.scorers import Item, Scored
+from persodpo.tables import schema_of, write_table
+
+
+class Letters:
+    """Scores a response by its letters; counts what it was asked, and may kill its process before a batch."""
+
+    def __init__(
+        self, name: str = "coherence", limit: int = 10**9, killed_before: int = -1, **identity: object
+    ) -> None:
+        """Name the scorer, how many letters it reads, the batch before which it kills its process, and its identity."""
+        self._name, self.limit, self.killed_before, self._identity = name, limit, killed_before, identity
+        self.batches: list[list[tuple[str, ...]]] = []
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def asked(self) -> list[tuple[str, ...]]:
+        return [texts for batch in self.batches for texts in batch]
+
+    def identity(self) -> Mapping[str, object]:
+        return {"kind": "letters", **self._identity}
+
+    def texts(self, item: Item) -> tuple[str, ...]:
+        return (item.context, item.response)
+
+    def value(self, texts: tuple[str, ...]) -> float:
+        return sum(map(ord, texts[1][: self.limit])) / 1000 + len(texts[0])
+
+    def score(self, texts: Sequence[tuple[str, ...]]) -> Scored:
+        if len(self.batches) == self.killed_before:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.batches.append(list(texts))
+        cut = sum(len(text[1]) > self.limit for text in texts)
+        vowels = [sum(letter in "aeiou" for letter in text[1]) / max(1, len(text[1])) for text in texts]
+        return Scored(np.array([self.value(text) for text in texts]), cut, {"vowels": float(np.mean(vowels))})
+
+
+def ask(*responses: str, context: str = "User1: hi", personas: tuple[str, ...] = ("I like art.",)) -> list[Asked]:
+    """Ask about responses to one dialogue."""
+    return [Asked(f"dialogue d{n}, model m", Item(personas, context, "ref", text)) for n, text in enumerate(responses)]
+
+
+def write_run(run: RunFolder, dialogues: pd.DataFrame, responses: pd.DataFrame) -> None:
+    """Write the tables that scoring reads; the held-out responses are the first half of the others."""
+    half = responses.iloc[: len(responses) // 2].assign(split="valid")
+    tables = {"dialogues": dialogues, "responses": responses, "evaluation/responses": half}
+
+    def build(targets) -> None:
+        for name, frame in tables.items():
+            write_table(targets[name], name, frame.reindex(columns=schema_of(name).names))
+
+    run.stage("given", inputs={}, settings={}, outputs=list(tables), code=[], build=build)
+
+
+def small_world(dialogues: int = 4) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return dialogues and responses of three models, one of which fails to every other dialogue, once without text."""
+    ids = [f"d{n}" for n in range(dialogues)]
+    told = pd.DataFrame({
+        "dialogue_id": ids, "split": "train", "dataset": "made up",
+        "personas": [["agree x", f"deny w{n}"] for n in range(dialogues)],
+        "context": [f"User1: agree x w{n}" for n in range(dialogues)], "reference": "agree x good",
+    })  # fmt: skip
+    rows = []
+    for n, dialogue in enumerate(ids):
+        for model in ("m1", "m2", "m3"):
+            text = {"m1": "agree good x", "m2": f"deny good good {'x ' * n}".strip(), "m3": "agree"}[model]
+            outcome = "truncated" if model == "m3" and n % 2 else "ok"
+            text = None if outcome != "ok" and n == 1 else text
+            rows.append((dialogue, "train", model, f'{{"response": "{text}"}}', text, outcome, None, 0.1))
+    names = ["dialogue_id", "split", "model", "completion", "response", "outcome", "finish_reason", "response_time"]
+    return told, pd.DataFrame(rows, columns=names)

@@ -1,0 +1,277 @@
+"""Coherence: the published input format, hand-computed shares, cuts, and independence of batch and padding."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scorer_models import T5_WORDS, counting_t5
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
+
+from persodpo.artifacts import PROJECT
+from persodpo.errors import PersodpoError
+from persodpo.scoring import inference
+from persodpo.scoring.checkpoints import Checkpoint
+from persodpo.scoring.coherence import QUESTIONS, CoherenceScorer, write_input
+from persodpo.scoring.scorers import Item
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ITEM = Item(("I like x.", "I have x."), "User1: x good\nUser2: x", "gold", "good x")
+#: Tokens of the coherence question up to the response, and with all marks; each is another than "good".
+HEAD = 12
+FRAME = HEAD + 4
+
+
+def share(good: int, rest: int) -> float:
+    return 1 / (1 + math.exp(-math.sqrt(2) * good / math.hypot(good, rest)))
+
+
+@pytest.fixture(scope="module")
+def counting(tmp_path_factory):
+    return Checkpoint(str(counting_t5(tmp_path_factory.mktemp("t5"))))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A T5 with random weights, so that every token's place matters."""
+    folder = counting_t5(tmp_path_factory.mktemp("random"))
+    torch.manual_seed(5)
+    config = T5Config(
+        vocab_size=len(T5_WORDS), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0
+    )
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    return Checkpoint(str(folder))
+
+
+def test_the_share_of_yes_is_the_one_computed_by_hand(counting):
+    scorer = CoherenceScorer(counting)
+    # Two of "good", and "x", "User1:", "x", "User2:", "x" besides the question.
+    assert scorer.texts(ITEM) == ("good x", ITEM.context)
+    other = ITEM._replace(response="x")
+    scored = scorer.score([scorer.texts(ITEM), scorer.texts(other)])
+    assert scored.values == pytest.approx([share(2, FRAME + 5), share(1, FRAME + 5)], abs=1e-6)
+    assert scored.values.dtype == np.float64
+    assert (scored.truncated, scored.notes) == (0, {})
+
+
+def test_the_input_is_the_published_checkpoints():
+    text, history = write_input("coherence", ("a reply", "User1: hi\nUser2: ho"))
+    assert text == (
+        "question: Is this a coherent response given the dialogue history? </s> response: a reply </s> dialogue history: "
+        "User1: hi\nUser2: ho\n\n"
+    )
+    assert text[history.start : history.stop] == "User1: hi\nUser2: ho"
+    text, history = write_input("engagingness", ("r", "h", "f"))
+    assert text.endswith("</s> response: r </s> dialogue history: h\n\n </s> fact: f\n")
+    assert text[history.start : history.stop] == "h"
+    assert write_input("groundedness", ("r", "f"))[0].endswith("in the fact? </s> response: r </s> fact: f\n")
+    for alone in ("naturalness", "understandability"):
+        assert write_input(alone, ("r",))[0].endswith("in the dialogue? </s> response: r")
+
+
+def test_other_dimensions_depend_on_what_they_show(counting):
+    shown = {name: CoherenceScorer(counting, dimension=name).texts(ITEM) for name in QUESTIONS}
+    facts = "I like x.\nI have x."
+    assert shown["naturalness"] == shown["understandability"] == ("good x",)
+    assert shown["groundedness"] == ("good x", facts)
+    assert shown["engagingness"] == ("good x", ITEM.context, facts)
+    with pytest.raises(PersodpoError, match="no dialogue dimension 'fluency'; it has coherence, naturalness"):
+        CoherenceScorer(counting, dimension="fluency")
+
+
+def test_engagingness_sums_over_sentences(counting):
+    scorer = CoherenceScorer(counting, dimension="engagingness")
+    both, first, second = (
+        scorer.score([scorer.texts(ITEM._replace(response=text))]).values[0]
+        for text in ("good x. good good x! ", "good x.", "good good x!")
+    )
+    assert both == pytest.approx(first + second, abs=1e-6)
+    assert scorer.name == "engagingness"
+
+
+def released_way(checkpoint: Checkpoint, text: str) -> float:
+    """One text at a time, the softmax over the whole vocabulary, as UniEval defines the score."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.name)
+    model = AutoModelForSeq2SeqLM.from_pretrained(checkpoint.name)
+    encoded = tokenizer(text, return_tensors="pt")
+    with torch.no_grad():
+        logits = model(
+            input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"], labels=torch.tensor([[4]])
+        ).logits
+    yes, no = torch.softmax(logits[0, 0], dim=0)[[T5_WORDS.index("Yes"), T5_WORDS.index("No")]].tolist()
+    return yes / (yes + no)
+
+
+def made_up(count: int, seed: int = 0) -> list[tuple[str, str]]:
+    draw = random.Random(seed)
+    said = lambda most: " ".join(draw.choices(["good", "x", "Yes", "No", "zzz"], k=draw.randint(0, most)))  # noqa: E731
+    return [
+        (said(9), "\n".join(f"User{n % 2 + 1}: {said(12)}" for n in range(draw.randint(1, 6)))) for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 300, 10**6])
+def test_scores_follow_their_texts_whatever_the_order_batch_and_padding(trained, batch_tokens):
+    texts = made_up(24)
+    alone = [released_way(trained, write_input("coherence", given)[0]) for given in texts]
+    assert np.ptp(alone) > 0.01
+    order = random.Random(1).sample(range(len(texts)), len(texts))
+    scorer = CoherenceScorer(trained, batch_tokens=batch_tokens)
+    found = scorer.score([texts[n] for n in order])
+    assert found.values == pytest.approx([alone[n] for n in order], abs=1e-5)
+
+
+def test_equal_inputs_are_run_once(trained, monkeypatch):
+    seen = []
+    run = inference.run
+    monkeypatch.setattr(
+        inference, "run", lambda loaded, rows, *rest: seen.append(len(rows)) or run(loaded, rows, *rest)
+    )
+    texts = made_up(3)
+    scored = CoherenceScorer(trained).score([*texts, *texts[::-1]])
+    assert seen == [3]
+    assert scored.values[:3].tolist() == scored.values[:2:-1].tolist()
+
+
+@given(good=st.integers(0, 6), rest=st.integers(0, 6))
+def test_the_oldest_turns_are_cut_and_counted(counting, good, rest):
+    """Of the history "x x x ... good good ..." as much of the end stays as fits."""
+    room = 5
+    history = " ".join(["x"] * rest + ["good"] * good)
+    scored = CoherenceScorer(counting, max_length=FRAME + 1 + room).score([("x", history)])
+    kept = min(good, room)
+    left = min(rest, room - kept)
+    assert scored.values[0] == pytest.approx(share(kept, FRAME + 1 + left), abs=1e-6)
+    assert scored.truncated == (good + rest > room)
+
+
+def test_as_released_cuts_the_latest_turns(counting):
+    history = "good good good x x x"
+    length = FRAME + 1 + 2
+    for truncation, kept in (("as_released", 2), ("corrected", 0)):
+        scored = CoherenceScorer(counting, max_length=length, truncation=truncation).score([("x", history), ("x", "x")])
+        assert scored.values == pytest.approx([share(kept, length - kept), share(0, FRAME + 2)], abs=1e-6)
+        assert scored.truncated == 1
+
+
+def test_a_response_longer_than_the_model_loses_its_end(counting):
+    scored = CoherenceScorer(counting, max_length=20).score([("good " * 50, "x good")])
+    assert scored.values[0] == pytest.approx(share(20 - HEAD - 1, HEAD + 1), abs=1e-6)
+    assert scored.truncated == 1
+
+
+def test_empty_texts_are_scored_and_nothing_is_nothing(counting):
+    assert CoherenceScorer(counting).score([("", "")]).values == pytest.approx([share(0, FRAME)])
+    assert len(CoherenceScorer(counting).score([]).values) == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["<pad>", "</s>", "<unk>", "Yes", "x", "good"],
+        ["<pad>", "</s>", "<unk>", "x", "No", "good"],
+        ["<pad>", "</s>", "<unk>", "x", "y", "good"],
+    ],
+)
+def test_a_tokenizer_without_yes_and_no_is_refused(tmp_path, words):
+    counting_t5(tmp_path, words)
+    with pytest.raises(PersodpoError, match="no single, different tokens for Yes and No"):
+        CoherenceScorer(Checkpoint(str(tmp_path))).score([("x", "x")])
+
+
+def test_yes_in_two_pieces_is_refused(tmp_path, counting):
+    counting_t5(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["pre_tokenizer"] = {"type": "Split", "pattern": {"String": "e"}, "behavior": "Isolated", "invert": False}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(PersodpoError, match="single, different tokens"):
+        CoherenceScorer(Checkpoint(str(tmp_path))).score([("x", "x")])
+
+
+def test_weights_outside_safetensors_are_refused(tmp_path):
+    counting_t5(tmp_path)
+    model = T5ForConditionalGeneration.from_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(PersodpoError, match=r"no weights in safetensors.*convert it once"):
+        CoherenceScorer(Checkpoint(str(tmp_path))).score([("x", "x")])
+
+
+def test_damaged_or_unfit_checkpoints_are_one_sentence(tmp_path):
+    counting_t5(tmp_path / "damaged")
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"\0" * 20)
+    with pytest.raises(PersodpoError, match=r"Model '.*damaged' cannot be loaded"):
+        CoherenceScorer(Checkpoint(str(tmp_path / "damaged"))).score([("x", "x")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(PersodpoError, match=r"empty holds no model \(there is no config.json\)"):
+        CoherenceScorer(Checkpoint(str(tmp_path / "empty"))).identity()
+
+
+def test_values_that_are_not_finite_are_refused(tmp_path):
+    counting_t5(tmp_path)
+    model = T5ForConditionalGeneration.from_pretrained(tmp_path)
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(PersodpoError, match="values that are not finite"):
+        CoherenceScorer(Checkpoint(str(tmp_path))).score([("x", "x")])
+
+
+def test_identity_follows_the_files_and_settings_and_nothing_beside_them(tmp_path):
+    first, second = (str(counting_t5(tmp_path / name)) for name in ("first", "second"))
+    before = CoherenceScorer(Checkpoint(first)).identity()
+    assert before == CoherenceScorer(Checkpoint(second)).identity()
+    (tmp_path / "second" / "README.md").write_text("a card")
+    assert before == CoherenceScorer(Checkpoint(second)).identity()
+    assert before["dtype"] == "float32"
+    json.dumps(before)
+    for change in ({"max_length": 9}, {"truncation": "as_released"}, {"dimension": "naturalness"}):
+        assert CoherenceScorer(Checkpoint(first), **change).identity() != before
+    assert CoherenceScorer(Checkpoint(first), batch_tokens=7).identity() == before
+    config = tmp_path / "second" / "config.json"
+    config.write_text(config.read_text().replace('"num_heads": 1', '"num_heads": 2'))
+    assert CoherenceScorer(Checkpoint(second)).identity() != before
+
+
+def test_a_model_on_the_hub_is_known_by_its_commit(monkeypatch, tmp_path):
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def cached(name, file, revision):
+        assert (name, file) == ("someone/model", "config.json")
+        return str(tmp_path / {"main": "abc", None: "abc", "v2": "def"}[revision] / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", cached)
+    assert Checkpoint("someone/model").identity() == {
+        "checkpoint": "someone/model", "commit": "abc", "dtype": "float32"
+    }  # fmt: skip
+    assert Checkpoint("someone/model", "v2").commit == "def"
+
+    def offline(*_, **__):
+        raise LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    with pytest.raises(PersodpoError, match="'someone/other' is neither a folder nor found on the Hugging Face Hub"):
+        Checkpoint("someone/other").identity()
+
+
+def test_asking_for_the_identity_loads_no_torch(counting):
+    code = (
+        "import sys; from persodpo.scoring.coherence import CoherenceScorer; from persodpo.scoring.checkpoints import "
+        "Checkpoint; from persodpo.scoring.nli import CScorer; "
+        "from persodpo.scoring.nli_model import NliModel; c = Checkpoint(sys.argv[1]); "
+        "CoherenceScorer(c).identity(), CScorer(NliModel(c)).identity(); print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, counting.name], capture_output=True, text=True, check=True, cwd=PROJECT
+    )
+    assert done.stdout.strip() == str(torch.cuda.is_available())

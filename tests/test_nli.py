@@ -1,0 +1,277 @@
+"""C score and UE score: classes whatever their order, the released texts to the letter, corrections, refusals."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scorer_models import counting_bert
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+)
+
+from persodpo.errors import PersodpoError
+from persodpo.scoring.checkpoints import Checkpoint
+from persodpo.scoring.nli import CScorer, UEScorer, last_user_turn
+from persodpo.scoring.nli_model import NliModel, label_order
+from persodpo.scoring.scorers import Item
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CONTEXT = "User1: x\nUser2: x x\nUser1: agree x\nmore x"
+ITEM = Item(("x agree.", "x deny"), CONTEXT, "agree", "x")
+
+
+@pytest.fixture(scope="module")
+def counting(tmp_path_factory):
+    return Checkpoint(str(counting_bert(tmp_path_factory.mktemp("bert"))))
+
+
+def model(checkpoint: Checkpoint, **settings) -> NliModel:
+    return NliModel(checkpoint, **{"max_length": 64, **settings})
+
+
+def item(personas=(), response="x", *, context="", reference="") -> Item:
+    return Item(tuple(personas), context, reference, response)
+
+
+def one(scorer, *items: Item) -> list[float]:
+    return scorer.score([scorer.texts(given) for given in items]).values.tolist()
+
+
+def test_c_score_looks_at_each_persona_sentence(counting):
+    scorer = CScorer(model(counting))
+    cases = {
+        ("x", "agree"): 1, ("x", "deny"): -1, ("agree", "deny"): -1, ("x", "x"): 0, ("agree", "agree"): 1, (): 0,
+    }  # fmt: skip
+    assert one(scorer, *(item(personas) for personas in cases)) == list(cases.values())
+    assert one(scorer, item(("x",), "deny"), item(("agree",), "deny")) == [-1, 0]
+
+
+def test_aggregations_differ_as_named(counting):
+    mean = CScorer(model(counting), aggregation="mean")
+    assert one(mean, item(("agree", "deny")), item(("agree", "x", "x", "agree")), item(("deny", "x"))) == [0, 0.5, -0.5]
+    assert mean.identity() != CScorer(model(counting)).identity()
+
+
+def test_as_released_joins_persona_and_response_into_one_text(counting, monkeypatch):
+    seen = []
+    values = NliModel.values
+
+    def spy(self, inputs):
+        seen.extend(inputs)
+        return values(self, inputs)
+
+    monkeypatch.setattr(NliModel, "values", spy)
+    c_score, ue_score = (kind(model(counting), "as_released") for kind in (CScorer, UEScorer))
+    given = item(("I like x.", "I have agree"), "agree x", context=CONTEXT, reference="gold deny")
+    assert c_score.texts(given) == ("agree x", "I like x.I have agree")
+    assert ue_score.texts(given) == ("agree x", "gold deny", "I like x.I have agree")
+    assert one(c_score, given) == [1]
+    assert seen == [("I like x.I have agree agree x",)]
+    seen.clear()
+    # Persona and response agree; gold answer and response have one word each way.
+    assert one(ue_score, given) == [1]
+    assert sorted(seen) == [("I like x.I have agree [SEP] agree x",), ("gold deny [SEP] agree x",)]
+
+
+def test_ue_score_counts_the_persona_first_and_the_query_second(counting):
+    corrected = UEScorer(model(counting))
+    asked = lambda query, *personas: item(personas, context=f"User1: {query}")  # noqa: E731
+    cases = [
+        asked("agree", "x", "agree"), asked("x", "agree", "deny"), asked("agree", "x"), asked("agree"),
+        item(["agree"], context="User2: agree"), asked("deny", "agree"),
+    ]  # fmt: skip
+    assert one(corrected, *cases) == [2, 1, 0, 0, 1, 1]
+    released = UEScorer(model(counting), "as_released")
+    cases = [
+        item(["agree"], reference="agree"), item(["agree"], reference="x"), item(["x"], reference="agree"),
+        item(["deny"], reference="agree"),
+    ]  # fmt: skip
+    assert one(released, *cases) == [2, 1, 0, 0]
+
+
+def test_the_query_is_the_last_turn_of_the_user():
+    assert last_user_turn(CONTEXT) == "agree x\nmore x"
+    assert last_user_turn("User1: a\nUser2: b") == "a"
+    assert last_user_turn("User2: b") == last_user_turn("") == ""
+
+
+def test_texts_are_all_a_score_depends_on_and_nothing_else(counting):
+    shown = {
+        (kind, method): kind(model(counting), method).texts(ITEM)
+        for kind in (CScorer, UEScorer)
+        for method in ("as_released", "corrected")
+    }
+    assert shown[CScorer, "as_released"] == ("x", "x agree.x deny")
+    assert shown[CScorer, "corrected"] == ("x", "x agree.", "x deny")
+    assert shown[UEScorer, "as_released"] == ("x", "agree", "x agree.x deny")
+    assert shown[UEScorer, "corrected"] == ("x", "agree x\nmore x", "x agree.", "x deny")
+
+
+def test_missing_personas_and_queries_are_counted(counting):
+    given = [item(), item(["agree", " "]), item([""], context="User1: agree"), item(["x"], context="User2: x")]
+    for method in ("as_released", "corrected"):
+        scorer = CScorer(model(counting), method)
+        scored = scorer.score([scorer.texts(case) for case in given])
+        assert scored.notes == {"without_persona": 0.5}
+        assert scored.values.tolist() == [0, 1, 0, 0]
+    scorer = UEScorer(model(counting))
+    scored = scorer.score([scorer.texts(case) for case in given])
+    assert scored.notes == {"without_persona": 0.5, "without_query": 0.75}
+    assert scored.values.tolist() == [0, 1, 0, 0]
+    assert scorer.score([]).values.tolist() == CScorer(model(counting)).score([]).values.tolist() == []
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [*itertools.permutations(("contradiction", "neutral", "entailment")), ("positive", "neutral", "negative"),
+     ("ENTAILMENT", "Neutral", "Contradiction")],
+)  # fmt: skip
+def test_classes_are_read_by_name_whatever_their_order(tmp_path, labels):
+    known = {"positive": "entailment", "negative": "contradiction"}
+    made = tuple(known.get(label, label.lower()) for label in labels)
+    counting_bert(tmp_path, made)
+    config = (tmp_path / "config.json").read_text()
+    for own, label in zip(made, labels, strict=True):
+        config = config.replace(f'"{own}"', f'"{label}"')
+    (tmp_path / "config.json").write_text(config)
+    found = model(Checkpoint(str(tmp_path)))
+    shares, _ = found.probabilities([("deny", "x"), ("x", "x"), ("agree", "x")])
+    assert shares.argmax(axis=1).tolist() == [0, 1, 2]
+    assert shares.sum(axis=1) == pytest.approx([1, 1, 1])
+    assert one(CScorer(found), item(["deny"]), item(["x"]), item(["agree"])) == [-1, 0, 1]
+
+
+def test_probabilities_are_the_softmax_of_the_logits(counting):
+    """The head's logits, by hand: 8 (tanh a - tanh b) against tanh(1 + c), with the normalised means a, b and c."""
+    shares, _ = model(counting).probabilities([("agree", "x")])
+    logits = np.array([-8 * np.tanh(np.sqrt(2)), np.tanh(1), 8 * np.tanh(np.sqrt(2))])
+    assert shares[0] == pytest.approx(np.exp(logits) / np.exp(logits).sum(), abs=1e-5)
+
+
+@pytest.mark.parametrize("labels", [("LABEL_0", "LABEL_1", "LABEL_2"), ("neutral", "neutral", "entailment")])
+def test_outputs_without_meaning_are_refused_with_the_setting_that_names_them(tmp_path, labels):
+    if labels[0] == "LABEL_0":
+        counting_bert(tmp_path, labels)
+        with pytest.raises(PersodpoError, match=r"calls its outputs LABEL_0, LABEL_1, LABEL_2, not .* or set labels"):
+            one(CScorer(model(Checkpoint(str(tmp_path)))), item(["x"]))
+        named = model(Checkpoint(str(tmp_path)), labels=("negative", "neutral", "positive"))
+        assert one(CScorer(named), item(["agree"]), item(["deny"]), item(["x"])) == [1, -1, 0]
+        assert named.identity() != model(Checkpoint(str(tmp_path))).identity()
+    else:
+        with pytest.raises(PersodpoError, match="not contradiction, neutral, entailment"):
+            label_order(dict(enumerate(labels)), None, "some/model")
+
+
+@pytest.mark.parametrize(
+    ("own", "named", "message"),
+    [
+        (("a", "b"), None, "calls its outputs a, b, not"),
+        (("entailment", "not_entailment"), None, "calls its outputs entailment, not_entailment"),
+        (("LABEL_0", "LABEL_1"), ("neutral", "entailment", "contradiction"), "calls its outputs LABEL_0, LABEL_1, not"),
+        (("LABEL_0", "LABEL_1", "LABEL_2"), ("neutral", "entailment"), "labels names neutral, entailment; it must"),
+        (("LABEL_0", "LABEL_1", "LABEL_2"), ("yes", "no", "maybe"), "labels names yes, no, maybe; it must name each"),
+        (
+            ("contradiction", "neutral", "entailment"),
+            ("entailment", "neutral", "contradiction"),
+            "itself calls its outputs contradiction, neutral, entailment; leave labels empty",
+        ),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(own, named, message):
+    with pytest.raises(PersodpoError, match=message):
+        label_order(dict(enumerate(own)), named, "some/model")
+
+
+@pytest.fixture(scope="module")
+def random_bert(tmp_path_factory):
+    folder = counting_bert(tmp_path_factory.mktemp("random"))
+    torch.manual_seed(2)
+    config = BertConfig.from_pretrained(folder)
+    config.hidden_size, config.num_attention_heads, config.num_hidden_layers, config.intermediate_size = 16, 2, 2, 32
+    config.initializer_range = 0.5
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return Checkpoint(str(folder))
+
+
+def pairs(count: int, seed: int = 0) -> list[tuple[str, str]]:
+    draw = random.Random(seed)
+    said = lambda: " ".join(draw.choices(["agree", "deny", "x", "z"], k=draw.randint(0, 20)))  # noqa: E731
+    return [(said(), said()) for _ in range(count)]
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 150, 10**6])
+def test_probabilities_follow_their_texts_whatever_the_order_batch_and_padding(random_bert, batch_tokens):
+    texts = pairs(24)
+    tokenizer = AutoTokenizer.from_pretrained(random_bert.name)
+    stock = AutoModelForSequenceClassification.from_pretrained(random_bert.name)
+    with torch.no_grad():
+        alone = [
+            torch.softmax(stock(**tokenizer([one], [other], return_tensors="pt")).logits[0], dim=0).numpy()
+            for one, other in texts
+        ]
+    assert np.ptp(alone, axis=0).max() > 0.1
+    order = random.Random(1).sample(range(len(texts)), len(texts))
+    found, _ = model(random_bert, batch_tokens=batch_tokens).probabilities([texts[n] for n in order])
+    assert np.abs(found - np.array(alone)[order]).max() < 1e-5
+
+
+def test_pairs_tell_their_sides_apart(random_bert):
+    """Sentence pairs carry token types; one joined text does not."""
+    found = model(random_bert)
+    pair, _ = found.probabilities([("agree", "x")])
+    joined, _ = found.probabilities([("agree [SEP] x",)])
+    assert np.abs(pair - joined).max() > 1e-4
+
+
+def test_each_distinct_input_is_run_once(counting, monkeypatch):
+    asked = []
+    probabilities = NliModel.probabilities
+
+    def spy(self, inputs):
+        asked.append(len(inputs))
+        return probabilities(self, inputs)
+
+    monkeypatch.setattr(NliModel, "probabilities", spy)
+    cases = [item(["agree", "x"], response) for response in ("x", "deny", "x")]
+    one(CScorer(model(counting)), *cases)
+    assert asked == [4]
+
+
+@given(extra=st.integers(0, 8))
+def test_long_inputs_lose_their_end_and_are_counted(counting, extra):
+    """A text of 12 tokens fits 14 with its marks; what comes after it is cut."""
+    found = model(counting, max_length=14)
+    scorer = CScorer(found, "as_released")
+    text = " ".join(["deny"] * 10 + ["agree"] * extra)
+    scored = scorer.score([(text, "x")])
+    assert scored.truncated == (extra > 1)
+    assert scored.values[0] == -1
+    values, cut = found.values([(" ".join(["x"] * 40), "agree")])
+    assert (values.tolist(), cut.tolist()) == ([1], [True])
+
+
+def test_a_limit_above_the_models_is_refused(counting):
+    with pytest.raises(PersodpoError, match="takes 64 tokens, not 210; lower max_length"):
+        one(CScorer(NliModel(counting)), item(["x"]))
+
+
+def test_a_model_without_a_trained_head_is_refused(tmp_path):
+    counting_bert(tmp_path)
+    config = BertConfig.from_pretrained(tmp_path)
+    BertModel(config).save_pretrained(tmp_path)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(
+        PersodpoError, match=r"no trained weights for classifier.bias; name the checkpoint of a fine-tuned"
+    ):
+        one(CScorer(model(Checkpoint(str(tmp_path)))), item(["x"]))

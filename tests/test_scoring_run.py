@@ -1,0 +1,351 @@
+"""Scoring: distinct texts once, the cache and what must not answer from it, kills, refusals, what is reported."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import file_size_limit, profile_in
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scorer_models import counting_bert, counting_t5
+from scoring_fakes import Letters, ask, small_world, write_run
+
+from persodpo.artifacts import RunFolder
+from persodpo.config import load_profile
+from persodpo.errors import PersodpoError
+from persodpo.scoring.cache import ScoreCache, text_key
+from persodpo.scoring.coherence import write_input
+from persodpo.scoring.computed import computed_metrics
+from persodpo.scoring.engine import fingerprint, score_items
+from persodpo.scoring.quality import METRICS
+from persodpo.scoring.scorers import Scored
+from persodpo.stages.score import CACHE, run_computed, run_extras
+
+
+@pytest.fixture
+def cache(tmp_path):
+    with ScoreCache(tmp_path / "scores.sqlite") as made:
+        yield made
+
+
+def test_equal_texts_are_scored_once_and_every_response_gets_its_own_score(cache):
+    scorer = Letters()
+    asked = ask("b", "a", "ccc", "a", "b")
+    values, tally = score_items(scorer, asked, cache, batch=2)
+    assert values.tolist() == [scorer.value(scorer.texts(one.item)) for one in asked]
+    assert sorted(text for _, text in scorer.asked) == ["a", "b", "ccc"]
+    assert (tally.responses, tally.distinct, tally.scored) == (5, 3, 3)
+
+
+def test_texts_of_a_batch_are_of_like_length(cache):
+    scorer = Letters()
+    score_items(scorer, ask("b" * 9, "a", "b" * 8, "aa"), cache, batch=2)
+    assert [[len(text) for _, text in batch] for batch in scorer.batches] == [[9, 8], [2, 1]]
+
+
+@settings(max_examples=25)
+@given(
+    responses=st.lists(st.text(max_size=6), max_size=40), portion=st.integers(1, 9), batch=st.integers(1, 9),
+    seed=st.integers(0, 9),
+)  # fmt: skip
+def test_scores_do_not_depend_on_order_portion_or_batch(tmp_path_factory, responses, portion, batch, seed):
+    asked, scorer = ask(*responses), Letters()
+    expected = np.array([scorer.value(scorer.texts(one.item)) for one in asked])
+    order = np.random.default_rng(seed).permutation(len(asked))
+    with ScoreCache(tmp_path_factory.mktemp("cache") / "scores.sqlite") as cache:
+        values, tally = score_items(scorer, [asked[n] for n in order], cache, portion=portion, batch=batch)
+    assert (values == expected[order]).all()
+    assert len(scorer.asked) == len(set(responses)) == tally.distinct == tally.scored
+
+
+def test_a_second_run_asks_nothing_and_tells_the_same(tmp_path):
+    first, second = Letters(limit=2), Letters(limit=2)
+    with ScoreCache(tmp_path / "scores.sqlite") as cache:
+        values, tally = score_items(first, ask("abc", "b", "xyz", "b"), cache, batch=2)
+    with ScoreCache(tmp_path / "scores.sqlite") as cache:
+        again, retold = score_items(second, ask("abc", "b", "xyz", "b"), cache)
+        more, extended = score_items(second, ask("abc", "new"), cache)
+    assert (values == again).all()
+    assert (second.asked, retold.scored, extended.scored, extended.distinct) == ([("User1: hi", "new")], 0, 1, 2)
+    assert (retold.truncated, retold.distinct, dict(retold.notes)) == (2, 3, dict(tally.notes))
+    assert tally.truncated == 2
+    assert tally.notes["vowels"] == pytest.approx((1 / 3 + 0 + 0) / 3)
+    assert more[0] == values[0]
+
+
+def test_another_identity_name_or_text_bound_is_another_score(cache):
+    score_items(Letters(), ask("a"), cache)
+    for other in (Letters(name="ue_score"), Letters(checkpoint="other"), Letters(max_length=3)):
+        score_items(other, ask("a"), cache)
+        assert len(other.asked) == 1
+    assert text_key(("ab", "c")) != text_key(("a", "bc")) != text_key(("a", "b", "c"))
+    assert text_key(("a\ud800",)) != text_key(("a\ud801",))
+
+
+def test_the_fingerprint_holds_the_code_that_a_scorer_runs():
+    from persodpo.scoring.persona_distance import persona_distance
+
+    vectors = Path(__file__).with_name("conftest.py")  # any file has a hash
+    scorer = persona_distance(str(vectors))
+    before = fingerprint(scorer)
+    from persodpo.scoring import engine
+
+    sources = engine._sources(type(scorer).__module__, {})
+    assert {f"persodpo.scoring.{name}" for name in ("persona_distance", "word_vectors", "stop_words")} <= set(sources)
+    nli = engine._sources("persodpo.scoring.nli", {})
+    assert {f"persodpo.scoring.{name}" for name in ("nli", "nli_model", "inference", "checkpoints")} <= set(nli)
+    assert (
+        before
+        == fingerprint(persona_distance(str(vectors)))
+        != fingerprint(persona_distance(str(vectors), "corrected"))
+    )
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from scoring_fakes import Letters, ask
+from persodpo.scoring.cache import ScoreCache
+from persodpo.scoring.engine import score_items
+
+with ScoreCache(Path(sys.argv[1])) as cache:
+    score_items(Letters(killed_before=2), ask(*"abcdefgh"), cache, batch=2)
+"""
+
+
+def test_a_killed_run_loses_at_most_the_batch_under_way(tmp_path):
+    path, scorer = tmp_path / "scores.sqlite", Letters()
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", SCRIPT, str(path)], env=environment, check=False)
+    assert done.returncode == -signal.SIGKILL
+    with ScoreCache(path) as cache:
+        values, tally = score_items(scorer, ask(*"abcdefgh"), cache, batch=2)
+    assert (tally.distinct, tally.scored, len(scorer.asked)) == (8, 4, 4)
+    assert values.tolist() == [scorer.value(("User1: hi", letter)) for letter in "abcdefgh"]
+
+
+def test_a_run_that_was_stopped_goes_on_where_it_stopped(cache):
+    class Stopped(Letters):
+        stop = True
+
+        def score(self, texts):
+            if self.stop and len(self.batches) == 2:
+                raise KeyboardInterrupt
+            return super().score(texts)
+
+    scorer = Stopped()
+    with pytest.raises(KeyboardInterrupt):
+        score_items(scorer, ask(*"abcdefgh"), cache, batch=2)
+    scorer.stop = False
+    values, tally = score_items(scorer, ask(*"abcdefgh"), cache, batch=2)
+    assert (len(scorer.asked), tally.scored, tally.distinct) == (8, 4, 8)
+    assert values.tolist() == [scorer.value(("User1: hi", letter)) for letter in "abcdefgh"]
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
+def test_scores_that_are_not_finite_are_refused_by_name_and_not_kept(cache, broken):
+    class Broken(Letters):
+        heal = False
+
+        def score(self, texts):
+            scored = super().score(texts)
+            wrong = [not self.heal and text == "bad" for _, text in texts]
+            return scored._replace(values=np.where(wrong, broken, scored.values))
+
+    scorer = Broken()
+    with pytest.raises(PersodpoError, match=r"Scorer coherence gave 1 scores .* not finite.*dialogue d2, model m"):
+        score_items(scorer, ask("aaaa", "bbbb", "bad", "c"), cache, batch=2)
+    scorer.heal = True
+    _, tally = score_items(scorer, ask("aaaa", "bbbb", "bad", "c"), cache)
+    assert tally.scored == 2  # the batch before it was kept
+
+
+def test_another_number_of_values_is_refused(cache):
+    class Short(Letters):
+        def score(self, texts):
+            return Scored(np.zeros(len(texts) - 1), 0, {})
+
+    with pytest.raises(PersodpoError, match="one a text"):
+        score_items(Short(), ask("a", "b"), cache)
+
+
+def test_a_backend_that_loses_a_batch_is_refused(cache):
+    class Lossy:
+        portion = 10
+
+        def __call__(self, scorer, batches):
+            yield 0, scorer.score(batches[0])
+
+    with pytest.raises(PersodpoError, match="gave no score to dialogue d1, model m and 1 more"):
+        score_items(Letters(), ask("aaa", "b", "c"), cache, backend=Lossy(), batch=1)
+
+
+def test_two_processes_may_use_one_cache(tmp_path):
+    with ScoreCache(tmp_path / "s.sqlite") as one, ScoreCache(tmp_path / "s.sqlite", wait_seconds=0.1) as other:
+        score_items(Letters(), ask("a", "b"), one)
+        _, tally = score_items(Letters(), ask("a", "c"), other)
+        assert (tally.scored, tally.distinct) == (1, 2)
+        one._connection.execute("BEGIN IMMEDIATE")
+        with pytest.raises(PersodpoError, match="locked by another process"):
+            score_items(Letters(), ask("d"), other)
+
+
+def test_files_that_are_no_cache_are_left_alone(tmp_path):
+    text, foreign = tmp_path / "text.sqlite", tmp_path / "foreign.sqlite"
+    text.write_text("these are notes, and no database at all" * 40)
+    with sqlite3.connect(foreign) as connection:
+        connection.execute("CREATE TABLE t (x)")
+    for path, sentence in ((text, "damaged; delete the file"), (foreign, "no cached scores of this version")):
+        before = path.read_bytes()
+        with pytest.raises(PersodpoError, match=sentence):
+            ScoreCache(path)
+        assert path.read_bytes() == before
+    with pytest.raises(PersodpoError, match="cannot be opened for writing"):
+        ScoreCache(tmp_path)
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path):
+    path = tmp_path / "scores.sqlite"
+    with ScoreCache(path) as cache:
+        score_items(Letters(), ask("first"), cache)
+        with file_size_limit(path.stat().st_size + 40_000), pytest.raises(PersodpoError, match="full or refuses"):
+            score_items(Letters(), ask(*map(str, range(5000))), cache, batch=500)
+    with ScoreCache(path) as cache:
+        _, tally = score_items(Letters(), ask("first"), cache)
+        assert tally.scored == 0
+
+
+def test_only_readable_responses_are_scored_and_the_others_reported(cache):
+    dialogues, responses = small_world()
+    dialogues = dialogues.assign(personas=[[], *dialogues["personas"][1:]])
+    scorers = [Letters(name) for name in METRICS]
+    metrics, report, tallies = computed_metrics(responses, dialogues, scorers, cache)
+    assert len(metrics) == 10 == (responses["outcome"] == "ok").sum()
+    assert set(metrics.columns) == {"dialogue_id", "model", "parsed", *METRICS}
+    value = report.set_index(["scorer", "quantity"])["value"]
+    assert value["coherence"].to_dict() == {
+        "responses": 10, "not_read": 2, "without_text": 1, "empty_personas": 3, "distinct_texts": 10, "truncated": 0,
+        "vowels": pytest.approx(value["coherence", "vowels"]),
+    }  # fmt: skip
+    assert "3 without a persona" in str(tallies[0])
+    with pytest.raises(PersodpoError, match="dialogue d0: there is no such dialogue"):
+        computed_metrics(responses, dialogues[1:], scorers, cache)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, one_thread):
+    folder = tmp_path_factory.mktemp("models")
+    vectors = folder / "vectors.txt"
+    vectors.write_text("agree 1 0\ndeny 0 1\ngood 1 1\nx 0.5 -1\n")
+    return {
+        "coherence": counting_t5(folder / "t5"), "c_score": counting_bert(folder / "bert"), "ue_score": folder / "bert",
+        "persona_distance": vectors,
+    }  # fmt: skip
+
+
+def computing(folder, models, *overrides):
+    chosen = [f"scoring.compute.models.{metric}={path}" for metric, path in models.items()]
+    accepted = f"scoring.compute.accept_failed_probes=[{', '.join(METRICS)}]"
+    more = ["scoring.source=compute", "scoring.compute.nli_tokens=64", accepted]
+    return profile_in(folder, *chosen, *more, *overrides)
+
+
+@pytest.fixture(scope="module")
+def computed_run(tmp_path_factory, models):
+    run = RunFolder(computing(tmp_path_factory.mktemp("run"), models))
+    write_run(run, *small_world())
+    return run, run_computed(run.profile)
+
+
+def test_the_stage_computes_imputes_and_ranks(computed_run):
+    run, report = computed_run
+    scores = run.read("scores").set_index(["dialogue_id", "model"])
+    assert len(scores) == 12
+    # "agree x" entails "agree good x" and "deny w0" contradicts it; contradiction comes first
+    assert scores.loc[("d0", "m2"), "c_score"] == -1
+    cut_off, unread = scores.loc[("d3", "m3")], scores.loc[("d1", "m3")]
+    worst = run.profile.scoring.worst_case
+    assert cut_off["imputed"]
+    assert cut_off[list(METRICS)].to_dict() == worst.model_dump()
+    assert not unread["imputed"]
+    assert np.isnan(unread["quality"])
+    assert scores["quality"].notna().sum() == 11
+    # one "good" among the 17 other tokens of question, response, history and end mark: see `counting_t5`
+    text, _ = write_input("coherence", ("agree good x", "User1: agree x w0"))
+    others = sum(word != "good" for word in text.split()) + 1
+    share = 1 / (1 + np.exp(-np.sqrt(2) / np.hypot(1, others)))
+    assert scores.loc[("d0", "m1"), "coherence"] == pytest.approx(share, abs=1e-6)
+    assert "scores, coherence: 10 responses" in str(report)
+
+
+def test_the_stage_says_what_scorers_saw_and_what_probes_found(computed_run):
+    run, report = computed_run
+    probes = run.read("probes")
+    assert set(probes["scorer"]) == set(METRICS)
+    order = probes[probes["probe"].isin(["permutation", "batch size", "padding"])]
+    assert len(order) == 12
+    assert order["passed"].all()
+    assert not probes["passed"].all()
+    assert any(note.startswith("warning: coherence enters the quality score although") for note in report.notes)
+    seen = run.read("scorers").set_index(["table", "scorer", "quantity"])["value"]
+    assert seen["scores", "coherence", "responses"] == 10
+    assert 0 < seen["scores", "persona_distance", "out_of_vocabulary"] < 1
+    identity = run.provenance("scores")["settings"]["scorers"]
+    assert set(identity) == set(METRICS)
+    assert {"scorers/c_score/model.safetensors", "scorers/persona_distance/vectors.txt"} <= set(
+        run.provenance("scores")["inputs"]
+    )
+
+
+def test_an_unchanged_stage_is_skipped_with_its_warnings_and_a_changed_one_uses_the_cache(computed_run, models):
+    run, _ = computed_run
+    again = run_computed(run.profile)
+    assert again.skipped
+    assert any(note.startswith("warning:") for note in again.notes)
+    profile = run.profile.model_copy(update={"name": "other"})
+    other = RunFolder(profile)
+    write_run(other, *small_world())
+    tallies = [note for note in run_computed(profile).notes if note.startswith("scores, ")]
+    assert len(tallies) == 4
+    assert all("10 distinct texts, 10 from the cache" in tally for tally in tallies)
+    assert other.read("scores").equals(run.read("scores"))
+    assert (run.root.parent / CACHE).is_file()
+
+
+def test_a_scorer_that_fails_its_probes_may_not_enter_the_quality_score(tmp_path, models):
+    run = RunFolder(computing(tmp_path, models, "scoring.compute.accept_failed_probes=[c_score, ue_score]"))
+    write_run(run, *small_world())
+    with pytest.raises(PersodpoError, match=r"Scorer coherence failed .*accept_failed_probes=\[coherence\]"):
+        run_computed(run.profile)
+    assert not run.path("scores").exists()
+    light = load_profile("release").scoring.weights
+    weights = light.model_copy(update={"coherence": 0.0, "persona_distance": 0.0, "compliance": 0.62})
+    scoring = run.profile.scoring.model_copy(update={"weights": weights})
+    report = run_computed(run.profile.model_copy(update={"scoring": scoring}))
+    assert not any("coherence enters" in note for note in report.notes)
+
+
+def test_extras_are_reported_beside_the_scores(tmp_path):
+    run = RunFolder(profile_in(tmp_path))
+    dialogues, responses = small_world()
+    responses.loc[0, "response"] = "a b a b a b a b"
+    write_run(run, dialogues, responses)
+    run_extras(run.profile)
+    extras = run.read("extras").set_index(["dialogue_id", "model"])
+    assert extras.loc[("d0", "m1")].to_dict() == {
+        "rouge_l": 0.0, "distinct_1": 0.25, "distinct_2": pytest.approx(2 / 7), "words": 8,
+        "repetition": pytest.approx(1 - 2 / 5),
+    }  # fmt: skip
+    # the reference "agree x good", the response "agree good x": two words in order of three
+    assert extras.loc[("d1", "m1"), "rouge_l"] == pytest.approx(2 / 3)
+    assert extras.loc[("d1", "m3")].isna().tolist() == [True, True, True, False, True]
+    assert extras.loc[("d3", "m3"), "words"] == 1
+    assert pd.isna(extras.loc[("d0", "m3"), "distinct_2"])
