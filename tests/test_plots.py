@@ -29,7 +29,8 @@ from persodpo.plots import (
     token_budget,
     training_curves,
 )
-from persodpo.plots.checks import plotted_sha256, wilson
+from persodpo.plots.checks import plotted_sha256
+from persodpo.plots.intervals import wilson
 
 SEVEN = "Qwen2-7B-Instruct"
 HALF = "Qwen2-0.5B-Instruct"
