@@ -3,12 +3,12 @@
 What is drawn again is the dialogue, once for all arms, metrics and seeds: every arm answers the same dialogues, so arms stay
 paired, and three seeds on the same dialogues are not three times as many dialogues.
 
-Over several seeds, a resample first draws how far the seeds deviate, then the dialogues. Three seeds drawn with replacement
-would give ten different resamples and hide a third of their variance, and an interval of 95 % would hold the truth three
-times in four. So the deviations of the seeds' own means are weighed with random normal weights instead (a multiplier
-bootstrap), as far as they go beyond the noise of single responses, and stretched as Student's t with one degree of freedom less
-than there are seeds. With dialogues that all agree, the interval is the t interval over seeds; with seeds that all agree, it
-is the interval of one seed.
+Over several seeds, a resample first draws how far the seeds deviate, then the dialogues. Three seeds drawn with
+replacement would give ten different resamples and hide a third of their variance; where seeds differ most, an interval
+called 95 % would hold the truth three times in four. So the deviations of the seeds' own means are weighed with random normal
+weights instead (a multiplier bootstrap), as far as they go beyond the noise of single responses, and stretched as Student's t
+with one degree of freedom less than there are seeds. With dialogues that all agree, the interval is the t interval over
+seeds; with seeds that all agree, it is the interval of one seed.
 
 The interval is the percentile one. BCa is a little better on skewed samples of one seed, but wants a jackknife, which few
 seeds do not bear; the percentile interval is one rule for means, differences and seeds, and the p-value is its exact
@@ -144,7 +144,7 @@ def _spread(statistic: Statistic, drawn: Floats, sampling: Resampling) -> Spread
 
 @dataclass(frozen=True)
 class _SeedPart:
-    """What a group of seeds adds to the spread of a mean.
+    """What a group of several seeds adds to the spread of a mean.
 
     Attributes:
         seeds: The seeds.
@@ -158,17 +158,19 @@ class _SeedPart:
 
 
 def _seed_parts(seed_means: Floats, drawn: Floats, seeds: Sequence[tuple[int, ...]]) -> list[_SeedPart]:
-    """Tell what seeds add from what their responses' noise, which drawing dialogues already shows, makes seem so."""
+    """Tell what several seeds add from what their responses' noise, which drawing dialogues already shows, makes seem so."""
     shape = [len(group) for group in seeds]
     table, draws = seed_means.reshape(shape), drawn.reshape([len(drawn), *shape])
     parts = []
     for axis, group in enumerate(seeds):
+        if len(group) == 1:
+            continue
         number = len(group)
         others = tuple(other for other in range(len(shape)) if other != axis)
-        between = float(table.mean(axis=others).var(ddof=1)) if number > 1 else 0.0
+        between = float(table.mean(axis=others).var(ddof=1))
         own = draws.mean(axis=tuple(other + 1 for other in others))
         apart = own - own.mean(axis=1, keepdims=True)
-        noise = float(np.nanvar(apart, axis=0).sum()) / (number - 1) if number > 1 else 0.0
+        noise = float(np.nanvar(apart, axis=0).sum()) / (number - 1)
         share = max(0.0, 1 - noise / between) if between > 0 else 0.0
         parts.append(_SeedPart(group, share, share * between / number))
     return parts
@@ -217,12 +219,10 @@ def _seed_weights(parts: Sequence[_SeedPart], sampling: Resampling) -> Floats:
     weights = np.ones((sampling.resamples, 1))
     for part in parts:
         number = len(part.seeds)
-        deviation = np.zeros((sampling.resamples, number))
-        if number > 1:
-            # Drawn by the seeds' own numbers: the same seeds of two arms stay together, others are independent.
-            generator = np.random.default_rng([sampling.seed, 1, *part.seeds])
-            normal = generator.normal(size=(sampling.resamples, number))
-            spread = generator.chisquare(number - 1, size=(sampling.resamples, 1))
-            deviation = (normal - normal.mean(axis=1, keepdims=True)) * np.sqrt(part.share * number / spread)
+        # Drawn by the seeds' own numbers: the same seeds of two arms stay together, others are independent.
+        generator = np.random.default_rng([sampling.seed, 1, *part.seeds])
+        normal = generator.normal(size=(sampling.resamples, number))
+        spread = generator.chisquare(number - 1, size=(sampling.resamples, 1))
+        deviation = (normal - normal.mean(axis=1, keepdims=True)) * np.sqrt(part.share * number / spread)
         weights = (weights[:, :, None] + deviation[:, None, :]).reshape(sampling.resamples, -1)
     return weights
