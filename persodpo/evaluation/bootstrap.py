@@ -5,10 +5,10 @@ paired, and three seeds on the same dialogues are not three times as many dialog
 
 Over several seeds, a resample first draws how far the seeds deviate, then the dialogues. Three seeds drawn with
 replacement would give ten different resamples and hide a third of their variance; where seeds differ most, an interval
-called 95 % would hold the truth three times in four. So the deviations of the seeds' own means are weighed with random normal
-weights instead (a multiplier bootstrap), as far as they go beyond the noise of single responses, and stretched as Student's t
-with one degree of freedom less than there are seeds. With dialogues that all agree, the interval is the t interval over
-seeds; with seeds that all agree, it is the interval of one seed.
+called 95 % would hold the truth three times in four. So the deviations of the seeds' own means are weighed with random
+normal weights instead (a multiplier bootstrap), as far as they go beyond the noise of single responses, and stretched as
+Student's t with one degree of freedom less than there are seeds. With dialogues that all agree, the interval is the t
+interval over seeds; with seeds that all agree, it is the interval of one seed.
 
 The interval is the percentile one. BCa is a little better on skewed samples of one seed, but wants a jackknife, which few
 seeds do not bear; the percentile interval is one rule for means, differences and seeds, and the p-value is its exact
