@@ -3,12 +3,12 @@
 What is drawn again is the dialogue, once for all arms, metrics and seeds: every arm answers the same dialogues, so arms stay
 paired, and three seeds on the same dialogues are not three times as many dialogues.
 
-Over several seeds, a resample first draws how far the seeds deviate, then the dialogues. Three seeds drawn with
-replacement would give ten different resamples and hide a third of their variance; where seeds differ most, an interval
-called 95 % would hold the truth three times in four. So the deviations of the seeds' own means are weighed with random
-normal weights instead (a multiplier bootstrap), as far as they go beyond the noise of single responses, and stretched as
-Student's t with one degree of freedom less than there are seeds. With dialogues that all agree, the interval is the t
-interval over seeds; with seeds that all agree, it is the interval of one seed.
+Over several seeds, a resample is a draw of the seeds and a draw of the dialogues together. Seeds are too few to be drawn
+again themselves: three of them give ten different resamples, and where seeds differ most, an interval called 95 % would
+hold the truth three times in four. So their deviation is drawn from Student's t with one degree of freedom less than there
+are seeds, as wide as the spread of their means; and as that spread holds the noise of single responses too, the dialogues'
+part is drawn without it. With dialogues that all agree, the interval is the t interval over seeds; with seeds that all agree,
+it is the interval of one seed. Few seeds cost much: after a correction for many tests, three can show large differences only.
 
 The interval is the percentile one. BCa is a little better on skewed samples of one seed, but wants a jackknife, which few
 seeds do not bear; the percentile interval is one rule for means, differences and seeds, and the p-value is its exact
@@ -99,7 +99,11 @@ class Spread:
     @property
     def stretch(self) -> float:
         """How much wider than a normal interval one of these degrees of freedom is, 1 or more."""
-        return float(student.ppf(0.975, self.freedom) / Z95)
+        return _stretch(self.freedom)
+
+
+def _stretch(freedom: float) -> float:
+    return float(student.ppf(0.975, freedom) / Z95)
 
 
 def bootstrap(statistics: Sequence[Statistic], sampling: Resampling) -> list[Spread]:
@@ -128,17 +132,20 @@ def _spread(statistic: Statistic, drawn: Floats, sampling: Resampling) -> Spread
     if (~np.isnan(statistic.columns)).sum(axis=0).min() < FEWEST:
         return Spread(estimate, *[np.nan] * 5)
     # A resample may hold none of the few dialogues that count: one in twenty thousand where ten do, fewer where more.
-    drawn = np.where(np.isnan(drawn).any(axis=1, keepdims=True), np.nan, drawn)
-    seeds = _seed_parts(seed_means, drawn, statistic.seeds)
-    means = (drawn * _seed_weights(seeds, sampling)).mean(axis=1)
-    means = means[~np.isnan(means)]
+    whole = ~np.isnan(drawn).any(axis=1)
+    parts = _seed_parts(seed_means, drawn[whole], statistic.seeds)
+    means = drawn[whole].mean(axis=1)
+    variance = float(means.var())
+    own = max(0.0, variance - sum(part.noise for part in parts))
+    if parts and variance > 0:
+        means = estimate + (means - estimate) * np.sqrt(own / variance)
+    means += sum(part.draw(sampling)[whole] for part in parts)
     means[np.abs(means) <= _ROUNDING * np.nanmax(np.abs(statistic.columns), initial=0.0)] = 0.0
     low, high = np.quantile(means, _LEVELS)
     below, above = (int(side.sum()) for side in (means <= 0, means >= 0))
     p_value = min(1.0, 2 * (min(below, above) + 1) / (len(means) + 1))
     dialogues = int((~np.isnan(statistic.columns)).any(axis=1).sum())
-    over_dialogues = (float(np.nanvar(drawn.mean(axis=1))), dialogues - 1)
-    error, freedom = _standard_error([over_dialogues, *((part.variance, len(part.seeds) - 1) for part in seeds)])
+    error, freedom = _standard_error([(own, dialogues - 1), *((part.variance, len(part.seeds) - 1) for part in parts)])
     return Spread(estimate, float(low), float(high), error, freedom, p_value)
 
 
@@ -148,31 +155,38 @@ class _SeedPart:
 
     Attributes:
         seeds: The seeds.
-        share: Share of the variance of the seeds' means that is theirs and not the noise of their responses.
-        variance: Of the mean over them, this share only.
+        variance: Of the mean over them, the noise of their responses included.
+        noise: The noise's share of that variance.
     """
 
     seeds: tuple[int, ...]
-    share: float
     variance: float
+    noise: float
+
+    def draw(self, sampling: Resampling) -> Floats:
+        """Return how far the mean over the seeds deviates, one number a resample."""
+        generator = np.random.default_rng([sampling.seed, 1, *self.seeds])
+        deviation: Floats = generator.standard_t(len(self.seeds) - 1, sampling.resamples) * np.sqrt(self.variance)
+        return deviation
 
 
 def _seed_parts(seed_means: Floats, drawn: Floats, seeds: Sequence[tuple[int, ...]]) -> list[_SeedPart]:
-    """Tell what several seeds add from what their responses' noise, which drawing dialogues already shows, makes seem so."""
+    """Measure how far the means of several seeds lie apart, and how far noise alone would drive them apart."""
     shape = [len(group) for group in seeds]
     table, draws = seed_means.reshape(shape), drawn.reshape([len(drawn), *shape])
     parts = []
     for axis, group in enumerate(seeds):
-        if len(group) == 1:
-            continue
         number = len(group)
+        if number == 1:
+            continue
         others = tuple(other for other in range(len(shape)) if other != axis)
         between = float(table.mean(axis=others).var(ddof=1))
         own = draws.mean(axis=tuple(other + 1 for other in others))
         apart = own - own.mean(axis=1, keepdims=True)
-        noise = float(np.nanvar(apart, axis=0).sum()) / (number - 1)
-        share = max(0.0, 1 - noise / between) if between > 0 else 0.0
-        parts.append(_SeedPart(group, share, share * between / number))
+        noise = float(apart.var(axis=0).sum()) / (number - 1)
+        # Seeds may lie together by chance; the interval is never narrower than their responses' noise alone would make it.
+        between = max(between, noise / _stretch(number - 1) ** 2)
+        parts.append(_SeedPart(group, between / number, noise / number))
     return parts
 
 
@@ -208,21 +222,3 @@ def _resampled_means(columns: Floats, sampling: Resampling) -> Floats:
         with np.errstate(invalid="ignore"):
             parts.append(counts @ values / (counts @ masks)[:, which.ravel()] + origin)
     return np.concatenate(parts)
-
-
-def _seed_weights(parts: Sequence[_SeedPart], sampling: Resampling) -> Floats:
-    """Return the weight of each column in each resample; the weights of a resample have the mean 1.
-
-    With normal weights g around their mean, the sum of g times the seeds' means is normal and has their sample variance;
-    divided by the root of a chi-square it becomes Student's t.
-    """
-    weights = np.ones((sampling.resamples, 1))
-    for part in parts:
-        number = len(part.seeds)
-        # Drawn by the seeds' own numbers: the same seeds of two arms stay together, others are independent.
-        generator = np.random.default_rng([sampling.seed, 1, *part.seeds])
-        normal = generator.normal(size=(sampling.resamples, number))
-        spread = generator.chisquare(number - 1, size=(sampling.resamples, 1))
-        deviation = (normal - normal.mean(axis=1, keepdims=True)) * np.sqrt(part.share * number / spread)
-        weights = (weights[:, :, None] + deviation[:, None, :]).reshape(sampling.resamples, -1)
-    return weights

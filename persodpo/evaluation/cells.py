@@ -217,10 +217,11 @@ def comparison_table(
         detectable = "" if _missing(row["detectable"]) else number(row["detectable"], decimals)
         cells = [_interval(row, "difference", decimals, notes), *tests, detectable]
         rows.append((pair, metric_label(row["metric"]), row["reading"], f"{row['dialogues']:,}", *cells))
-    family = comparisons["family"].iloc[0]
+    low, high = comparisons["family"].min(), comparisons["family"].max()
+    family = f"{high} tests" if low == high else f"families of {low} to {high} tests"
     seeds = comparisons[["arm_seeds", "baseline_seeds"]]
     caption = (
-        f"Paired differences with 95 % bootstrap intervals; p-values corrected over {family} tests (Holm). Detectable: the "
+        f"Paired differences with 95 % bootstrap intervals; p-values corrected over {family} (Holm). Detectable: the "
         "true difference found four times in five, by itself."
     )
     if seeds.max().max() == 1:

@@ -59,6 +59,7 @@ def compare(
     pairs: Sequence[tuple[str, str]],
     *,
     metrics: Sequence[str] = TEXT_METRICS,
+    families: Sequence[str] = (),
     sampling: Resampling | None = None,
 ) -> pd.DataFrame:
     """Compare arms on the same dialogues.
@@ -70,6 +71,8 @@ def compare(
         observations: From `persodpo.evaluation.observations.observe`.
         pairs: Which arm against which baseline.
         metrics: Text metrics; failure ratio and response time are always compared.
+        families: Columns that split the table into families, such as ``metric`` where each metric was a question of its
+            own before anyone looked; none: all tests are one family, which is the strictest.
         sampling: Resamples and their seed; None: 10,000 and 0.
 
     Returns:
@@ -77,8 +80,8 @@ def compare(
         left_out (paired but not counted in this reading), unpaired; difference (arm less baseline), its 95 % interval,
         standard error and p-value from `persodpo.evaluation.bootstrap`; detectable (see `smallest_detectable`); the
         exact test over dialogues with its counts, on means over seeds where there are several; p_holm and p_exact_holm,
-        each corrected over all rows of the table that have such a p-value, of which ``family`` says the number for p_holm;
-        reason (null where nothing is missing).
+        each corrected over all rows of the family that have such a p-value; family (their number, for p_holm); reason
+        (null where nothing is missing).
 
     Raises:
         PersodpoError: There is no such arm, a pair stands twice or has no dialogue in common, there are too few resamples
@@ -99,7 +102,7 @@ def compare(
             rows.append(row)
     for number, spread in zip(statistics, bootstrap(list(statistics.values()), sampling), strict=True):
         rows[number] |= _numbers(rows[number], statistics[number], spread)
-    return _corrected(pd.DataFrame(rows).reindex(columns=COLUMNS), sampling)
+    return _corrected(pd.DataFrame(rows).reindex(columns=COLUMNS), families, sampling)
 
 
 def _pair(array: Grid, arm: str, baseline: str) -> _Pair:
@@ -178,14 +181,19 @@ def _numbers(row: Row, statistic: Statistic, spread: Spread) -> Row:
     }  # fmt: skip
 
 
-def _corrected(table: pd.DataFrame, sampling: Resampling) -> pd.DataFrame:
-    """Add Holm's corrections over the whole table."""
-    family = int(table["p_value"].notna().sum())
-    if family * 2 / (sampling.resamples + 1) > 0.05:
+def _corrected(table: pd.DataFrame, families: Sequence[str], sampling: Resampling) -> pd.DataFrame:
+    """Add Holm's corrections, family by family."""
+    number = table.groupby(list(families), sort=False).ngroup() if families else pd.Series(0, table.index)
+    sizes = table["p_value"].notna().groupby(number).transform("sum").astype(int)
+    largest = int(sizes.max())
+    if largest * 2 / (sampling.resamples + 1) > 0.05:
         raise PersodpoError(
-            f"{sampling.resamples:,} resamples cannot tell {family} comparisons from chance after correction; draw at "
-            f"least {40 * family:,}."
+            f"{sampling.resamples:,} resamples cannot tell {largest} comparisons from chance after correction; draw at "
+            f"least {40 * largest:,}."
         )
-    corrections = {f"{name}_holm": holm(table[name].to_numpy(dtype=float)) for name in ("p_value", "p_exact")}
-    table = table.assign(p_holm=corrections["p_value_holm"], p_exact_holm=corrections["p_exact_holm"], family=family)
+    adjusted = {
+        name: table[name].astype(float).groupby(number).transform(lambda p: holm(p.to_numpy()))
+        for name in ("p_value", "p_exact")
+    }
+    table = table.assign(p_holm=adjusted["p_value"], p_exact_holm=adjusted["p_exact"], family=sizes)
     return table.astype(dict.fromkeys(("higher", "lower", "ties"), "Int64"))

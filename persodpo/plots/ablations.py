@@ -40,6 +40,7 @@ def draw(
     metrics: Sequence[str] = ("quality", "failure_ratio"),
     reading: str = "failures imputed",
     *,
+    arms: Sequence[str] | None = None,
     labels: Mapping[str, str] | None = None,
 ) -> Figure:
     """Draw each arm's mean and 95 % interval beside the baseline's.
@@ -51,10 +52,11 @@ def draw(
         baseline: The arm that every ablation changes one setting of.
         metrics: One panel each, at most four.
         reading: Which reading of text metrics.
+        arms: Which ablations, in this order; None: all, in the table's order.
         labels: Labels of arms, if not their names.
 
     Returns:
-        The figure, two columns wide; the baseline on top, then the ablations in the table's order.
+        The figure, two columns wide; the baseline on top, then the ablations.
 
     Raises:
         PersodpoError: The table is empty, lacks a column, a metric or the baseline, or holds an arm's metric twice.
@@ -63,25 +65,24 @@ def draw(
     if not 0 < len(metrics) <= _MOST:
         raise PersodpoError(f"Figure ablations draws one to {_MOST} metrics, not {len(metrics)}.")
     rows = estimates[estimates["reading"].isin([reading, _EVERY]) & estimates["metric"].isin(metrics)]
-    if baseline not in set(rows["arm"]):
-        raise PersodpoError(
-            f"Figure ablations has no arm '{baseline}'; there are {', '.join(estimates['arm'].unique())}."
-        )
     absent = [metric for metric in metrics if metric not in set(rows["metric"])]
     if absent:
         raise PersodpoError(f"Figure ablations has no {absent[0]} with {reading}; estimate it first.")
     if rows.duplicated(["arm", "metric"]).any():
         raise PersodpoError("Figure ablations needs one row an arm and metric; some stand twice.")
-    arms = [baseline, *(arm for arm in dict.fromkeys(rows["arm"]) if arm != baseline)]
-    figure = new_figure(0.75 + 0.19 * len(arms), DOUBLE)
+    names = [baseline, *(arm for arm in dict.fromkeys(rows["arm"] if arms is None else arms) if arm != baseline)]
+    silent = [arm for arm in names if arm not in set(rows["arm"])]
+    if silent:
+        raise PersodpoError(f"Figure ablations has no arm '{silent[0]}'; there are {', '.join(rows['arm'].unique())}.")
+    figure = new_figure(0.75 + 0.19 * len(names), DOUBLE)
     panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False).ravel()
     for axes, metric in zip(panels, metrics, strict=True):
-        _panel(axes, rows[rows["metric"] == metric].set_index("arm").reindex(arms), metric)
-    panels[0].set_yticks(range(len(arms)), [(labels or {}).get(arm, arm) for arm in arms])
-    panels[0].set_ylim(len(arms) - 0.4, -0.6)
-    name = (labels or {}).get(baseline, baseline)
+        _panel(axes, rows[rows["metric"] == metric].set_index("arm").reindex(names), metric)
+    panels[0].set_yticks(range(len(names)), [(labels or {}).get(arm, arm) for arm in names])
+    panels[0].set_ylim(len(names) - 0.4, -0.6)
+    shown = (labels or {}).get(baseline, baseline)
     handles = [
-        Line2D([], [], color="black", linestyle="--", linewidth=0.8, label=name),
+        Line2D([], [], color="black", linestyle="--", linewidth=0.8, label=shown),
         Patch(color=FAINT, label="its 95 % interval"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2)

@@ -41,8 +41,8 @@ def draw(
 ) -> Figure:
     """Draw each difference with its interval and corrected p-value, around a line at zero.
 
-    A filled point is a difference that stays under 0.05 after correction, blue where the arm is better and red where it is
-    worse; all others are hollow and grey. A dash stands where nothing could be derived.
+    A filled point is a difference that stays under 0.05 after correction, a blue dot where the arm is better and a
+    red square where it is worse; all others are hollow and grey. A dash stands where nothing could be derived.
 
     Args:
         comparisons: One row a comparison, metric and reading; columns as in the module's docstring.
@@ -67,7 +67,7 @@ def draw(
     metrics = sorted(rows["metric"].unique(), key=metric_order)
     across = min(_ACROSS, len(metrics))
     down = -(-len(metrics) // across)
-    figure = new_figure(0.45 + down * (0.55 + 0.19 * len(pairs)), DOUBLE)
+    figure = new_figure(0.45 + down * (0.62 + 0.19 * len(pairs)), DOUBLE)
     panels = figure.subplots(down, across, sharey=True, squeeze=False).ravel()
     for axes, metric in zip(panels, metrics, strict=False):
         table = rows[rows["metric"] == metric].set_index(["arm", "baseline"]).reindex(pairs)
@@ -77,18 +77,21 @@ def draw(
     named = labels or {}
     names = [f"{named.get(arm, arm)} − {named.get(baseline, baseline)}" for arm, baseline in pairs]
     panels[0].set_yticks(range(len(pairs)), names)
-    panels[0].set_ylim(len(pairs) - 0.4, -0.6)
+    panels[0].set_ylim(len(pairs) - 0.4, -1.1)
     figure.legend(handles=_legend(), loc="outside lower center", ncols=3, handlelength=1.0)
     return figure
 
 
 def _legend() -> list[Line2D]:
     """Return what points mean."""
-    looks = ((BLUE, BLUE, "better, p < 0.05 (Holm)"), (VERMILLION, VERMILLION, "worse, p < 0.05 (Holm)"),
-             (GREY, "white", "not told from zero"))  # fmt: skip
+    looks = (
+        (BLUE, BLUE, "o", "better, p < 0.05 (Holm)"),
+        (VERMILLION, VERMILLION, "s", "worse, p < 0.05 (Holm)"),
+        (GREY, "white", "o", "not told from zero"),
+    )
     return [
-        Line2D([], [], color=edge, marker="o", markerfacecolor=face, linewidth=1.0, label=label)
-        for edge, face, label in looks
+        Line2D([], [], color=edge, marker=marker, markerfacecolor=face, linewidth=1.0, label=label)
+        for edge, face, marker, label in looks
     ]
 
 
@@ -106,6 +109,7 @@ def _panel(axes: Axes, table: pd.DataFrame, metric: str) -> None:
             p_value=p_value,
             better=(difference > 0) ^ (metric in LOWER_IS_BETTER),
         )
+    _right(axes, -0.85, "p (Holm)")
     # Zero stands in the middle, so that the two directions compare at a glance.
     reach = np.nanmax(np.abs(values[:, :3]), initial=0.0) or 1.0
     axes.set_xlim(-1.08 * reach, 1.08 * reach)
@@ -124,14 +128,12 @@ def _row(axes: Axes, row: int, difference: float, *, low: float, high: float, p_
     if np.isfinite(low) and np.isfinite(high):
         axes.plot([low, high], [row, row], color=colour, linewidth=1.0)
     if np.isfinite(difference):
-        axes.plot(difference, row, "o", color=colour, markerfacecolor=colour if told else "white")
-    text = "–" if np.isnan(p_value) else "<0.001" if p_value < 0.0005 else f"{p_value:.3f}"
-    axes.annotate(
-        text,
-        (1, row),
-        (3, 0),
-        xycoords=axes.get_yaxis_transform(),
-        textcoords="offset points",
-        va="center",
-        fontsize=6.5,
-    )
+        marker = "s" if told and not better else "o"
+        axes.plot(difference, row, marker, color=colour, markerfacecolor=colour if told else "white")
+    _right(axes, row, "–" if np.isnan(p_value) else "<0.001" if p_value < 0.0005 else f"{p_value:.3f}")
+
+
+def _right(axes: Axes, row: float, text: str) -> None:
+    """Write a text at the panel's right."""
+    place = axes.get_yaxis_transform()
+    axes.annotate(text, (1, row), (3, 0), xycoords=place, textcoords="offset points", va="center", fontsize=6.5)
