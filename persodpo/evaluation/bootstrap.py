@@ -7,12 +7,13 @@ Over several seeds, a resample is a draw of the seeds and a draw of the dialogue
 again themselves: three of them give ten different resamples, and where seeds differ most, an interval called 95 % would
 hold the truth three times in four. So their deviation is drawn from Student's t with one degree of freedom less than there
 are seeds, as wide as the spread of their means; and as that spread holds the noise of single responses too, the dialogues'
-part is drawn without it. With dialogues that all agree, the interval is the t interval over seeds; with seeds that all agree,
-it is the interval of one seed. Few seeds cost much: after a correction for many tests, three can show large differences only.
+part is drawn without it. With dialogues that all agree, the interval is the t interval over seeds; with seeds that all
+agree, it is the interval of one seed. Few seeds cost much: after a correction for many tests, three can show large
+differences only.
 
 The interval is the percentile one. BCa is a little better on skewed samples of one seed, but wants a jackknife, which few
-seeds do not bear; the percentile interval is one rule for means, differences and seeds, and the p-value is its exact
-counterpart: it is under 0.05 where the interval leaves out zero.
+seeds do not bear; the percentile interval is one rule for means, differences and seeds, and the p-value counts the same
+resamples: but for a rounding, it is under 0.05 where the interval leaves out zero.
 """
 
 from __future__ import annotations

@@ -153,8 +153,8 @@ def _caption(rows: pd.DataFrame, reading: str) -> str:
     words = f"Means with 95 % intervals, {reading} in text metrics"
     words += "; failure ratios with Wilson's interval." if "failure_ratio" in set(rows["metric"]) else "."
     if rows["seeds"].max() == 1:
-        words += " One seed an arm: intervals cover the draw of dialogues, not that of another training."
-    return words
+        return f"{words} One seed an arm: intervals cover the draw of dialogues, not that of another training."
+    return f"{words} Means over {rows['seeds'].max()} seeds at most; intervals cover dialogues and seeds."
 
 
 def _machine(row: Row) -> str:
@@ -224,8 +224,7 @@ def comparison_table(
         f"Paired differences with 95 % bootstrap intervals; p-values corrected over {family} (Holm). Detectable: the "
         "true difference found four times in five, by itself."
     )
-    if seeds.max().max() == 1:
-        caption += " One seed an arm."
+    caption += " One seed an arm." if seeds.max().max() == 1 else f" {seeds.max().max()} seeds an arm at most."
     columns = (
         "Difference of", "Metric", "Reading", "Dialogues", "Difference", "p", "p (Holm)", "p exact (Holm)", "Detectable",
     )  # fmt: skip

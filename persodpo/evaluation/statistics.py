@@ -23,6 +23,10 @@ COLUMNS = (
     "interval", "reason",
 )  # fmt: skip
 
+#: Names of intervals.
+WILSON, WILSON_SEEDS = "Wilson", "Wilson, effective sample size"
+PERCENTILE, PERCENTILE_SEEDS = "percentile bootstrap", "percentile bootstrap, t over seeds"
+
 Row = dict[str, Any]
 
 
@@ -117,7 +121,7 @@ def too_few(values: Floats) -> str:
 
 def _numbers(cell: _Cell, spread: Spread) -> Row:
     """Return mean, interval and reason of a row that can be derived."""
-    low, high, name = spread.low, spread.high, "percentile bootstrap"
+    low, high, name = spread.low, spread.high, PERCENTILE if len(cell.seeds) == 1 else PERCENTILE_SEEDS
     if cell.row["metric"] == "failure_ratio":
         low, high, name = _failure_interval(cell.values, spread)
     reason = too_few(cell.values) if np.isnan(low) else None
@@ -134,10 +138,10 @@ def _failure_interval(failed: Floats, spread: Spread) -> tuple[float, float, str
     """
     total = int((~np.isnan(failed)).sum())
     if failed.shape[1] == 1:
-        return *wilson(float(np.nansum(failed)), total), "Wilson"
+        return *wilson(float(np.nansum(failed)), total), WILSON
     share = spread.estimate
     # Where all or none failed, nothing shows how far seeds repeat each other, so they are taken to.
     effective = float((~np.isnan(failed)).any(axis=1).sum())
     if 0 < share < 1 and spread.standard_error > 0:
         effective = min(float(total), share * (1 - share) / (spread.standard_error * spread.stretch) ** 2)
-    return *wilson(share * effective, effective), "Wilson, effective sample size"
+    return *wilson(share * effective, effective), WILSON_SEEDS
