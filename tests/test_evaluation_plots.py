@@ -30,17 +30,13 @@ def comparisons():
 
 def drawn(axes):
     """Return a panel's points with their fill, and its intervals, both by row."""
+    flat = [line for line in axes.lines if line.get_ydata()[0] == line.get_ydata()[-1]]
     points = {
         line.get_ydata()[0]: (line.get_xdata()[0], line.get_markerfacecolor())
-        for line in axes.lines
+        for line in flat
         if len(line.get_xdata()) == 1
     }
-    intervals = {
-        line.get_ydata()[0]: list(line.get_xdata())
-        for line in axes.lines
-        if line.get_ydata()[0] == line.get_ydata()[-1]
-    }
-    return points, {row: ends for row, ends in intervals.items() if len(ends) == 2}
+    return points, {line.get_ydata()[0]: list(line.get_xdata()) for line in flat if len(line.get_xdata()) == 2}
 
 
 def test_forest_holds_the_tables_numbers(comparisons):

@@ -46,7 +46,7 @@ def escape_latex(text: str) -> str:
     A leading bracket or star is shielded: at the start of a row, the ``\\`` before it would take it for its own.
     """
     escaped = _LATEX_SPECIAL.sub(lambda found: _LATEX[found.group()], text)
-    return f"{{}}{escaped}" if escaped.startswith(("[", "*")) else escaped
+    return f"{{}}{escaped}" if escaped.lstrip().startswith(("[", "*")) else escaped
 
 
 def markdown(table: TextTable) -> str:
