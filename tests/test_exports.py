@@ -33,7 +33,7 @@ def estimates():
         estimate("base", "failure_ratio", 0.39, 0.3603, 0.4206),
         estimate("base", "c_score", -0.1254, -0.2, -0.0004, reading=IMPUTED),
         estimate("base", "c_score", 0.25, 0.2, 0.3, reading=SUCCESSES, responses=610, left_out=390),
-        estimate("base", "quality", np.nan, reading=IMPUTED, reason="quality is missing in 3 of 1,000 dialogues"),
+        estimate("base", "quality", np.nan, reading=IMPUTED, reason="no score in 3 of 1,000 dialogues"),
         estimate("base", "response_time", 0.76, 0.75, 0.77, **alone),
         estimate("perso_weighted", "failure_ratio", 0.148, 0.1273, 0.1714),
         estimate("perso_weighted", "c_score", 0.5, reading=IMPUTED, reason="9 dialogues are too few"),
@@ -52,7 +52,7 @@ intervals cover the draw of dialogues, not that of another training.
 | base | 1 | 1,000 | – (a) | −0.125 [−0.200, 0.000] | 0.390 [0.360, 0.421] | 0.760 [0.750, 0.770] |
 | perso\\_weighted | 1 | 1,000 | 0.610 [0.600, 0.620] | 0.500 (b) | 0.148 [0.127, 0.171] | – (c) |
 
-(a) quality is missing in 3 of 1,000 dialogues  
+(a) no score in 3 of 1,000 dialogues  
 (b) 9 dialogues are too few  
 (c) answered in batches, which have no response time of their own  
 """  # noqa: W291 - two spaces break a line of Markdown
@@ -198,7 +198,7 @@ def test_csv_keeps_every_digit(estimates):
     back = pd.read_csv(io.StringIO(csv(table)))
     assert back["mean"][0] == 1 / 3
     pd.testing.assert_series_equal(back["low"], estimates["low"])
-    assert back["reason"][3] == "quality is missing in 3 of 1,000 dialogues"
+    assert back["reason"][3] == "no score in 3 of 1,000 dialogues"
 
 
 def test_three_files_of_one_table(tmp_path, estimates):

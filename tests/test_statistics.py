@@ -155,7 +155,7 @@ def test_imputed_means_are_those_of_the_summary():
     [
         (
             lambda t: t.assign(quality=t["quality"].where(t["dialogue_id"] != "d3")),
-            "quality is missing in 1 of 12 dialogues",
+            "no score in 1 of 12 dialogues",
         ),
         (lambda t: t.assign(failed=True), r"nothing counts \(successes alone\)"),
     ],
@@ -361,6 +361,8 @@ def test_lost_rows_are_named(tables):
     [
         (lambda t: pd.concat([t, t[:1]]), "Arm a, seed 0, answers dialogue d0 twice"),
         (lambda t: t[:0], "nothing to evaluate"),
+        (lambda t: t.assign(seed=-1), r"lacks its arm, seed \(0 or more\) or dialogue_id"),
+        (lambda t: t.assign(dialogue_id=None), r"lacks its arm, seed"),
         (lambda t: t.drop(columns="quality"), "lack quality"),
         (lambda t: t.assign(quality=np.inf), "quality has values that are not finite"),
     ],

@@ -109,7 +109,8 @@ def grid(observations: pd.DataFrame, metrics: Sequence[str]) -> Grid:
         The arrays.
 
     Raises:
-        PersodpoError: The table is empty, lacks a column, holds a response twice, or a value that is not finite.
+        PersodpoError: The table is empty, lacks a column, holds a response twice or without a name, or a value that is not
+            finite.
     """
     wanted = (*_KEY, "failed", *metrics, "response_time", "batch_size", "hardware")
     missing = [column for column in wanted if column not in observations.columns]
@@ -117,6 +118,8 @@ def grid(observations: pd.DataFrame, metrics: Sequence[str]) -> Grid:
         raise PersodpoError(f"The observations lack {', '.join(missing)}; make them with `observe`.")
     if observations.empty:
         raise PersodpoError("There is nothing to evaluate; generate and score held-out responses first.")
+    if observations[_KEY].isna().any(axis=None) or observations["seed"].lt(0).any():
+        raise PersodpoError("An observation lacks its arm, seed (0 or more) or dialogue_id; make them with `observe`.")
     twice = observations.duplicated(_KEY)
     if twice.any():
         first = observations[twice].iloc[0]

@@ -106,7 +106,7 @@ def problem_of(values: Floats, unknown: Bools, metric: str, reading: str) -> str
     """
     if unknown.any():
         # Half a column is no result.
-        return f"{metric} is missing in {int(unknown.any(axis=1).sum()):,} of {len(unknown):,} dialogues"
+        return f"no score in {int(unknown.any(axis=1).sum()):,} of {len(unknown):,} dialogues"
     empty = int(np.isnan(values).all(axis=0).sum()) if values.size else values.shape[1]
     if empty == values.shape[1]:
         return {"response_time": "no response time was measured"}.get(metric, f"nothing counts ({reading})")
