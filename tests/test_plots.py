@@ -31,7 +31,8 @@ from persodpo.plots import (
     token_budget,
     training_curves,
 )
-from persodpo.plots.checks import plotted_sha256, wilson
+from persodpo.plots.checks import plotted_sha256
+from persodpo.plots.intervals import wilson
 from persodpo.release.loops import windowed
 
 SEVEN = "Qwen2-7B-Instruct"
