@@ -101,12 +101,16 @@ class ScoreCache:
             name: The scorer's name.
             fingerprint: Digest of all that shapes its scores.
         """
-        with self._sentences(), self._transaction():
-            self._connection.execute(
-                "INSERT OR IGNORE INTO scorers (name, fingerprint) VALUES (?, ?)", (name, fingerprint)
-            )
-            query = "SELECT id FROM scorers WHERE name = ? AND fingerprint = ?"
-            return int(self._connection.execute(query, (name, fingerprint)).fetchone()[0])
+        query = "SELECT id FROM scorers WHERE name = ? AND fingerprint = ?"
+        with self._sentences():
+            row = self._connection.execute(query, (name, fingerprint)).fetchone()
+            if row is None:
+                with self._transaction():
+                    self._connection.execute(
+                        "INSERT OR IGNORE INTO scorers (name, fingerprint) VALUES (?, ?)", (name, fingerprint)
+                    )
+                    row = self._connection.execute(query, (name, fingerprint)).fetchone()
+        return int(row[0])
 
     def begin(self) -> int:
         """Start to count the texts of a run; returns the number of the last batch before it."""
@@ -127,7 +131,7 @@ class ScoreCache:
         return found
 
     def store(self, scorer: int, keys: Sequence[bytes], scored: Scored) -> None:
-        """Write the scores of a batch in one transaction; when this returns they are on the disk.
+        """Write the scores of a batch in one transaction; when this returns they outlive the process.
 
         Raises:
             PersodpoError: The file is locked or damaged, or the disk is full; nothing of the batch is written then.
@@ -194,7 +198,8 @@ class ScoreCache:
                 "cache: its scores will be computed again."
             )
         self._connection.execute("PRAGMA journal_mode = WAL")
-        self._connection.execute("PRAGMA synchronous = FULL")
+        # Scores outlive a killed process; those of the last moments before a power cut are computed again.
+        self._connection.execute("PRAGMA synchronous = NORMAL")
         self._connection.execute("PRAGMA temp_store = FILE")
         self._connection.execute("CREATE TEMP TABLE asked (key BLOB PRIMARY KEY) WITHOUT ROWID")
 

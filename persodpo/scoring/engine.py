@@ -1,7 +1,7 @@
 """Responses and a scorer in, one value a response out: distinct texts only, from the cache where they were scored before.
 
 Work goes by portions, so that memory does not grow with the number of responses. Within a portion the texts that are not
-in the cache are sorted by length and scored in batches, and every batch is on the disk before the next is asked for: a
+in the cache are sorted by length and scored in batches, and every batch is stored before the next is asked for: a
 run that is killed loses at most the batch under way.
 """
 
