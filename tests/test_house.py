@@ -28,7 +28,7 @@ MODULES = sorted(path.relative_to(PROJECT) for path in PACKAGE.rglob("*.py"))
 LAYERS = [
     ["errors", "settings"],
     ["config", "tables"],
-    ["artifacts"],
+    ["artifacts", "folders"],
     [
         "completions",
         "dialogues",

@@ -22,6 +22,8 @@ from persodpo.scoring.scorers import Item, Scored
 from persodpo.settings import Correction
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from persodpo.scoring.inference import Loaded
 
 Dimension = Literal["coherence", "naturalness", "engagingness", "groundedness", "understandability"]
@@ -144,8 +146,8 @@ class CoherenceScorer:
         if self._loaded is None:
             self._loaded = inference.load_yes_no(self.checkpoint)
         loaded = self._loaded
-        answers = yes_no_tokens(loaded)
-        rows, cut = self._encode(inputs, loaded)
+        answers = yes_no_tokens(loaded.tokenizer, self.checkpoint.name)
+        rows, cut = encode(self.dimension, inputs, loaded.tokenizer, self.max_length, self.truncation)
         start = loaded.model.config.decoder_start_token_id
 
         def forward(batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -157,23 +159,39 @@ class CoherenceScorer:
         # A softmax over two logits is their share of any larger softmax.
         return 1.0 / (1.0 + np.exp(logits[:, 1] - logits[:, 0])), cut
 
-    def _encode(
-        self, inputs: Sequence[tuple[str, ...]], loaded: Loaded
-    ) -> tuple[list[dict[str, list[int]]], list[bool]]:
-        """Tokenise inputs and cut those that are too long."""
-        written = [write_input(self.dimension, given) for given in inputs]
-        encoded = loaded.tokenizer([text for text, _ in written], return_offsets_mapping=True, verbose=False)
-        rows, cut = [], []
-        for (_, history), ids, offsets in zip(written, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            excess = len(ids) - self.max_length
-            cut.append(excess > 0)
-            if excess > 0 and self.truncation == "corrected":
-                # A token may take in the space before it; what marks the end of the input has no place at all.
-                inside = [n for n, (start, end) in enumerate(offsets) if start < history.stop and end > history.start]
-                gone = set(inside[:excess])
-                ids = [token for n, token in enumerate(ids) if n not in gone]  # noqa: PLW2901
-            rows.append({"input_ids": ids if len(ids) <= self.max_length else [*ids[: self.max_length - 1], ids[-1]]})
-        return rows, cut
+
+def encode(
+    dimension: Dimension,
+    inputs: Sequence[Sequence[str]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    truncation: Correction,
+) -> tuple[list[dict[str, list[int]]], list[bool]]:
+    """Write, tokenise and cut model inputs.
+
+    Args:
+        dimension: What is asked.
+        inputs: As in `write_input`.
+        tokenizer: A fast one.
+        max_length: Longest input, tokens.
+        truncation: Which end of a longer input is cut, see `CoherenceScorer`.
+
+    Returns:
+        The rows, and whether each was cut.
+    """
+    written = [write_input(dimension, given) for given in inputs]
+    encoded = tokenizer([text for text, _ in written], return_offsets_mapping=True, verbose=False)
+    rows, cut = [], []
+    for (_, history), all_ids, offsets in zip(written, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        ids, excess = list(all_ids), len(all_ids) - max_length
+        cut.append(excess > 0)
+        if excess > 0 and truncation == "corrected":
+            # A token may take in the space before it; what marks the end of the input has no place at all.
+            inside = [n for n, (start, end) in enumerate(offsets) if start < history.stop and end > history.start]
+            gone = set(inside[:excess])
+            ids = [token for n, token in enumerate(ids) if n not in gone]
+        rows.append({"input_ids": ids if len(ids) <= max_length else [*ids[: max_length - 1], ids[-1]]})
+    return rows, cut
 
 
 def write_input(dimension: Dimension, given: Sequence[str]) -> tuple[str, range]:
@@ -199,11 +217,12 @@ def write_input(dimension: Dimension, given: Sequence[str]) -> tuple[str, range]
     return text, history
 
 
-def yes_no_tokens(loaded: Loaded) -> list[int]:
+def yes_no_tokens(tokenizer: PreTrainedTokenizerBase, checkpoint: str) -> list[int]:
     """Return the tokens that answer Yes and No.
 
     Args:
-        loaded: Model and tokenizer.
+        tokenizer: The model's tokenizer.
+        checkpoint: The model's name, for messages.
 
     Returns:
         The token of Yes and that of No.
@@ -211,11 +230,10 @@ def yes_no_tokens(loaded: Loaded) -> list[int]:
     Raises:
         PersodpoError: One is not a single token, is unknown, or they are the same.
     """
-    tokenizer = loaded.tokenizer
     yes, no = (tokenizer(word, add_special_tokens=False)["input_ids"] for word in (YES, NO))
     if len(yes) != 1 or len(no) != 1 or yes == no or tokenizer.unk_token_id in (yes[0], no[0]):
         raise PersodpoError(
-            f"The tokenizer of '{loaded.model.name_or_path}' has no single, different tokens for {YES} and {NO}, so its "
+            f"The tokenizer of '{checkpoint}' has no single, different tokens for {YES} and {NO}, so its "
             "first decoded token answers no question; name a checkpoint such as MingZhong/unieval-dialog."
         )
     return [yes[0], no[0]]

@@ -11,6 +11,8 @@ from persodpo.errors import PersodpoError
 from persodpo.scoring.checkpoints import Checkpoint
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from persodpo.scoring.inference import Loaded
 
 #: The classes in the order of their value: -1, 0 and 1.
@@ -75,7 +77,7 @@ class NliModel:
             return np.empty((0, len(CLASSES))), np.empty(0, dtype=bool)
         loaded = self._load()
         columns = label_order(loaded.model.config.id2label or {}, self.labels, self.checkpoint.name)
-        rows, cut = self._encode(inputs, loaded)
+        rows, cut = encode(inputs, loaded.tokenizer, self.max_length)
         logits = inference.run(loaded, rows, self.batch_tokens, lambda batch: loaded.model(**batch).logits)[:, columns]
         shares = np.exp(logits - logits.max(axis=1, keepdims=True))
         return shares / shares.sum(axis=1, keepdims=True), cut
@@ -90,31 +92,52 @@ class NliModel:
 
         if self._loaded is None:
             loaded = inference.load_classifier(self.checkpoint)
-            room = min(
-                int(loaded.tokenizer.model_max_length),
-                int(getattr(loaded.model.config, "max_position_embeddings", self.max_length)),
-            )
-            if room < self.max_length:
-                raise PersodpoError(
-                    f"Model '{self.checkpoint.name}' takes {room} tokens, not {self.max_length}; lower max_length."
-                )
+            check_room(loaded, self.max_length)
             self._loaded = loaded
         return self._loaded
 
-    def _encode(
-        self, inputs: Sequence[tuple[str, ...]], loaded: Loaded
-    ) -> tuple[list[dict[str, list[int]]], np.ndarray]:
-        def encode(given: Sequence[tuple[str, ...]], **limits: Any) -> list[dict[str, list[int]]]:
-            # Always lists: alone, a pair whose second text is empty would be taken for a single text.
-            sides = [list(side) for side in zip(*given, strict=True)]
-            found = loaded.tokenizer(*sides, return_attention_mask=False, verbose=False, **limits)
-            return [{field: found[field][n] for field in found} for n in range(len(given))]
 
-        rows = encode(inputs)
-        cut = np.array([len(row["input_ids"]) > self.max_length for row in rows])
-        for n in np.flatnonzero(cut).tolist():
-            rows[n] = encode([inputs[n]], truncation="longest_first", max_length=self.max_length)[0]
-        return rows, cut
+def encode(
+    inputs: Sequence[tuple[str, ...]], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[list[dict[str, list[int]]], np.ndarray]:
+    """Tokenise and cut single texts or pairs.
+
+    Args:
+        inputs: A text, or premise and hypothesis; all of one kind.
+        tokenizer: A fast one.
+        max_length: Longest input, tokens.
+
+    Returns:
+        The rows, and whether each was cut, [inputs].
+    """
+
+    def encoded(given: Sequence[tuple[str, ...]], **limits: Any) -> list[dict[str, list[int]]]:
+        # Always lists: alone, a pair whose second text is empty would be taken for a single text.
+        sides = [list(side) for side in zip(*given, strict=True)]
+        found = tokenizer(*sides, return_attention_mask=False, verbose=False, **limits)
+        return [{field: found[field][n] for field in found} for n in range(len(given))]
+
+    rows = encoded(inputs)
+    cut = np.array([len(row["input_ids"]) > max_length for row in rows])
+    for n in np.flatnonzero(cut).tolist():
+        rows[n] = encoded([inputs[n]], truncation="longest_first", max_length=max_length)[0]
+    return rows, cut
+
+
+def check_room(loaded: Loaded, max_length: int) -> None:
+    """Refuse a limit above the number of tokens that a model takes.
+
+    Raises:
+        PersodpoError: The model takes fewer.
+    """
+    room = min(
+        int(loaded.tokenizer.model_max_length),
+        int(getattr(loaded.model.config, "max_position_embeddings", max_length)),
+    )
+    if room < max_length:
+        raise PersodpoError(
+            f"Model '{loaded.model.name_or_path}' takes {room} tokens, not {max_length}; lower the longest input to that."
+        )
 
 
 def label_order(
@@ -134,7 +157,7 @@ def label_order(
         PersodpoError: The names are not those of the three classes, or the setting contradicts the config.
     """
     own = [str(name) for _, name in sorted(id2label.items())]
-    in_config, in_setting = _classes(own), _classes(named or ())
+    in_config, in_setting = classes(own), classes(named or ())
     if named and in_setting is None:
         raise PersodpoError(f"labels names {', '.join(named)}; it must name each of {', '.join(CLASSES)} once.")
     found = in_setting or in_config
@@ -151,7 +174,7 @@ def label_order(
     return [found.index(name) for name in CLASSES]
 
 
-def _classes(names: Sequence[str]) -> list[str] | None:
+def classes(names: Sequence[str]) -> list[str] | None:
     """Return the classes that ``names`` stand for, None unless they are the three, each once."""
     found = [SPELLINGS.get(name.strip().lower(), "") for name in names]
     return found if sorted(found) == sorted(CLASSES) else None

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -34,8 +32,9 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from persodpo.artifacts import as_json, is_running, read_json, sha256, source_digest, versions, write_json
-from persodpo.errors import PersodpoError, disk_errors
+from persodpo.artifacts import source_digest
+from persodpo.errors import PersodpoError
+from persodpo.folders import made_once
 from persodpo.settings import SmallPolicy
 from persodpo.training import forward, packing
 from persodpo.training.forward import response_log_probs
@@ -75,22 +74,14 @@ def make_small_policy(
         "texts": hashlib.sha256(json.dumps(list(examples)).encode()).hexdigest(),
         "code": source_digest([sys.modules[__name__], forward, packing]),
     }
-    if _is_current(folder, basis):
-        return folder
-    if folder.exists() and not (folder.is_dir() and ((folder / RECORD).is_file() or not any(folder.iterdir()))):
-        raise PersodpoError(f"{folder} holds something other than a small policy; name another folder or remove it.")
-    scratch = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    with disk_errors(folder):
-        _clear_scratch(folder)
-        scratch.mkdir(parents=True)
-        try:
-            found = _make(examples, settings, scratch, progress=progress)
-            files = {path.name: sha256(path) for path in sorted(scratch.iterdir())}
-            write_json(scratch / RECORD, {**basis, **found, "files": files, "versions": versions()})
-            _publish(scratch, folder)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-    return folder
+    return made_once(
+        folder,
+        RECORD,
+        basis,
+        lambda scratch: _make(examples, settings, scratch, progress=progress),
+        what="a small policy",
+        needs=WEIGHTS,
+    )
 
 
 def load_policy(
@@ -142,31 +133,6 @@ def _check(examples: Sequence[tuple[str, str]]) -> None:
         for side, text in (("prompt", prompt), ("completion", completion)):
             if not text.strip():
                 raise PersodpoError(f"Example {number} has an empty {side}; leave it out.")
-
-
-def _is_current(folder: Path, basis: dict[str, Any]) -> bool:
-    """Tell whether ``folder`` was made from ``basis`` and is still as it was written."""
-    record = read_json(folder / RECORD)
-    files: dict[str, str] = record.get("files", {})
-    same = WEIGHTS in files and all(record.get(key) == value for key, value in as_json(basis).items())
-    return same and all((folder / n).is_file() and sha256(folder / n) == digest for n, digest in files.items())
-
-
-def _clear_scratch(folder: Path) -> None:
-    """Remove what killed processes left beside ``folder``; that of running ones stays."""
-    for left in folder.parent.glob(f".{folder.name}.*-*"):
-        owner = left.name.rpartition("-")[2]
-        if owner.isdigit() and (int(owner) == os.getpid() or not is_running(int(owner))):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _publish(scratch: Path, folder: Path) -> None:
-    """Rename ``scratch`` to ``folder``, after moving aside what it replaces."""
-    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-    if folder.exists():
-        folder.rename(old)
-    scratch.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _make(
