@@ -12,7 +12,7 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from persodpo.errors import PersodpoError
 from persodpo.scoring.coherence import NO, YES
@@ -54,7 +54,7 @@ class Examples:
         return len(self.inputs)
 
 
-def read_examples(paths: Sequence[Path], kind: Format, fields: tuple[str, str, str] | None = None) -> Examples:
+def read_examples(paths: Sequence[Path], kind: str, fields: tuple[str, str, str] | None = None) -> Examples:
     """Read files of one format.
 
     Args:
@@ -69,14 +69,15 @@ def read_examples(paths: Sequence[Path], kind: Format, fields: tuple[str, str, s
         PersodpoError: A file cannot be read or is of another format, a row lacks a field or has an unknown label, or there
             is no labelled row; the message names the file and the row.
     """
-    if kind not in FIELDS:
-        raise PersodpoError(f"There is no format '{kind}'; there are {', '.join(get_args(Format))}.")
-    names = fields or FIELDS[kind]
-    known: Mapping[str, str] = _ANSWERS if kind == "coherence" else SPELLINGS
+    named = next((known for known in FIELDS if known == kind), None)
+    if named is None:
+        raise PersodpoError(f"There is no format '{kind}'; there are {', '.join(FIELDS)}.")
+    names = fields or FIELDS[named]
+    known: Mapping[str, str] = _ANSWERS if named == "coherence" else SPELLINGS
     inputs, labels, skipped = [], [], 0
     for path in paths:
-        for place, row in _rows(path, kind):
-            first, second, label = _values(row, names, kind, f"{path}, {place}")
+        for place, row in _rows(path, named):
+            first, second, label = _values(row, names, named, f"{path}, {place}")
             if label.lower() in _UNLABELLED:
                 skipped += 1
             elif label.lower() in known:

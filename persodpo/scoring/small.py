@@ -11,15 +11,13 @@ from __future__ import annotations
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from gensim.models import KeyedVectors, Word2Vec
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from tqdm import tqdm
@@ -28,7 +26,7 @@ from persodpo.artifacts import digest_of, source_digest
 from persodpo.errors import PersodpoError, make_folder
 from persodpo.folders import made_once
 from persodpo.scoring import coherence, nli_model, small_examples, small_models
-from persodpo.scoring.inference import Loaded
+from persodpo.scoring.inference import Loaded, one_thread
 from persodpo.scoring.nli_data import Examples
 from persodpo.settings import SmallModel, SmallScorers
 from persodpo.training import finetune_scorer
@@ -93,7 +91,7 @@ def make_small_scorers(
             "scorer": name, "settings": section.model_dump(mode="json"), "held_out_share": settings.held_out,
             "seed": settings.seed, "texts": texts, "code": source_digest(modules),
         }  # fmt: skip
-        with _one_thread():
+        with one_thread():
             made_once(folder / name, RECORD, basis, make, what="a small scorer", needs=needs)
     return SmallFolders(folder / "coherence", folder / "nli", folder / "vectors" / VECTORS)
 
@@ -198,14 +196,3 @@ def _nearer_to_own(vectors: KeyedVectors, dialogues: pd.DataFrame) -> tuple[floa
     sides = [(direction(" ".join(personas)), direction(context)) for personas, context, _ in _rows(dialogues)]
     nearer = [own @ context > sides[n - 1][0] @ context for n, (own, context) in enumerate(sides)]
     return float(np.mean(nearer)), 1.0 - known / max(looked_up, 1)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute on one thread: faster for matrices this small, and sums come in one order on every machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

@@ -34,7 +34,7 @@ from persodpo.folders import refuse_others, replaced
 from persodpo.scoring import coherence, nli_model
 from persodpo.scoring.checkpoints import Checkpoint
 from persodpo.scoring.inference import Loaded, load_base_classifier, load_yes_no
-from persodpo.scoring.nli_data import Examples, Format, read_examples, split
+from persodpo.scoring.nli_data import Examples, read_examples, split
 
 RECORD = "scorer.json"
 #: Share of the steps over which the learning rate rises.
@@ -112,7 +112,7 @@ class _Task(NamedTuple):
 
 def finetune_scorer(
     data: Sequence[Path],
-    kind: Format,
+    kind: str,
     base: str,
     folder: Path,
     *,
