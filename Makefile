@@ -38,8 +38,9 @@ lab: $(STAMP)  ## open the notebooks
 bench-pairs: $(STAMP)  ## metric values -> pairs, up to 100 million responses
 	$(BIN)/python benchmarks/bench_pairs.py
 
-bench-generate: $(STAMP)  ## asking an endpoint: throughput, faults, kills, memory
+bench-generate: $(STAMP)  ## asking an endpoint (throughput, faults, kills, memory) and a model of this machine
 	$(BIN)/python benchmarks/bench_generate.py
+	$(BIN)/python benchmarks/bench_local.py
 
 bench-train: $(STAMP)  ## the trainer's ladder against TRL; needs the pairs (persodpo pairs)
 	$(BIN)/python benchmarks/bench_train.py --device $(DEVICE)

@@ -23,6 +23,7 @@ from persodpo.plots import (
     response_time,
     score_distributions,
     style,
+    time_distribution,
     training_curves,
 )
 from persodpo.release import published
@@ -170,6 +171,11 @@ FIGURES: dict[str, FigureSpec] = {
         lambda tables: failure_classes.draw(tables["evaluation/responses"]),
         "Why held-out responses failed; unknown where no completion was published (audit A16, A17).",
     ),
+    "response_times": FigureSpec(
+        ("responses",),
+        lambda tables: time_distribution.draw(tables["responses"]),
+        "Response times of train prompts, one prompt at a time; API times include the network.",
+    ),
     "score_metrics": FigureSpec(
         ("scores",),
         lambda tables: score_distributions.draw_metrics(tables["scores"]),
@@ -203,7 +209,7 @@ FIGURES: dict[str, FigureSpec] = {
 
 _CODE = (
     failure_classes, metric_correlation, overview, pair_sources, response_time, score_distributions, style,
-    training_curves, sys.modules[__name__],
+    time_distribution, training_curves, sys.modules[__name__],
 )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import yaml
 from asking import Server, serving
+from conftest import QUICK_TRAINING
 from faulty_server import completion
 from talker import make_talker
 from test_dialogues import focus_entry
@@ -22,7 +23,7 @@ from typer.testing import CliRunner
 from persodpo import stages
 from persodpo.artifacts import PROJECT, RunFolder
 from persodpo.cli import app
-from persodpo.config import load_profile
+from persodpo.config import load_profile, with_overrides
 from persodpo.errors import PersodpoError
 from persodpo.settings import Profile
 
@@ -306,3 +307,20 @@ def test_the_small_policy_needs_responses_first(tmp_path: Path, server: Server) 
     small = {"model": "small", "kind": "transformers", "weights": "policy"}
     with pytest.raises(PersodpoError, match=r"is made from responses that are there already"):
         stages.run_generate(profile_of(tmp_path, small))
+
+
+def test_the_small_model_answers_the_published_prompts(
+    release_run: RunFolder, tmp_path: Path, one_thread: None
+) -> None:
+    """The README's command, with a model that has learned next to nothing."""
+    path = tmp_path / "profile.yaml"
+    path.write_text(with_overrides(release_run.profile, [*QUICK_TRAINING, "policy.small.max_length=2048"]).to_yaml())
+    arguments = ["generate", "--profile", str(path), "--models", "small", "--split", "valid", "--limit", "50"]
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert "small: 50 answered, 0 failed" in done.stdout
+    answers = release_run.read("answers")
+    assert len(answers) == 50
+    assert set(answers["dialogue_id"]) <= set(release_run.read("dialogues").query("split == 'valid'")["dialogue_id"])
+    assert answers["completion_tokens"].between(0, 110).all()
+    again = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert "small: 0 answered, 0 failed, 50 stored before" in again.stdout

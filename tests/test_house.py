@@ -38,6 +38,7 @@ LAYERS = [
         "gate",
         "evaluation",
         "generation",
+        "miniature",
         "release",
         "plots",
         "show",

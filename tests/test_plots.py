@@ -27,9 +27,12 @@ from persodpo.plots import (
     score_distributions,
     scrambled,
     style,
+    time_distribution,
+    token_budget,
     training_curves,
 )
-from persodpo.plots.checks import plotted_sha256, wilson
+from persodpo.plots.checks import plotted_sha256
+from persodpo.plots.intervals import wilson
 from persodpo.release.loops import windowed
 
 SEVEN = "Qwen2-7B-Instruct"
@@ -410,6 +413,43 @@ def test_figures_show_themselves_in_a_notebook(results):
     picture, size = figure._repr_png_()
     assert picture.startswith(b"\x89PNG")
     assert size == {"width": round(figure.get_figwidth() * style.SCREEN_DPI)}
+
+
+def timed(model: str, seconds: list[float], batch_size: int | None = 1, hardware: str | None = None) -> pd.DataFrame:
+    rows = {"model": model, "response_time": seconds, "batch_size": batch_size, "hardware": hardware}
+    return pd.DataFrame(rows).astype({"batch_size": "Int64"})
+
+
+def test_response_times_share_a_line_only_where_they_may():
+    table = pd.concat([
+        timed("gpt-4o-mini", [3.0, 1.0, 2.0], None), timed("small", [0.2, 0.1], 1, "cpu"), timed("small", [9.0], 1, "gpu"),
+        timed("small", [5.0] * 7, 8, "cpu"),
+    ])  # fmt: skip
+    axes = time_distribution.draw(table).axes[0]
+    drawn = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
+    assert drawn == {
+        "GPT-4o mini": ([1.0, 2.0, 3.0], [1 / 3, 2 / 3, 1.0]),
+        "small (cpu)": ([0.1, 0.2], [0.5, 1.0]),
+        "small (gpu)": ([9.0], [1.0]),
+    }
+    with pytest.raises(PersodpoError, match=r"answers of batches only.*mode latency"):
+        time_distribution.draw(timed("small", [5.0], 8))
+
+
+def test_cut_off_answers_are_longer_than_what_is_there():
+    """By hand: 60 answers, 20 of one word, 20 cut off at two, 20 of three; then one that is neither."""
+    rows = [("ok", "a"), ("truncated", "a b"), ("ok", "a b c")] * 20 + [("malformed", "a b c d")]
+    table = pd.DataFrame(rows, columns=["outcome", "response"]).assign(model="small")
+    found = token_budget.answer_lengths(table)
+    assert found["words"].tolist() == [1, 2, 3]
+    assert found["longer"].tolist() == pytest.approx([2 / 3, 2 / 3, 0.0])
+    fewer = token_budget.answer_lengths(table.drop(index=[2, 5]))  # 18 are left beyond two words
+    assert fewer["words"].max() == 2
+    figure = token_budget.draw(table, 110)
+    (line,) = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 3]
+    assert list(line.get_ydata()) == found["longer"].tolist()
+    with pytest.raises(PersodpoError, match="no answer that ended by itself"):
+        token_budget.answer_lengths(table[table["outcome"] == "truncated"])
 
 
 def test_plots_import_neither_torch_nor_a_stage():

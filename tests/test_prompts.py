@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 
 from persodpo.config import load_profile
 from persodpo.errors import PersodpoError
-from persodpo.prompts import FIELDS, load_template, render
+from persodpo.generation.asking import as_messages
+from persodpo.prompts import (
+    FIELDS,
+    answer_keys,
+    load_system,
+    load_template,
+    render,
+    template_digest,
+    token_budget,
+)
 
 SETTINGS = load_profile("release").prompts
 
@@ -57,3 +66,48 @@ def test_templates_with_wrong_fields_are_refused(tmp_path, text, words):
 def test_unknown_template():
     with pytest.raises(PersodpoError, match=r"neither a shipped one \(chain_of_thought, plain\) nor a file"):
         load_template("fancy")
+
+
+def test_chain_of_thought_asks_for_reasons_first():
+    template = load_template("chain_of_thought")
+    assert answer_keys(template) == ("reasoning", "response")
+    example = render(template, ["I sing."], "User1: Hi?", SETTINGS).splitlines()[-1]
+    assert list(json.loads(example)) == ["reasoning", "response"]
+    assert answer_keys(load_template("plain")) == ("response",)
+
+
+@pytest.mark.parametrize(
+    ("template", "budget", "tokens"),
+    [("plain", "as_released", 110), ("chain_of_thought", "as_released", 220),
+     ("plain", "corrected", 236), ("chain_of_thought", "corrected", 472)],
+)  # fmt: skip
+def test_token_budgets(template, budget, tokens):
+    assert token_budget(load_template(template), 110, budget) == tokens
+
+
+def test_the_system_message_tells_the_limit():
+    """The published one went out with its field unfilled (audit A9)."""
+    system = load_system("system", SETTINGS)
+    assert "at most 110 words" in system
+    assert "{" not in system
+    assert as_messages("Hi", system) == ({"role": "system", "content": system}, {"role": "user", "content": "Hi"})
+    assert as_messages("Hi", None) == ({"role": "user", "content": "Hi"},)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("Answer {context}", "unknown field {context}"), (" \n", "is empty; write one")]
+)
+def test_system_messages_that_cannot_be_filled(tmp_path, text, words):
+    (tmp_path / "system.txt").write_text(text)
+    with pytest.raises(PersodpoError, match=words):
+        load_system(str(tmp_path / "system.txt"), SETTINGS)
+
+
+def test_a_template_that_never_asks_for_the_response(tmp_path):
+    (tmp_path / "template.txt").write_text("{personas}{context}{max_words}")
+    with pytest.raises(PersodpoError, match='never asks for the key "response"'):
+        load_template(str(tmp_path / "template.txt"))
+
+
+def test_the_digest_follows_every_wording():
+    assert len({template_digest(*words) for words in [("a",), ("b",), ("a", "s"), ("a", "t")]}) == 4

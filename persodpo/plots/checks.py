@@ -15,7 +15,6 @@ from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.text import Text
-from scipy.stats import binomtest
 
 from persodpo.errors import PersodpoError
 
@@ -38,12 +37,6 @@ def require(table: pd.DataFrame, columns: Sequence[str], figure: str) -> None:
         )
     if table.empty:
         raise PersodpoError(f"Figure {figure} got a table without rows; run the stage that fills it first.")
-
-
-def wilson(count: int, total: int) -> tuple[float, float]:
-    """Return the 95 % interval of Wilson (1927) for a share of ``count`` in ``total``."""
-    interval = binomtest(int(count), int(total)).proportion_ci(confidence_level=0.95, method="wilson")
-    return float(interval.low), float(interval.high)
 
 
 def plotted_sha256(figure: Figure) -> str:

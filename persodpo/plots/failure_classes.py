@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from persodpo.errors import PersodpoError
-from persodpo.plots.checks import require, wilson
+from persodpo.plots.checks import require
+from persodpo.plots.intervals import wilson
 from persodpo.plots.style import (
     BLACK,
     BLUE,

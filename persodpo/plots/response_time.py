@@ -23,7 +23,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from persodpo.errors import PersodpoError
-from persodpo.plots.checks import require, wilson
+from persodpo.plots.checks import require
+from persodpo.plots.intervals import wilson
 from persodpo.plots.style import ModelStyle, model_styles, new_figure, styled
 
 COLUMNS = ("model", "responses", "response_time_mean", "response_time_std", "failures")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import pandas as pd
 import persodpo.completions
 import persodpo.generation.asking
 import persodpo.generation.published
-from persodpo.artifacts import PROJECT, RunFolder, StageReport, digest_of
+from persodpo.artifacts import PROJECT, RunFolder, StageReport
 from persodpo.errors import PersodpoError
 from persodpo.generation.asking import backend_for, job_for, stored_answers
 from persodpo.generation.engine import Job, generate_all
@@ -269,7 +270,7 @@ def _asked_responses(profile: Profile, scope: Scope, overwrite: bool) -> StageRe
 
 def _stage(run: RunFolder, name: str, frame: pd.DataFrame, *, overwrite: bool) -> StageReport:
     """Write a table of answers, unless it is written already."""
-    content = digest_of({"rows": frame.astype(object).where(frame.notna(), None).to_dict("split")["data"]})
+    content = hashlib.sha256(pd.util.hash_pandas_object(frame, index=False).to_numpy().tobytes()).hexdigest()
     generation = run.profile.generation.model_dump(mode="json", exclude={"budget_usd"})
     with run.locked(WAIT_SECONDS):
         return run.stage(

@@ -45,9 +45,12 @@ def as_released(profile: Profile) -> Profile:
     one's folders and limits, under a name of its own, so that the tables of a corrected run stay as they are. Policy and
     training are no concern of the audit.
     """
-    twin = load_profile("release").model_copy(
-        update={key: getattr(profile, key) for key in ("paths", "engine", "seed", "policy", "training")}
-    )
+    released = load_profile("release")
+    # How models would be asked is no concern of the audit either: only what is ranked.
+    ranked = {key: getattr(released.generation, key) for key in ("source", "models")}
+    generation = profile.generation.model_copy(update=ranked)
+    kept = {key: getattr(profile, key) for key in ("paths", "engine", "seed", "policy", "training")}
+    twin = released.model_copy(update={**kept, "generation": generation})
     same = twin.model_dump(exclude={"name"}) == profile.model_dump(exclude={"name"})
     return profile if same else twin.model_copy(update={"name": f"{profile.name}-as-released"})
 

@@ -1,0 +1,179 @@
+"""A generated world of persona-grounded dialogues, in FoCus's own JSON.
+
+A place has facts; a person has five traits, of which some have to do with the place and some with nothing; the two talk
+about the place, and the reference answers the last question with a fact and a trait that belongs to it. Everything follows
+from the seed. The first dialogues of a larger world are not those of a smaller one; the same seed and size always give the
+same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from persodpo.artifacts import write_atomically
+from persodpo.dialogues import FOCUS_SENTENCES
+from persodpo.errors import PersodpoError
+from persodpo.miniature import phrases
+
+#: Fewer dialogues than this teach no model anything.
+SMALLEST = 20
+#: Facts that a question of the same name asks for, and what an answer to them may not repeat.
+_SAID = {"name": "{name}", "where": "{town}", "when": "{year}", "who": "{builder}", "size": "{size}",
+         "material": "{material}", "price": "{price}", "see": "{sight}", "like": "{sight}"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trait:
+    """Something a person says of themselves.
+
+    Attributes:
+        sentence: The persona sentence.
+        clause: How an answer takes it up; None for a trait that no place answers.
+        subject: What it is about.
+    """
+
+    sentence: str
+    clause: str | None
+    subject: str
+
+
+@dataclass
+class _Talk:
+    """One dialogue as it grows."""
+
+    facts: Mapping[str, str]
+    traits: Sequence[Trait]
+    turns: list[str] = field(default_factory=list)
+    asked: set[str] = field(default_factory=set)
+    grounding: list[list[bool]] = field(default_factory=list)
+
+
+def focus_world(dialogues: int, seed: int, first: int = 0) -> dict[str, Any]:
+    """Generate dialogues.
+
+    Args:
+        dialogues: How many.
+        seed: Of everything.
+        first: Number of the first dialogue, so that two splits share no id.
+
+    Returns:
+        Content of a FoCus file, ready for `json.dumps`: ``data``, a list of dialogues with ``dialogID``, ``persona`` (five
+        sentences), ``knowledge`` (the facts in sentences) and ``utterance`` (``dialogueN`` holds all turns up to the Nth
+        answer, ``persona_groundingN`` which persona sentences that answer uses).
+
+    Raises:
+        PersodpoError: Too few dialogues are asked for.
+    """
+    if dialogues < SMALLEST:
+        raise PersodpoError(f"A world of {dialogues} dialogues is too small to learn from; ask for {SMALLEST} or more.")
+    numbers = range(first, first + dialogues)
+    return {"data": [_dialogue(number, random.Random(f"{seed} {number}")) for number in numbers]}  # noqa: S311
+
+
+def write_world(folder: Path, train: int, valid: int, seed: int) -> tuple[Path, Path]:
+    """Write ``train.json`` and ``valid.json``.
+
+    Args:
+        folder: Where to.
+        train: Dialogues of the train file.
+        valid: Dialogues of the valid file; other people and places than those of the train file.
+        seed: Of everything.
+
+    Returns:
+        The two files.
+
+    Raises:
+        PersodpoError: A world is too small, or the folder cannot be written.
+    """
+    paths = folder / "train.json", folder / "valid.json"
+    for path, content in zip(paths, (focus_world(train, seed), focus_world(valid, seed, first=train)), strict=True):
+        text = json.dumps(content, indent=0, ensure_ascii=False) + "\n"
+        write_atomically(path, lambda temporary, text=text: _write(temporary, text))  # type: ignore[misc]
+    return paths
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _dialogue(number: int, rng: random.Random) -> dict[str, Any]:
+    kind = rng.choice(list(phrases.KINDS))
+    facts = _facts(kind, rng)
+    talk = _Talk(facts, _traits(kind, facts, rng))
+    for exchange in range(rng.choice((1, 2, 2, 3, 3, 4))):
+        _exchange(talk, kind, rng, opening=exchange == 0)
+    utterance: list[dict[str, Any]] = []
+    for place, used in enumerate(talk.grounding, 1):
+        # As in FoCus, each entry repeats the turns so far under the names of all exchanges up to its own.
+        said = {f"dialogue{n}": talk.turns[: 2 * n] for n in range(1, place + 1)}
+        utterance.append({f"persona_grounding{place}": used, **said})
+    return {
+        "dialogID": f"mini-{number:06d}",
+        "persona": [trait.sentence for trait in talk.traits],
+        "knowledge": [sentence.format_map(facts) for sentence in phrases.MORE],
+        "utterance": utterance,
+    }
+
+
+def _facts(kind: str, rng: random.Random) -> dict[str, str]:
+    """Draw a place."""
+    town = "".join(rng.choice(syllables) for syllables in phrases.SYLLABLES).capitalize()
+    sights = rng.sample(phrases.KINDS[kind][1], 2)
+    builder = f"{rng.choice(phrases.FIRST_NAMES)} {rng.choice(phrases.LAST_NAMES)}"
+    name = rng.choice(
+        (f"{town} {kind.capitalize()}", f"the {kind} of {town}", f"{builder.split()[1]} {kind.capitalize()}")
+    )
+    return {
+        "kind": kind, "name": name, "town": town, "land": rng.choice(phrases.LANDS), "builder": builder,
+        "year": str(rng.randint(1100, 1990)), "size": str(rng.randint(4, 90) * 10), "price": str(rng.randint(2, 30)),
+        "material": rng.choice(phrases.MATERIALS), "sight": sights[0], "sight2": sights[1], "day": rng.choice(phrases.DAYS),
+    }  # fmt: skip
+
+
+def _traits(kind: str, facts: Mapping[str, str], rng: random.Random) -> list[Trait]:
+    """Draw five traits: one or two that the place answers, one about lands or kinds of places, and distractors."""
+    subjects = phrases.KINDS[kind][0]
+    fitting = rng.sample(subjects, rng.choice((1, 1, 2)))
+    others = rng.sample([subject for subject in phrases.INTERESTS if subject not in subjects], rng.choice((0, 1)))
+    traits = []
+    for subject in fitting + others:
+        sentence, clause = rng.choice(phrases.INTERESTS[subject])
+        traits.append(Trait(sentence, clause if subject in fitting else None, subject))
+    for subject in rng.sample(list(phrases.PLACE_TRAITS), rng.choice((0, 1, 1))):
+        sentence, clause = rng.choice(phrases.PLACE_TRAITS[subject])
+        traits.append(Trait(sentence.format_map(facts), clause.format_map(facts), subject))
+    missing = FOCUS_SENTENCES - len(traits)
+    traits += [Trait(sentence, None, "none") for sentence in rng.sample(phrases.DISTRACTORS, missing)]
+    rng.shuffle(traits)
+    return traits
+
+
+def _exchange(talk: _Talk, kind: str, rng: random.Random, *, opening: bool) -> None:
+    """Add a question that was not asked yet, and its answer."""
+    topics = ["name", "where"] if opening else [topic for topic in phrases.QUESTIONS if topic not in talk.asked]
+    topic = rng.choice(topics)
+    talk.asked.add(topic)
+    questions, answers = phrases.QUESTIONS[topic]
+    trait = _fitting(talk.traits, topic, kind, rng)
+    clause = f", {trait.clause}" if trait else ""
+    answer = rng.choice(answers).format_map({**talk.facts, "clause": clause})
+    more = [sentence for sentence in phrases.MORE if _SAID[topic] not in sentence]
+    more = rng.sample(more, rng.choice((0, 0, 1, 1, 2, 3)))
+    text = " ".join([answer, *(sentence.format_map(talk.facts) for sentence in more)])
+    text = rng.choice(phrases.OPENINGS) + text[0].upper() + text[1:]
+    talk.turns += [rng.choice(questions).format_map(talk.facts), text]
+    talk.grounding.append([trait is other for other in talk.traits])
+
+
+def _fitting(traits: Sequence[Trait], topic: str, kind: str, rng: random.Random) -> Trait | None:
+    """Choose the trait that an answer takes up: what it is about decides where it is at home."""
+    about_places = {"name": "been", "where": ("lives", "wishes")}
+    wanted = about_places.get(topic, ())
+    first = [trait for trait in traits if trait.clause and trait.subject in wanted]
+    second = [trait for trait in traits if trait.clause and trait.subject in phrases.KINDS[kind][0]]
+    return rng.choice(first or second) if first or second else None
