@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+import numpy as np
+
 from persodpo.errors import PersodpoError, make_folder
 from persodpo.scoring.scorers import Scored
 
@@ -122,7 +124,8 @@ class ScoreCache:
         """Return the stored scores of ``keys``, and count these keys as asked for in this run."""
         found: dict[bytes, float] = {}
         with self._sentences(), self._transaction():
-            self._connection.executemany("INSERT OR IGNORE INTO temp.asked VALUES (?)", ((key,) for key in keys))
+            # In the order of the index, which is twice as fast.
+            self._connection.executemany("INSERT OR IGNORE INTO temp.asked VALUES (?)", zip(sorted(keys)))
             for start in range(0, len(keys), CHUNK):
                 part = keys[start : start + CHUNK]
                 marks = ", ".join("?" * len(part))
@@ -141,7 +144,8 @@ class ScoreCache:
             batch = self._connection.execute(
                 "INSERT INTO batches (texts, truncated, notes) VALUES (?, ?, ?)", (len(keys), scored.truncated, notes)
             ).lastrowid
-            rows = ((scorer, key, float(value), batch) for key, value in zip(keys, scored.values, strict=True))
+            values = np.asarray(scored.values, dtype=np.float64).tolist()
+            rows = ((scorer, key, value, batch) for key, value in sorted(zip(keys, values, strict=True)))
             self._connection.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?, ?)", rows)
 
     def told(self, scorer: int, last_before: int) -> Told:
