@@ -132,6 +132,33 @@ def train(
     _print_all(stages.run_train(load_profile(profile, set_ or ()), overwrite, arm or ()))
 
 
+@app.command("finetune-scorer")
+def finetune_scorer_command(  # noqa: PLR0917 - the command's options
+    data: Annotated[list[Path], typer.Argument(help="Files of labelled examples, all of one format.")],
+    kind: Annotated[
+        str, typer.Option("--format", "-f", help="snli, sick, dialogue_nli, jsonl, or coherence (answers Yes or No).")
+    ],
+    base: Annotated[str, typer.Option("--base", "-b", help="Model to start from: a folder or a name on the Hub.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the result.")],
+    held_out: Annotated[
+        list[Path] | None, typer.Option(help="Held-out files; repeatable. Default: a tenth of the data.")
+    ] = None,
+    fields: Annotated[
+        tuple[str, str, str] | None, typer.Option(help="Names of the two texts and the label, for jsonl and coherence.")
+    ] = None,
+    epochs: Annotated[float, typer.Option(min=1e-6)] = 1.0,
+    learning_rate: Annotated[float, typer.Option(min=0.0)] = 2e-5,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    max_length: Annotated[int, typer.Option(min=8, help="Longest input, tokens.")] = 210,
+    seed: Annotated[int, typer.Option(min=0)] = 44,
+) -> None:
+    """Fine-tune the model of a scorer: C score, UE score or coherence. Defaults are those of the paper where known."""
+    from persodpo.training.finetune_scorer import FineTuning, finetune_scorer  # noqa: PLC0415
+
+    settings = FineTuning(epochs, learning_rate, batch_size, max_length, seed)
+    print(finetune_scorer(data, kind, base, output, settings=settings, held_out=held_out or (), fields=fields))
+
+
 @app.command()
 def miniature(
     dialogues: Annotated[

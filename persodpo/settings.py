@@ -254,6 +254,36 @@ class Models(Section):
     persona_distance: Annotated[str, Field(min_length=1)]
 
 
+class SmallModel(Section):
+    """Size and fine-tuning of a small scorer's transformer."""
+
+    vocabulary: Annotated[int, Field(ge=300)]
+    hidden_size: Annotated[int, Field(ge=16, multiple_of=4)]
+    intermediate_size: Count
+    max_length: Annotated[int, Field(ge=16)]
+    examples: Annotated[int, Field(ge=8)]
+    batch_size: Count
+    learning_rate: Positive
+
+
+class SmallVectors(Section):
+    """Size and training of the small word vectors."""
+
+    size: Count
+    epochs: Count
+    minimum_count: Count
+
+
+class SmallScorers(Section):
+    """The scorers of machines without downloads, made on the spot from the run's dialogues."""
+
+    coherence: SmallModel
+    nli: SmallModel
+    vectors: SmallVectors
+    held_out: Annotated[float, Field(gt=0, lt=1)]
+    seed: Annotated[int, Field(ge=0)]
+
+
 class Compute(Section):
     """How scores are computed."""
 
@@ -267,6 +297,7 @@ class Compute(Section):
     nli: Correction
     nli_aggregation: Literal["contradiction_first", "mean"]
     words: Correction
+    small: SmallScorers
     accept_failed_probes: Annotated[tuple[ScorerName, ...], AfterValidator(_distinct)]
 
 

@@ -165,6 +165,20 @@ def test_readme_shows_the_measured_trainer():
     assert max(measured["losses_apart"].values()) < 1e-4
 
 
+def test_readme_shows_the_measured_scoring():
+    results = PROJECT / "benchmarks" / "results"
+    assert (results / "score.md").read_text().strip() in README
+    content = json.loads((results / "score.json").read_text())
+    assert {"cpu", "cores", "threads", "torch", "gensim"} <= set(content["machine"])
+    measured = content["measured"]
+    assert measured["released"]["coherence"]["ratio"] >= 20
+    assert min(measured["released"][name]["ratio"] for name in ("nli", "persona_distance")) >= 3
+    assert max(row["apart"] for row in measured["released"].values()) <= 1e-5
+    assert max(row["texts"] for row in measured["growth"]) == 100_000
+    assert measured["full_cache"]["responses"] == 10_500
+    assert measured["full_cache"]["seconds"] <= 2
+
+
 def readme_commands() -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]

@@ -262,7 +262,7 @@ def test_long_inputs_lose_their_end_and_are_counted(counting, extra):
 
 
 def test_a_limit_above_the_models_is_refused(counting):
-    with pytest.raises(PersodpoError, match="takes 64 tokens, not 210; lower max_length"):
+    with pytest.raises(PersodpoError, match="takes 64 tokens, not 210; lower the longest input"):
         one(CScorer(NliModel(counting)), item(["x"]))
 
 

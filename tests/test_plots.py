@@ -336,6 +336,8 @@ CALLS = [
     (score_distributions.draw_quality, ("model", "imputed", "quality"), (0.4, 0.6)),
     (pair_sources.draw, ("chosen_model", "rejected_model"), ()),
     (metric_correlation.draw, (*metric_correlation.SIGNALS, "imputed"), ()),
+    (scrambled.draw, ("straight", "scrambled", "owner"), ()),
+    (model_ranks.draw, ("way", "model", "quality"), ()),
 ]
 
 
@@ -465,7 +467,8 @@ def test_plots_import_neither_torch_nor_a_stage():
 
 def test_scrambled_rows_stand_below_the_straight_ones():
     straight = [float(n) for n in range(20)]
-    table = pd.DataFrame({"straight": straight, "scrambled": windowed(lambda part: part, straight)})
+    kept = windowed(lambda part: part, straight)
+    table = pd.DataFrame({"straight": straight, "scrambled": kept, "owner": [int(value) for value in kept]})
     top, bottom = scrambled.draw(table).axes
     assert top.lines[-1].get_ydata().tolist() == straight
     assert bottom.lines[-1].get_ydata().tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 1, 2, 3, 4, 5, 6, 7, 8, 2, 3, 4, 5]

@@ -4,6 +4,7 @@ In: a table with one row a response, in the order in which they were scored, of 
 
     straight     the response's own score
     scrambled    what the released loop kept in this row
+    owner        the row of the response that this score belongs to
 
 Source: `persodpo.scoring.engine` and `persodpo.release.loops` on the same responses.
 """
@@ -23,7 +24,7 @@ def draw(table: pd.DataFrame, label: str = "Coherence") -> Figure:
     """Draw both columns over the row number, one above the other.
 
     Args:
-        table: Columns ``straight`` and ``scrambled``, one row a response.
+        table: Columns as in the module's docstring, one row a response.
         label: What the scores are.
 
     Returns:
@@ -33,11 +34,11 @@ def draw(table: pd.DataFrame, label: str = "Coherence") -> Figure:
     Raises:
         PersodpoError: The table is empty or lacks a column.
     """
-    require(table, ("straight", "scrambled"), "scrambled")
+    require(table, ("straight", "scrambled", "owner"), "scrambled")
     figure = new_figure(2.6, COLUMN)
     top, bottom = figure.subplots(2, 1, sharex=True, sharey=True)
     rows = range(len(table))
-    kept = int(table["straight"].isin(table["scrambled"]).to_numpy().nonzero()[0].max(initial=-1)) + 1
+    kept = int(table["owner"].max()) + 1
     _points(
         top, rows, table["straight"], BLUE, f"straight: row k is response k (shaded: the {kept} that are kept below)"
     )

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+import numpy as np
+
 from persodpo.errors import PersodpoError, make_folder
 from persodpo.scoring.scorers import Scored
 
@@ -101,12 +103,16 @@ class ScoreCache:
             name: The scorer's name.
             fingerprint: Digest of all that shapes its scores.
         """
-        with self._sentences(), self._transaction():
-            self._connection.execute(
-                "INSERT OR IGNORE INTO scorers (name, fingerprint) VALUES (?, ?)", (name, fingerprint)
-            )
-            query = "SELECT id FROM scorers WHERE name = ? AND fingerprint = ?"
-            return int(self._connection.execute(query, (name, fingerprint)).fetchone()[0])
+        query = "SELECT id FROM scorers WHERE name = ? AND fingerprint = ?"
+        with self._sentences():
+            row = self._connection.execute(query, (name, fingerprint)).fetchone()
+            if row is None:
+                with self._transaction():
+                    self._connection.execute(
+                        "INSERT OR IGNORE INTO scorers (name, fingerprint) VALUES (?, ?)", (name, fingerprint)
+                    )
+                    row = self._connection.execute(query, (name, fingerprint)).fetchone()
+        return int(row[0])
 
     def begin(self) -> int:
         """Start to count the texts of a run; returns the number of the last batch before it."""
@@ -118,7 +124,8 @@ class ScoreCache:
         """Return the stored scores of ``keys``, and count these keys as asked for in this run."""
         found: dict[bytes, float] = {}
         with self._sentences(), self._transaction():
-            self._connection.executemany("INSERT OR IGNORE INTO temp.asked VALUES (?)", ((key,) for key in keys))
+            # In the order of the index, which is twice as fast.
+            self._connection.executemany("INSERT OR IGNORE INTO temp.asked VALUES (?)", zip(sorted(keys)))
             for start in range(0, len(keys), CHUNK):
                 part = keys[start : start + CHUNK]
                 marks = ", ".join("?" * len(part))
@@ -127,7 +134,7 @@ class ScoreCache:
         return found
 
     def store(self, scorer: int, keys: Sequence[bytes], scored: Scored) -> None:
-        """Write the scores of a batch in one transaction; when this returns they are on the disk.
+        """Write the scores of a batch in one transaction; when this returns they outlive the process.
 
         Raises:
             PersodpoError: The file is locked or damaged, or the disk is full; nothing of the batch is written then.
@@ -137,7 +144,8 @@ class ScoreCache:
             batch = self._connection.execute(
                 "INSERT INTO batches (texts, truncated, notes) VALUES (?, ?, ?)", (len(keys), scored.truncated, notes)
             ).lastrowid
-            rows = ((scorer, key, float(value), batch) for key, value in zip(keys, scored.values, strict=True))
+            values = np.asarray(scored.values, dtype=np.float64).tolist()
+            rows = ((scorer, key, value, batch) for key, value in sorted(zip(keys, values, strict=True)))
             self._connection.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?, ?)", rows)
 
     def told(self, scorer: int, last_before: int) -> Told:
@@ -194,7 +202,8 @@ class ScoreCache:
                 "cache: its scores will be computed again."
             )
         self._connection.execute("PRAGMA journal_mode = WAL")
-        self._connection.execute("PRAGMA synchronous = FULL")
+        # Scores outlive a killed process; those of the last moments before a power cut are computed again.
+        self._connection.execute("PRAGMA synchronous = NORMAL")
         self._connection.execute("PRAGMA temp_store = FILE")
         self._connection.execute("CREATE TEMP TABLE asked (key BLOB PRIMARY KEY) WITHOUT ROWID")
 

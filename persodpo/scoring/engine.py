@@ -1,7 +1,7 @@
 """Responses and a scorer in, one value a response out: distinct texts only, from the cache where they were scored before.
 
 Work goes by portions, so that memory does not grow with the number of responses. Within a portion the texts that are not
-in the cache are sorted by length and scored in batches, and every batch is on the disk before the next is asked for: a
+in the cache are sorted by length and scored in batches, and every batch is stored before the next is asked for: a
 run that is killed loses at most the batch under way.
 """
 
@@ -196,11 +196,12 @@ def _score_portion(
     distinct = dict(zip(keys, range(len(keys)), strict=True))
     known = store.find(number, list(distinct))
     missing = [place for key, place in distinct.items() if key not in known]
-    missing.sort(key=lambda place: sum(map(len, texts[place])), reverse=True)
+    if len(missing) > batch:
+        missing.sort(key=lambda place: sum(map(len, texts[place])), reverse=True)
     batches = [missing[start : start + batch] for start in range(0, len(missing), batch)]
     for which, scored in backend(scorer, [[texts[place] for place in places] for places in batches]):
         places = batches[which]
-        _check(scorer, [part[place].label for place in places], scored)
+        _check(scorer, [part[place] for place in places], scored)
         fresh = [keys[place] for place in places]
         store.store(number, fresh, scored)
         known.update(zip(fresh, map(float, scored.values), strict=True))
@@ -210,16 +211,16 @@ def _score_portion(
     return np.array([known[key] for key in keys], dtype=np.float64)
 
 
-def _check(scorer: Scorer, labels: Sequence[str], scored: Scored) -> None:
+def _check(scorer: Scorer, asked: Sequence[Asked], scored: Scored) -> None:
     """Refuse what is no score."""
-    if np.shape(scored.values) != (len(labels),):
+    if np.shape(scored.values) != (len(asked),):
         raise PersodpoError(
-            f"Scorer {scorer.name} gave values of shape {np.shape(scored.values)} for {len(labels)} texts; it must give "
+            f"Scorer {scorer.name} gave values of shape {np.shape(scored.values)} for {len(asked)} texts; it must give "
             "one a text."
         )
     broken = np.flatnonzero(~np.isfinite(np.asarray(scored.values, dtype=np.float64)))
     if len(broken):
         raise PersodpoError(
             f"Scorer {scorer.name} gave {len(broken)} scores that are not finite, the first to the text of "
-            f"{labels[broken[0]]}; check its model, scores that were finished before are kept."
+            f"{asked[broken[0]].label}; check its model, scores that were finished before are kept."
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
+    AutoConfig,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -22,7 +23,10 @@ from transformers.utils import logging
 
 from persodpo.errors import PersodpoError
 from persodpo.scoring.checkpoints import Checkpoint, device_name, dtype_name
+from persodpo.scoring.nli_model import CLASSES, classes
 
+#: Parameters below which one thread is faster than several.
+TINY = 5_000_000
 #: One model input by field: input_ids, and token_type_ids where the model has them.
 Row = Mapping[str, Sequence[int]]
 
@@ -36,20 +40,18 @@ class Loaded(NamedTuple):
 
 def load_classifier(checkpoint: Checkpoint) -> Loaded:
     """Load a sequence classifier; raises as `load_yes_no`, also where it has no trained head."""
-    return _load(
-        checkpoint,
-        AutoModelForSequenceClassification,
-        "a fine-tuned sequence classifier (persodpo finetune-scorer makes one)",
-    )
+    wanted = "a fine-tuned sequence classifier (persodpo finetune-scorer makes one)"
+    return _complete(checkpoint, wanted, *_load(checkpoint, AutoModelForSequenceClassification, wanted))
 
 
-def load_yes_no(checkpoint: Checkpoint) -> Loaded:
+def load_yes_no(checkpoint: Checkpoint, dtype: str | None = None) -> Loaded:
     """Load an encoder-decoder model.
 
     Only weights in safetensors are read, and no code that comes with a model is run.
 
     Args:
         checkpoint: Which one.
+        dtype: Type of number of the weights; None is what scorers compute with.
 
     Returns:
         The model, in evaluation mode where it will run, and its tokenizer.
@@ -57,23 +59,58 @@ def load_yes_no(checkpoint: Checkpoint) -> Loaded:
     Raises:
         PersodpoError: There is no such model, it is damaged, of another kind, not in safetensors, or incomplete.
     """
-    return _load(checkpoint, AutoModelForSeq2SeqLM, "an encoder-decoder model such as T5")
+    wanted = "an encoder-decoder model such as T5"
+    return _complete(checkpoint, wanted, *_load(checkpoint, AutoModelForSeq2SeqLM, wanted, dtype))
 
 
-def _load(checkpoint: Checkpoint, auto: Any, wanted: str) -> Loaded:
+def load_base_classifier(checkpoint: Checkpoint, dtype: str | None = None) -> Loaded:
+    """Load any BERT-like model to fine-tune as a classifier of `persodpo.scoring.nli_model.CLASSES`.
+
+    A model that knows the classes keeps their order; any other gets a new head.
+
+    Args:
+        checkpoint: Which one.
+        dtype: As in `load_yes_no`.
+
+    Returns:
+        Model and tokenizer.
+
+    Raises:
+        PersodpoError: As `load_yes_no`.
+    """
+    wanted = "a BERT-like model"
+    try:
+        own = AutoConfig.from_pretrained(checkpoint.name, revision=checkpoint.commit or "main", trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise PersodpoError(_why_not_loaded(checkpoint.name, wanted, error)) from error
+    given = [str(name) for _, name in sorted((own.id2label or {}).items())]
+    names = dict(enumerate(classes(given) or CLASSES))
+    head = {"id2label": names, "label2id": {name: n for n, name in names.items()}, "ignore_mismatched_sizes": True}
+    loaded, _ = _load(checkpoint, AutoModelForSequenceClassification, wanted, dtype, **head)
+    return loaded
+
+
+def _complete(checkpoint: Checkpoint, wanted: str, loaded: Loaded, missing: Sequence[str]) -> Loaded:
+    if missing:
+        raise PersodpoError(
+            f"Model '{checkpoint.name}' has no trained weights for {missing[0]}; name the checkpoint of {wanted}."
+        )
+    return loaded
+
+
+def _load(
+    checkpoint: Checkpoint, auto: Any, wanted: str, dtype: str | None = None, **more: Any
+) -> tuple[Loaded, list[str]]:
+    """Load model and tokenizer; also return the names of weights that the checkpoint lacks."""
     name, places = checkpoint.name, {"revision": checkpoint.commit or "main", "trust_remote_code": False}
+    settings = {"dtype": getattr(torch, dtype or dtype_name()), "use_safetensors": True, "output_loading_info": True}
     try:
         with _quiet():
             tokenizer = AutoTokenizer.from_pretrained(name, **places)
-            model, report = auto.from_pretrained(
-                name, dtype=getattr(torch, dtype_name()), use_safetensors=True, output_loading_info=True, **places
-            )
+            model, report = auto.from_pretrained(name, **settings, **places, **more)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise PersodpoError(_why_not_loaded(name, wanted, error)) from error
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise PersodpoError(f"Model '{name}' has no trained weights for {missing[0]}; name the checkpoint of {wanted}.")
-    return Loaded(model.to(device_name()), tokenizer)
+    return Loaded(model.to(device_name()), tokenizer), sorted(report["missing_keys"])
 
 
 def _why_not_loaded(name: str, wanted: str, error: Exception) -> str:
@@ -102,6 +139,17 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(before)
         if bars:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: several only wait for each other where matrices are tiny, and sums come in one order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[np.ndarray]:
@@ -141,7 +189,8 @@ def run(
         PersodpoError: A logit is not finite.
     """
     found: dict[int, np.ndarray] = {}
-    with torch.inference_mode():
+    small = loaded.model.device.type == "cpu" and loaded.model.num_parameters() < TINY
+    with torch.inference_mode(), one_thread() if small else nullcontext():
         for places in batches([len(row["input_ids"]) for row in rows], batch_tokens):
             batch = _padded([rows[place] for place in places], loaded)
             logits = forward(batch).to(torch.float64).cpu().numpy()

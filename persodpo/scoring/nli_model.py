@@ -92,14 +92,7 @@ class NliModel:
 
         if self._loaded is None:
             loaded = inference.load_classifier(self.checkpoint)
-            room = min(
-                int(loaded.tokenizer.model_max_length),
-                int(getattr(loaded.model.config, "max_position_embeddings", self.max_length)),
-            )
-            if room < self.max_length:
-                raise PersodpoError(
-                    f"Model '{self.checkpoint.name}' takes {room} tokens, not {self.max_length}; lower max_length."
-                )
+            check_room(loaded, self.max_length)
             self._loaded = loaded
         return self._loaded
 
@@ -129,6 +122,22 @@ def encode(
     for n in np.flatnonzero(cut).tolist():
         rows[n] = encoded([inputs[n]], truncation="longest_first", max_length=max_length)[0]
     return rows, cut
+
+
+def check_room(loaded: Loaded, max_length: int) -> None:
+    """Refuse a limit above the number of tokens that a model takes.
+
+    Raises:
+        PersodpoError: The model takes fewer.
+    """
+    room = min(
+        int(loaded.tokenizer.model_max_length),
+        int(getattr(loaded.model.config, "max_position_embeddings", max_length)),
+    )
+    if room < max_length:
+        raise PersodpoError(
+            f"Model '{loaded.model.name_or_path}' takes {room} tokens, not {max_length}; lower the longest input to that."
+        )
 
 
 def label_order(

@@ -153,8 +153,9 @@ def small_scorers(run: RunFolder) -> dict[str, str]:
         return {}
     from persodpo.scoring.small import make_small_scorers  # noqa: PLC0415 - torch is slow to load
 
-    made = make_small_scorers(run.read("dialogues"), run.root.with_name(SMALL))
-    return {metric: str(made[metric]) for metric in wanted}
+    made = make_small_scorers(run.read("dialogues"), run.root.with_name(SMALL), run.profile.scoring.compute.small)
+    places = {"coherence": made.coherence, "c_score": made.nli, "ue_score": made.nli, "persona_distance": made.vectors}
+    return {metric: str(places[metric]) for metric in wanted}
 
 
 @contextmanager
