@@ -81,6 +81,7 @@ def train(
 @app.command("finetune-scorer")
 def finetune_scorer_command(
     data: Annotated[list[Path], typer.Argument(help="Files of labelled examples, all of one format.")],
+    *,
     kind: Annotated[
         str, typer.Option("--format", "-f", help="snli, sick, dialogue_nli, jsonl, or coherence (answers Yes or No).")
     ],

@@ -33,7 +33,7 @@ from persodpo.artifacts import sha256, versions, write_json
 from persodpo.folders import refuse_others, replaced
 from persodpo.scoring import coherence, nli_model
 from persodpo.scoring.checkpoints import Checkpoint
-from persodpo.scoring.inference import Loaded, load_base_classifier, load_yes_no
+from persodpo.scoring.inference import Loaded, load_base_classifier, load_yes_no, quiet
 from persodpo.scoring.nli_data import Examples, read_examples, split
 
 RECORD = "scorer.json"
@@ -180,7 +180,7 @@ def finetune(loaded: Loaded, train: Examples, held_out: Examples, folder: Path, 
     task = _task(loaded, settings)
     (rows, cut), (test_rows, test_cut) = task.encode(train.inputs), task.encode(held_out.inputs)
     scratch = folder / ".training"
-    with own_randomness(settings.seed):
+    with own_randomness(settings.seed), quiet():
         trainer = Trainer(
             model=loaded.model,
             args=_arguments(scratch, settings, len(rows)),
@@ -196,9 +196,9 @@ def finetune(loaded: Loaded, train: Examples, held_out: Examples, folder: Path, 
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         found = trainer.predict(trainer.eval_dataset)
-    shutil.rmtree(scratch, ignore_errors=True)
-    loaded.model.save_pretrained(folder)
-    loaded.tokenizer.save_pretrained(folder)
+        shutil.rmtree(scratch, ignore_errors=True)
+        loaded.model.save_pretrained(folder)
+        loaded.tokenizer.save_pretrained(folder)
     counts = Counter(zip(_truth(found, task).tolist(), found.predictions.argmax(-1).tolist(), strict=True))
     places = range(len(task.labels))
     return Report(
