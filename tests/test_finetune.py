@@ -22,7 +22,8 @@ from persodpo.scoring.coherence import CoherenceScorer
 from persodpo.scoring.nli_data import Examples, read_examples, split
 from persodpo.scoring.nli_model import CLASSES, NliModel
 from persodpo.training import finetune_scorer as module
-from persodpo.training.finetune_scorer import RECORD, FineTuning, finetune_scorer, own_randomness
+from persodpo.training.finetune_scorer import RECORD, finetune_scorer, own_randomness
+from persodpo.training.scorer_card import FineTuning, Report
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -145,7 +146,7 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tuned(base, data, tmp_path_factory) -> tuple[Path, module.Report]:
+def tuned(base, data, tmp_path_factory) -> tuple[Path, Report]:
     folder = tmp_path_factory.mktemp("tuned") / "scorer"
     return folder, finetune_scorer([data], "jsonl", base, folder, settings=QUICK)
 

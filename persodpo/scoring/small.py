@@ -30,7 +30,8 @@ from persodpo.scoring.inference import Loaded, one_thread
 from persodpo.scoring.nli_data import Examples
 from persodpo.settings import SmallModel, SmallScorers
 from persodpo.training import finetune_scorer
-from persodpo.training.finetune_scorer import RECORD, FineTuning, Report, card, finetune
+from persodpo.training.finetune_scorer import RECORD, finetune
+from persodpo.training.scorer_card import FineTuning, Report, card
 
 WEIGHTS, VECTORS = "model.safetensors", "vectors.bin"
 MINIMUM_DIALOGUES = 10
