@@ -135,6 +135,7 @@ def train(
 @app.command("finetune-scorer")
 def finetune_scorer_command(  # noqa: PLR0917 - the command's options
     data: Annotated[list[Path], typer.Argument(help="Files of labelled examples, all of one format.")],
+    *,
     kind: Annotated[
         str, typer.Option("--format", "-f", help="snli, sick, dialogue_nli, jsonl, or coherence (answers Yes or No).")
     ],
@@ -153,7 +154,8 @@ def finetune_scorer_command(  # noqa: PLR0917 - the command's options
     seed: Annotated[int, typer.Option(min=0)] = 44,
 ) -> None:
     """Fine-tune the model of a scorer: C score, UE score or coherence. Defaults are those of the paper where known."""
-    from persodpo.training.finetune_scorer import FineTuning, finetune_scorer  # noqa: PLC0415
+    from persodpo.training.finetune_scorer import finetune_scorer  # noqa: PLC0415
+    from persodpo.training.scorer_card import FineTuning  # noqa: PLC0415
 
     settings = FineTuning(epochs, learning_rate, batch_size, max_length, seed)
     print(finetune_scorer(data, kind, base, output, settings=settings, held_out=held_out or (), fields=fields))

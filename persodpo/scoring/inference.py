@@ -105,7 +105,7 @@ def _load(
     name, places = checkpoint.name, {"revision": checkpoint.commit or "main", "trust_remote_code": False}
     settings = {"dtype": getattr(torch, dtype or dtype_name()), "use_safetensors": True, "output_loading_info": True}
     try:
-        with _quiet():
+        with quiet():
             tokenizer = AutoTokenizer.from_pretrained(name, **places)
             model, report = auto.from_pretrained(name, **settings, **places, **more)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -127,8 +127,8 @@ def _why_not_loaded(name: str, wanted: str, error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Leave out what transformers says while it loads: what matters of it is raised."""
+def quiet() -> Iterator[None]:
+    """Leave out what transformers says while it loads and saves: what matters of it is raised."""
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     if not sys.stderr.isatty():

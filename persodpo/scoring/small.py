@@ -30,7 +30,8 @@ from persodpo.scoring.inference import Loaded, one_thread
 from persodpo.scoring.nli_data import Examples
 from persodpo.settings import SmallModel, SmallScorers
 from persodpo.training import finetune_scorer
-from persodpo.training.finetune_scorer import RECORD, FineTuning, Report, card, finetune
+from persodpo.training.finetune_scorer import RECORD, finetune
+from persodpo.training.scorer_card import FineTuning, Report, card
 
 WEIGHTS, VECTORS = "model.safetensors", "vectors.bin"
 MINIMUM_DIALOGUES = 10
@@ -123,6 +124,11 @@ def _coherence(train: pd.DataFrame, held_out: pd.DataFrame, settings: SmallScore
 def _nli(train: pd.DataFrame, held_out: pd.DataFrame, settings: SmallScorers, folder: Path) -> dict[str, Any]:
     size = settings.nli
     examples = [small_examples.inference_examples(part, settings.seed) for part in (train, held_out)]
+    if not all(len(part) for part in examples):
+        raise PersodpoError(
+            "No persona sentence says what the small classifier can learn from, such as 'I like ...' or 'I live in ...'; "
+            "name real classifiers for C score and UE score."
+        )
     texts = [*_texts(train), *(hypothesis for _, hypothesis in examples[0].inputs)]
     tokenizer = small_models.pair_tokenizer(texts, size.vocabulary, small_models.NLI_ROOM)
     model = small_models.new_pair_classifier(tokenizer, size, settings.seed)

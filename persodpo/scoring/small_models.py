@@ -43,7 +43,9 @@ def coherence_marks() -> tuple[str, str]:
 
 
 def word_pieces(texts: Sequence[str], vocabulary: int, marks: Sequence[str]) -> Tokenizer:
-    """Train a WordPiece vocabulary on lower-cased text without apostrophes.
+    """Train a BPE on words in lower case without apostrophes.
+
+    WordPiece, which BERT itself has, is learned in another order each time; BPE gives the same pieces for the same texts.
 
     Args:
         texts: What to learn from.
@@ -53,12 +55,12 @@ def word_pieces(texts: Sequence[str], vocabulary: int, marks: Sequence[str]) -> 
     Returns:
         The tokenizer, without a template.
     """
-    tokenizer = Tokenizer(models.WordPiece(unk_token=marks[1]))
+    tokenizer = Tokenizer(models.BPE(unk_token=marks[1]))
     # FoCus is written without apostrophes, what models answer is not.
     apostrophes = [normalizers.Replace(mark, "") for mark in ("'", "’")]
     tokenizer.normalizer = normalizers.Sequence([*apostrophes, normalizers.BertNormalizer(lowercase=True)])
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=list(marks), show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=list(marks), show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
@@ -242,8 +244,10 @@ def new_pair_classifier(
         words = embeddings.word_embeddings.weight
         words.copy_(torch.nn.functional.normalize(torch.randn(len(tokenizer), size), dim=1))
         part, denial = torch.nn.functional.normalize(torch.randn(2, size), dim=1)
+        vocabulary = tokenizer.get_vocab()
         for word in denials():
-            words[tokenizer.convert_tokens_to_ids(word)] += denial
+            if word in vocabulary:
+                words[vocabulary[word]] += denial
         embeddings.token_type_embeddings.weight.copy_(torch.stack([part, -part]))
         embeddings.position_embeddings.weight.mul_(0.1)
         attention = model.bert.encoder.layer[0].attention.self
