@@ -17,7 +17,10 @@ from persodpo.artifacts import RunFolder, file_is_current, sha256, source_digest
 from persodpo.errors import PersodpoError
 from persodpo.plots import (
     failure_classes,
+    forest,
+    intervals,
     metric_correlation,
+    metrics,
     overview,
     pair_sources,
     response_time,
@@ -116,6 +119,12 @@ def _quality(by: Literal["reading", "model"]) -> Callable[[Tables], Figure]:
     return draw
 
 
+def _short_names(tables: Tables) -> dict[str, str]:
+    """Name arms by what they were tuned to; what they are compared with under no such name is untuned."""
+    table = tables["evaluation/comparisons"]
+    return {name: name.split("/")[1] if "/" in name else "untuned" for name in {*table["arm"], *table["baseline"]}}
+
+
 def _published_results(tables: Tables) -> pd.DataFrame:
     """Leave out the set that was published without scores."""
     scores = tables["evaluation/scores"]
@@ -200,6 +209,16 @@ FIGURES: dict[str, FigureSpec] = {
         lambda tables: pair_sources.draw(tables["pairs/simple"]),
         "Which model is preferred to which, simple pairs.",
     ),
+    "forest": FigureSpec(
+        ("evaluation/comparisons",),
+        lambda tables: forest.draw(tables["evaluation/comparisons"], labels=_short_names(tables)),
+        "Paired differences on held-out dialogues, failures imputed.",
+    ),
+    "forest_successes": FigureSpec(
+        ("evaluation/comparisons",),
+        lambda tables: forest.draw(tables["evaluation/comparisons"], "successes alone", labels=_short_names(tables)),
+        "Paired differences on held-out dialogues that both arms answered.",
+    ),
     "metric_correlation": FigureSpec(
         ("scores",),
         lambda tables: metric_correlation.draw(tables["scores"]),
@@ -208,8 +227,8 @@ FIGURES: dict[str, FigureSpec] = {
 }
 
 _CODE = (
-    failure_classes, metric_correlation, overview, pair_sources, response_time, score_distributions, style,
-    time_distribution, training_curves, sys.modules[__name__],
+    failure_classes, forest, intervals, metric_correlation, metrics, overview, pair_sources, response_time,
+    score_distributions, style, time_distribution, training_curves, sys.modules[__name__],
 )  # fmt: skip
 
 

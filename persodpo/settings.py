@@ -385,6 +385,22 @@ class Training(Section):
     stop_when_collapsed: bool
 
 
+class Evaluation(Section):
+    """Which arms are compared on the held-out dialogues, and how carefully."""
+
+    resamples: Annotated[int, Field(ge=1000)]
+    pairs: tuple[tuple[str, str], ...]
+
+    @model_validator(mode="after")
+    def _pairs_are_pairs(self) -> Evaluation:
+        same = next((arm for arm, baseline in self.pairs if arm == baseline), None)
+        if same is not None:
+            raise ValueError(f"'{same}' cannot be compared with itself")
+        if len(set(self.pairs)) < len(self.pairs):
+            raise ValueError("a pair stands twice; name each once")
+        return self
+
+
 class Profile(Section):
     """Every setting of a run."""
 
@@ -400,6 +416,7 @@ class Profile(Section):
     pairs: Pairs
     policy: Policy
     training: Training
+    evaluation: Evaluation
 
     def digest(self) -> str:
         """Return the sha256 of all settings that can change a result.

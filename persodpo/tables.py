@@ -56,6 +56,19 @@ SCHEMAS: dict[str, pa.Schema] = {
     "evaluation/results": pa.schema([
         ("model", _text), ("metric", _text), ("responses", _whole), ("mean", _real), ("std", _real),
     ]),
+    "evaluation/estimates": pa.schema([
+        ("arm", _text), ("metric", _text), ("reading", _text), ("batch_size", _whole), ("hardware", _text),
+        ("seeds", _whole), ("responses", _whole), ("left_out", _whole), ("mean", _real), ("low", _real),
+        ("high", _real), ("interval", _text), ("reason", _text),
+    ]),
+    "evaluation/comparisons": pa.schema([
+        ("arm", _text), ("baseline", _text), ("metric", _text), ("reading", _text), ("arm_seeds", _whole),
+        ("baseline_seeds", _whole), ("seeds_paired", _flag), ("dialogues", _whole), ("left_out", _whole),
+        ("unpaired", _whole), ("difference", _real), ("low", _real), ("high", _real), ("standard_error", _real),
+        ("detectable", _real), ("p_value", _real), ("p_holm", _real), ("exact_test", _text), ("higher", _whole),
+        ("lower", _whole), ("ties", _whole), ("p_exact", _real), ("p_exact_holm", _real), ("family", _whole),
+        ("reason", _text),
+    ]),
     "audit/parity": pa.schema([
         ("group", _text), ("quantity", _text), ("published", _text), ("ours", _text), ("verdict", _text),
         ("source", _text),

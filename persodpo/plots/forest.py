@@ -50,10 +50,11 @@ def draw(
         labels: Labels of arms, if not their names.
 
     Returns:
-        The figure, two columns wide, comparisons in the table's order.
+        The figure, two columns wide, comparisons in the table's order, metrics of which nothing could be derived left out.
 
     Raises:
-        PersodpoError: The table is empty, lacks a column, holds nothing of this reading or a comparison twice.
+        PersodpoError: The table is empty, lacks a column, holds nothing of this reading, a comparison twice, or no
+            difference at all.
     """
     require(comparisons, COLUMNS, "forest")
     rows = comparisons[comparisons["reading"].isin([reading, _EVERY])]
@@ -64,7 +65,10 @@ def draw(
     if rows.duplicated(["arm", "baseline", "metric"]).any():
         raise PersodpoError("Figure forest needs one row a comparison and metric; some stand twice.")
     pairs = list(dict.fromkeys(zip(rows["arm"], rows["baseline"], strict=True)))
-    metrics = sorted(rows["metric"].unique(), key=metric_order)
+    # A metric of which nothing could be derived has nothing to show; the tables say why.
+    metrics = sorted(rows.loc[rows["difference"].notna(), "metric"].unique(), key=metric_order)
+    if not metrics:
+        raise PersodpoError("Figure forest has no difference to show; the comparisons' column reason says why.")
     across = min(_ACROSS, len(metrics))
     down = -(-len(metrics) // across)
     figure = new_figure(0.45 + down * (0.62 + 0.19 * len(pairs)), DOUBLE)

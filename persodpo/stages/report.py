@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import persodpo.evaluation.bootstrap
+import persodpo.evaluation.comparisons
+import persodpo.evaluation.observations
 import persodpo.evaluation.results
+import persodpo.evaluation.significance
+import persodpo.evaluation.statistics
 from persodpo.artifacts import RunFolder, StageReport
 from persodpo.config import load_profile
+from persodpo.evaluation.bootstrap import Resampling
+from persodpo.evaluation.cells import comparison_table, results_table
+from persodpo.evaluation.comparisons import compare
+from persodpo.evaluation.exports import write_exports
+from persodpo.evaluation.observations import IMPUTED, SUCCESSES, observe
+from persodpo.evaluation.statistics import estimates
 from persodpo.figures import FigureReport, save_figures
 from persodpo.release import audit, corrections, findings, parity, published
 from persodpo.release.findings.base import Material
@@ -17,39 +28,61 @@ from persodpo.tables import write_table
 
 @alone
 def run_evaluate(profile: Profile, overwrite: bool = False) -> Reports:
-    """Make the results table of the held-out responses."""
+    """Make the results of the held-out responses: with intervals, paired comparisons, and as published."""
     reports = run_score(profile)
     run = RunFolder(profile)
     tables = ["evaluation/responses", "evaluation/scores"]
+    settings = profile.evaluation
 
     def build(targets: Targets) -> None:
-        results = persodpo.evaluation.results.summarise(*(run.read(name) for name in tables))
-        write_table(targets["evaluation/results"], "evaluation/results", results)
+        responses, scores = (run.read(name) for name in tables)
+        observations = observe(responses, scores)
+        sampling = Resampling(settings.resamples, profile.seed)
+        found = {
+            "results": persodpo.evaluation.results.summarise(responses, scores),
+            "estimates": estimates(observations, sampling=sampling),
+            "comparisons": compare(observations, settings.pairs, sampling=sampling),
+        }
+        for name, table in found.items():
+            write_table(targets[f"evaluation/{name}"], f"evaluation/{name}", table)
 
     report = run.stage(
         "evaluate",
         inputs={name: run.path(name) for name in tables},
-        settings={},
-        outputs=["evaluation/results"],
-        code=[persodpo.evaluation.results],
+        settings=settings.model_dump(mode="json") | {"seed": profile.seed},
+        outputs=["evaluation/results", "evaluation/estimates", "evaluation/comparisons"],
+        code=[
+            persodpo.evaluation.results, persodpo.evaluation.observations, persodpo.evaluation.bootstrap,
+            persodpo.evaluation.significance, persodpo.evaluation.statistics, persodpo.evaluation.comparisons,
+        ],
         build=build,
         overwrite=overwrite,
-    )
+    )  # fmt: skip
+    _write_exports(run)
     return [*reports, report]
+
+
+def _write_exports(run: RunFolder) -> None:
+    """Write the tables of the evaluation as CSV, Markdown and LaTeX; they are made anew from the tables every time."""
+    found, compared = (run.read(f"evaluation/{name}") for name in ("estimates", "comparisons"))
+    folder = run.path("evaluation/results").parent
+    for reading, name in ((IMPUTED, "failures_imputed"), (SUCCESSES, "successes_alone")):
+        write_exports(folder, name, found, results_table(found, reading))
+    write_exports(folder, "paired_differences", compared, comparison_table(compared))
 
 
 def as_released(profile: Profile) -> Profile:
     """Return the profile whose tables the audit judges.
 
     That is ``profile`` itself if its method is the released one; otherwise the shipped ``release`` profile with this
-    one's folders and limits, under a name of its own, so that the tables of a corrected run stay as they are. Policy and
-    training are no concern of the audit.
+    one's folders and limits, under a name of its own, so that the tables of a corrected run stay as they are. Policy,
+    training and evaluation are no concern of the audit.
     """
     released = load_profile("release")
     # How models would be asked is no concern of the audit either: only what is ranked.
     ranked = {key: getattr(released.generation, key) for key in ("source", "models")}
     generation = profile.generation.model_copy(update=ranked)
-    kept = {key: getattr(profile, key) for key in ("paths", "engine", "seed", "policy", "training")}
+    kept = {key: getattr(profile, key) for key in ("paths", "engine", "seed", "policy", "training", "evaluation")}
     twin = released.model_copy(update={**kept, "generation": generation})
     same = twin.model_dump(exclude={"name"}) == profile.model_dump(exclude={"name"})
     return profile if same else twin.model_copy(update={"name": f"{profile.name}-as-released"})
@@ -75,7 +108,7 @@ def run_audit(profile: Profile, overwrite: bool = False) -> Reports:
     report = run.stage(
         "audit",
         inputs={name: run.path(name) for name in names} | files | published.fact_files(),
-        settings=profile.model_dump(mode="json", exclude={"paths", "engine", "policy", "training"}),
+        settings=profile.model_dump(mode="json", exclude={"paths", "engine", "policy", "training", "evaluation"}),
         outputs=["audit/parity", "audit/findings", "audit/corrections"],
         code=[audit, parity, corrections, findings.base, findings.scores, findings.pairs, findings.results, published],
         build=build,
