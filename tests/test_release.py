@@ -17,7 +17,7 @@ from persodpo.errors import PersodpoError
 from persodpo.plots.checks import plotted_sha256
 from persodpo.release import audit, corrections, published
 from persodpo.release.findings.scores import scored_response
-from persodpo.stages import as_released, limits, published_files, run_audit, run_pairs, run_train
+from persodpo.stages import as_released, limits, published_files, run_audit, run_pairs, run_score, run_train
 
 
 @pytest.fixture(scope="module")
@@ -248,3 +248,23 @@ def test_an_arm_without_its_pairs_is_one_sentence(tmp_path):
     profile = load_profile("release", [f"paths.runs={tmp_path}", "pairs.sets=[simple]"])
     with pytest.raises(PersodpoError, match=r"Arm perso trains on perso pairs; add perso to pairs\.sets"):
         run_train(profile)
+
+
+@pytest.mark.slow
+def test_small_scorers_pass_their_probes_and_score_the_published_responses(release_run, tmp_path):
+    changes = [f"paths.runs={tmp_path}", "scoring.source=compute", "generation.models=[gpt-4-turbo, Qwen2-7B-Instruct]"]
+    profile = with_overrides(release_run.profile, changes)
+    run = RunFolder(profile)
+    report = run_score(profile)[-1]
+    assert not any(note.startswith("warning") for note in report.notes)
+    assert run.read("probes")["passed"].all()
+    ours, theirs = (each.read("scores") for each in (run, release_run))
+    both = ours.merge(theirs, on=["dialogue_id", "model"], suffixes=("", "_published"))
+    assert len(both) == 3_000
+    assert (both["quality"].isna() == both["quality_published"].isna()).all()
+    assert (both["imputed"] == both["imputed_published"]).all()
+    measured = both[~both["imputed"] & both["quality"].notna()]
+    assert measured[["persona_distance", "persona_distance_published"]].corr("spearman").iloc[0, 1] > 0.3
+    again = run_score(profile, overwrite=True)[-1]
+    assert all(", 0 from the cache" not in note for note in again.notes)
+    assert again.seconds < 5

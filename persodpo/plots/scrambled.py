@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from persodpo.plots.checks import require
-from persodpo.plots.style import BLUE, COLUMN, FAINT, VERMILLION, new_figure, styled
+from persodpo.plots.style import BLUE, DOUBLE, FAINT, VERMILLION, new_figure, styled
 
 
 @styled
@@ -28,14 +28,14 @@ def draw(table: pd.DataFrame, label: str = "Coherence") -> Figure:
         label: What the scores are.
 
     Returns:
-        The figure, one column wide: the rows whose scores the released loop keeps at all are shaded above; below they
+        The figure, two columns wide: the rows whose scores the released loop keeps at all are shaded above; below they
         return again and again.
 
     Raises:
         PersodpoError: The table is empty or lacks a column.
     """
     require(table, ("straight", "scrambled", "owner"), "scrambled")
-    figure = new_figure(2.6, COLUMN)
+    figure = new_figure(2.4, DOUBLE)
     top, bottom = figure.subplots(2, 1, sharex=True, sharey=True)
     rows = range(len(table))
     kept = int(table["owner"].max()) + 1
