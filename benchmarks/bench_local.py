@@ -136,8 +136,8 @@ def table(measured: dict[str, dict[str, Any]], prompts: dict[str, int]) -> str:
 def main() -> None:
     """Measure, write the results, and fail where the bound is missed or a text differs."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--prompts", type=int, default=128)
-    parser.add_argument("--random-prompts", type=int, default=16)
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--random-prompts", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULTS)
     asked = parser.parse_args()
