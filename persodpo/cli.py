@@ -133,7 +133,7 @@ def train(
 
 
 @app.command("finetune-scorer")
-def finetune_scorer_command(  # noqa: PLR0917 - the command's options
+def finetune_scorer_command(
     data: Annotated[list[Path], typer.Argument(help="Files of labelled examples, all of one format.")],
     *,
     kind: Annotated[
