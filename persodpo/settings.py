@@ -12,26 +12,19 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-Correction = Literal["as_released", "corrected"]
+from persodpo.scoring_settings import Compute, MetricValues, Scoring, SmallModel, SmallScorers, SmallVectors
+from persodpo.sections import Correction, Count, Fraction, Positive, Section, distinct
+
+# What other modules take from here, wherever it is defined.
+__all__ = [
+    "ArmName", "AskedModel", "Completions", "Compute", "Correction", "Dialogues", "Engine", "Generation", "MetricValues",
+    "OpenAIModel", "Pairs", "Paths", "Policy", "Prices", "Profile", "Prompts", "ReplayModel", "Scoring", "Section",
+    "SmallModel", "SmallPolicy", "SmallScorers", "SmallVectors", "Training", "TransformersModel",
+]  # fmt: skip
+
 ArmName = Literal["simple", "perso", "perso_weighted", "corrected"]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
-
-
-def _distinct(values: tuple[str, ...]) -> tuple[str, ...]:
-    twice = [value for value in values if values.count(value) > 1]
-    if twice:
-        raise ValueError(f"'{twice[0]}' stands twice; name each once")
-    return values
-
-
-class Section(BaseModel):
-    """Base of all profile sections: frozen, no unknown keys, no NaN or infinity."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Paths(Section):
@@ -199,7 +192,7 @@ class Generation(Section):
     """Where responses come from."""
 
     source: Literal["published", "models"]
-    models: Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_distinct)]
+    models: Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(distinct)]
     token_budget: Correction
     temperature: Annotated[float, Field(ge=0)] | None
     seed: Annotated[int, Field(ge=0)] | None
@@ -208,117 +201,17 @@ class Generation(Section):
 
     @model_validator(mode="after")
     def _models_are_known(self) -> Generation:
-        names = _distinct(tuple(backend.model for backend in self.backends))
+        names = distinct(tuple(backend.model for backend in self.backends))
         unknown = [model for model in self.models if model not in names]
         if self.source == "models" and unknown:
             raise ValueError(f"'{unknown[0]}' has no entry in backends; there are {', '.join(names) or 'none'}")
         return self
 
 
-class MetricValues(Section):
-    """One number for each of the four text metrics."""
-
-    coherence: float
-    c_score: float
-    ue_score: float
-    persona_distance: float
-
-
-class Weights(Section):
-    """Weights of the five signals in the quality score; they sum to 1."""
-
-    coherence: Fraction
-    c_score: Fraction
-    ue_score: Fraction
-    persona_distance: Fraction
-    compliance: Fraction
-
-    @model_validator(mode="after")
-    def _sum_to_one(self) -> Weights:
-        total = sum(self.model_dump().values())
-        if abs(total - 1.0) > 1e-6:
-            raise ValueError(f"the five weights must sum to 1, they sum to {total:.6g}")
-        return self
-
-
-ClassName = Literal["contradiction", "neutral", "entailment"]
-ScorerName = Literal["coherence", "c_score", "ue_score", "persona_distance"]
-
-
-class Models(Section):
-    """The model of each scorer: ``small``, a folder, a file of word vectors, or a name on the Hugging Face Hub."""
-
-    coherence: Annotated[str, Field(min_length=1)]
-    c_score: Annotated[str, Field(min_length=1)]
-    ue_score: Annotated[str, Field(min_length=1)]
-    persona_distance: Annotated[str, Field(min_length=1)]
-
-
-class SmallModel(Section):
-    """Size and fine-tuning of a small scorer's transformer."""
-
-    vocabulary: Annotated[int, Field(ge=300)]
-    hidden_size: Annotated[int, Field(ge=16, multiple_of=4)]
-    intermediate_size: Count
-    max_length: Annotated[int, Field(ge=16)]
-    examples: Annotated[int, Field(ge=8)]
-    batch_size: Count
-    learning_rate: Positive
-
-
-class SmallVectors(Section):
-    """Size and training of the small word vectors."""
-
-    size: Count
-    epochs: Count
-    minimum_count: Count
-
-
-class SmallScorers(Section):
-    """The scorers of machines without downloads, made on the spot from the run's dialogues."""
-
-    coherence: SmallModel
-    nli: SmallModel
-    vectors: SmallVectors
-    held_out: Annotated[float, Field(gt=0, lt=1)]
-    seed: Annotated[int, Field(ge=0)]
-
-
-class Compute(Section):
-    """How scores are computed."""
-
-    models: Models
-    c_labels: Annotated[tuple[ClassName, ...], Field(min_length=3, max_length=3), AfterValidator(_distinct)] | None
-    ue_labels: Annotated[tuple[ClassName, ...], Field(min_length=3, max_length=3), AfterValidator(_distinct)] | None
-    coherence_tokens: Annotated[int, Field(ge=8)]
-    nli_tokens: Annotated[int, Field(ge=8)]
-    batch_tokens: Count
-    truncation: Correction
-    nli: Correction
-    nli_aggregation: Literal["contradiction_first", "mean"]
-    words: Correction
-    small: SmallScorers
-    accept_failed_probes: Annotated[tuple[ScorerName, ...], AfterValidator(_distinct)]
-
-
-class Scoring(Section):
-    """Metric values and the quality score made of them."""
-
-    source: Literal["published", "compute"]
-    compute: Compute
-    weights: Weights
-    worst_case: MetricValues
-    normalisation: Literal["observed", "declared"]
-    target_words: Count | None
-    format_bonus: Annotated[float, Field(ge=0)]
-    format_check: Correction
-    coherence: Correction
-
-
 class Pairs(Section):
     """Which responses of a prompt become chosen and rejected."""
 
-    sets: Annotated[tuple[Literal["simple", "perso"], ...], Field(min_length=1), AfterValidator(_distinct)]
+    sets: Annotated[tuple[Literal["simple", "perso"], ...], Field(min_length=1), AfterValidator(distinct)]
     low_quantile: Fraction
     high_quantile: Fraction
     serialisation: Correction
@@ -365,7 +258,7 @@ class Policy(Section):
 class Training(Section):
     """DPO, the same for every arm."""
 
-    arms: Annotated[tuple[ArmName, ...], Field(min_length=1), AfterValidator(_distinct)]
+    arms: Annotated[tuple[ArmName, ...], Field(min_length=1), AfterValidator(distinct)]
     epochs: Positive
     prompts_per_step: Count
     learning_rate: Positive
