@@ -851,6 +851,6 @@ def test_a_bar_a_model_counts_outcomes_on_a_terminal_only(server: Server, tmp_pa
     except OSError:  # how the end of a terminal reads
         os.close(ours)
     for model in "xy":
-        assert re.search(rf"{model}: 100%.*10/10 .*api_error=1, ok=9, stored=0", shown.decode())
+        assert re.search(rf"{model}: 100%.*10/10 .*(api_error=1, ok=9|ok=9, api_error=1), stored=0", shown.decode())
     quiet = subprocess.run([*command, tmp_path / "b.sqlite"], capture_output=True, check=True)
     assert (quiet.stdout, quiet.stderr) == (b"", b"")
