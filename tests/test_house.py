@@ -151,6 +151,21 @@ def test_readme_shows_the_measured_bench():
     assert {"cpu", "cores", "threads", "duckdb"} <= set(measured["machine"])
 
 
+def test_readme_shows_the_measured_generation():
+    results = PROJECT / "benchmarks" / "results"
+    assert (results / "local.md").read_text().strip() in README
+    measured = json.loads((results / "generate.json").read_text())["measured"]
+    throughput, kills, memory = (measured[part] for part in ("throughput", "kills", "memory"))
+    assert throughput["share of the ideal"] >= 0.8
+    assert f"{throughput['share of the ideal']:.2f} of the ideal throughput" in README
+    assert throughput["times the sequential loop"] >= 45
+    assert f"{throughput['times the sequential loop']:.1f} times a sequential loop" in README
+    assert kills["lost"] == kills["asked again"] == 0
+    assert f"peak at {memory['peak MB']:.0f} MB" in README
+    local = json.loads((results / "local.json").read_text())["measured"]
+    assert all(row["same texts"] == 1 for rows in local.values() for row in rows.values())
+
+
 def test_readme_shows_the_measured_trainer():
     results = PROJECT / "benchmarks" / "results"
     for name in ("train-cpu", "batches"):
