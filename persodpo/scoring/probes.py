@@ -239,7 +239,7 @@ def admit(verdicts: Sequence[Verdict], weights: dict[str, float], accepted: Sequ
             raise PersodpoError(
                 f"Scorer {scorer} failed {len(found)} of its probes and may not enter the quality score: {first.probe} "
                 f"found {first.found} where {first.expected}; use another model, set its weight to 0, or accept it by name "
-                f"with scoring.accept_failed_probes=[{scorer}]."
+                f"with scoring.compute.accept_failed_probes=[{scorer}]."
             )
     return [
         f"{scorer} enters the quality score although it failed its probes: {', '.join(v.probe for v in found)}"
