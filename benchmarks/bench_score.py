@@ -61,8 +61,8 @@ WINDOWS = 64
 #: Distinct texts; models take longer than vectors.
 SIZES = {
     "persona_distance": (1_000, 10_000, 100_000),
-    "coherence": (500, 1_000, 2_000),
-    "c_score": (1_000, 2_000, 4_000),
+    "coherence": (1_000, 10_000, 100_000),
+    "c_score": (1_000, 10_000, 100_000),
 }
 #: As the released method reads its models, so that its loops can be compared row by row.
 RELEASED = [f"scoring.compute.{setting}=as_released" for setting in ("truncation", "nli", "words")]
