@@ -20,7 +20,7 @@ from persodpo.sections import Correction, Count, Fraction, Positive, Section, di
 # What other modules take from here, wherever it is defined.
 __all__ = [
     "ArmName", "AskedModel", "Completions", "Compute", "Correction", "Dialogues", "Engine", "Generation", "MetricValues",
-    "OpenAIModel", "Pairs", "Paths", "Policy", "Prices", "Profile", "Prompts", "ReplayModel", "Scoring", "Section",
+    "Miniature", "OpenAIModel", "Pairs", "Paths", "Policy", "Prices", "Profile", "Prompts", "ReplayModel", "Scoring", "Section", "ServedModel",
     "SmallModel", "SmallPolicy", "SmallScorers", "SmallVectors", "Training", "TransformersModel",
 ]  # fmt: skip
 
@@ -47,7 +47,7 @@ class Engine(Section):
 class Dialogues(Section):
     """Which persona-grounded dialogues are answered."""
 
-    source: Literal["published_focus", "focus_json", "blended_skill_talk", "it_convai2"]
+    source: Literal["miniature", "published_focus", "focus_json", "blended_skill_talk", "it_convai2"]
     train_file: Path | None
     valid_file: Path | None
     train_size: Count | None
@@ -59,6 +59,24 @@ class Dialogues(Section):
         if self.source == "focus_json" and not (self.train_file or self.valid_file):
             raise ValueError("source focus_json needs train_file or valid_file")
         return self
+
+
+class Miniature(Section):
+    """The generated world, and the small models made from one of its own.
+
+    Attributes:
+        train: Dialogues to answer and rank, for ``dialogues.source: miniature``.
+        valid: Held-out dialogues.
+        model_dialogues: Dialogues that the models ``miniature/<name>`` learn from; the run shares none with them.
+        finish_steps: Steps of each model's own short finish, after the warm-up that ``policy.small`` describes.
+        seed: Of the world.
+    """
+
+    train: Count
+    valid: Count
+    model_dialogues: Count
+    finish_steps: Count
+    seed: Annotated[int, Field(ge=0)]
 
 
 class Prompts(Section):
@@ -171,6 +189,24 @@ class TransformersModel(_Model):
     stop_at_json: bool = False
 
 
+class ServedModel(_Model):
+    """A model that ``transformers serve`` serves on this machine while it is asked, through the ``openai`` client.
+
+    Attributes:
+        kind: ``served``.
+        weights: As for `TransformersModel`.
+        concurrency: Requests under way at a time.
+        timeout_seconds: Longest wait for one attempt.
+        startup_seconds: Longest wait for the server.
+    """
+
+    kind: Literal["served"]
+    weights: Annotated[str, Field(min_length=1)]
+    concurrency: Annotated[int, Field(ge=1, le=500)] = 8
+    timeout_seconds: Positive = 60.0
+    startup_seconds: Positive = 120.0
+
+
 class ReplayModel(_Model):
     """Recorded answers of a model.
 
@@ -185,7 +221,7 @@ class ReplayModel(_Model):
     recorded_as: str | None = None
 
 
-AskedModel = Annotated[OpenAIModel | TransformersModel | ReplayModel, Field(discriminator="kind")]
+AskedModel = Annotated[OpenAIModel | TransformersModel | ServedModel | ReplayModel, Field(discriminator="kind")]
 
 
 class Generation(Section):
@@ -279,8 +315,19 @@ class Training(Section):
 
 
 class Evaluation(Section):
-    """Which arms are compared on the held-out dialogues, and how carefully."""
+    """Which arms are compared on the held-out dialogues, and how carefully.
 
+    Attributes:
+        source: ``published`` responses, or ``arms``: the starting policy (called ``base``) and the trained arms answer.
+        seeds: Each arm is trained once under each; the first one's training is what figures and cards show.
+        batch_size: Prompts that an arm answers together where its response times are not measured.
+        resamples: Of the bootstrap.
+        pairs: Arm and baseline.
+    """
+
+    source: Literal["published", "arms"]
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+    batch_size: Count
     resamples: Annotated[int, Field(ge=1000)]
     pairs: tuple[tuple[str, str], ...]
 
@@ -291,6 +338,8 @@ class Evaluation(Section):
             raise ValueError(f"'{same}' cannot be compared with itself")
         if len(set(self.pairs)) < len(self.pairs):
             raise ValueError("a pair stands twice; name each once")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("a seed stands twice; name each once")
         return self
 
 
@@ -302,6 +351,7 @@ class Profile(Section):
     paths: Paths
     engine: Engine
     dialogues: Dialogues
+    miniature: Miniature
     prompts: Prompts
     completions: Completions
     generation: Generation

@@ -25,6 +25,9 @@ from persodpo.stages.pairs import limits, run_pairs, run_score
 from persodpo.stages.train import run_train
 from persodpo.tables import write_table
 
+#: Sections that do not touch what the audit judges.
+_NO_CONCERN = ("policy", "training", "evaluation")
+
 
 @alone
 def run_evaluate(profile: Profile, overwrite: bool = False) -> Reports:
@@ -82,7 +85,7 @@ def as_released(profile: Profile) -> Profile:
     # How models would be asked is no concern of the audit either: only what is ranked.
     ranked = {key: getattr(released.generation, key) for key in ("source", "models")}
     generation = profile.generation.model_copy(update=ranked)
-    kept = {key: getattr(profile, key) for key in ("paths", "engine", "seed", "policy", "training", "evaluation")}
+    kept = {key: getattr(profile, key) for key in ("paths", "engine", "seed", "miniature", *_NO_CONCERN)}
     twin = released.model_copy(update={**kept, "generation": generation})
     same = twin.model_dump(exclude={"name"}) == profile.model_dump(exclude={"name"})
     return profile if same else twin.model_copy(update={"name": f"{profile.name}-as-released"})
@@ -108,7 +111,7 @@ def run_audit(profile: Profile, overwrite: bool = False) -> Reports:
     report = run.stage(
         "audit",
         inputs={name: run.path(name) for name in names} | files | published.fact_files(),
-        settings=profile.model_dump(mode="json", exclude={"paths", "engine", "policy", "training", "evaluation"}),
+        settings=profile.model_dump(mode="json", exclude={"paths", "engine", "miniature", *_NO_CONCERN}),
         outputs=["audit/parity", "audit/findings", "audit/corrections"],
         code=[audit, parity, corrections, findings.base, findings.scores, findings.pairs, findings.results, published],
         build=build,
