@@ -337,7 +337,7 @@ class RunFolder:
         text = self.profile.to_yaml()
         if read_text(self.root / "profile.yaml") == text:
             return
-        write_atomically(self.root / "profile.yaml", lambda path: _write_text(path, self.profile.to_yaml()))
+        write_atomically(self.root / "profile.yaml", lambda path: write_text(path, self.profile.to_yaml()))
 
 
 def is_running(process: int) -> bool:
@@ -369,7 +369,7 @@ def provenance_path(path: Path) -> Path:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write ``content`` as indented JSON, atomically."""
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda temporary: _write_text(temporary, text))
+    write_atomically(path, lambda temporary: write_text(temporary, text))
 
 
 def read_text(path: Path) -> str | None:
@@ -380,7 +380,8 @@ def read_text(path: Path) -> str | None:
         return None
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file's text."""
     path.write_text(text, encoding="utf-8")
 
 

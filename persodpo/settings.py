@@ -20,8 +20,8 @@ from persodpo.sections import Correction, Count, Fraction, Positive, Section, di
 # What other modules take from here, wherever it is defined.
 __all__ = [
     "ArmName", "AskedModel", "Completions", "Compute", "Correction", "Dialogues", "Engine", "Generation", "MetricValues",
-    "Miniature", "OpenAIModel", "Pairs", "Paths", "Policy", "Prices", "Profile", "Prompts", "ReplayModel", "Scoring", "Section", "ServedModel",
-    "SmallModel", "SmallPolicy", "SmallScorers", "SmallVectors", "Training", "TransformersModel",
+    "Miniature", "OpenAIModel", "Pairs", "Paths", "Policy", "Prices", "Profile", "Prompts", "ReplayModel", "Scoring",
+    "Section", "ServedModel", "SmallModel", "SmallPolicy", "SmallScorers", "SmallVectors", "Training", "TransformersModel",
 ]  # fmt: skip
 
 ArmName = Literal["simple", "perso", "perso_weighted", "corrected"]
@@ -320,13 +320,15 @@ class Evaluation(Section):
     Attributes:
         source: ``published`` responses, or ``arms``: the starting policy (called ``base``) and the trained arms answer.
         seeds: Each arm is trained once under each; the first one's training is what figures and cards show.
-        batch_size: Prompts that an arm answers together where its response times are not measured.
+        timed: Held-out dialogues that every arm answers one at a time, for its response times; None: all of them.
+        batch_size: Prompts that an arm answers together on the others.
         resamples: Of the bootstrap.
         pairs: Arm and baseline.
     """
 
     source: Literal["published", "arms"]
     seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+    timed: Count | None
     batch_size: Count
     resamples: Annotated[int, Field(ge=1000)]
     pairs: tuple[tuple[str, str], ...]

@@ -20,7 +20,7 @@ from persodpo.generation.requests import Backend, Message, Request, request_key
 from persodpo.generation.store import Store
 from persodpo.generation.summary import outcome_of
 from persodpo.prompts import answer_keys, load_system, load_template, render, template_digest, token_budget
-from persodpo.settings import AskedModel, Profile, ReplayModel, TransformersModel
+from persodpo.settings import AskedModel, Profile, ReplayModel, ServedModel, TransformersModel
 from persodpo.tables import schema_of, with_none
 
 #: What leads a turn; a context of nothing else says nothing.
@@ -90,6 +90,10 @@ def backend_for(settings: AskedModel, profile: Profile, weights: str | Path, sto
         return TransformersBackend(settings, weights)
     if isinstance(settings, ReplayModel):
         return _recording(settings)
+    if isinstance(settings, ServedModel):
+        from persodpo.generation.serving import ServedBackend  # noqa: PLC0415
+
+        return ServedBackend(settings, weights)
     from persodpo.generation.batch_api import OpenAIBatchBackend  # noqa: PLC0415
     from persodpo.generation.openai_api import OpenAIBackend  # noqa: PLC0415
 

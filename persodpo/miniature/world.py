@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from persodpo.artifacts import write_atomically
+from persodpo.artifacts import write_atomically, write_text
 from persodpo.dialogues import FOCUS_SENTENCES
 from persodpo.errors import PersodpoError
 from persodpo.miniature import phrases
@@ -93,12 +93,8 @@ def write_world(folder: Path, train: int, valid: int, seed: int) -> tuple[Path, 
     paths = folder / "train.json", folder / "valid.json"
     for path, content in zip(paths, (focus_world(train, seed), focus_world(valid, seed, first=train)), strict=True):
         text = json.dumps(content, indent=0, ensure_ascii=False) + "\n"
-        write_atomically(path, lambda temporary, text=text: _write(temporary, text))  # type: ignore[misc]
+        write_atomically(path, lambda temporary, text=text: write_text(temporary, text))  # type: ignore[misc]
     return paths
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _dialogue(number: int, rng: random.Random) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import pandas as pd
 
 import persodpo.dialogues
 from persodpo.artifacts import RunFolder
+from persodpo.miniature.world import write_world
 from persodpo.release import published
 from persodpo.settings import Profile
 from persodpo.stages.base import Reports, Targets, alone, published_files
@@ -29,6 +30,8 @@ def run_dialogues(profile: Profile, overwrite: bool = False) -> Reports:
             split: persodpo.dialogues.Split = "train" if "train" in key else "valid"
             if settings.source == "published_focus":
                 frames.append(persodpo.dialogues.published_focus(path, split))
+            elif settings.source == "miniature":
+                frames.append(persodpo.dialogues.focus_json(path, split).assign(dataset="miniature"))
             elif settings.source == "focus_json":
                 drawn: dict[str, Any] = {
                     "size": settings.train_size,
@@ -55,6 +58,10 @@ def run_dialogues(profile: Profile, overwrite: bool = False) -> Reports:
 def _dialogue_files(run: RunFolder) -> dict[str, Path]:
     """Return the files that the dialogues are read from."""
     settings = run.profile.dialogues
+    if settings.source == "miniature":
+        world = run.profile.miniature
+        paths = write_world(run.root / "world", world.train, world.valid, world.seed)
+        return dict(zip(("train", "valid"), paths, strict=True))
     if settings.source == "focus_json":
         given = {"train": settings.train_file, "valid": settings.valid_file}
         return {split: path for split, path in given.items() if path}

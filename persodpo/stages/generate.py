@@ -21,7 +21,7 @@ from persodpo.generation.forecast import Forecast, forecast
 from persodpo.generation.store import Store
 from persodpo.generation.summary import Summary
 from persodpo.release import published
-from persodpo.settings import AskedModel, Profile, TransformersModel
+from persodpo.settings import AskedModel, Profile, ServedModel, TransformersModel
 from persodpo.stages.base import Reports, Targets, alone, published_files
 from persodpo.stages.dialogues import run_dialogues
 from persodpo.tables import write_table
@@ -29,6 +29,10 @@ from persodpo.tables import write_table
 SPLITS = ("train", "valid")
 #: How long the tables of answers wait for another process that works in the run folder.
 WAIT_SECONDS = 60.0
+_UNFINISHED = (
+    "Not every prompt is answered yet ({summary}); run `persodpo {command} --profile {profile}` again, what is stored is "
+    "not asked again."
+)
 
 
 @dataclass(frozen=True)
@@ -57,13 +61,19 @@ def run_generate(profile: Profile, overwrite: bool = False) -> Reports:
         reports = run_dialogues(profile)
     scope = Scope(profile.generation.models, ("train",))
     summaries = _ask(RunFolder(profile), scope, retry_failed=False, progress=True)
-    unfinished = [summary for summary in summaries if summary.stopped or summary.busy]
-    if unfinished:
-        raise PersodpoError(
-            f"Not every prompt is answered yet ({unfinished[0]}); run `persodpo generate --profile {profile.name}` again, "
-            "what is stored is not asked again."
-        )
+    check_finished(summaries, profile, "generate")
     return [*reports, _write_answers(RunFolder(profile)), _asked_responses(profile, scope, overwrite)]
+
+
+def check_finished(summaries: Sequence[Summary], profile: Profile, command: str) -> None:
+    """Refuse to go on where a model has stopped before its end.
+
+    Raises:
+        PersodpoError: One has; says how to go on.
+    """
+    for summary in summaries:
+        if summary.stopped or summary.busy:
+            raise PersodpoError(_UNFINISHED.format(summary=summary, command=command, profile=profile.name))
 
 
 @alone
@@ -78,22 +88,26 @@ def _published(profile: Profile, overwrite: bool) -> Reports:
     reports = run_dialogues(profile)
     run = RunFolder(profile)
     files = published_files(run)
+    tables = {"responses": chosen}
+    if profile.evaluation.source == "published":
+        tables["evaluation/responses"] = published.VALID_SETS
 
     def build(targets: Targets) -> None:
         dialogues = run.read("dialogues")
-        for table, sets in (("responses", chosen), ("evaluation/responses", published.VALID_SETS)):
+        for table, sets in tables.items():
             frame = persodpo.generation.published.published_responses(files, sets, dialogues, profile.completions)
             write_table(targets[table], table, frame)
 
     report = run.stage(
         "generate",
-        inputs={"dialogues": run.path("dialogues")} | set_files(files, (*chosen, *published.VALID_SETS)),
+        inputs={"dialogues": run.path("dialogues")}
+        | set_files(files, [which for sets in tables.values() for which in sets]),
         settings={
             "source": "published",
             "models": list(profile.generation.models),
             "reading": profile.completions.reading,
         },
-        outputs=["responses", "evaluation/responses"],
+        outputs=list(tables),
         code=[persodpo.generation.published, persodpo.completions, published],
         build=build,
         overwrite=overwrite,
@@ -185,7 +199,8 @@ def _entry(profile: Profile, model: str) -> AskedModel:
 
 
 def _is_small_policy(entry: AskedModel, profile: Profile) -> bool:
-    is_policy = isinstance(entry, TransformersModel) and entry.weights == "policy" and profile.policy.model == "small"
+    names_policy = isinstance(entry, (TransformersModel, ServedModel)) and entry.weights == "policy"
+    is_policy = names_policy and profile.policy.model == "small"
     if is_policy and profile.generation.source != "published":
         raise PersodpoError(
             f"Model {entry.model} is the small policy, which is made from responses that are there already; with "
@@ -230,19 +245,24 @@ def _jobs(run: RunFolder, scope: Scope, store: Store, *, make_policy: bool) -> l
 
 def _weights(run: RunFolder, entry: AskedModel, *, make_policy: bool) -> str | Path:
     """Return the weights of a model of this machine, as a folder or a name on the Hub."""
-    if not isinstance(entry, TransformersModel):
+    if not isinstance(entry, (TransformersModel, ServedModel)):
         return ""
-    if entry.weights != "policy":
-        folder = PROJECT / entry.weights
-        return folder if folder.is_dir() else entry.weights
-    from persodpo.stages.policy import policy_folder, start_policy  # noqa: PLC0415 - only needed for local models
+    from persodpo.stages import policy  # noqa: PLC0415 - only needed for local models
 
-    if not _is_small_policy(entry, run.profile):
-        return run.profile.policy.model
-    if not make_policy:
-        return policy_folder(run)
-    with run.locked(WAIT_SECONDS):
-        return start_policy(run)
+    name = entry.weights
+    small = _is_small_policy(entry, run.profile)
+    if name == "policy" and not small:
+        name = run.profile.policy.model
+    miniature = name.startswith(policy.PREFIX)
+    if (small or miniature) and make_policy:
+        with run.locked(WAIT_SECONDS):
+            return policy.miniature_model(run, name) if miniature else policy.start_policy(run)
+    if miniature:
+        return policy.miniature_folder(run) / name.removeprefix(policy.PREFIX)
+    if small:
+        return policy.policy_folder(run)
+    folder = PROJECT / name
+    return folder if folder.is_dir() else name
 
 
 def _write_answers(run: RunFolder) -> StageReport:
@@ -255,7 +275,7 @@ def _write_answers(run: RunFolder) -> StageReport:
             with suppress(PersodpoError):
                 jobs += _jobs(run, Scope((entry.model,)), store, make_policy=False)
         frame = stored_answers(store, jobs, profile)
-    return _stage(run, "answers", frame, overwrite=False)
+    return write_answers(run, "answers", frame)
 
 
 def _asked_responses(profile: Profile, scope: Scope, overwrite: bool) -> StageReport:
@@ -263,12 +283,11 @@ def _asked_responses(profile: Profile, scope: Scope, overwrite: bool) -> StageRe
     run = RunFolder(profile)
     with _store(run) as store:
         frame = stored_answers(store, _jobs(run, scope, store, make_policy=False), profile)
-    return _stage(
-        run, "responses", frame.sort_values("dialogue_id", kind="stable", ignore_index=True), overwrite=overwrite
-    )
+    frame = frame.sort_values("dialogue_id", kind="stable", ignore_index=True)
+    return write_answers(run, "responses", frame, overwrite=overwrite)
 
 
-def _stage(run: RunFolder, name: str, frame: pd.DataFrame, *, overwrite: bool) -> StageReport:
+def write_answers(run: RunFolder, name: str, frame: pd.DataFrame, *, overwrite: bool = False) -> StageReport:
     """Write a table of answers, unless it is written already."""
     content = hashlib.sha256(pd.util.hash_pandas_object(frame, index=False).to_numpy().tobytes()).hexdigest()
     generation = run.profile.generation.model_dump(mode="json", exclude={"budget_usd"})

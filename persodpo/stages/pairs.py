@@ -34,22 +34,22 @@ def run_score(profile: Profile, overwrite: bool = False) -> Reports:
     files = published_files(run)
     chosen = ranked_sets(profile)
 
+    wanted = dict(zip(score.tables_of(profile), (chosen, published.VALID_SETS), strict=False))
+    answers = {table: table.replace("scores", "responses") for table in wanted}
+
     def build(targets: Targets) -> None:
-        tables = {table: run.read(table.replace("scores", "responses")) for table in score.TABLES}
-        metrics = {
-            table: scoring.published_metrics(files, sets, tables[table])
-            for table, sets in zip(score.TABLES, (chosen, published.VALID_SETS), strict=True)
-        }
+        tables = {table: run.read(name) for table, name in answers.items()}
+        metrics = {table: scoring.published_metrics(files, sets, tables[table]) for table, sets in wanted.items()}
         score.write_scores(profile, targets, tables, metrics)
         for left in ("probes", "scorers"):
             run.forget(left)
 
     report = run.stage(
         "score",
-        inputs={name: run.path(name) for name in ("responses", "evaluation/responses")}
-        | set_files(files, (*chosen, *published.VALID_SETS)),
+        inputs={name: run.path(name) for name in answers.values()}
+        | set_files(files, [which for sets in wanted.values() for which in sets]),
         settings=score.score_settings(profile),
-        outputs=["scores", "thresholds", "evaluation/scores"],
+        outputs=["scores", "thresholds", *list(wanted)[1:]],
         code=[scoring, quality, persodpo.scoring.compliance, persodpo.completions, published],
         build=build,
         overwrite=overwrite,

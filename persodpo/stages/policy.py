@@ -8,19 +8,44 @@ from pathlib import Path
 import persodpo.pairs
 from persodpo.artifacts import RunFolder
 
+#: What names of miniature models start with, wherever weights are named.
+PREFIX = "miniature/"
+
 
 def start_policy(run: RunFolder) -> str | Path:
     """Return the policy of a run's profile; the small one is made from the run's own texts if need be."""
     from persodpo.training.policy import make_small_policy  # noqa: PLC0415 - torch is slow to load
 
-    if run.profile.policy.model != "small":
-        return run.profile.policy.model
+    name = run.profile.policy.model
+    if name.startswith(PREFIX):
+        return miniature_model(run, name)
+    if name != "small":
+        return name
     prompts = persodpo.pairs.prompt_table(run.read("dialogues"), run.profile)
     responses = run.read("responses")
     parsed = responses[responses["outcome"].eq("ok")].merge(prompts, on="dialogue_id")
     texts = [json.dumps({"response": text}, ensure_ascii=False) for text in parsed["response"]]
     examples = list(zip(parsed["prompt"], texts, strict=True))
     return make_small_policy(examples, run.profile.policy.small, policy_folder(run))
+
+
+def miniature_model(run: RunFolder, name: str) -> Path:
+    """Return the folder of a model called ``miniature/<name>``, which is made if need be.
+
+    Raises:
+        PersodpoError: There is no such model.
+    """
+    from persodpo.miniature.models import make_model  # noqa: PLC0415 - torch is slow to load
+
+    profile = run.profile
+    return make_model(
+        name.removeprefix(PREFIX), miniature_folder(run), profile.miniature, profile.prompts, profile.policy.small
+    )
+
+
+def miniature_folder(run: RunFolder) -> Path:
+    """Return where miniature models lie: beside the runs, which share them; no run can be called so."""
+    return run.root.with_name("_miniature")
 
 
 def policy_folder(run: RunFolder) -> Path:

@@ -21,6 +21,7 @@ from persodpo.release import audit, corrections, findings, parity, published
 from persodpo.release.findings.base import Material
 from persodpo.settings import Profile
 from persodpo.stages.base import Reports, Targets, alone, published_files
+from persodpo.stages.heldout import arms_of, run_heldout
 from persodpo.stages.pairs import limits, run_pairs, run_score
 from persodpo.stages.train import run_train
 from persodpo.tables import write_table
@@ -32,14 +33,16 @@ _NO_CONCERN = ("policy", "training", "evaluation")
 @alone
 def run_evaluate(profile: Profile, overwrite: bool = False) -> Reports:
     """Make the results of the held-out responses: with intervals, paired comparisons, and as published."""
-    reports = run_score(profile)
+    by_arms = profile.evaluation.source == "arms"
+    reports = run_heldout(profile, overwrite) if by_arms else run_score(profile)
+    arms = arms_of(profile) if by_arms else None
     run = RunFolder(profile)
     tables = ["evaluation/responses", "evaluation/scores"]
     settings = profile.evaluation
 
     def build(targets: Targets) -> None:
         responses, scores = (run.read(name) for name in tables)
-        observations = observe(responses, scores)
+        observations = observe(responses, scores, arms)
         sampling = Resampling(settings.resamples, profile.seed)
         found = {
             "results": persodpo.evaluation.results.summarise(responses, scores),
@@ -52,7 +55,7 @@ def run_evaluate(profile: Profile, overwrite: bool = False) -> Reports:
     report = run.stage(
         "evaluate",
         inputs={name: run.path(name) for name in tables},
-        settings=settings.model_dump(mode="json") | {"seed": profile.seed},
+        settings=settings.model_dump(mode="json") | {"seed": profile.seed, "arms": list(profile.training.arms)},
         outputs=["evaluation/results", "evaluation/estimates", "evaluation/comparisons"],
         code=[
             persodpo.evaluation.results, persodpo.evaluation.observations, persodpo.evaluation.bootstrap,

@@ -27,6 +27,12 @@ TABLES = ("scores", "evaluation/scores")
 CACHE, SMALL = "_scores.sqlite", "_scorers"
 
 
+def tables_of(profile: Profile) -> tuple[str, ...]:
+    """Return the scores tables that the score stage makes; where arms answer held-out prompts, that is scored later."""
+    held_out_published = profile.generation.source == profile.evaluation.source == "published"
+    return TABLES if held_out_published else TABLES[:1]
+
+
 def score_settings(profile: Profile) -> dict[str, object]:
     """Return the settings that scores depend on, those that are not used left out."""
     kept = profile.scoring.model_dump(
@@ -95,8 +101,7 @@ def run_computed(profile: Profile, overwrite: bool = False) -> StageReport:
     run = RunFolder(profile)
     small = small_scorers(run)
     scorers = _scorers(profile, small)
-    # Models that are asked answer no held-out prompts here.
-    wanted = TABLES if profile.generation.source == "published" else TABLES[:1]
+    wanted = tables_of(profile)
     answers = {table: table.replace("scores", "responses") for table in wanted}
     notes: list[str] = []
 
@@ -110,8 +115,9 @@ def run_computed(profile: Profile, overwrite: bool = False) -> StageReport:
         write_scores(profile, targets, tables, metrics)
         write_table(targets["probes"], "probes", pd.DataFrame(found))
         write_table(targets["scorers"], "scorers", reports)
-        for left in set(TABLES) - set(wanted):
-            run.forget(left)
+        if profile.evaluation.source == "published":
+            for left in set(TABLES) - set(wanted):
+                run.forget(left)
 
     report = run.stage(
         "score",

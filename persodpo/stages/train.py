@@ -19,20 +19,43 @@ from persodpo.training.arms import ARMS, arm_name
 
 
 @alone
-def run_train(profile: Profile, overwrite: bool = False, arms: Sequence[str] = ()) -> Reports:
-    """Train arms, those of the profile unless others are named, each from the same policy."""
+def run_train(
+    profile: Profile, overwrite: bool = False, arms: Sequence[str] = (), seeds: Sequence[int] = ()
+) -> Reports:
+    """Train arms, those of the profile unless others are named, each from the same policy.
+
+    Args:
+        profile: The profile.
+        overwrite: Train again even if nothing changed.
+        arms: Names of `persodpo.training.arms.ARMS`; none for those of the profile.
+        seeds: Each arm is trained once under each; none for the first of ``evaluation.seeds``.
+
+    Returns:
+        Reports of all stages.
+    """
     chosen = [arm_name(arm) for arm in arms or profile.training.arms]
     for arm in chosen:
         if ARMS[arm].pairs not in profile.pairs.sets:
             raise PersodpoError(f"Arm {arm} trains on {ARMS[arm].pairs} pairs; add {ARMS[arm].pairs} to pairs.sets.")
     reports = run_pairs(profile)
     for arm in chosen:
-        reports += _train(profile, arm, overwrite)
+        for seed in seeds or profile.evaluation.seeds[:1]:
+            reports += _train(profile, arm, seed, overwrite)
     return reports
 
 
-def _train(profile: Profile, arm: ArmName, overwrite: bool) -> Reports:
-    """Train one arm."""
+def arm_label(profile: Profile, arm: str, seed: int) -> str:
+    """Return the name of an arm trained under a seed: the arm's own for the first of ``evaluation.seeds``."""
+    return arm if seed == profile.evaluation.seeds[0] else f"{arm}@{seed}"
+
+
+def arm_folder(run: RunFolder, label: str) -> Path:
+    """Return where an arm of this label lies."""
+    return run.path(f"training/{label}/log").parent
+
+
+def _train(profile: Profile, arm: ArmName, seed: int, overwrite: bool) -> Reports:
+    """Train one arm under one seed."""
     from persodpo.training import (  # noqa: PLC0415 - torch is slow to load
         forward,
         health,
@@ -51,25 +74,27 @@ def _train(profile: Profile, arm: ArmName, overwrite: bool) -> Reports:
         reports = run_pairs(source.profile)
     table = f"pairs/{spec.pairs}"
     start = start_policy(run)
-    outputs = [f"training/{arm}/{name}" for name in ("log", "health", "generations")]
+    label = arm_label(profile, arm, seed)
+    outputs = [f"training/{label}/{name}" for name in ("log", "health", "generations")]
     inputs = {table: source.path(table)} | _weights(start)
     settings_used = {
         "arm": asdict(spec),
         "policy": profile.policy.model,
         "training": profile.training.model_dump(mode="json", exclude={"arms"}),
         "reading": profile.completions.reading,
-        "seed": profile.seed,
+        "seed": seed,
     }
-    folder = run.path(outputs[0]).parent
+    folder = arm_folder(run, label)
+    seeded = profile.model_copy(update={"seed": seed})
     key = digest_of({"settings": settings_used, "inputs": {name: sha256(path) for name, path in inputs.items()}})
 
     def build(targets: Targets) -> None:
-        made = training.train_arm(source.read(table), arm, start, folder, profile=profile, key=key)
+        made = training.train_arm(source.read(table), arm, start, folder, profile=seeded, key=key)
         for output, frame in zip(outputs, (made.log, made.health, made.generations), strict=True):
             write_table(targets[output], output, frame)
 
     report = run.stage(
-        f"train {arm}",
+        f"train {label}",
         inputs=inputs,
         settings=settings_used,
         outputs=outputs,

@@ -32,7 +32,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from persodpo.artifacts import source_digest
+from persodpo.artifacts import sha256, source_digest
 from persodpo.errors import PersodpoError
 from persodpo.folders import made_once
 from persodpo.settings import SmallPolicy
@@ -49,7 +49,12 @@ RAMP = 0.1
 
 
 def make_small_policy(
-    examples: Sequence[tuple[str, str]], settings: SmallPolicy, folder: Path, *, progress: bool = True
+    examples: Sequence[tuple[str, str]],
+    settings: SmallPolicy,
+    folder: Path,
+    *,
+    start: Path | None = None,
+    progress: bool = True,
 ) -> Path:
     """Make the small policy from training texts, unless ``folder`` holds it already.
 
@@ -59,6 +64,7 @@ def make_small_policy(
         examples: Prompts and completions; the same prompt may come with several completions.
         settings: Size and warm-up.
         folder: Where to put model, tokenizer and record. A small policy made from something else is replaced.
+        start: A small policy to go on from, with its tokenizer and size; None for a new one.
         progress: Show a progress bar, on a terminal.
 
     Returns:
@@ -72,13 +78,14 @@ def make_small_policy(
     basis = {
         "settings": settings.model_dump(mode="json"),
         "texts": hashlib.sha256(json.dumps(list(examples)).encode()).hexdigest(),
+        "start": sha256(start / WEIGHTS) if start else None,
         "code": source_digest([sys.modules[__name__], forward, packing]),
     }
     return made_once(
         folder,
         RECORD,
         basis,
-        lambda scratch: _make(examples, settings, scratch, progress=progress),
+        lambda scratch: _make(examples, settings, scratch, start=start, progress=progress),
         what="a small policy",
         needs=WEIGHTS,
     )
@@ -136,15 +143,20 @@ def _check(examples: Sequence[tuple[str, str]]) -> None:
 
 
 def _make(
-    examples: Sequence[tuple[str, str]], settings: SmallPolicy, folder: Path, *, progress: bool
+    examples: Sequence[tuple[str, str]], settings: SmallPolicy, folder: Path, *, start: Path | None, progress: bool
 ) -> dict[str, Any]:
     """Train tokenizer and model into ``folder`` and return what there is to say about it."""
     started = time.perf_counter()
-    tokenizer = _train_tokenizer(examples, settings)
+    tokenizer: Any
+    model: Any
+    if start is None:
+        tokenizer = _train_tokenizer(examples, settings)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            model = _new_model(tokenizer, settings)
+    else:
+        model, tokenizer = load_policy(start)
     groups, lengths = _encode(examples, tokenizer, settings.max_length)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        model = _new_model(tokenizer, settings)
     losses = _train(model, groups, settings, progress=progress)
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
@@ -176,7 +188,7 @@ def _train_tokenizer(examples: Sequence[tuple[str, str]], settings: SmallPolicy)
 
 
 def _encode(
-    examples: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerFast, max_length: int
+    examples: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[list[Group], dict[str, int]]:
     """Group examples by prompt and tokenise them.
 
@@ -225,7 +237,7 @@ def _batches(groups: Sequence[Group], settings: SmallPolicy) -> Iterator[list[Gr
             yield [groups[place] for place in places]
 
 
-def _train(model: Qwen2ForCausalLM, groups: Sequence[Group], settings: SmallPolicy, *, progress: bool) -> list[float]:
+def _train(model: PreTrainedModel, groups: Sequence[Group], settings: SmallPolicy, *, progress: bool) -> list[float]:
     """Run the warm-up; return the loss of each step, in nats a completion token."""
     optimiser = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     ramp = max(1, round(RAMP * settings.steps))

@@ -1,0 +1,121 @@
+"""From trained arms to scored held-out responses: the starting policy and every arm answer the same prompts.
+
+All are asked in the same way, the profile's, whatever their pairs were made with; what differs is the training alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+
+import persodpo.scoring.compliance
+import persodpo.scoring.run as scoring
+from persodpo.artifacts import RunFolder, StageReport
+from persodpo.errors import PersodpoError
+from persodpo.generation.asking import backend_for, job_for, stored_answers
+from persodpo.generation.engine import Job, generate_all
+from persodpo.generation.store import Store
+from persodpo.scoring import computed, engine, quality
+from persodpo.scoring.cache import ScoreCache
+from persodpo.settings import Profile, TransformersModel
+from persodpo.stages import score
+from persodpo.stages.base import Reports, Targets
+from persodpo.stages.generate import check_finished, write_answers
+from persodpo.stages.policy import start_policy
+from persodpo.stages.train import arm_folder, arm_label, run_train
+from persodpo.tables import write_table
+
+#: Name of the policy that all arms start from, among the arms.
+BASE = "base"
+
+
+def run_heldout(profile: Profile, overwrite: bool = False) -> Reports:
+    """Train all arms under all seeds, let them answer the held-out prompts, and score what they say.
+
+    Raises:
+        PersodpoError: There are no held-out dialogues, the scores are the published ones, or a model has stopped.
+    """
+    if profile.scoring.source != "compute":
+        raise PersodpoError(
+            "evaluation.source arms has responses that nobody has published scores of; set scoring.source=compute."
+        )
+    reports = run_train(profile, seeds=profile.evaluation.seeds)
+    run = RunFolder(profile)
+    return [*reports, _answers(run, overwrite), _scores(run, overwrite)]
+
+
+def arms_of(profile: Profile) -> pd.DataFrame:
+    """Return which arm and seed each model of the held-out responses is, for `persodpo.evaluation.observations.observe`.
+
+    Returns:
+        Columns model, arm and seed; the starting policy has the seed 0, for no seed of a training touches it.
+    """
+    rows = [(BASE, BASE, 0)]
+    for arm in profile.training.arms:
+        rows += [(arm_label(profile, arm, seed), arm, seed) for seed in profile.evaluation.seeds]
+    return pd.DataFrame(rows, columns=["model", "arm", "seed"])
+
+
+def _answers(run: RunFolder, overwrite: bool) -> StageReport:
+    """Let every model answer what is not stored yet."""
+    profile = run.profile
+    dialogues = run.read("dialogues").query("split == 'valid'")
+    if dialogues.empty:
+        raise PersodpoError("There are no held-out dialogues to answer; give the profile a valid split.")
+    with Store(run.answers) as store:
+        jobs = list(_jobs(run, dialogues, store))
+        summaries = generate_all([job for job, _ in jobs], store, reading=profile.completions.reading)
+        check_finished(summaries, profile, "evaluate")
+        frame = stored_answers(store, list(_jobs(run, dialogues, store)), profile)
+    # Answers of many at a time have no response time of their own.
+    frame["response_time"] = frame["response_time"].where(frame["batch_size"] == 1)
+    return write_answers(run, "evaluation/responses", frame, overwrite=overwrite)
+
+
+def _jobs(run: RunFolder, dialogues: pd.DataFrame, store: Store) -> Iterator[tuple[Job, list[str]]]:
+    """Yield what each model answers: the first dialogues one at a time, for its times, and the others together."""
+    profile, settings = run.profile, run.profile.evaluation
+    timed = len(dialogues) if settings.timed is None else settings.timed
+    for model in arms_of(profile)["model"]:
+        weights = start_policy(run) if model == BASE else arm_folder(run, model)
+        for mode, part in (("latency", dialogues.iloc[:timed]), ("throughput", dialogues.iloc[timed:])):
+            if part.empty:
+                continue
+            entry = _entry(model, weights, mode, settings.batch_size)
+            backend = backend_for(entry, profile, weights, store)
+            yield job_for(part, entry, profile, backend), part["split"].tolist()
+
+
+def _entry(model: str, weights: str | Path, mode: str, batch_size: int) -> TransformersModel:
+    fields = {"kind": "transformers", "model": model, "weights": str(weights), "mode": mode, "batch_size": batch_size}
+    return TransformersModel.model_validate(fields)
+
+
+def _scores(run: RunFolder, overwrite: bool) -> StageReport:
+    """Score the held-out responses on the scale of the ranked ones, with the same scorers."""
+    profile = run.profile
+    table, names = "evaluation/scores", ("dialogues", "scores", "evaluation/responses")
+    small = score.small_scorers(run)
+    scorers = score.profile_scorers(profile)
+
+    def build(targets: Targets) -> None:
+        responses, ranked = run.read("evaluation/responses"), run.read("scores")
+        with ScoreCache(score.score_cache(run)) as cache, score.backend_of(profile, small) as backend:
+            metrics, _, _ = computed.computed_metrics(responses, run.read("dialogues"), scorers, cache, backend=backend)
+        connection = quality.connect(profile.engine, str(targets[table].parent))
+        connection.register("ranked", ranked)
+        scale = quality.measure_scale(connection, "ranked", profile.scoring)
+        values = scoring.impute(responses, metrics, profile.scoring.worst_case, unread=True)
+        write_table(targets[table], table, scoring.rate(connection, values, scale, profile.scoring))
+
+    return run.stage(
+        "score held-out responses",
+        inputs={name: run.path(name) for name in names} | computed.model_files(profile.scoring.compute, small),
+        settings=score.score_settings(profile) | {"scorers": {one.name: dict(one.identity()) for one in scorers}},
+        outputs=[table],
+        code=[scoring, quality, persodpo.scoring.compliance, computed, engine],
+        build=build,
+        overwrite=overwrite,
+    )
