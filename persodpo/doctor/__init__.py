@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from persodpo.doctor.estimates import estimates
 from persodpo.doctor.files import files
 from persodpo.doctor.findings import Finding
 from persodpo.doctor.machine import disk, gpu, keys, packages
+from persodpo.doctor.outlook import estimates
 from persodpo.doctor.sizes import Sizes
 from persodpo.doctor.weights import weights
 from persodpo.settings import Profile

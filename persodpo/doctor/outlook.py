@@ -14,8 +14,8 @@ import pandas as pd
 from persodpo import stages
 from persodpo.artifacts import RunFolder
 from persodpo.config import with_overrides
+from persodpo.doctor import machine
 from persodpo.doctor.files import PUBLISHED_DIALOGUES, asked, check_published
-from persodpo.doctor.machine import gpu_memory
 from persodpo.doctor.sizes import Sizes
 from persodpo.errors import PersodpoError
 from persodpo.generation.asking import backend_for, job_for
@@ -78,6 +78,9 @@ def estimates(profile: Profile) -> Iterator[str]:
             except PersodpoError as error:
                 yield f"Asking {entry.model}: unknown ({error})"
         yield from _money(profile, found)
+    if found and profile.scoring.source == "compute":
+        responses = sum(one.requests for one in found)
+        yield f"Scoring: at most {responses:,} responses by four scorers; hours unknown until some are scored."
     yield _training(profile, Sizes(profile), found)
     if dialogues is not None and profile.evaluation.source == "arms":
         arms = 1 + len(profile.training.arms) * len(profile.evaluation.seeds)
@@ -147,7 +150,7 @@ def _hours_of(one: Forecast, *, alone: bool) -> str:
     """Say how long a model of this machine takes, and what that rests on."""
     if one.seconds is not None:
         return f"{one.seconds / 3600:,.1f} hours, from {one.sample:,} stored answers"
-    if gpu_memory() is None:
+    if machine.gpu_memory() is None:
         return "hours unknown, there is neither a GPU nor a stored answer to tell from"
     slow, fast = ALONE if alone else TOGETHER
     return f"{_hours(one.completion_tokens / fast, one.completion_tokens / slow)}, assuming {slow} to {fast} tokens a second"
@@ -186,7 +189,7 @@ def _training(profile: Profile, sizes: Sizes, found: list[Forecast]) -> str:
     arms = len(profile.training.arms)
     seeds = len(profile.evaluation.seeds) if profile.evaluation.source == "arms" else 1
     what = f"Training: {arms} arms" + (f" under {seeds} seeds" if seeds > 1 else "")
-    if gpu_memory() is None or sizes.policy is None or not found:
+    if machine.gpu_memory() is None or sizes.policy is None or not found:
         return f"{what}; hours unknown without a GPU, the policy's config.json and forecasts of texts to tell from."
     first = max(found, key=lambda one: one.requests)
     longest = sum(one.completion_tokens for one in found)
