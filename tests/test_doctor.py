@@ -179,6 +179,17 @@ def test_weights_in_a_folder(tmp_path):
     assert (gone.state, "there is no folder" in gone.sentence) == ("missing", True)
 
 
+def test_models_that_the_run_makes(tmp_path):
+    small = [
+        f"scoring.compute.models.{name}=small" for name in ("coherence", "c_score", "ue_score", "persona_distance")
+    ]
+    made = profile_in(tmp_path, "scoring.source=compute", *small)
+    assert line(made, "Weights of coherence and c_score and ue_score and persona_distance:").state == "ok"
+    assert line(made, "Weights of the policy:").state == "ok"
+    asking = with_overrides(made, ["generation.source=models", "generation.models=[small]"])
+    assert "is made from responses that are there already" in line(asking, "Weights of small:").sentence
+
+
 def in_cache(tmp_path: Path, name: str, **of: bool) -> Path:
     """A model in the Hub's cache, at a made-up commit."""
     place = tmp_path / "hub" / f"models--{name.replace('/', '--')}"

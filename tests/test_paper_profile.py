@@ -14,6 +14,7 @@ from talker import CHATML, SETTINGS, in_chatml
 from persodpo import dialogues, stages
 from persodpo.artifacts import RunFolder, read_json
 from persodpo.config import load_profile
+from persodpo.doctor import diagnose, estimates
 from persodpo.prompts import load_template, render
 from persodpo.training.policy import load_policy, make_small_policy
 
@@ -57,6 +58,7 @@ def test_the_paper_profile_with_small_models_trains_an_arm(tmp_path, monkeypatch
     weights = {name: talkers["broken" if "7B" in name else "whole"] for name in LOCAL}
     with serving(tmp_path / "server.jsonl") as server:
         profile = swapped(tmp_path, weights, scorers, talkers["whole"], server.url)
+        assert not [str(finding) for finding in diagnose(profile) if finding.state == "missing"]
         reports = stages.run_train(profile, arms=["perso_weighted"])
         asked = len(server.received())
         again = stages.run_train(profile, arms=["perso_weighted"])
@@ -75,6 +77,9 @@ def test_the_paper_profile_with_small_models_trains_an_arm(tmp_path, monkeypatch
     assert {one["key"] for one in server.received()} == {"Bearer sk-canary/rehearsal"}
     assert run.read("scores")["quality"].notna().all()
     assert all(len(run.read(f"pairs/{pairs}")) >= 20 for pairs in ("simple", "perso"))
+    outlook = [one for one in estimates(profile) if one.startswith("Asking")]
+    assert sum("0 of 10 requests to ask" in one for one in outlook) == 3
+    assert sum("from 10 stored answers" in one for one in outlook) == 7
     arm = run.root / "training" / "perso_weighted"
     record = read_json(arm / "arm.json")
     assert record["steps"] == len(run.read("training/perso_weighted/log").query("kind == 'train'")) > 2

@@ -109,7 +109,7 @@ def weights(profile: Profile) -> Iterator[Finding]:
     """Yield findings for the weights, the chat template and the adapter of each model, and for a file of word vectors."""
     found = models(profile)
     for model in found:
-        same = [other for other in found if (other.name, other.revision) == (model.name, model.revision)]
+        same = [other for other in found if _place(other) == _place(model)]
         if same[0] is model:
             yield _weights(replace(model, use=" and ".join(other.use for other in same)))
         if model.chat and not model.is_made:
@@ -121,8 +121,18 @@ def weights(profile: Profile) -> Iterator[Finding]:
         yield ok(f"Word vectors of persona_distance: {vectors} is there ({gib(vectors.stat().st_size)}).")
 
 
+def _place(model: Model) -> tuple[str | None, ...]:
+    """Return what is the same for models that are there or missing together."""
+    return model.name, model.revision, model.kind if model.is_made else None
+
+
 def _weights(model: Model) -> Finding:
     what = f"Weights of {model.use}"
+    if model.name == SMALL and model.kind == "answers":
+        return missing(
+            f"{what}: the small policy is made from responses that are there already; with generation.source=models name "
+            "other weights for it."
+        )
     if model.is_made:
         return ok(f"{what}: '{model.name}' is made by the run itself.")
     lost = model.lacks()
