@@ -18,7 +18,7 @@ from persodpo.doctor import diagnose, estimates
 from persodpo.prompts import load_template, render
 from persodpo.training.policy import load_policy, make_small_policy
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 LOCAL = ("Qwen2-7B-Instruct", "Qwen2-0.5B-Instruct", "Mistral-7B-Instruct", "Llama3-1-8B-Instruct")
 WHOLE, BROKEN = '{"response": "I like place and word."}', '{"response": "I like'
