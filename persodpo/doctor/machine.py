@@ -98,7 +98,7 @@ def _no_gpu(profile: Profile, wanted: Memory) -> Finding:
     if all(model.is_made for model in models(profile)):
         return ok("GPU: none can be used here, and none is needed for small models.")
     return unknown(
-        f"GPU: none can be used here; a CPU does the same and may take days ({wanted.sentence} of main memory); "
+        f"GPU: none can be used here; a CPU does the same and may take days ({wanted.sentence}); "
         "on a machine with a GPU it is used without being asked for."
     )
 
