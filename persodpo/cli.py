@@ -197,6 +197,21 @@ def fetch(
     print(fetch_release(RunFolder(load_profile(profile, set_ or ())).release, source))
 
 
+@app.command()
+def doctor(profile: ProfileOption = DEFAULT_PROFILE, set_: SetOption = None) -> None:
+    """Say what this machine lacks for a profile, and what the run would take; exit status 1 if anything is missing."""
+    from persodpo.doctor import diagnose, estimates  # noqa: PLC0415
+
+    chosen, lost = load_profile(profile, set_ or ()), 0
+    for finding in diagnose(chosen):
+        print(finding, flush=True)
+        lost += finding.state == "missing"
+    for sentence in estimates(chosen):
+        print(f"estimate {sentence}", flush=True)
+    if lost:
+        sys.exit(1)
+
+
 @app.command("profile")
 def show_profile(profile: ProfileOption = DEFAULT_PROFILE, set_: SetOption = None) -> None:
     """Print the resolved profile."""

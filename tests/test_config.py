@@ -90,3 +90,19 @@ def test_a_profile_that_is_no_profile(tmp_path: Path):
 def test_schema_and_file_have_the_same_keys():
     raw = yaml.safe_load((PROFILES / "release.yaml").read_text())
     assert list(raw) == list(Profile.model_fields)
+
+
+def keys_of(section, path=""):
+    """Yield the path of every key, in the file's order; entries of lists have keys of their own kind."""
+    for key, value in section.items():
+        yield f"{path}{key}"
+        if isinstance(value, dict):
+            yield from keys_of(value, f"{path}{key}.")
+
+
+def test_all_profiles_have_the_same_keys_in_the_same_order():
+    keys = {name: list(keys_of(yaml.safe_load((PROFILES / f"{name}.yaml").read_text()))) for name in profile_names()}
+    assert len(keys) > 1
+    assert len(keys["release"]) > 100
+    for name, found in keys.items():
+        assert found == keys["release"], name

@@ -46,7 +46,7 @@ LAYERS = [
     ],
     ["figures"],
     ["stages"],
-    ["reproduce"],
+    ["reproduce", "doctor"],
     ["cli"],
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
