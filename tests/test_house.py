@@ -30,6 +30,7 @@ LAYERS = [
     ["config", "sqlite", "tables"],
     ["artifacts", "folders"],
     [
+        "cards",
         "completions",
         "dialogues",
         "prompts",
