@@ -154,4 +154,4 @@ def _loading_model(run: RunFolder, folder: str, *, adapter: bool) -> str:
         f'tokenizer = AutoTokenizer.from_pretrained("runs/{run.profile.name}/{folder}")',
         f'model = {name}.from_pretrained("runs/{run.profile.name}/{folder}")',
     ]))  # fmt: skip
-    return f"{block}\n\nIt answers prompts like those of its pairs; `persodpo.completions.read_completion` reads its answers."
+    return f"{block}\n\nIt answers prompts like those of its pairs; `persodpo.completions.read_completion` reads them."

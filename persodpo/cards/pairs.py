@@ -20,6 +20,7 @@ from persodpo.cards.text import (
     defects,
     number,
     origin,
+    pair_sets,
     table,
     write_card,
 )
