@@ -17,7 +17,6 @@ import pytest
 from conftest import QUICK_TRAINING, profile_in
 from datasets import load_dataset
 from huggingface_hub import DatasetCard, ModelCard
-from tiny import tiny_model, tiny_tokenizer
 
 from persodpo import stages
 from persodpo.artifacts import RunFolder, provenance_path, read_json, sha256, write_json
@@ -230,6 +229,15 @@ def test_the_model_cards_own_lines_load_the_arm(trained, monkeypatch, tmp_path):
     assert names["tokenizer"]("User1: far?")["input_ids"]
 
 
+def test_the_corrected_arm_names_the_pairs_it_was_trained_on(tmp_path, monkeypatch):
+    source = run_of(profile_in(tmp_path, "name=release-corrected", *CORRECTED), monkeypatch)
+    run = run_of(profile_in(tmp_path, *QUICK_TRAINING), monkeypatch)
+    stages.run_train(run.profile, arms=["corrected"])
+    text = (run.root / "training" / "corrected" / "README.md").read_text()
+    assert f"those of the run `release-corrected` (sha256 {sha256(source.path('pairs/perso'))})" in text
+    assert found(text) == ["A5", "A9", "A19", "A20", "A21"]
+
+
 def test_a_real_policy_and_adapters_are_named(trained, tmp_path):
     copy = profile_in(tmp_path)
     shutil.copytree(trained.root, RunFolder(copy).root)
@@ -303,11 +311,9 @@ def test_the_dataset_cards_own_lines_load_the_pairs(run, elsewhere, monkeypatch)
 
 
 @pytest.mark.slow
-def test_trls_own_command_trains_on_the_pairs_as_they_are(run, elsewhere):
+def test_trls_own_command_trains_on_the_pairs_as_they_are(run, elsewhere, trained):
     """The card's command, with a tiny model of this machine and two steps."""
-    model = elsewhere / "tiny"
-    tiny_model().save_pretrained(model)
-    tiny_tokenizer().save_pretrained(model)
+    model = trained.root / "policy"
     words = shlex.split(blocks(dataset_card(run), "bash")[0])
     words[words.index("--model_name_or_path") + 1] = str(model)
     words += shlex.split(
@@ -320,8 +326,9 @@ def test_trls_own_command_trains_on_the_pairs_as_they_are(run, elsewhere):
     done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Training completed" in done.stdout
-    trained = load_policy(elsewhere / "dpo")[0].state_dict()
-    assert any(not value.equal(trained[name]) for name, value in tiny_model().state_dict().items())
+    before, after = (load_policy(folder)[0].state_dict() for folder in (model, elsewhere / "dpo"))
+    assert before.keys() == after.keys()
+    assert any(not value.equal(after[name]) for name, value in before.items())
 
 
 def test_the_published_runs_card(release_run):

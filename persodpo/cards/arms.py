@@ -53,38 +53,21 @@ def model_card(run: RunFolder, arm: ArmName, source: RunFolder) -> str:
         PersodpoError: The arm is not trained to its end, a table is missing or edited, or the pairs in ``source`` are not
             those that it was trained on.
     """
-    spec, folder = ARMS[arm], f"training/{arm}"
+    folder = f"training/{arm}"
     log, health = run.read(f"{folder}/log"), run.read(f"{folder}/health")
-    made, record = run.provenance(f"{folder}/log"), read_json(run.root / folder / ARM_RECORD)
-    pairs = f"pairs/{spec.pairs}"
-    if "steps" not in record:
-        raise PersodpoError(f"{run.root / folder} holds no finished training; run {command(run, 'train')} --arm {arm}.")
-    if made["inputs"].get(pairs) != source.provenance(pairs).get("sha256"):
-        raise PersodpoError(
-            f"Arm {arm} of run {run.profile.name} was trained on other {spec.pairs} pairs than lie in {source.root}; train "
-            f"it again with {command(run, 'train')} --arm {arm}."
-        )
-    pair_sets(source)
-    settings = made["settings"]
-    policy, small, rank = settings["policy"], settings["policy"] == "small", settings["training"]["lora_rank"]
-    on_hub = not (small or Path(policy).is_dir())
-    data = ModelCardData(
-        language=["en"], library_name="peft" if rank else "transformers", pipeline_tag="text-generation",
-        base_model=policy if on_hub else None, model_name=f"persodpo {arm}", tags=["dpo", "trl", "persona", "persodpo"],
-    )  # fmt: skip
+    record = _record(run, arm, source)
+    settings = run.provenance(f"{folder}/log")["settings"]
+    small, rank = settings["policy"] == "small", settings["training"]["lora_rank"]
     how = f"LoRA adapters of rank {rank}" if rank else "all weights"
-    return card(data, [
-        f"# {arm}, an arm of the run {run.profile.name}",
+    return card(_data(arm, settings), [
+        f"# `{arm}`, an arm of the run `{run.profile.name}`",
         f"**{escape_markdown(record['policy'])}**, trained with DPO on preference pairs ({how}) by `persodpo`, a companion "
-        f"to {PAPER}. The arm `{arm}` stands for: {spec.meaning}.",
+        f"to {PAPER}. The arm `{arm}` stands for: {ARMS[arm].meaning}.",
         _small(record) if small else "",
         "## What it must not be used for",
         _limits(small=small),
         "## Pairs and settings",
-        f"{record['train_pairs']:,} `{spec.pairs}` pairs to train on and {record['held_out_pairs']:,} of other prompts held "
-        f"out; {_weighting(spec.weighting, settings['training'])}. {record['steps']:,} optimiser steps on "
-        f"{record['device']}, {record['seconds']:,.0f} s. Left out: "
-        f"{'; '.join(f'{name}: {text}' for name, text in record['left_out'].items())}.",
+        _training(record, arm, source, settings["training"]),
         _settings(settings),
         defects(source),
         "## Last values of the log",
@@ -99,6 +82,49 @@ def model_card(run: RunFolder, arm: ArmName, source: RunFolder) -> str:
         "## Origin",
         origin(run, [f"{folder}/log"]),
     ])  # fmt: skip
+
+
+def _record(run: RunFolder, arm: ArmName, source: RunFolder) -> dict[str, Any]:
+    """Return the record of an arm, after checking that it was trained to its end on the pairs in ``source``."""
+    record = read_json(run.root / "training" / arm / ARM_RECORD)
+    again = f"{command(run, 'train')} --arm {arm}"
+    if "steps" not in record:
+        raise PersodpoError(f"{run.root / 'training' / arm} holds no finished training; run {again}.")
+    pair_sets(source)
+    pairs = f"pairs/{ARMS[arm].pairs}"
+    if run.provenance(f"training/{arm}/log")["inputs"].get(pairs) != source.provenance(pairs).get("sha256"):
+        raise PersodpoError(
+            f"Arm {arm} of run {run.profile.name} was trained on other {ARMS[arm].pairs} pairs than lie in {source.root}; "
+            f"train it again with {again}."
+        )
+    return record
+
+
+def _data(arm: ArmName, settings: Mapping[str, Any]) -> ModelCardData:
+    """Return what loaders read; a policy that lies on this machine only is not named."""
+    policy = settings["policy"]
+    return ModelCardData(
+        language=["en"],
+        library_name="peft" if settings["training"]["lora_rank"] else "transformers",
+        pipeline_tag="text-generation",
+        base_model=None if policy == "small" or Path(policy).is_dir() else policy,
+        model_name=f"persodpo {arm}",
+        tags=["dpo", "trl", "persona", "persodpo"],
+    )
+
+
+def _training(record: Mapping[str, Any], arm: ArmName, source: RunFolder, training: Mapping[str, Any]) -> str:
+    """Say what the arm was trained on, how long, and what was left out."""
+    spec = ARMS[arm]
+    left_out = "; ".join(f"{name}: {text}" for name, text in record["left_out"].items())
+    digest = source.provenance(f"pairs/{spec.pairs}")["sha256"]
+    return (
+        f"{record['train_pairs']:,} `{spec.pairs}` pairs to train on and {record['held_out_pairs']:,} of other prompts held "
+        f"out; {_weighting(spec.weighting, training)}. {record['steps']:,} optimiser steps on {record['device']}, "
+        f"{record['seconds']:,.0f} s. {left_out}.\n\n"
+        f"The pairs are those of the run `{source.profile.name}` (sha256 {digest}); the card beside them says what else "
+        "tells chosen from rejected."
+    )
 
 
 def _small(record: Mapping[str, Any]) -> str:
@@ -154,4 +180,4 @@ def _loading_model(run: RunFolder, folder: str, *, adapter: bool) -> str:
         f'tokenizer = AutoTokenizer.from_pretrained("runs/{run.profile.name}/{folder}")',
         f'model = {name}.from_pretrained("runs/{run.profile.name}/{folder}")',
     ]))  # fmt: skip
-    return f"{block}\n\nIt answers prompts like those of its pairs; `persodpo.completions.read_completion` reads them."
+    return f"{block}\n\nIt takes prompts like those of its pairs; `persodpo.completions.read_completion` reads its answers."

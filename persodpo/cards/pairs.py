@@ -86,20 +86,10 @@ def dataset_card(run: RunFolder) -> str:
     """
     sets = pair_sets(run)
     gates = {pair_set: _gate(run, pair_set) for pair_set in sets}
-    rows = sum(gate["pairs"] for gate in gates.values())
     default = "perso" if "perso" in sets else sets[0]
-    configs = [
-        {"config_name": name, "data_files": [{"split": "train", "path": f"{name}.parquet"}]}
-        | ({"default": True} if name == default else {})
-        for name in sets
-    ]
-    data = DatasetCardData(
-        language=["en"], pretty_name=f"Preference pairs of the run {run.profile.name}", size_categories=[_size(rows)],
-        task_categories=["text-generation"], tags=["dpo", "preference", "persona", "dialogue", "persodpo"], configs=configs,
-    )  # fmt: skip
     meanings = "\n".join(f"- `{name}`: {PAIR_SETS[name]}" for name in sets)
-    return card(data, [
-        f"# Preference pairs of the run {run.profile.name}",
+    return card(_data(run, gates, default), [
+        f"# Preference pairs of the run `{run.profile.name}`",
         f"Pairs of a chosen and a rejected response to the same persona-grounded dialogue, made without annotation by "
         f"`persodpo`, a companion to {PAPER}. Models answered the same dialogues, automatic metrics scored the answers.",
         meanings,
@@ -126,6 +116,23 @@ def dataset_card(run: RunFolder) -> str:
         "## Origin",
         origin(run, [f"pairs/{name}" for name in sets]),
     ])  # fmt: skip
+
+
+def _data(run: RunFolder, gates: Mapping[str, Mapping[str, float]], default: str) -> DatasetCardData:
+    """Return what loaders read: a configuration for each pair set."""
+    configs = [
+        {"config_name": name, "data_files": [{"split": "train", "path": f"{name}.parquet"}]}
+        | ({"default": True} if name == default else {})
+        for name in gates
+    ]
+    return DatasetCardData(
+        language=["en"],
+        pretty_name=f"Preference pairs of the run {run.profile.name}",
+        size_categories=[_size(sum(gate["pairs"] for gate in gates.values()))],
+        task_categories=["text-generation"],
+        tags=["dpo", "preference", "persona", "dialogue", "persodpo"],
+        configs=configs,
+    )
 
 
 def _gate(run: RunFolder, pair_set: str) -> dict[str, float]:

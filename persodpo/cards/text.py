@@ -121,7 +121,7 @@ def choices_table(run: RunFolder) -> str:
     """Return the choices behind a run's pairs as a table, and the settings beside them."""
     settings = run.provenance("pairs/gate")["settings"]
     shown = table("As released keeps what the authors did:", ("setting", "value"), choices(run).items())
-    template = "own" if "/" in settings["prompts"]["template"] else settings["prompts"]["template"]
+    template = "in a file of the user's" if "/" in settings["prompts"]["template"] else settings["prompts"]["template"]
     return (
         f"{shown}\nPrompts: template {escape_markdown(template)}, at most {settings['prompts']['max_words']} words. "
         f"Seed {settings['seed']}."
