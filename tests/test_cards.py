@@ -84,7 +84,8 @@ def run(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        profile = profile_in(tmp_path_factory.mktemp("trained"), *QUICK_TRAINING, "training.arms=[perso_weighted]")
+        changes = [*QUICK_TRAINING, "training.epochs=3", "training.arms=[perso_weighted]"]
+        profile = profile_in(tmp_path_factory.mktemp("trained"), *changes)
         run = run_of(profile, patch)
         stages.run_train(profile)
     return run
@@ -209,8 +210,10 @@ def test_the_model_card_says_what_the_arm_is(trained):
     assert "pairs weigh by the sigmoid of their score margin, mean 1" in text
     assert "| beta | 0.1 |" in text
     log, health = trained.read("training/perso_weighted/log"), trained.read("training/perso_weighted/health")
-    last = log[log["kind"] == "eval"].iloc[-1]
-    assert f"| eval | {last['step']} | {last['loss']:.4g} | {last['reward_margin']:.4g} |" in text
+    assert log[log["kind"] == "train"]["step"].tolist() == [1, 2, 3]
+    for kind in ("train", "eval"):
+        last = log[log["kind"] == kind].iloc[-1]
+        assert f"| {kind} | 3 | {last['loss']:.4g} | {last['reward_margin']:.4g} |" in text
     for verdict in health.itertuples():
         assert f"| {verdict.level} |" in text
     assert found(text)[0] == "A1"
