@@ -27,9 +27,10 @@ MODULES = sorted(path.relative_to(PROJECT) for path in PACKAGE.rglob("*.py"))
 #: Layers from the bottom up; a module imports from its own layer or below.
 LAYERS = [
     ["errors", "settings", "scoring_settings", "sections"],
-    ["config", "tables"],
+    ["config", "sqlite", "tables"],
     ["artifacts", "folders"],
     [
+        "cards",
         "completions",
         "dialogues",
         "prompts",

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from persodpo.artifacts import is_running
-from persodpo.errors import PersodpoError, make_folder
+from persodpo.errors import PersodpoError
 from persodpo.generation.requests import Answer
-from persodpo.generation.sqlite_faults import sentences
+from persodpo.sqlite import Sentences, connect, identity, lay_out, transaction
 
 APPLICATION = 0x50445052  # "PDPR", in the file's header, tells the store from any other SQLite file
 VERSION = 1
@@ -47,6 +47,21 @@ CREATE TABLE claims (key TEXT PRIMARY KEY, owner TEXT NOT NULL, process INTEGER 
 PRAGMA application_id = {APPLICATION};
 PRAGMA user_version = {VERSION};
 """
+_SENTENCES = Sentences(
+    locked=(
+        "The answers in {path} are locked by another process; wait for it or end it, then run again, nothing is lost."
+    ),
+    damaged=(
+        "The answers in {path} are damaged or the file is none of persodpo's; restore a copy, or save what can be read "
+        "with `sqlite3 FILE .recover`, or move it away and run again, the file was not changed."
+    ),
+    full="The disk holding {path} is full; free some space and run again, answers that were stored are safe.",
+    refusing=(
+        "The disk holding {path} refuses to read or write; check it and its free space and run again, answers that were "
+        "stored are safe."
+    ),
+    closed="{path} cannot be opened for writing; make the file and its folder writable or name another file.",
+)
 _ANSWER = [column.name for column in fields(Answer)]
 _COLUMNS = ["key", "model", "template", "prompt_bytes", *_ANSWER, "created"]
 #: An answer is kept for good; a failure gives way to the next attempt, but what it cost stays counted.
@@ -129,18 +144,7 @@ class Store:
         self.path = path
         self._owner = uuid.uuid4().hex
         self._lock = threading.Lock()
-        if not path.exists():
-            make_folder(path.parent)
-        with sentences(self.path):
-            # Autocommit: transactions are begun and ended here in the open, and never left open by a read.
-            self._connection = sqlite3.connect(
-                path, timeout=wait_seconds, isolation_level=None, check_same_thread=False
-            )
-            try:
-                self._prepare()
-            except BaseException:
-                self._connection.close()
-                raise
+        self._connection = connect(path, wait_seconds, self._prepare, sentences=_SENTENCES, check_same_thread=False)
         _OPEN.add(self._owner)
 
     def __enter__(self) -> Self:
@@ -175,12 +179,12 @@ class Store:
         Raises:
             PersodpoError: The file is locked or damaged, or the disk is full.
         """
-        with sentences(self.path), self._lock:
+        with _SENTENCES.of(self.path), self._lock:
             stored = self._stored(keys, retry_failed)
             wanted = [key for key in keys if key not in stored]
             if not wanted:
                 return Claim(set(), stored, set())
-            with self._transaction():
+            with transaction(self._connection):
                 # Another process may have written between the look above and the lock.
                 stored |= self._stored(wanted, retry_failed)
                 claims = self._select("SELECT key, owner, process, since FROM claims WHERE key IN", wanted)
@@ -194,7 +198,7 @@ class Store:
     def release(self, keys: Collection[str]) -> None:
         """Give up claims on keys that were not asked after all; errors as `claim`."""
         if keys:
-            with sentences(self.path), self._lock, self._transaction():
+            with _SENTENCES.of(self.path), self._lock, transaction(self._connection):
                 self._forget_claims(keys)
 
     def write(self, entries: Sequence[Entry]) -> None:
@@ -215,7 +219,7 @@ class Store:
             )
             for entry in entries
         ]
-        with sentences(self.path), self._lock, self._transaction():
+        with _SENTENCES.of(self.path), self._lock, transaction(self._connection):
             self._connection.executemany(_WRITE, rows)
             self._forget_claims(entry.key for entry in entries)
 
@@ -234,7 +238,7 @@ class Store:
         remaining = iter(keys)
         columns = ", ".join(_COLUMNS)
         while chunk := list(islice(remaining, CHUNK)):
-            with sentences(self.path), self._lock:
+            with _SENTENCES.of(self.path), self._lock:
                 rows = self._select(f"SELECT {columns} FROM answers WHERE key IN", chunk)
             found = {row[0]: Entry(row[0], row[1], row[2], row[3], Answer(*row[4:-1]), row[-1]) for row in rows}
             yield from ((key, found.get(key)) for key in chunk)
@@ -243,13 +247,13 @@ class Store:
         """Yield those of ``keys`` that are not stored, or have failed if these are to be tried again."""
         remaining = iter(keys)
         while chunk := list(islice(remaining, CHUNK)):
-            with sentences(self.path), self._lock:
+            with _SENTENCES.of(self.path), self._lock:
                 stored = self._stored(chunk, retry_failed)
             yield from (key for key in chunk if key not in stored)
 
     def spent(self) -> float:
         """Return what all stored calls cost, US dollars."""
-        with sentences(self.path), self._lock:
+        with _SENTENCES.of(self.path), self._lock:
             return float(self._connection.execute("SELECT total(cost) FROM answers").fetchone()[0])
 
     def experience(self, model: str, template: str, concurrency: int) -> Experience | None:
@@ -266,42 +270,32 @@ class Store:
             FROM answers WHERE model = ? AND template = ? AND outcome = 'answered'
                 AND prompt_tokens IS NOT NULL AND completion_tokens IS NOT NULL
         """
-        with sentences(self.path), self._lock:
+        with _SENTENCES.of(self.path), self._lock:
             row = self._connection.execute(query, (concurrency, model, template)).fetchone()
         return Experience(*row) if row[0] else None
 
     @contextmanager
     def exclusive(self) -> Iterator[sqlite3.Connection]:
         """Give the connection within one write transaction, for tables beside the answers; errors as `claim`."""
-        with sentences(self.path), self._lock, self._transaction():
+        with _SENTENCES.of(self.path), self._lock, transaction(self._connection):
             yield self._connection
 
-    def _prepare(self) -> None:
+    def _prepare(self, connection: sqlite3.Connection) -> None:
         """Check that the file is a store of this version, and make it one if it is empty."""
-        self._connection.execute("PRAGMA synchronous = FULL")
-        application, version, tables = self._identity()
-        if not (application or tables):
-            with self._transaction():
+        connection.execute("PRAGMA synchronous = FULL")
+        found = identity(connection)
+        if found.empty:
+            with transaction(connection):
                 # Another process may have made the store while this one waited.
-                application, version, tables = self._identity()
-                if not (application or tables):
-                    for statement in filter(str.strip, _SCHEMA.split(";")):
-                        self._connection.execute(statement)
-                    application, version, tables = self._identity()
-        if application != APPLICATION or not tables:
+                found = lay_out(connection, _SCHEMA)
+        if found.application != APPLICATION or not found.tables:
             raise PersodpoError(f"{self.path} is an SQLite file of another program; name another file for the answers.")
-        if version != VERSION:
+        if found.version != VERSION:
             raise PersodpoError(
-                f"{self.path} was written by another version of persodpo (layout {version}, this one reads {VERSION}); "
-                "install that version or name another file."
+                f"{self.path} was written by another version of persodpo (layout {found.version}, this one reads "
+                f"{VERSION}); install that version or name another file."
             )
-        self._connection.execute("PRAGMA journal_mode = WAL")
-
-    def _identity(self) -> tuple[int, int, int]:
-        """Return the file's application, its layout's version, and how many tables and indexes it has."""
-        queries = ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM sqlite_master")
-        application, version, tables = (self._connection.execute(query).fetchone()[0] for query in queries)
-        return application, version, tables
+        connection.execute("PRAGMA journal_mode = WAL")
 
     def _stored(self, keys: Sequence[str], retry_failed: bool) -> set[str]:
         answered = "AND outcome = 'answered'" if retry_failed else ""
@@ -315,18 +309,6 @@ class Store:
     def _forget_claims(self, keys: Iterable[str]) -> None:
         pairs = [(key, self._owner) for key in keys]
         self._connection.executemany("DELETE FROM claims WHERE key = ? AND owner = ?", pairs)
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        """Write all or nothing, with other writers kept out from the start."""
-        self._connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            self._connection.execute("COMMIT")
-        except BaseException:
-            if self._connection.in_transaction:
-                self._connection.execute("ROLLBACK")
-            raise
 
 
 def _is_alive(owner: str, process: int, since: float) -> bool:

@@ -11,15 +11,15 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from persodpo.errors import PersodpoError, make_folder
+from persodpo.errors import PersodpoError
 from persodpo.scoring.scorers import Scored
+from persodpo.sqlite import Sentences, connect, lay_out, transaction
 
 APPLICATION = 0x50445343  # "PDSC", in the file's header, tells the cache from any other SQLite file
 VERSION = 1
@@ -37,6 +37,17 @@ CREATE TABLE verdicts (scorer INTEGER NOT NULL, code TEXT NOT NULL, verdicts TEX
 PRAGMA application_id = {APPLICATION};
 PRAGMA user_version = {VERSION};
 """
+_FAILING = (
+    "The disk holding {path} is full or refuses to write; free some space and run again, scores that were stored are "
+    "safe."
+)
+_SENTENCES = Sentences(
+    locked="The cached scores in {path} are locked by another process; wait for it.",
+    damaged="The cached scores in {path} are damaged; delete the file, they will be computed again.",
+    full=_FAILING,
+    refusing=_FAILING,
+    closed="{path} cannot be opened for writing; make the file and its folder writable.",
+)
 
 
 class Told(NamedTuple):
@@ -79,14 +90,7 @@ class ScoreCache:
             PersodpoError: The file is damaged, locked, of another program or version, or cannot be made.
         """
         self.path = path
-        make_folder(path.parent)
-        with self._sentences():
-            self._connection = sqlite3.connect(path, timeout=wait_seconds, isolation_level=None)
-            try:
-                self._prepare()
-            except BaseException:
-                self._connection.close()
-                raise
+        self._connection = connect(path, wait_seconds, self._prepare, sentences=_SENTENCES)
 
     def __enter__(self) -> Self:
         """Return the open cache."""
@@ -104,10 +108,10 @@ class ScoreCache:
             fingerprint: Digest of all that shapes its scores.
         """
         query = "SELECT id FROM scorers WHERE name = ? AND fingerprint = ?"
-        with self._sentences():
+        with _SENTENCES.of(self.path):
             row = self._connection.execute(query, (name, fingerprint)).fetchone()
             if row is None:
-                with self._transaction():
+                with transaction(self._connection):
                     self._connection.execute(
                         "INSERT OR IGNORE INTO scorers (name, fingerprint) VALUES (?, ?)", (name, fingerprint)
                     )
@@ -116,14 +120,14 @@ class ScoreCache:
 
     def begin(self) -> int:
         """Start to count the texts of a run; returns the number of the last batch before it."""
-        with self._sentences():
+        with _SENTENCES.of(self.path):
             self._connection.execute("DELETE FROM temp.asked")
             return int(self._connection.execute("SELECT coalesce(max(id), 0) FROM batches").fetchone()[0])
 
     def find(self, scorer: int, keys: Sequence[bytes]) -> dict[bytes, float]:
         """Return the stored scores of ``keys``, and count these keys as asked for in this run."""
         found: dict[bytes, float] = {}
-        with self._sentences(), self._transaction():
+        with _SENTENCES.of(self.path), transaction(self._connection):
             # In the order of the index, which is twice as fast.
             self._connection.executemany("INSERT OR IGNORE INTO temp.asked VALUES (?)", zip(sorted(keys)))
             for start in range(0, len(keys), CHUNK):
@@ -139,7 +143,7 @@ class ScoreCache:
         Raises:
             PersodpoError: The file is locked or damaged, or the disk is full; nothing of the batch is written then.
         """
-        with self._sentences(), self._transaction():
+        with _SENTENCES.of(self.path), transaction(self._connection):
             notes = json.dumps(dict(scored.notes), sort_keys=True)
             batch = self._connection.execute(
                 "INSERT INTO batches (texts, truncated, notes) VALUES (?, ?, ?)", (len(keys), scored.truncated, notes)
@@ -165,7 +169,7 @@ class ScoreCache:
         distinct, scored, truncated = 0, 0, 0.0
         sums: dict[str, float] = {}
         weights: dict[str, int] = {}
-        with self._sentences():
+        with _SENTENCES.of(self.path):
             for batch, used, texts, cut, notes in self._connection.execute(query, (scorer,)):
                 distinct += used
                 scored += used if batch > last_before else 0
@@ -178,74 +182,27 @@ class ScoreCache:
     def verdicts(self, scorer: int, code: str) -> list[dict[str, Any]] | None:
         """Return what the probes found about a scorer; None if they did not run, or were others (``code``)."""
         query = "SELECT verdicts FROM verdicts WHERE scorer = ? AND code = ?"
-        with self._sentences():
+        with _SENTENCES.of(self.path):
             row = self._connection.execute(query, (scorer, code)).fetchone()
         return json.loads(row[0]) if row else None
 
     def keep_verdicts(self, scorer: int, code: str, verdicts: Sequence[Mapping[str, Any]]) -> None:
         """Keep what the probes found."""
-        with self._sentences(), self._transaction():
+        with _SENTENCES.of(self.path), transaction(self._connection):
             text = json.dumps([dict(verdict) for verdict in verdicts])
             self._connection.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?, ?)", (scorer, code, text))
 
-    def _prepare(self) -> None:
+    def _prepare(self, connection: sqlite3.Connection) -> None:
         """Check that the file is a cache of this version, and make it one if it is empty."""
-        with self._transaction():
-            application, version, tables = self._header()
-            if not (application or tables):
-                for statement in filter(str.strip, _SCHEMA.split(";")):
-                    self._connection.execute(statement)
-                application, version, tables = self._header()
+        with transaction(connection):
+            application, version, tables = lay_out(connection, _SCHEMA)
         if application != APPLICATION or version != VERSION or not tables:
             raise PersodpoError(
                 f"{self.path} holds no cached scores of this version of persodpo; move it away, or delete it if it is a "
                 "cache: its scores will be computed again."
             )
-        self._connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA journal_mode = WAL")
         # Scores outlive a killed process; those of the last moments before a power cut are computed again.
-        self._connection.execute("PRAGMA synchronous = NORMAL")
-        self._connection.execute("PRAGMA temp_store = FILE")
-        self._connection.execute("CREATE TEMP TABLE asked (key BLOB PRIMARY KEY) WITHOUT ROWID")
-
-    def _header(self) -> tuple[int, int, int]:
-        queries = ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM main.sqlite_master")
-        application, version, tables = (self._connection.execute(query).fetchone()[0] for query in queries)
-        return application, version, tables
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        """Write all or nothing, with other writers kept out from the start."""
-        self._connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            self._connection.execute("COMMIT")
-        except BaseException:
-            if self._connection.in_transaction:
-                self._connection.execute("ROLLBACK")
-            raise
-
-    @contextmanager
-    def _sentences(self) -> Iterator[None]:
-        """Turn SQLite's errors into one sentence."""
-        try:
-            yield
-        except sqlite3.Error as error:
-            name = getattr(error, "sqlite_errorname", "")
-            if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-                raise PersodpoError(
-                    f"The cached scores in {self.path} are locked by another process; wait for it."
-                ) from error
-            if name.startswith(("SQLITE_FULL", "SQLITE_IOERR")):
-                raise PersodpoError(
-                    f"The disk holding {self.path} is full or refuses to write; free some space and run again, scores "
-                    "that were stored are safe."
-                ) from error
-            if name.startswith(("SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_PERM", "SQLITE_AUTH")):
-                raise PersodpoError(
-                    f"{self.path} cannot be opened for writing; make the file and its folder writable."
-                ) from error
-            if name.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")) or str(error).startswith("no such"):
-                raise PersodpoError(
-                    f"The cached scores in {self.path} are damaged; delete the file, they will be computed again."
-                ) from error
-            raise
+        connection.execute("PRAGMA synchronous = NORMAL")
+        connection.execute("PRAGMA temp_store = FILE")
+        connection.execute("CREATE TEMP TABLE asked (key BLOB PRIMARY KEY) WITHOUT ROWID")

@@ -13,6 +13,7 @@ import persodpo.prompts
 import persodpo.scoring.compliance
 import persodpo.scoring.run as scoring
 from persodpo.artifacts import RunFolder
+from persodpo.cards import write_dataset_card
 from persodpo.errors import PersodpoError
 from persodpo.release import published
 from persodpo.scoring import quality
@@ -59,7 +60,7 @@ def run_score(profile: Profile, overwrite: bool = False) -> Reports:
 
 @alone
 def run_pairs(profile: Profile, overwrite: bool = False) -> Reports:
-    """Make the pair sets and their gate report."""
+    """Make the pair sets, their gate report and their card."""
     reports = run_score(profile)
     run = RunFolder(profile)
     names = [f"pairs/{pair_set}" for pair_set in profile.pairs.sets]
@@ -104,6 +105,7 @@ def run_pairs(profile: Profile, overwrite: bool = False) -> Reports:
         build=build,
         overwrite=overwrite,
     )
+    write_dataset_card(run)
     return [*reports, report]
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from persodpo.artifacts import RunFolder, digest_of, sha256
+from persodpo.cards import write_model_card
 from persodpo.config import with_overrides
 from persodpo.errors import PersodpoError
 from persodpo.release import corrections
@@ -102,6 +103,7 @@ def _train(profile: Profile, arm: ArmName, seed: int, overwrite: bool) -> Report
         build=build,
         overwrite=overwrite or not training.is_trained(folder, key),
     )
+    write_model_card(run, arm, source)
     return [*reports, report]
 
 

@@ -74,8 +74,9 @@ def train_arm(
         pairs: A pairs table.
         arm: A name of `ARMS`.
         policy: Folder or Hub name of the model to start from.
-        folder: Where model, tokenizer, model card, ``trainer_state.json`` and ``arm.json`` go. Reference
-            log-probabilities are cached beside it.
+        folder: Where model, tokenizer, ``trainer_state.json`` and ``arm.json`` go, with TRL's card of its
+            checkpoints, until `persodpo.cards` writes one from the run's tables. Reference log-probabilities are cached
+            beside it.
         profile: Its ``training`` section and seed.
         key: Stands for everything that the outcome depends on.
 
@@ -112,7 +113,7 @@ def train_arm(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if not any(log.get("step") == trainer.state.global_step and "eval_loss" in log for log in _history(trainer)):
             trainer.evaluate()
-        _save(trainer, folder, arm)
+        _save(trainer, folder)
         record = {
             "key": key, "arm": arm, "policy": described, "parameters": model.num_parameters(),
             "steps": trainer.state.global_step, "train_pairs": len(train), "held_out_pairs": len(held_out),
@@ -229,12 +230,11 @@ def _adapters(rank: int | None) -> LoraConfig | None:
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def _save(trainer: GroupedDPOTrainer, folder: Path, arm: ArmName) -> None:
-    """Write model, tokenizer, state and card; remove what only a running training needs."""
+def _save(trainer: GroupedDPOTrainer, folder: Path) -> None:
+    """Write model, tokenizer and state; remove what only a running training needs."""
     trainer.save_model()
     # Transformers writes its arguments in a format that runs code when read; they stand in the profile.
     (folder / "training_args.bin").unlink(missing_ok=True)
     trainer.save_state()
-    trainer.create_model_card(model_name=f"persodpo {arm}", tags=["persodpo"])
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
