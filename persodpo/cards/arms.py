@@ -14,19 +14,19 @@ from persodpo.cards.text import CARD, PAPER, card, code, command, defects, origi
 from persodpo.errors import PersodpoError
 from persodpo.evaluation.exports import escape_markdown
 from persodpo.settings import ArmName
-from persodpo.training.arms import ARMS
+from persodpo.training.arms import ARMS, arm_of
 
 ARM_RECORD = "arm.json"
 #: What is told of a log, where it was logged.
 _LAST = ("loss", "reward_margin", "reward_accuracy", "reward_chosen", "reward_rejected", "parse_rate", "words", "loops")
 
 
-def write_model_card(run: RunFolder, arm: ArmName, source: RunFolder) -> Path:
+def write_model_card(run: RunFolder, label: str, source: RunFolder) -> Path:
     """Write the card of a trained arm, if it is not there already as it should be.
 
     Args:
         run: The run folder with the arm.
-        arm: Its name.
+        label: Its name, as `persodpo.training.arms.label_of` gives it.
         source: The run folder whose pairs it was trained on; another one for arm ``corrected``.
 
     Returns:
@@ -35,15 +35,15 @@ def write_model_card(run: RunFolder, arm: ArmName, source: RunFolder) -> Path:
     Raises:
         PersodpoError: As `model_card`, or the disk fails.
     """
-    return write_card(run.path(f"training/{arm}/log").parent / CARD, model_card(run, arm, source))
+    return write_card(run.path(f"training/{label}/log").parent / CARD, model_card(run, label, source))
 
 
-def model_card(run: RunFolder, arm: ArmName, source: RunFolder) -> str:
+def model_card(run: RunFolder, label: str, source: RunFolder) -> str:
     """Return the card of a trained arm.
 
     Args:
         run: The run folder with the arm's record, log and health verdicts.
-        arm: Its name.
+        label: Its name, as `persodpo.training.arms.label_of` gives it.
         source: The run folder whose pairs it was trained on.
 
     Returns:
@@ -53,14 +53,14 @@ def model_card(run: RunFolder, arm: ArmName, source: RunFolder) -> str:
         PersodpoError: The arm is not trained to its end, a table is missing or edited, or the pairs in ``source`` are not
             those that it was trained on.
     """
-    folder = f"training/{arm}"
+    folder, arm = f"training/{label}", arm_of(label)
     log, health = run.read(f"{folder}/log"), run.read(f"{folder}/health")
-    record = _record(run, arm, source)
+    record = _record(run, label, source)
     settings = run.provenance(f"{folder}/log")["settings"]
-    small, rank = settings["policy"] == "small", settings["training"]["lora_rank"]
+    small, rank = _made_here(settings["policy"]), settings["training"]["lora_rank"]
     how = f"LoRA adapters of rank {rank}" if rank else "all weights"
     return card(_data(arm, settings), [
-        f"# `{arm}`, an arm of the run `{run.profile.name}`",
+        f"# `{label}`, an arm of the run `{run.profile.name}`",
         f"**{escape_markdown(record['policy'])}**, trained with DPO on preference pairs ({how}) by `persodpo`, a companion "
         f"to {PAPER}. The arm `{arm}` stands for: {ARMS[arm].meaning}.",
         _small(record) if small else "",
@@ -84,20 +84,26 @@ def model_card(run: RunFolder, arm: ArmName, source: RunFolder) -> str:
     ])  # fmt: skip
 
 
-def _record(run: RunFolder, arm: ArmName, source: RunFolder) -> dict[str, Any]:
+def _record(run: RunFolder, label: str, source: RunFolder) -> dict[str, Any]:
     """Return the record of an arm, after checking that it was trained to its end on the pairs in ``source``."""
-    record = read_json(run.root / "training" / arm / ARM_RECORD)
+    arm = arm_of(label)
+    record = read_json(run.root / "training" / label / ARM_RECORD)
     again = f"{command(run, 'train')} --arm {arm}"
     if "steps" not in record:
-        raise PersodpoError(f"{run.root / 'training' / arm} holds no finished training; run {again}.")
+        raise PersodpoError(f"{run.root / 'training' / label} holds no finished training; run {again}.")
     pair_sets(source)
     pairs = f"pairs/{ARMS[arm].pairs}"
-    if run.provenance(f"training/{arm}/log")["inputs"].get(pairs) != source.provenance(pairs).get("sha256"):
+    if run.provenance(f"training/{label}/log")["inputs"].get(pairs) != source.provenance(pairs).get("sha256"):
         raise PersodpoError(
             f"Arm {arm} of run {run.profile.name} was trained on other {ARMS[arm].pairs} pairs than lie in {source.root}; "
             f"train it again with {again}."
         )
     return record
+
+
+def _made_here(policy: str) -> bool:
+    """Tell whether a policy is made on the spot."""
+    return policy == "small" or policy.startswith("miniature/")
 
 
 def _data(arm: ArmName, settings: Mapping[str, Any]) -> ModelCardData:
@@ -107,7 +113,7 @@ def _data(arm: ArmName, settings: Mapping[str, Any]) -> ModelCardData:
         language=["en"],
         library_name="peft" if settings["training"]["lora_rank"] else "transformers",
         pipeline_tag="text-generation",
-        base_model=None if policy == "small" or Path(policy).is_dir() else policy,
+        base_model=None if _made_here(policy) or Path(policy).is_dir() else policy,
         model_name=f"persodpo {arm}",
         tags=["dpo", "trl", "persona", "persodpo"],
     )
@@ -129,8 +135,8 @@ def _training(record: Mapping[str, Any], arm: ArmName, source: RunFolder, traini
 
 def _small(record: Mapping[str, Any]) -> str:
     return (
-        f"This is a small model of {record['parameters']:,} parameters, made on the spot from the run's own prompts and "
-        "parsed responses. It shows losses, weights and margins at work; it knows little of the language."
+        f"This is a small model of {record['parameters']:,} parameters, made on the spot from texts of the run's "
+        "own kind. It shows losses, weights and margins at work; it knows little of the language."
     )
 
 

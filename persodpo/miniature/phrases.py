@@ -185,6 +185,32 @@ DISTRACTORS = (
     "I am learning to knit.", "My dog is called Bello.", "I sleep late on Sundays.",
 )  # fmt: skip
 
+#: Things that no place is about, and what people say of them; together they make distractors of many kinds.
+THINGS = (
+    "apples", "baking", "beaches", "bees", "bicycles", "birds", "board games", "boats", "bread", "camping", "candles", "cards",
+    "cars", "caves", "cheese", "chemistry", "cherries", "chess", "chocolate", "circuses", "climbing", "clocks", "coins",
+    "comics", "computers", "cooking", "crime novels", "dancing", "deserts", "dogs", "dreams", "fairs", "fashion", "films",
+    "fishing", "flowers", "frogs", "ghosts", "hats", "horses", "islands", "jewellery", "jokes", "kings", "kites", "knights",
+    "lakes", "languages", "law", "magic tricks", "markets", "mathematics", "medicine", "motorbikes", "mushrooms", "noodles",
+    "onions", "pears", "photography", "pirates", "poems", "politics", "postcards", "potatoes", "pottery", "puzzles", "radios",
+    "rain", "rice", "rivers", "robots", "sewing", "shoes", "shopping", "skating", "snow", "soup", "spicy food", "summer",
+    "swimming", "tea", "tents", "tomatoes", "video games", "volcanoes", "winter", "wool", "zoos",
+)  # fmt: skip
+SAID_OF_THINGS = (
+    "I like {thing}.", "I love {thing}.", "I do not like {thing}.", "I am interested in {thing}.",
+    "I am not interested in {thing}.", "I really like {thing}.", "I am curious about {thing}.", "I hate {thing}.",
+)  # fmt: skip
+OWNED = (
+    "bakery", "boat", "cat", "cellar", "cold", "dog", "farm", "flute", "goat", "guitar", "horse", "kitchen", "motorbike",
+    "parrot", "pony", "rabbit", "shed", "sister", "son", "tent", "tortoise", "van", "watch", "workshop",
+)  # fmt: skip
+SAID_OF_OWNED = ("I have a {thing}.", "I have got a {thing}.", "I do not have a {thing}.", "I have no {thing}.")
+JOBS = (
+    "baker", "barber", "butcher", "carpenter", "clerk", "dentist", "driver", "farmer", "judge", "lawyer", "nurse", "plumber",
+    "poet", "postman", "shepherd", "student", "tailor", "teacher", "translator", "waiter",
+)  # fmt: skip
+SAID_OF_JOBS = ("I am a {thing}.", "I work as a {thing}.", "I am not a {thing}.")
+
 #: What can be asked: the questions, and the sentences that answer them. `{clause}` is where the persona comes in.
 QUESTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "name": (("I know this place, but I do not remember its name. What is it?", "What is the name of this {kind}?",

@@ -144,9 +144,21 @@ def _traits(kind: str, facts: Mapping[str, str], rng: random.Random) -> list[Tra
         sentence, clause = rng.choice(phrases.PLACE_TRAITS[subject])
         traits.append(Trait(sentence.format_map(facts), clause.format_map(facts), subject))
     missing = FOCUS_SENTENCES - len(traits)
-    traits += [Trait(sentence, None, "none") for sentence in rng.sample(phrases.DISTRACTORS, missing)]
+    traits += [Trait(sentence, None, "none") for sentence in _distractors(missing, rng)]
     rng.shuffle(traits)
     return traits
+
+
+def _distractors(count: int, rng: random.Random) -> list[str]:
+    """Draw sentences that no place answers, each about something else."""
+    fixed = rng.sample(phrases.DISTRACTORS, rng.randint(0, 1))
+    things = rng.sample(phrases.THINGS, count)
+    said = [rng.choice(phrases.SAID_OF_THINGS).format(thing=thing) for thing in things]
+    if rng.random() < 0.5:
+        said.insert(0, rng.choice(phrases.SAID_OF_OWNED).format(thing=rng.choice(phrases.OWNED)))
+    if rng.random() < 0.3:
+        said.insert(0, rng.choice(phrases.SAID_OF_JOBS).format(thing=rng.choice(phrases.JOBS)))
+    return [*fixed, *said][:count]
 
 
 def _exchange(talk: _Talk, kind: str, rng: random.Random, *, opening: bool) -> None:

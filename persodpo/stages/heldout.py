@@ -24,8 +24,9 @@ from persodpo.stages import score
 from persodpo.stages.base import Reports, Targets
 from persodpo.stages.generate import check_finished, write_answers
 from persodpo.stages.policy import start_policy
-from persodpo.stages.train import arm_folder, arm_label, run_train
+from persodpo.stages.train import arm_folder, run_train
 from persodpo.tables import write_table
+from persodpo.training.arms import label_of
 
 #: Name of the policy that all arms start from, among the arms.
 BASE = "base"
@@ -54,7 +55,7 @@ def arms_of(profile: Profile) -> pd.DataFrame:
     """
     rows = [(BASE, BASE, 0)]
     for arm in profile.training.arms:
-        rows += [(arm_label(profile, arm, seed), arm, seed) for seed in profile.evaluation.seeds]
+        rows += [(label_of(arm, seed, profile.evaluation.seeds), arm, seed) for seed in profile.evaluation.seeds]
     return pd.DataFrame(rows, columns=["model", "arm", "seed"])
 
 

@@ -16,7 +16,7 @@ from persodpo.stages.base import Reports, Targets, alone
 from persodpo.stages.pairs import run_pairs
 from persodpo.stages.policy import start_policy
 from persodpo.tables import write_table
-from persodpo.training.arms import ARMS, arm_name
+from persodpo.training.arms import ARMS, arm_name, label_of
 
 
 @alone
@@ -45,11 +45,6 @@ def run_train(
     return reports
 
 
-def arm_label(profile: Profile, arm: str, seed: int) -> str:
-    """Return the name of an arm trained under a seed: the arm's own for the first of ``evaluation.seeds``."""
-    return arm if seed == profile.evaluation.seeds[0] else f"{arm}@{seed}"
-
-
 def arm_folder(run: RunFolder, label: str) -> Path:
     """Return where an arm of this label lies."""
     return run.path(f"training/{label}/log").parent
@@ -75,7 +70,7 @@ def _train(profile: Profile, arm: ArmName, seed: int, overwrite: bool) -> Report
         reports = run_pairs(source.profile)
     table = f"pairs/{spec.pairs}"
     start = start_policy(run)
-    label = arm_label(profile, arm, seed)
+    label = label_of(arm, seed, profile.evaluation.seeds)
     outputs = [f"training/{label}/{name}" for name in ("log", "health", "generations")]
     inputs = {table: source.path(table)} | _weights(start)
     settings_used = {
@@ -103,7 +98,7 @@ def _train(profile: Profile, arm: ArmName, seed: int, overwrite: bool) -> Report
         build=build,
         overwrite=overwrite or not training.is_trained(folder, key),
     )
-    write_model_card(run, arm, source)
+    write_model_card(run, label, source)
     return [*reports, report]
 
 

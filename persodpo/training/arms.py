@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,6 +48,16 @@ def arm_name(name: str) -> ArmName:
     if not known:
         raise PersodpoError(f"There is no arm '{name}'; there are {', '.join(ARMS)}.")
     return known[0]
+
+
+def label_of(arm: ArmName, seed: int, seeds: Sequence[int]) -> str:
+    """Return the name of an arm trained under a seed: the arm's own under the first of ``seeds``."""
+    return arm if seed == seeds[0] else f"{arm}@{seed}"
+
+
+def arm_of(label: str) -> ArmName:
+    """Return the arm that a label from `label_of` names."""
+    return arm_name(label.partition("@")[0])
 
 
 def split_prompts(pairs: pd.DataFrame, share: float, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
