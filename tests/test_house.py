@@ -45,7 +45,7 @@ LAYERS = [
         "training",
     ],
     ["figures"],
-    ["stages"],
+    ["stages", "report"],
     ["reproduce"],
     ["cli"],
 ]
