@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from persodpo.artifacts import MAKER, RunFolder
@@ -21,7 +22,7 @@ class Lack:
     """Something that a run does not have.
 
     Attributes:
-        text: What, and where no command helps, why.
+        text: What is missing; where no command helps, a sentence that says why.
         command: What makes it; None if no command does.
     """
 
@@ -50,13 +51,13 @@ def _kind(name: str) -> str:
     return f"{ARM_TABLE}{name.rpartition('/')[2]}" if name.startswith("training/") else name
 
 
-def cell(value: Any) -> str:  # noqa: ANN401 - whatever a table holds
+def cell(value: Any) -> str:
     """Write one value: text as it is, flags as words, whole numbers with thousands, others to three places."""
     if value is None or bool(pd.isna(value)):
         return "–"
     if isinstance(value, str):
         return value
-    if value is True or value is False or value.__class__.__name__ == "bool_":
+    if isinstance(value, (bool, np.bool_)):
         return "yes" if value else "no"
     whole = f"{value:,.0f}".replace("-", "−")
     return whole if float(value).is_integer() else number(float(value), 3)
@@ -85,7 +86,9 @@ Tables = Mapping[str, pd.DataFrame]
 
 def _results(tables: Tables) -> list[TextTable]:
     estimates = tables["evaluation/estimates"]
-    return [results_table(estimates, reading) for reading in (IMPUTED, SUCCESSES) if estimates["reading"].eq(reading).any()]
+    return [
+        results_table(estimates, reading) for reading in (IMPUTED, SUCCESSES) if estimates["reading"].eq(reading).any()
+    ]
 
 
 def _comparisons(tables: Tables) -> list[TextTable]:
@@ -94,11 +97,13 @@ def _comparisons(tables: Tables) -> list[TextTable]:
 
 def _gate(tables: Tables) -> list[TextTable]:
     gate = tables["pairs/gate"]
-    checks = gate.drop_duplicates("check")[["check", "meaning"]]
-    wide = gate.pivot(index="check", columns="pair_set", values="value")[list(gate["pair_set"].unique())]
-    shown = checks.merge(wide, on="check")[["check", *wide.columns, "meaning"]]
-    caption = "What a pair set would teach besides the preference. Where one feature alone predicts the chosen side, 0.5 is chance."
-    return [frame_table(shown.assign(check=shown["check"].map(_words)), caption)]
+    checks = gate.drop_duplicates("check")
+    shown = pd.DataFrame({"check": checks["check"].map(_words)})
+    for pair_set, own in gate.groupby("pair_set", sort=False):
+        shown[str(pair_set)] = checks["check"].map(own.set_index("check")["value"])
+    shown["meaning"] = checks["meaning"]
+    caption = "What a pair set would teach besides the preference. Of one feature alone, 0.5 is chance."
+    return [frame_table(shown, caption)]
 
 
 def _scorers(tables: Tables) -> list[TextTable]:
@@ -134,12 +139,12 @@ _PARTS: tuple[tuple[str, str, str, Callable[[Tables], list[TextTable]]], ...] = 
     ("Results", "results", "evaluation/estimates", _results),
     ("Results", "paired differences", "evaluation/comparisons", _comparisons),
     ("Pairs", "gate of the pairs", "pairs/gate", _gate),
-    ("Scorers", "figures of the scorers", "scorers", _scorers),
+    ("Scorers", "reports on the scorers", "scorers", _scorers),
     ("Scorers", "probes of the scorers", "probes", _probes),
-    ("Training", "training", f"{ARM_TABLE}health", _health),
-    ("Audit", "audit", "audit/findings", _findings),
-    ("Audit", "audit", "audit/corrections", _corrections),
-    ("Audit", "audit", "audit/parity", _parity),
+    ("Training", "training health", f"{ARM_TABLE}health", _health),
+    ("Audit", "audit findings", "audit/findings", _findings),
+    ("Audit", "effects of the corrections", "audit/corrections", _corrections),
+    ("Audit", "published numbers beside ours", "audit/parity", _parity),
 )
 
 
@@ -157,15 +162,15 @@ def sections(run: RunFolder, names: Sequence[str]) -> tuple[list[Section], list[
         PersodpoError: A table was edited or its stage was interrupted.
     """
     found: dict[str, list[TextTable]] = {}
-    lacks: dict[Lack, None] = {}
+    lacks: list[Lack] = []
     for title, what, kind, render in _PARTS:
         read = {name: run.read(name) for name in names if _kind(name) == kind}
         tables = {name: table for name, table in read.items() if not table.empty}
         if tables:
             found.setdefault(title, []).extend(render(tables))
         else:
-            lacks[_lack(run, what, kind, empty=bool(read))] = None
-    return [Section(title, tuple(tables)) for title, tables in found.items()], list(lacks)
+            lacks.append(_lack(run, what, kind, empty=bool(read)))
+    return [Section(title, tuple(tables)) for title, tables in found.items()], lacks
 
 
 def _lack(run: RunFolder, what: str, kind: str, *, empty: bool) -> Lack:
@@ -173,7 +178,16 @@ def _lack(run: RunFolder, what: str, kind: str, *, empty: bool) -> Lack:
         return Lack(f"No {what}: table {kind} has no rows.", None)
     if kind in ("scorers", "probes") and run.profile.scoring.source == "published":
         return Lack(f"No {what}: scores come from published files (scoring.source).", None)
-    return Lack(f"No {what}", command(run, MAKER[kind.split("/", maxsplit=1)[0]]))
+    return Lack(what, command(run, MAKER[kind.split("/", maxsplit=1)[0]]))
+
+
+def by_command(lacks: Sequence[Lack]) -> list[Lack]:
+    """Name in one line what one command makes."""
+    found: dict[str, list[str]] = {}
+    for lack in lacks:
+        found.setdefault(lack.command or lack.text, []).append(lack.text)
+    commands = {lack.command for lack in lacks}
+    return [Lack(", ".join(texts), key) if key in commands else Lack(key, None) for key, texts in found.items()]
 
 
 def command(run: RunFolder, name: str) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from persodpo.evaluation.cells import TextTable
+from persodpo.evaluation.cells import TextTable, number
 from persodpo.evaluation.observations import TEXT_METRICS
 from persodpo.plots.metrics import metric_label, metric_order
 from persodpo.report.contents import cell
@@ -65,9 +65,12 @@ def examples(dialogues: pd.DataFrame, responses: pd.DataFrame, scores: pd.DataFr
 
 def _answers(own: pd.DataFrame, models: tuple[str, ...]) -> TextTable:
     """Lay the answers to one dialogue out, one column a model."""
+    metrics = sorted(set(TEXT_METRICS) & set(own.columns), key=metric_order)
+    for metric in metrics:
+        own[metric] = own[metric].map(lambda value: number(value, 3), na_action="ignore")
     columns = {model: own.loc[model] for model in models if model in own.index}
     wanted = {"response": "Answer", "outcome": "Outcome", "imputed": "Scores imputed"}
-    wanted |= {metric: metric_label(metric) for metric in sorted(TEXT_METRICS, key=metric_order)}
+    wanted |= {metric: metric_label(metric) for metric in metrics}
     rows = tuple(
         (label, *(cell(columns[model][name]) if model in columns else "–" for model in models))
         for name, label in wanted.items()

@@ -17,10 +17,11 @@ from nbconvert import HTMLExporter
 
 from persodpo.errors import PersodpoError
 
-_TAGS = frozenset(
-    "a abbr b blockquote br caption code dd del div dl dt em h1 h2 h3 h4 h5 h6 hr i img kbd li ol p pre s span strong sub "
-    "sup table tbody td tfoot th thead tr ul".split()
-)
+_TAGS = frozenset({
+    "a", "abbr", "b", "blockquote", "br", "caption", "code", "dd", "del", "div", "dl", "dt", "em", "h1", "h2", "h3", "h4",
+    "h5", "h6", "hr", "i", "img", "kbd", "li", "ol", "p", "pre", "s", "span", "strong", "sub", "sup", "table", "tbody", "td",
+    "tfoot", "th", "thead", "tr", "ul",
+})  # fmt: skip
 _ATTRIBUTES = {
     "a": {"href", "title"}, "img": {"src", "alt", "width", "height"},
     "td": {"colspan", "rowspan"}, "th": {"colspan", "rowspan", "scope"},
@@ -56,7 +57,7 @@ def notebook_pages(notebooks: Iterable[Path]) -> list[NotebookPage]:
         PersodpoError: A file is no notebook.
     """
     files = sorted(notebooks)
-    exporter = HTMLExporter(template_name="basic", exclude_anchor_links=True)
+    exporter = HTMLExporter(template_name="basic", exclude_anchor_links=True)  # type: ignore[no-untyped-call]
     return [_page(exporter, file, {other.stem for other in files}) for file in files]
 
 

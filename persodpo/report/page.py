@@ -13,13 +13,15 @@ from persodpo.artifacts import RunFolder, read_text
 from persodpo.errors import PersodpoError
 from persodpo.evaluation.cells import TextTable
 from persodpo.folders import refuse_others, replaced
-from persodpo.report.contents import Lack, command, sections, tables_of
+from persodpo.report.contents import Lack, by_command, command, sections, tables_of
 from persodpo.report.examples import Example, examples
 from persodpo.report.notebooks import NotebookPage, notebook_pages
 from persodpo.report.pictures import Picture, pictures
 from persodpo.report.provenance import provenance_table
 
 INDEX = "index.html"
+#: How a cell of a column of numbers starts: a number, with its interval or test behind it, a dash, or nothing.
+_NUMBER = re.compile(r"[−<]?\d[\d,.]*( |$)|–|$")
 TEMPLATES = Path(__file__).parent / "templates"
 
 
@@ -73,11 +75,12 @@ def _index(run: RunFolder, notebooks: list[NotebookPage]) -> str:
     drawn, stale = pictures(run, digests)
     shown = _examples(run, names)
     settings = read_text(run.root / "profile.yaml")
+    others = _other_lacks(run, drawn=drawn, stale=stale, shown=shown, notebooks=notebooks, settings=settings)
     return _render(
         "report.html.jinja",
         name=run.profile.name,
         parts=parts,
-        lacks=[*lacks, *_other_lacks(run, drawn, stale, shown, notebooks, settings)],
+        lacks=by_command([*lacks, *others]),
         pictures=drawn,
         examples=shown,
         settings=settings,
@@ -95,6 +98,7 @@ def _examples(run: RunFolder, names: list[str]) -> list[Example]:
 
 def _other_lacks(
     run: RunFolder,
+    *,
     drawn: list[Picture],
     stale: list[str],
     shown: list[Example],
@@ -102,28 +106,32 @@ def _other_lacks(
     settings: str | None,
 ) -> list[Lack]:
     """Say what of figures, examples, notebooks and settings the run lacks."""
-    old = f"Left out, as they were drawn from tables that this run lacks or has made anew since: {', '.join(stale)}"
+    old = f"{', '.join(stale)} (drawn from tables that this run lacks or has made anew since)"
     lacks = [
-        (not drawn and not stale, Lack("No figures", command(run, "figures"))),
+        (not drawn and not stale, Lack("figures", command(run, "figures"))),
         (bool(stale), Lack(old, command(run, "figures"))),
-        (not shown, Lack("No answers to held-out dialogues", command(run, "evaluate"))),
-        (not notebooks, Lack("No executed notebooks", command(run, "reproduce"))),
+        (not shown, Lack("answers to held-out dialogues", command(run, "evaluate"))),
+        (not notebooks, Lack("executed notebooks", command(run, "reproduce"))),
         (not settings, Lack("No settings: profile.yaml is missing; every stage writes it.", None)),
     ]
     return [lack for holds, lack in lacks if holds]
 
 
 def _cells(table: TextTable) -> list[list[_Cell]]:
-    """Return a table's cells, and whether each stands in a column of numbers, which are set right."""
+    """Return a table's cells, and whether each stands in a column of numbers."""
     columns = list(zip(*table.rows, strict=True))
-    numeric = [all(re.match(r"[−–<\d]|$", text) for text in column) for column in columns]
+    numeric = [all(_NUMBER.match(text) for text in column) for column in columns]
     return [[_Cell(text, right) for text, right in zip(row, numeric, strict=True)] for row in table.rows]
 
 
-def _render(template: str, **content: Any) -> str:  # noqa: ANN401 - whatever the template names
+def _render(template: str, **content: Any) -> str:
     """Fill a template; all that is not marked as safe is escaped."""
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, loader=FileSystemLoader(TEMPLATES), trim_blocks=True, lstrip_blocks=True
+        autoescape=True,
+        undefined=StrictUndefined,
+        loader=FileSystemLoader(TEMPLATES),
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["cells"] = _cells
     return environment.get_template(template).render(**content) + "\n"
