@@ -270,7 +270,8 @@ def test_what_is_missing_is_one_line_each_and_no_heading(profile):
         "No reports on the scorers: scores come from published files (scoring.source).",
         "No probes of the scorers: scores come from published files (scoring.source).",
         "No training health: run persodpo train --profile release.",
-        "No audit findings, effects of the corrections, published numbers beside ours: run persodpo audit --profile release.",
+        "No audit findings, effects of the corrections, published numbers beside ours: run persodpo audit "
+        "--profile release.",
         "No figures: run persodpo figures --profile release.",
         "No executed notebooks: run persodpo reproduce --profile release.",
     ]
