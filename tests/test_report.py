@@ -280,6 +280,14 @@ def test_what_is_missing_is_one_line_each_and_no_heading(profile):
     assert "No paired differences: table evaluation/comparisons has no rows." in items
 
 
+def test_long_tables_are_folded(profile):
+    run = RunFolder(profile)
+    save(run, audit__parity=[{"group": "pairs", "quantity": f"count {row}", "ours": str(row)} for row in range(61)])
+    page = page_of(run)
+    assert "<summary>61 rows</summary>" in page.text
+    assert page.table("Group")[61][:4] == ["pairs", "count 60", "–", "60"]
+
+
 def test_a_run_with_nothing_is_refused(profile):
     run = RunFolder(profile)
     with pytest.raises(
@@ -308,6 +316,11 @@ def test_edited_tables_and_foreign_folders_are_refused(run):
         write_report(run)
     assert report.read_bytes() == before
     path.unlink()
+    save(run, extras=[{"dialogue_id": "d1", "model": "base", "words": 3}])
+    write_table(run.path("extras"), "extras", full("extras", [{"dialogue_id": "d1", "model": "base", "words": 4}]))
+    with pytest.raises(PersodpoError, match=r"Table extras does not match its provenance file"):
+        write_report(run)
+    run.forget("extras")
     (run.root / "report" / "index.html").rename(run.root / "report" / "mine.html")
     with pytest.raises(PersodpoError, match="holds something other than a report"):
         write_report(run)
