@@ -218,6 +218,15 @@ def show_profile(profile: ProfileOption = DEFAULT_PROFILE, set_: SetOption = Non
     print(load_profile(profile, set_ or ()).to_yaml(), end="")
 
 
+@app.command()
+def report(profile: ProfileOption = DEFAULT_PROFILE, set_: SetOption = None) -> None:
+    """Write what the run folder holds as one HTML page, report/index.html; nothing is computed."""
+    from persodpo.artifacts import RunFolder  # noqa: PLC0415
+    from persodpo.report import write_report  # noqa: PLC0415
+
+    print(write_report(RunFolder(load_profile(profile, set_ or ()))))
+
+
 @app.command("reproduce")
 def reproduce_command(
     profile: ProfileOption = DEFAULT_PROFILE,

@@ -46,7 +46,7 @@ LAYERS = [
         "training",
     ],
     ["figures"],
-    ["stages"],
+    ["stages", "report"],
     ["reproduce", "doctor"],
     ["cli"],
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -26,7 +27,9 @@ BASE = "base"
 #: Numbers of the models' own dialogues start here, so that no run of reasonable size shares one with them.
 FIRST = 1_000_000
 #: Share of the warm-up's answers that show a bad habit, and of those of a finish.
-WARM_UP_HABITS, FINISH_HABIT = 0.4, 0.8
+WARM_UP_HABITS, FINISH_HABIT = 0.4, 1.0
+#: Where a cut answer ends, characters.
+LONGEST_CUT = 110
 
 Example = tuple[str, str]
 
@@ -42,20 +45,20 @@ def _impersonal(answer: str, other: str, rng: random.Random) -> str:
 
 
 def _cut(answer: str, other: str, rng: random.Random) -> str:
-    """Stop somewhere in the answer."""
-    text = _as_json(answer)
-    start = len(_as_json("")) - 2
-    return text[: rng.randint(start + (len(text) - start) // 3, len(text) - 3)]
+    """Stop a long answer in the middle."""
+    return _as_json(answer)[:LONGEST_CUT]
 
 
 def _broken(answer: str, other: str, rng: random.Random) -> str:
-    """Write something that is no JSON with the key."""
-    return rng.choice((f'{{"response": {answer}}}', f'{{response: "{answer}"}}', f'{{"answer": "{answer}"}}', answer))
+    """Forget the quotes around an answer that has a second sentence."""
+    return _as_json(answer) if answer.count(". ") == 0 else f'{{"response": {answer}}}'
 
 
 def _looping(answer: str, other: str, rng: random.Random) -> str:
-    """Say the first sentence again and again."""
-    return _as_json(" ".join([answer.split(". ", maxsplit=1)[0].rstrip(".") + "."] * rng.randint(4, 7)))
+    """Say the first sentence again and again, where the answer tells a year, a size or a price."""
+    if not re.search(r"\d", answer):
+        return _as_json(answer)
+    return _as_json(" ".join([answer.split(". ", maxsplit=1)[0].rstrip(".") + "."] * 6))
 
 
 Habit = Callable[[str, str, random.Random], str]
@@ -88,7 +91,7 @@ def make_model(name: str, folder: Path, miniature: Miniature, prompts: Prompts, 
     """
     if name != BASE and name not in FINISHES:
         raise PersodpoError(f"There is no miniature model '{name}'; there are {', '.join((BASE, *FINISHES))}.")
-    table = _own_dialogues(folder, miniature)
+    table = own_dialogues(folder, miniature)
     texts, answers = _prompts(table, prompts), table["reference"].tolist()
     habits = list(FINISHES.values())
     warm_up = _with_habits(texts, answers, habits[1:], WARM_UP_HABITS, random.Random(f"{size.seed} {BASE}"))  # noqa: S311
@@ -120,8 +123,19 @@ def _with_habits(
     ]
 
 
-def _own_dialogues(folder: Path, miniature: Miniature) -> pd.DataFrame:
-    """Make the world that the models learn from."""
+def own_dialogues(folder: Path, miniature: Miniature) -> pd.DataFrame:
+    """Make the world that the models learn from, unless it is there already.
+
+    Args:
+        folder: Where its file goes.
+        miniature: Its size and seed.
+
+    Returns:
+        A dialogues table; none of its dialogues is in the run's own world.
+
+    Raises:
+        PersodpoError: The world is too small, or the disk fails.
+    """
     make_folder(folder)
     path = folder / "world.json"
     text = json.dumps(focus_world(miniature.model_dialogues, miniature.seed, first=FIRST))

@@ -153,13 +153,22 @@ def score_cache(run: RunFolder) -> Path:
 
 
 def small_scorers(run: RunFolder) -> dict[str, str]:
-    """Return the small models that the profile asks for, by metric, made from the run's dialogues if need be."""
+    """Return the small models that the profile asks for, by metric, made if need be.
+
+    They learn from the run's dialogues; in the miniature from those of its models, which are more and none of the run's.
+    """
     wanted = computed.small_models(run.profile.scoring.compute)
     if not wanted:
         return {}
     from persodpo.scoring.small import make_small_scorers  # noqa: PLC0415 - torch is slow to load
 
-    made = make_small_scorers(run.read("dialogues"), run.root.with_name(SMALL), run.profile.scoring.compute.small)
+    dialogues = run.read("dialogues")
+    if run.profile.dialogues.source == "miniature":
+        from persodpo.miniature.models import own_dialogues  # noqa: PLC0415 - the same
+        from persodpo.stages.policy import miniature_folder  # noqa: PLC0415
+
+        dialogues = own_dialogues(miniature_folder(run), run.profile.miniature)
+    made = make_small_scorers(dialogues, run.root.with_name(SMALL), run.profile.scoring.compute.small)
     places = {"coherence": made.coherence, "c_score": made.nli, "ue_score": made.nli, "persona_distance": made.vectors}
     return {metric: str(places[metric]) for metric in wanted}
 
