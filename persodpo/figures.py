@@ -55,11 +55,13 @@ class FigureSpec:
             ``<arm>`` stands for the tables of all arms that the profile trains.
         draw: Draws it from those tables.
         note: What it stands for.
+        evaluation: The ``evaluation.source`` that it belongs to; None for any.
     """
 
     tables: tuple[str, ...]
     draw: Callable[[Tables], Figure]
     note: str
+    evaluation: Literal["published", "arms"] | None = None
 
 
 def _figure_2a(models: Mapping[str, str], layout: Layout) -> Callable[[Tables], Figure]:
@@ -68,6 +70,20 @@ def _figure_2a(models: Mapping[str, str], layout: Layout) -> Callable[[Tables], 
         return response_time.draw(results.loc[list(models)].reset_index(), layout=layout, labels=models)
 
     return draw
+
+
+def _figure_2a_arms(tables: Tables) -> Figure:
+    """Set the starting policy beside the arms, which are of its size; of several seeds the first."""
+    responses = tables["evaluation/responses"]
+    first = responses[~responses["model"].str.contains("@")]
+    rows = [
+        {
+            "model": model, "responses": len(group), "response_time_mean": group["response_time"].mean(),
+            "response_time_std": group["response_time"].std(ddof=0), "failures": int(group["outcome"].ne("ok").sum()),
+        }
+        for model, group in first.groupby("model", sort=False)
+    ]  # fmt: skip
+    return response_time.draw(pd.DataFrame(rows))
 
 
 def _curves(panels: tuple[training_curves.Panel, training_curves.Panel], layout: Layout) -> Callable[[Tables], Figure]:
@@ -120,9 +136,12 @@ def _quality(by: Literal["reading", "model"]) -> Callable[[Tables], Figure]:
 
 
 def _short_names(tables: Tables) -> dict[str, str]:
-    """Name arms by what they were tuned to; what they are compared with under no such name is untuned."""
+    """Name published arms by what they were tuned to, the untuned model as that; our arms keep their names."""
     table = tables["evaluation/comparisons"]
-    return {name: name.split("/")[1] if "/" in name else "untuned" for name in {*table["arm"], *table["baseline"]}}
+    names = {*table["arm"], *table["baseline"]}
+    if not any("/" in name for name in names):
+        return {name: name for name in names}
+    return {name: name.split("/")[1] if "/" in name else "untuned" for name in names}
 
 
 def _published_results(tables: Tables) -> pd.DataFrame:
@@ -138,6 +157,7 @@ FIGURES: dict[str, FigureSpec] = {
         ("evaluation/results",),
         _figure_2a({BENCHMARK: "Benchmark (Qwen2-7B)", TUNED: "PersoDPO (Qwen2-0.5B)"}, "published"),
         "Figure 2a as published: two models of different size, two units on one axis (audit A6, A7).",
+        "published",
     ),
     "figure_2a": FigureSpec(
         ("evaluation/results",),
@@ -145,6 +165,13 @@ FIGURES: dict[str, FigureSpec] = {
             {BENCHMARK: "Qwen2-7B\nuntuned", UNTUNED: "Qwen2-0.5B\nuntuned", TUNED: "Qwen2-0.5B\nlength_prior"}, "ours"
         ),
         "Figure 2a with the untuned model of the tuned one's size beside it.",
+        "published",
+    ),
+    "figure_2a_arms": FigureSpec(
+        ("evaluation/responses",),
+        _figure_2a_arms,
+        "Figure 2a of the arms trained here: before and after, at equal size.",
+        "arms",
     ),
     "figure_2b_published": FigureSpec(
         (CURVES,), _curves(("loss", "grad_norm"), "published"), "Figure 2b as published: loss and gradient norm."
@@ -268,6 +295,12 @@ def _source(run: RunFolder, table: str) -> Path:
     return published.fact_files()[table] if table.startswith("published/") else run.checked_path(table)
 
 
+def figure_names(run: RunFolder) -> list[str]:
+    """Return the figures that belong to the profile's way to evaluate."""
+    source = run.profile.evaluation.source
+    return [name for name, spec in FIGURES.items() if spec.evaluation in {None, source}]
+
+
 def draw_figure(run: RunFolder, name: str) -> Figure:
     """Draw a figure from the run's tables, without writing it.
 
@@ -303,6 +336,6 @@ def save_figure(run: RunFolder, name: str, *, overwrite: bool = False) -> Figure
 def save_figures(run: RunFolder, *, overwrite: bool = False) -> list[FigureReport]:
     """Write every figure whose tables the profile makes, with a progress bar where someone watches."""
     absent = {f"pairs/{name}" for name in ("simple", "perso")} - {f"pairs/{name}" for name in run.profile.pairs.sets}
-    wanted = [name for name, spec in FIGURES.items() if not absent & set(spec.tables)]
+    wanted = [name for name in figure_names(run) if not absent & set(FIGURES[name].tables)]
     names = tqdm(wanted, desc="figures", leave=False, disable=not sys.stderr.isatty())
     return [save_figure(run, name, overwrite=overwrite) for name in names]

@@ -187,14 +187,15 @@ DISTRACTORS = (
 
 #: Things that no place is about, and what people say of them; together they make distractors of many kinds.
 THINGS = (
-    "apples", "baking", "beaches", "bees", "bicycles", "birds", "board games", "boats", "bread", "camping", "candles", "cards",
-    "cars", "caves", "cheese", "chemistry", "cherries", "chess", "chocolate", "circuses", "climbing", "clocks", "coins",
-    "comics", "computers", "cooking", "crime novels", "dancing", "deserts", "dogs", "dreams", "fairs", "fashion", "films",
-    "fishing", "flowers", "frogs", "ghosts", "hats", "horses", "islands", "jewellery", "jokes", "kings", "kites", "knights",
-    "lakes", "languages", "law", "magic tricks", "markets", "mathematics", "medicine", "motorbikes", "mushrooms", "noodles",
-    "onions", "pears", "photography", "pirates", "poems", "politics", "postcards", "potatoes", "pottery", "puzzles", "radios",
-    "rain", "rice", "rivers", "robots", "sewing", "shoes", "shopping", "skating", "snow", "soup", "spicy food", "summer",
-    "swimming", "tea", "tents", "tomatoes", "video games", "volcanoes", "winter", "wool", "zoos",
+    "apples", "baking", "beaches", "bees", "bicycles", "birds", "board games", "boats", "bread", "camping", "candles",
+    "cards", "cars", "caves", "cheese", "chemistry", "cherries", "chess", "chocolate", "circuses", "climbing", "clocks",
+    "coins", "comics", "computers", "cooking", "crime novels", "dancing", "deserts", "dogs", "dreams", "fairs", "fashion",
+    "films", "fishing", "flowers", "frogs", "ghosts", "hats", "horses", "islands", "jewellery", "jokes", "kings", "kites",
+    "knights", "lakes", "languages", "law", "magic tricks", "markets", "mathematics", "medicine", "motorbikes",
+    "mushrooms", "noodles", "onions", "pears", "photography", "pirates", "poems", "politics", "postcards", "potatoes",
+    "pottery", "puzzles", "radios", "rain", "rice", "rivers", "robots", "sewing", "shoes", "shopping", "skating", "snow",
+    "soup", "spicy food", "summer", "swimming", "tea", "tents", "tomatoes", "video games", "volcanoes", "winter", "wool",
+    "zoos",
 )  # fmt: skip
 SAID_OF_THINGS = (
     "I like {thing}.", "I love {thing}.", "I do not like {thing}.", "I am interested in {thing}.",
@@ -206,8 +207,8 @@ OWNED = (
 )  # fmt: skip
 SAID_OF_OWNED = ("I have a {thing}.", "I have got a {thing}.", "I do not have a {thing}.", "I have no {thing}.")
 JOBS = (
-    "baker", "barber", "butcher", "carpenter", "clerk", "dentist", "driver", "farmer", "judge", "lawyer", "nurse", "plumber",
-    "poet", "postman", "shepherd", "student", "tailor", "teacher", "translator", "waiter",
+    "baker", "barber", "butcher", "carpenter", "clerk", "dentist", "driver", "farmer", "judge", "lawyer", "nurse",
+    "plumber", "poet", "postman", "shepherd", "student", "tailor", "teacher", "translator", "waiter",
 )  # fmt: skip
 SAID_OF_JOBS = ("I am a {thing}.", "I work as a {thing}.", "I am not a {thing}.")
 

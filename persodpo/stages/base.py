@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import ParamSpec, TypeVar, cast
 
-from persodpo.artifacts import RunFolder, StageReport
+from persodpo.artifacts import RELEASE_VARIABLE, RunFolder, StageReport
+from persodpo.errors import PersodpoError
 from persodpo.release.fetch import fetch_release, release_files
 from persodpo.settings import Profile
 
@@ -27,6 +29,17 @@ def alone(stage: Callable[P, R]) -> Callable[P, R]:
             return stage(*args, **kwargs)
 
     return run_alone
+
+
+def published_at_hand(run: RunFolder) -> bool:
+    """Tell whether the published files are on this machine, so that nothing has to be downloaded for them."""
+    if os.environ.get(RELEASE_VARIABLE):
+        return True
+    try:
+        release_files(run.release)
+    except PersodpoError:
+        return False
+    return True
 
 
 def published_files(run: RunFolder) -> dict[str, Path]:
