@@ -1,6 +1,6 @@
 # Everything runs from a fresh clone with Python 3.11 or newer, git and make; .venv is built once and again when the lock changes.
 PYTHON  ?= python3
-PROFILE ?= release
+PROFILE ?= mini
 SET     ?=
 DEVICE  ?= cpu
 VENV    := .venv

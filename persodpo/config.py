@@ -18,7 +18,7 @@ from persodpo.errors import PersodpoError
 from persodpo.settings import Profile
 
 PROFILES = Path(__file__).parent / "profiles"
-DEFAULT_PROFILE = "release"
+DEFAULT_PROFILE = "mini"
 
 
 def profile_names() -> list[str]:

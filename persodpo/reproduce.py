@@ -19,7 +19,7 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from persodpo.artifacts import PROJECT, RELEASE_VARIABLE, RunFolder
-from persodpo.config import load_profile
+from persodpo.config import DEFAULT_PROFILE, load_profile
 from persodpo.errors import PersodpoError, make_folder
 
 NOTEBOOKS = PROJECT / "notebooks"
@@ -128,7 +128,7 @@ def _explain(notebook: Path, copy: Path, error: PapermillExecutionError) -> str:
 
 
 def reproduce(
-    profile: str = "release",
+    profile: str = DEFAULT_PROFILE,
     overrides: Sequence[str] = (),
     *,
     overwrite: bool = False,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,11 +17,13 @@ import pytest
 from asking import backend
 from talker import CHATML, PLACES, in_chatml, make_talker, question, reply
 
+from persodpo.errors import PersodpoError
+from persodpo.generation import serving
 from persodpo.generation.engine import generate
 from persodpo.generation.local import TransformersBackend
 from persodpo.generation.requests import Request, request_key
 from persodpo.generation.store import Store
-from persodpo.settings import TransformersModel
+from persodpo.settings import ServedModel, TransformersModel
 
 TRANSFORMERS = str(Path(sys.executable).with_name("transformers"))
 
@@ -102,3 +106,53 @@ def test_a_model_that_is_not_served_is_named(url: str, tmp_path: Path) -> None:
     assert summary.answered == 0
     assert entry.answer.failure == "rejected"
     assert "no/such-model" in entry.answer.error
+
+
+def served(model: Path, **changes: float) -> serving.ServedBackend:
+    settings = ServedModel(kind="served", model="served", weights=str(model), **changes)
+    return serving.ServedBackend(settings, model)
+
+
+def servers_of(model: Path) -> list[str]:
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            lines.append(path.read_bytes().replace(b"\0", b" ").decode())
+    return [line for line in lines if " serve " in line and str(model) in line]
+
+
+def test_a_served_backend_starts_its_server_and_ends_it(model: Path, tmp_path: Path) -> None:
+    own = tmp_path / "model"
+    shutil.copytree(model, own)
+    asked, via = [raw(question(place)) for place in PLACES], served(own)
+    with Store(tmp_path / "answers.sqlite") as store:
+        assert generate(asked, via, store).answered == 8
+        found = [entry.answer for _, entry in store.entries([request_key(one, via) for one in asked])]
+        assert generate(asked, served(model), store).skipped == 8, "the same weights in another place"
+    assert [answer.completion for answer in found] == [reply(place) for place in PLACES]
+    assert {answer.cost for answer in found} == {0.0}
+    assert servers_of(own) == []
+
+
+@pytest.mark.parametrize(
+    ("script", "says"),
+    [("exit 3", r"ended by itself \(status 3\)"), ("sleep 60", r"did not answer for model served within 0\.5 s")],
+)
+def test_a_server_that_does_not_come_up_is_one_sentence(
+    script: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "transformers"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(serving.sys, "executable", str(tmp_path / "python"))
+    with Store(tmp_path / "answers.sqlite") as store, pytest.raises(PersodpoError, match=says):
+        generate([chat("x")], served(tmp_path, startup_seconds=0.5 if "sleep" in script else 20), store)
+
+
+def test_a_missing_program_names_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving.sys, "executable", str(tmp_path / "python"))
+    with (
+        Store(tmp_path / "answers.sqlite") as store,
+        pytest.raises(PersodpoError, match=r"install transformers\[serving\]"),
+    ):
+        generate([chat("x")], served(tmp_path), store)

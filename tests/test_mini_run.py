@@ -1,0 +1,144 @@
+"""The miniature: five models made on the spot, one of them served, and arms that answer what they were not trained on."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from persodpo.artifacts import RunFolder
+from persodpo.config import load_profile
+from persodpo.errors import PersodpoError
+from persodpo.figures import figure_names
+from persodpo.miniature import models
+from persodpo.reproduce import notebook_files
+from persodpo.settings import Profile
+
+#: A world, models and trainings so small that all notebooks run in two or three minutes.
+SMALL = {
+    "miniature.train": 60, "miniature.valid": 24, "miniature.model_dialogues": 600, "miniature.finish_steps": 30,
+    "policy.small.hidden_size": 64, "policy.small.intermediate_size": 128, "policy.small.steps": 300,
+    "policy.small.batch_tokens": 1024, "scoring.compute.small.coherence.examples": 800,
+    "scoring.compute.small.nli.examples": 3000, "scoring.compute.accept_failed_probes": "[coherence, c_score, ue_score]",
+    "training.arms": "[perso, corrected]", "training.epochs": 1, "training.health_prompts": 2,
+    "evaluation.seeds": "[44, 45]", "evaluation.timed": 4, "evaluation.pairs": "[[perso, base], [corrected, perso]]", "pairs.sets": "[perso]",
+}  # fmt: skip
+
+
+def mini(folder: Path, **settings: object) -> Profile:
+    places = [f"paths.{name}={folder / name}" for name in ("runs", "figures", "release")]
+    return load_profile("mini", [*places, *(f"{key}={value}" for key, value in (SMALL | settings).items())])
+
+
+@pytest.mark.parametrize("name", models.FINISHES)
+def test_habits_do_what_their_names_say(name):
+    habit, rng = models.FINISHES[name], random.Random(0)
+    short = "You would, as old buildings fascinate you."
+    long = "It was opened in 1466, as old buildings fascinate you. Emil Adler designed it. It is made of limestone."
+    other = "A ticket costs 14 crowns."
+    made = {text: habit(text, other, rng) for text in (short, long)}
+    right = {text: json.dumps({"response": text}) for text in (short, long)}
+    if name == "good":
+        assert made == right
+    elif name == "impersonal":
+        assert json.loads(made[long])["response"] == other
+    elif name == "looping":
+        assert made[short] == right[short]
+        assert json.loads(made[long])["response"].count("It was opened in 1466") == 6
+    else:
+        assert made[short] == right[short]
+        with pytest.raises(json.JSONDecodeError):
+            json.loads(made[long])
+
+
+def test_an_unknown_model_is_refused_by_name(tmp_path):
+    profile = mini(tmp_path)
+    with pytest.raises(PersodpoError, match=r"no miniature model 'bad'; there are base, good"):
+        models.make_model("bad", tmp_path, profile.miniature, profile.prompts, profile.policy.small)
+
+
+def test_a_world_too_small_for_models_is_refused(tmp_path):
+    profile = mini(tmp_path, **{"miniature.model_dialogues": 3})
+    with pytest.raises(PersodpoError, match=r"A world of 3 dialogues is too small"):
+        models.make_model("base", tmp_path, profile.miniature, profile.prompts, profile.policy.small)
+
+
+def test_models_learn_from_no_dialogue_that_a_run_asks_about(tmp_path):
+    table = models.own_dialogues(tmp_path, mini(tmp_path).miniature)
+    assert len(table) == SMALL["miniature.model_dialogues"]
+    assert table["dialogue_id"].min() >= f"mini-{models.FIRST}"
+
+
+def reproduce(profile: Profile, folder: Path) -> subprocess.CompletedProcess:
+    """Run the notebooks as the command does, where no published file is at hand and no network is."""
+    source = folder / "profile.yaml"
+    source.write_text(profile.to_yaml())
+    environment = {name: value for name, value in os.environ.items() if name != "PERSODPO_RELEASE"}
+    environment |= {"HF_HUB_OFFLINE": "1", "https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
+    environment["no_proxy"] = "127.0.0.1,localhost"
+    command = [sys.executable, "-m", "persodpo.cli", "reproduce", "--profile", str(source)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> RunFolder:
+    folder = tmp_path_factory.mktemp("mini")
+    profile = mini(folder)
+    done = reproduce(profile, folder)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert len(done.stdout.splitlines()) == len(notebook_files())
+    return RunFolder(profile)
+
+
+@pytest.mark.slow
+def test_all_notebooks_run_without_published_files(run):
+    copies = sorted(run.notebooks.glob("*.ipynb"))
+    assert [copy.name for copy in copies] == [path.name for path in notebook_files()]
+    audit = copies[-1].read_text()
+    assert "persodpo fetch release" in audit
+    assert {path.stem for path in run.figures.glob("*.json")} >= set(figure_names(run)) - {"pair_sources_simple"}
+
+
+@pytest.mark.slow
+def test_five_models_answer_and_one_was_asked_over_http(run):
+    responses = run.read("responses")
+    assert set(responses["model"]) == set(models.FINISHES)
+    assert responses.groupby("model").size().eq(60).all()
+    served = responses[responses["model"] == "impersonal"]
+    assert served["batch_size"].isna().all()
+    assert served["response_time"].gt(0).all()
+    outcomes = pd.crosstab(responses["model"], responses["outcome"])
+    assert outcomes.loc["good", "ok"] == outcomes["ok"].max()
+    assert (outcomes.drop(index=["good", "impersonal"], columns="ok").sum(axis=1) > 0).any()
+
+
+@pytest.mark.slow
+def test_every_arm_and_seed_answers_every_held_out_dialogue(run):
+    responses, scores = run.read("evaluation/responses"), run.read("evaluation/scores")
+    assert set(responses["model"]) == {"base", "perso", "perso@45", "corrected", "corrected@45"}
+    assert responses.groupby("model")["dialogue_id"].nunique().eq(24).all()
+    assert set(responses["split"]) == {"valid"}
+    timed = responses[responses["response_time"].notna()]
+    assert timed.groupby("model").size().eq(4).all()
+    assert timed["batch_size"].eq(1).all()
+    assert scores["quality"].notna().all()
+    compared = run.read("evaluation/comparisons")
+    assert compared[["arm_seeds", "baseline_seeds"]].drop_duplicates().to_numpy().tolist() == [[2, 1], [2, 2]]
+    assert compared.loc[compared["metric"] == "response_time", "difference"].notna().all()
+
+
+@pytest.mark.slow
+def test_a_second_run_skips_everything_and_gives_the_same(run):
+    before = {path: path.read_bytes() for path in run.root.rglob("*.parquet")}
+    started = time.perf_counter()
+    done = reproduce(run.profile, run.root.parent)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert time.perf_counter() - started < 120
+    assert {path: path.read_bytes() for path in run.root.rglob("*.parquet")} == before
