@@ -44,7 +44,7 @@ _HELD: set[Path] = set()
 MAKER = {
     "dialogues": "dialogues", "responses": "generate", "answers": "generate", "scores": "score", "thresholds": "score",
     "extras": "score", "scorers": "score", "probes": "score", "pairs": "pairs", "training": "train",
-    "evaluation": "evaluate", "audit": "audit",
+    "evaluation": "evaluate", "ablations": "ablate", "audit": "audit",
 }  # fmt: skip
 
 

@@ -60,6 +60,7 @@ def _stage(name: str, help_text: str) -> None:
 _stage("dialogues", "Make the dialogues table.")
 _stage("pairs", "Make the pair sets and their gate report.")
 _stage("evaluate", "Make the results table.")
+_stage("ablate", "Train, ask and score the profile's ablations.")
 _stage("audit", "Make the parity table, the audit's findings and the effect of every correction.")
 _stage("figures", "Draw the figures.")
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from persodpo.artifacts import RunFolder, file_is_current, sha256, source_digest
 from persodpo.errors import PersodpoError
 from persodpo.plots import (
+    ablations,
     failure_classes,
     forest,
     intervals,
@@ -30,6 +31,7 @@ from persodpo.plots import (
     training_curves,
 )
 from persodpo.release import published
+from persodpo.training.arms import ARMS
 
 Tables = Mapping[str, pd.DataFrame]
 Layout = Literal["published", "ours"]
@@ -42,6 +44,7 @@ BENCHMARK, UNTUNED, TUNED = "Qwen2-7B-Instruct", "Qwen2-0.5B-Instruct", "Qwen2-0
 
 CURVES = "published/training_curves.csv"
 LOGS = "training/<arm>/log"
+ABLATIONS = "ablations/estimates"
 #: Optimiser steps of an epoch of the paper's run: 9,184 pairs, 16 a step.
 PAPER_EPOCH = 9_184 / 16
 
@@ -142,6 +145,12 @@ def _short_names(tables: Tables) -> dict[str, str]:
     if not any("/" in name for name in names):
         return {name: name for name in names}
     return {name: name.split("/")[1] if "/" in name else "untuned" for name in names}
+
+
+def _ablations(tables: Tables) -> Figure:
+    """Set every ablation beside the arm that they start from, which alone has an arm's name."""
+    table = tables[ABLATIONS]
+    return ablations.draw(table, next(arm for arm in table["arm"] if arm in ARMS))
 
 
 def _published_results(tables: Tables) -> pd.DataFrame:
@@ -246,6 +255,9 @@ FIGURES: dict[str, FigureSpec] = {
         lambda tables: forest.draw(tables["evaluation/comparisons"], "successes alone", labels=_short_names(tables)),
         "Paired differences on held-out dialogues that both arms answered.",
     ),
+    "ablations": FigureSpec(
+        (ABLATIONS,), _ablations, "One thing done otherwise: quality and failures on held-out dialogues.", "arms"
+    ),
     "metric_correlation": FigureSpec(
         ("scores",),
         lambda tables: metric_correlation.draw(tables["scores"]),
@@ -254,7 +266,7 @@ FIGURES: dict[str, FigureSpec] = {
 }
 
 _CODE = (
-    failure_classes, forest, intervals, metric_correlation, metrics, overview, pair_sources, response_time,
+    ablations, failure_classes, forest, intervals, metric_correlation, metrics, overview, pair_sources, response_time,
     score_distributions, style, time_distribution, training_curves, sys.modules[__name__],
 )  # fmt: skip
 
@@ -296,9 +308,16 @@ def _source(run: RunFolder, table: str) -> Path:
 
 
 def figure_names(run: RunFolder) -> list[str]:
-    """Return the figures that belong to the profile's way to evaluate."""
-    source = run.profile.evaluation.source
-    return [name for name, spec in FIGURES.items() if spec.evaluation in {None, source}]
+    """Return the figures whose tables the profile makes."""
+    profile = run.profile
+    absent = {f"pairs/{name}" for name in ("simple", "perso")} - {f"pairs/{name}" for name in profile.pairs.sets}
+    if not profile.evaluation.ablations:
+        absent.add(ABLATIONS)
+    return [
+        name
+        for name, spec in FIGURES.items()
+        if spec.evaluation in {None, profile.evaluation.source} and not absent & set(spec.tables)
+    ]
 
 
 def draw_figure(run: RunFolder, name: str) -> Figure:
@@ -335,7 +354,5 @@ def save_figure(run: RunFolder, name: str, *, overwrite: bool = False) -> Figure
 
 def save_figures(run: RunFolder, *, overwrite: bool = False) -> list[FigureReport]:
     """Write every figure whose tables the profile makes, with a progress bar where someone watches."""
-    absent = {f"pairs/{name}" for name in ("simple", "perso")} - {f"pairs/{name}" for name in run.profile.pairs.sets}
-    wanted = [name for name in figure_names(run) if not absent & set(FIGURES[name].tables)]
-    names = tqdm(wanted, desc="figures", leave=False, disable=not sys.stderr.isatty())
+    names = tqdm(figure_names(run), desc="figures", leave=False, disable=not sys.stderr.isatty())
     return [save_figure(run, name, overwrite=overwrite) for name in names]

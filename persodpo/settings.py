@@ -14,17 +14,17 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import AfterValidator, Field, model_validator
 
+from persodpo.evaluation_settings import Ablation, ArmName, Evaluation
 from persodpo.scoring_settings import Compute, MetricValues, Scoring, SmallModel, SmallScorers, SmallVectors
 from persodpo.sections import Correction, Count, Fraction, Positive, Section, distinct
 
 # What other modules take from here, wherever it is defined.
 __all__ = [
-    "ArmName", "AskedModel", "Completions", "Compute", "Correction", "Dialogues", "Engine", "Generation", "MetricValues",
-    "Miniature", "OpenAIModel", "Pairs", "Paths", "Policy", "Prices", "Profile", "Prompts", "ReplayModel", "Scoring",
-    "Section", "ServedModel", "SmallModel", "SmallPolicy", "SmallScorers", "SmallVectors", "Training", "TransformersModel",
+    "Ablation", "ArmName", "AskedModel", "Completions", "Compute", "Correction", "Dialogues", "Engine", "Evaluation",
+    "Generation", "MetricValues", "Miniature", "OpenAIModel", "Pairs", "Paths", "Policy", "Prices", "Profile", "Prompts",
+    "ReplayModel", "Scoring", "Section", "ServedModel", "SmallModel", "SmallPolicy", "SmallScorers", "SmallVectors",
+    "Training", "TransformersModel",
 ]  # fmt: skip
-
-ArmName = Literal["simple", "perso", "perso_weighted", "corrected"]
 
 
 class Paths(Section):
@@ -312,37 +312,6 @@ class Training(Section):
     health_prompts: Count
     health_tokens: Count
     stop_when_collapsed: bool
-
-
-class Evaluation(Section):
-    """Which arms are compared on the held-out dialogues, and how carefully.
-
-    Attributes:
-        source: ``published`` responses, or ``arms``: the starting policy (called ``base``) and the trained arms answer.
-        seeds: Each arm is trained once under each; the first one's training is what figures and cards show.
-        timed: Held-out dialogues that every arm answers one at a time, for its response times; None: all of them.
-        batch_size: Prompts that an arm answers together on the others.
-        resamples: Of the bootstrap.
-        pairs: Arm and baseline.
-    """
-
-    source: Literal["published", "arms"]
-    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
-    timed: Count | None
-    batch_size: Count
-    resamples: Annotated[int, Field(ge=1000)]
-    pairs: tuple[tuple[str, str], ...]
-
-    @model_validator(mode="after")
-    def _pairs_are_pairs(self) -> Evaluation:
-        same = next((arm for arm, baseline in self.pairs if arm == baseline), None)
-        if same is not None:
-            raise ValueError(f"'{same}' cannot be compared with itself")
-        if len(set(self.pairs)) < len(self.pairs):
-            raise ValueError("a pair stands twice; name each once")
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("a seed stands twice; name each once")
-        return self
 
 
 class Profile(Section):

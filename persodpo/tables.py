@@ -26,6 +26,11 @@ _PAIRS = [
     ("prompt", _text), ("chosen", _text), ("rejected", _text), ("score_chosen", _real), ("score_rejected", _real),
     ("dialogue_id", _text), ("chosen_model", _text), ("rejected_model", _text),
 ]  # fmt: skip
+_ESTIMATES = [
+    ("arm", _text), ("metric", _text), ("reading", _text), ("batch_size", _whole), ("hardware", _text),
+    ("seeds", _whole), ("responses", _whole), ("left_out", _whole), ("mean", _real), ("low", _real),
+    ("high", _real), ("interval", _text), ("reason", _text),
+]  # fmt: skip
 
 #: Columns of every table, by its name; the file is ``<name>.parquet`` in the run folder, ``<arm>`` the name of an arm.
 SCHEMAS: dict[str, pa.Schema] = {
@@ -56,11 +61,7 @@ SCHEMAS: dict[str, pa.Schema] = {
     "evaluation/results": pa.schema([
         ("model", _text), ("metric", _text), ("responses", _whole), ("mean", _real), ("std", _real),
     ]),
-    "evaluation/estimates": pa.schema([
-        ("arm", _text), ("metric", _text), ("reading", _text), ("batch_size", _whole), ("hardware", _text),
-        ("seeds", _whole), ("responses", _whole), ("left_out", _whole), ("mean", _real), ("low", _real),
-        ("high", _real), ("interval", _text), ("reason", _text),
-    ]),
+    "evaluation/estimates": pa.schema(_ESTIMATES),
     "evaluation/comparisons": pa.schema([
         ("arm", _text), ("baseline", _text), ("metric", _text), ("reading", _text), ("arm_seeds", _whole),
         ("baseline_seeds", _whole), ("seeds_paired", _flag), ("dialogues", _whole), ("left_out", _whole),
@@ -69,6 +70,13 @@ SCHEMAS: dict[str, pa.Schema] = {
         ("lower", _whole), ("ties", _whole), ("p_exact", _real), ("p_exact_holm", _real), ("family", _whole),
         ("reason", _text),
     ]),
+    "ablations/pairs": pa.schema([
+        ("ablation", _text), ("pairs", _whole), ("prompts", _whole), ("shared_pairs", _whole), ("low", _real),
+        ("high", _real),
+    ]),
+    "ablations/responses": pa.schema(_RESPONSES),
+    "ablations/scores": pa.schema(_SCORES),
+    "ablations/estimates": pa.schema(_ESTIMATES),
     "audit/parity": pa.schema([
         ("group", _text), ("quantity", _text), ("published", _text), ("ours", _text), ("verdict", _text),
         ("source", _text),

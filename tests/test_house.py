@@ -26,7 +26,7 @@ MODULES = sorted(path.relative_to(PROJECT) for path in PACKAGE.rglob("*.py"))
 
 #: Layers from the bottom up; a module imports from its own layer or below.
 LAYERS = [
-    ["errors", "settings", "scoring_settings", "sections"],
+    ["errors", "settings", "scoring_settings", "evaluation_settings", "sections"],
     ["config", "sqlite", "tables"],
     ["artifacts", "folders"],
     [
@@ -44,6 +44,7 @@ LAYERS = [
         "plots",
         "show",
         "training",
+        "variants",
     ],
     ["figures"],
     ["stages", "report"],

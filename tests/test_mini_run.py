@@ -28,7 +28,8 @@ SMALL = {
     "policy.small.batch_tokens": 1024, "scoring.compute.small.coherence.examples": 800,
     "scoring.compute.small.nli.examples": 3000, "scoring.compute.accept_failed_probes": "[coherence, c_score, ue_score]",
     "training.arms": "[perso, corrected]", "training.epochs": 1, "training.health_prompts": 2,
-    "evaluation.seeds": "[44, 45]", "evaluation.timed": 4, "evaluation.pairs": "[[perso, base], [corrected, perso]]", "pairs.sets": "[perso]",
+    "evaluation.seeds": "[44, 45]", "evaluation.timed": 4, "evaluation.pairs": "[[perso, base], [corrected, perso]]",
+    "pairs.sets": "[perso]",
 }  # fmt: skip
 
 

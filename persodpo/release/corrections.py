@@ -5,16 +5,12 @@ from __future__ import annotations
 import pandas as pd
 
 from persodpo.config import with_overrides
-from persodpo.generation.published import read_completions
-from persodpo.pairs import build_pairs
 from persodpo.release.audit import FINDINGS
 from persodpo.release.findings.base import Material
 from persodpo.release.published import TRAIN_SETS, PublishedSet
-from persodpo.scoring.quality import connect
-from persodpo.scoring.run import impute, published_metrics, rank
+from persodpo.scoring.run import published_metrics
 from persodpo.settings import Profile
-
-PairKeys = set[tuple[str, str, str]]
+from persodpo.variants import PairKeys, pair_keys, rebuild
 
 
 def correction_settings() -> dict[str, list[str]]:
@@ -59,18 +55,5 @@ def _sets(profile: Profile) -> list[PublishedSet]:
 
 def _rebuild(material: Material, metrics: pd.DataFrame, profile: Profile) -> tuple[float, float, int, PairKeys]:
     """Read, score and pair the published train responses under ``profile``, without writing anything."""
-    connection = connect(profile.engine, "")
-    responses = read_completions(material.tables["responses"], profile.completions)
-    values = impute(responses, metrics, profile.scoring.worst_case, unread=False)
-    ranking = rank(connection, values, profile.scoring, profile.pairs)
-    pairs = build_pairs(
-        connection,
-        "perso",
-        responses=responses,
-        scores=ranking.scores,
-        dialogues=material.tables["dialogues"],
-        limits=(ranking.low, ranking.high),
-        profile=profile,
-    )
-    keys = set(zip(pairs["dialogue_id"], pairs["chosen_model"], pairs["rejected_model"], strict=True))
-    return ranking.low, ranking.high, ranking.scale.responses, keys
+    made = rebuild(material.tables["responses"], metrics, material.tables["dialogues"], profile)
+    return made.ranking.low, made.ranking.high, made.ranking.scale.responses, pair_keys(made.pairs)

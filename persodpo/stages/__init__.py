@@ -4,6 +4,7 @@ A stage first makes sure of the stages before it (unchanged ones are skipped), s
 its own. What a stage does stands in the module it calls; nothing else joins two modules.
 """
 
+from persodpo.stages.ablate import run_ablate
 from persodpo.stages.base import published_at_hand, published_files
 from persodpo.stages.dialogues import run_dialogues
 from persodpo.stages.generate import Scope, asked_scope, forecast_report, run_ask, run_forecast, run_generate
@@ -14,6 +15,6 @@ from persodpo.stages.train import run_train
 
 __all__ = [
     "Scope", "as_released", "asked_scope", "forecast_report", "limits", "profile_scorers", "published_at_hand",
-    "published_files", "run_ask", "run_audit", "run_dialogues", "run_evaluate", "run_figures", "run_forecast",
+    "published_files", "run_ablate", "run_ask", "run_audit", "run_dialogues", "run_evaluate", "run_figures", "run_forecast",
     "run_generate", "run_pairs", "run_score", "run_train", "score_cache",
 ]  # fmt: skip

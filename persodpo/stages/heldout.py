@@ -5,7 +5,7 @@ All are asked in the same way, the profile's, whatever their pairs were made wit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -44,7 +44,11 @@ def run_heldout(profile: Profile, overwrite: bool = False) -> Reports:
         )
     reports = run_train(profile, seeds=profile.evaluation.seeds)
     run = RunFolder(profile)
-    return [*reports, _answers(run, overwrite), _scores(run, overwrite)]
+    models = {
+        model: start_policy(run) if model == BASE else arm_folder(run, model) for model in arms_of(profile)["model"]
+    }
+    answers = answer_held_out(run, "evaluation/responses", models, profile.evaluation.timed, overwrite=overwrite)
+    return [*reports, answers, score_held_out(run, "evaluation/responses", "evaluation/scores", overwrite=overwrite)]
 
 
 def arms_of(profile: Profile) -> pd.DataFrame:
@@ -59,34 +63,52 @@ def arms_of(profile: Profile) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["model", "arm", "seed"])
 
 
-def _answers(run: RunFolder, overwrite: bool) -> StageReport:
-    """Let every model answer what is not stored yet."""
+def answer_held_out(
+    run: RunFolder, table: str, models: Mapping[str, str | Path], timed: int | None, *, overwrite: bool = False
+) -> StageReport:
+    """Let models answer what is not stored yet.
+
+    Args:
+        run: The run folder.
+        table: The responses table to write.
+        models: Folder or Hub name of each, by its name in the table.
+        timed: Dialogues that are answered one at a time, for response times; None: all of them.
+        overwrite: Write the table even if it is written already.
+
+    Returns:
+        What was done.
+
+    Raises:
+        PersodpoError: There are no held-out dialogues, or a model has stopped.
+    """
     profile = run.profile
     dialogues = run.read("dialogues").query("split == 'valid'")
     if dialogues.empty:
         raise PersodpoError("There are no held-out dialogues to answer; give the profile a valid split.")
     with Store(run.answers) as store:
-        jobs = list(_jobs(run, dialogues, store))
+        jobs = list(_jobs(run, dialogues, models, timed, store))
         summaries = generate_all([job for job, _ in jobs], store, reading=profile.completions.reading)
         check_finished(summaries, profile, "evaluate")
-        frame = stored_answers(store, list(_jobs(run, dialogues, store)), profile)
+        frame = stored_answers(store, list(_jobs(run, dialogues, models, timed, store)), profile)
     # Answers of many at a time have no response time of their own.
     frame["response_time"] = frame["response_time"].where(frame["batch_size"] == 1)
-    return write_answers(run, "evaluation/responses", frame, overwrite=overwrite)
+    return write_answers(run, table, frame, overwrite=overwrite)
 
 
-def _jobs(run: RunFolder, dialogues: pd.DataFrame, store: Store) -> Iterator[tuple[Job, list[str]]]:
-    """Yield what each model answers: the first dialogues one at a time, for its times, and the others together."""
-    profile, settings = run.profile, run.profile.evaluation
-    timed = len(dialogues) if settings.timed is None else settings.timed
-    for model in arms_of(profile)["model"]:
-        weights = start_policy(run) if model == BASE else arm_folder(run, model)
-        for mode, part in (("latency", dialogues.iloc[:timed]), ("throughput", dialogues.iloc[timed:])):
+def _jobs(
+    run: RunFolder, dialogues: pd.DataFrame, models: Mapping[str, str | Path], timed: int | None, store: Store
+) -> Iterator[tuple[Job, list[str]]]:
+    """Yield what each model answers: the first dialogues one at a time, and the others together."""
+    first = len(dialogues) if timed is None else timed
+    for model, weights in models.items():
+        for mode, part in (("latency", dialogues.iloc[:first]), ("throughput", dialogues.iloc[first:])):
             if part.empty:
                 continue
-            entry = _entry(model, weights, mode, settings.batch_size)
-            backend = backend_for(entry, profile, weights, store)
-            yield job_for(part, entry, profile, backend), part["split"].tolist()
+            entry = _entry(model, weights, mode, run.profile.evaluation.batch_size)
+            yield (
+                job_for(part, entry, run.profile, backend_for(entry, run.profile, weights, store)),
+                part["split"].tolist(),
+            )
 
 
 def _entry(model: str, weights: str | Path, mode: str, batch_size: int) -> TransformersModel:
@@ -94,15 +116,24 @@ def _entry(model: str, weights: str | Path, mode: str, batch_size: int) -> Trans
     return TransformersModel.model_validate(fields)
 
 
-def _scores(run: RunFolder, overwrite: bool) -> StageReport:
-    """Score the held-out responses on the scale of the ranked ones, with the same scorers."""
-    profile = run.profile
-    table, names = "evaluation/scores", ("dialogues", "scores", "evaluation/responses")
+def score_held_out(run: RunFolder, answers: str, table: str, *, overwrite: bool = False) -> StageReport:
+    """Score held-out responses on the scale of the ranked ones, with the same scorers.
+
+    Args:
+        run: The run folder.
+        answers: The responses table to score.
+        table: The scores table to write.
+        overwrite: Score even if nothing changed.
+
+    Returns:
+        What was done.
+    """
+    profile, names = run.profile, ("dialogues", "scores", answers)
     small = score.small_scorers(run)
     scorers = score.profile_scorers(profile)
 
     def build(targets: Targets) -> None:
-        responses, ranked = run.read("evaluation/responses"), run.read("scores")
+        responses, ranked = run.read(answers), run.read("scores")
         with ScoreCache(score.score_cache(run)) as cache, score.backend_of(profile, small) as backend:
             metrics, _, _ = computed.computed_metrics(responses, run.read("dialogues"), scorers, cache, backend=backend)
         connection = quality.connect(profile.engine, str(targets[table].parent))
@@ -112,7 +143,7 @@ def _scores(run: RunFolder, overwrite: bool) -> StageReport:
         write_table(targets[table], table, scoring.rate(connection, values, scale, profile.scoring))
 
     return run.stage(
-        "score held-out responses",
+        f"score {answers}",
         inputs={name: run.path(name) for name in names} | computed.model_files(profile.scoring.compute, small),
         settings=score.score_settings(profile) | {"scorers": {one.name: dict(one.identity()) for one in scorers}},
         outputs=[table],

@@ -20,6 +20,7 @@ from persodpo.figures import FigureReport, save_figures
 from persodpo.release import audit, corrections, findings, parity, published
 from persodpo.release.findings.base import Material
 from persodpo.settings import Profile
+from persodpo.stages.ablate import run_ablate
 from persodpo.stages.base import Reports, Targets, alone, published_files
 from persodpo.stages.heldout import arms_of, run_heldout
 from persodpo.stages.pairs import limits, run_pairs, run_score
@@ -126,5 +127,9 @@ def run_audit(profile: Profile, overwrite: bool = False) -> Reports:
 @alone
 def run_figures(profile: Profile, overwrite: bool = False) -> list[StageReport | FigureReport]:
     """Draw the figures."""
-    reports: list[StageReport | FigureReport] = [*run_train(profile), *run_evaluate(profile)[-1:]]
+    reports: list[StageReport | FigureReport] = [
+        *run_train(profile),
+        *run_evaluate(profile)[-1:],
+        *run_ablate(profile)[-1:],
+    ]
     return [*reports, *save_figures(RunFolder(profile), overwrite=overwrite)]

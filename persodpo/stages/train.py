@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from persodpo.artifacts import RunFolder, digest_of, sha256
+import pandas as pd
+
+from persodpo.artifacts import RunFolder, StageReport, digest_of, sha256
 from persodpo.cards import write_model_card
 from persodpo.config import with_overrides
 from persodpo.errors import PersodpoError
@@ -52,6 +54,47 @@ def arm_folder(run: RunFolder, label: str) -> Path:
 
 def _train(profile: Profile, arm: ArmName, seed: int, overwrite: bool) -> Reports:
     """Train one arm under one seed."""
+    run, reports = RunFolder(profile), []
+    source = run
+    if ARMS[arm].corrected:
+        settings = [*corrections.correction_settings(), f"name={profile.name}-corrected"]
+        source = RunFolder(with_overrides(profile, settings))
+        reports = run_pairs(source.profile)
+    table = f"pairs/{ARMS[arm].pairs}"
+    label = label_of(arm, seed, profile.evaluation.seeds)
+    seeded = profile.model_copy(update={"seed": seed})
+    inputs = {table: source.path(table)}
+    report = train_on(run, arm, label, lambda: source.read(table), inputs=inputs, profile=seeded, overwrite=overwrite)
+    write_model_card(run, label, source)
+    return [*reports, report]
+
+
+def train_on(
+    run: RunFolder,
+    arm: ArmName,
+    label: str,
+    pairs: Callable[[], pd.DataFrame],
+    *,
+    inputs: Mapping[str, Path],
+    profile: Profile,
+    overwrite: bool = False,
+    basis: Mapping[str, object] | None = None,
+) -> StageReport:
+    """Train the run's starting policy as an arm is trained, unless that was done.
+
+    Args:
+        run: Where ``training/<label>/`` goes.
+        arm: The arm, which says how pairs are weighed.
+        label: Name of the folder.
+        pairs: Gives the pairs table.
+        inputs: The files that the pairs follow from.
+        profile: Its training section, reading of completions and seed are used.
+        overwrite: Train even if nothing changed.
+        basis: Other settings that the pairs follow from.
+
+    Returns:
+        What was done.
+    """
     from persodpo.training import (  # noqa: PLC0415 - torch is slow to load
         forward,
         health,
@@ -62,44 +105,34 @@ def _train(profile: Profile, arm: ArmName, seed: int, overwrite: bool) -> Report
     )
     from persodpo.training import run as training  # noqa: PLC0415
 
-    run, spec, reports = RunFolder(profile), ARMS[arm], []
-    source = run
-    if spec.corrected:
-        settings = [*corrections.correction_settings(), f"name={profile.name}-corrected"]
-        source = RunFolder(with_overrides(profile, settings))
-        reports = run_pairs(source.profile)
-    table = f"pairs/{spec.pairs}"
     start = start_policy(run)
-    label = label_of(arm, seed, profile.evaluation.seeds)
     outputs = [f"training/{label}/{name}" for name in ("log", "health", "generations")]
-    inputs = {table: source.path(table)} | _weights(start)
-    settings_used = {
-        "arm": asdict(spec),
+    inputs = dict(inputs) | _weights(start)
+    settings = {
+        "arm": asdict(ARMS[arm]),
         "policy": profile.policy.model,
         "training": profile.training.model_dump(mode="json", exclude={"arms"}),
         "reading": profile.completions.reading,
-        "seed": seed,
+        "seed": profile.seed,
+        **(basis or {}),
     }
     folder = arm_folder(run, label)
-    seeded = profile.model_copy(update={"seed": seed})
-    key = digest_of({"settings": settings_used, "inputs": {name: sha256(path) for name, path in inputs.items()}})
+    key = digest_of({"settings": settings, "inputs": {name: sha256(path) for name, path in inputs.items()}})
 
     def build(targets: Targets) -> None:
-        made = training.train_arm(source.read(table), arm, start, folder, profile=seeded, key=key)
+        made = training.train_arm(pairs(), arm, start, folder, profile=profile, key=key)
         for output, frame in zip(outputs, (made.log, made.health, made.generations), strict=True):
             write_table(targets[output], output, frame)
 
-    report = run.stage(
+    return run.stage(
         f"train {label}",
         inputs=inputs,
-        settings=settings_used,
+        settings=settings,
         outputs=outputs,
         code=[training, trainer, forward, packing, reference, loss, health],
         build=build,
         overwrite=overwrite or not training.is_trained(folder, key),
     )
-    write_model_card(run, label, source)
-    return [*reports, report]
 
 
 def _weights(policy: str | Path) -> dict[str, Path]:

@@ -1,0 +1,134 @@
+"""Ablations: the same responses, policy and held-out prompts, with one thing done otherwise; and how much it changes.
+
+Each starts from the arm that ``evaluation.ablated`` names, under the first seed, and is judged on the run's own quality
+score whatever its pairs were ranked by.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pandas as pd
+
+import persodpo.evaluation.bootstrap
+import persodpo.evaluation.observations
+import persodpo.evaluation.statistics
+import persodpo.variants
+from persodpo.artifacts import RunFolder, StageReport
+from persodpo.config import with_overrides
+from persodpo.evaluation.bootstrap import Resampling
+from persodpo.evaluation.observations import observe
+from persodpo.evaluation.statistics import estimates
+from persodpo.evaluation_settings import Ablation
+from persodpo.settings import Profile
+from persodpo.stages.base import Reports, Targets, alone
+from persodpo.stages.heldout import answer_held_out, run_heldout, score_held_out
+from persodpo.stages.train import arm_folder, train_on
+from persodpo.tables import write_table
+from persodpo.training.arms import ARMS
+from persodpo.variants import Variant, measured, pair_keys, rebuild
+
+_TABLES = ("ablations/pairs", "ablations/responses", "ablations/scores", "ablations/estimates")
+
+
+@alone
+def run_ablate(profile: Profile, overwrite: bool = False) -> Reports:
+    """Train, ask and score every ablation of the profile; without any, nothing is made."""
+    run, chosen = RunFolder(profile), profile.evaluation.ablations
+    if not chosen:
+        for table in _TABLES:
+            run.forget(table)
+        return []
+    reports = run_heldout(profile)
+    reports += [_train(run, ablation, overwrite) for ablation in chosen]
+    folders = {ablation.name: arm_folder(run, label_of(ablation)) for ablation in chosen}
+    reports.append(_pairs(run, overwrite))
+    reports.append(answer_held_out(run, "ablations/responses", folders, 0, overwrite=overwrite))
+    reports.append(score_held_out(run, "ablations/responses", "ablations/scores", overwrite=overwrite))
+    return [*reports, _estimates(run, overwrite)]
+
+
+def label_of(ablation: Ablation) -> str:
+    """Return the name of an ablation's folder in ``training/``."""
+    return "ablation-" + re.sub(r"[^a-z0-9]+", "-", ablation.name.lower()).strip("-")
+
+
+def overrides(ablation: Ablation, profile: Profile) -> list[str]:
+    """Return an ablation as settings; the weight of a signal that is left out is shared by the others."""
+    found = list(ablation.changes)
+    if ablation.without is not None:
+        weights = profile.scoring.weights.model_dump() | {ablation.without: 0.0}
+        total = sum(weights.values())
+        found += [f"scoring.weights.{signal}={weight / total!r}" for signal, weight in weights.items()]
+    return found
+
+
+def _variant(run: RunFolder, profile: Profile) -> Variant:
+    responses, scores, dialogues = (run.read(name) for name in ("responses", "scores", "dialogues"))
+    return rebuild(
+        responses, measured(responses, scores), dialogues, profile, ARMS[run.profile.evaluation.ablated].pairs
+    )
+
+
+def _inputs(run: RunFolder) -> dict[str, Path]:
+    return {name: run.path(name) for name in ("dialogues", "responses", "scores")}
+
+
+def _train(run: RunFolder, ablation: Ablation, overwrite: bool) -> StageReport:
+    """Train one ablation."""
+    profile = run.profile
+    variant = with_overrides(profile, overrides(ablation, profile))
+    seeded = variant.model_copy(update={"seed": profile.evaluation.seeds[0]})
+    basis = {"pairs": variant.pairs.model_dump(mode="json"), "scoring": variant.scoring.model_dump(mode="json")}
+    return train_on(
+        run, profile.evaluation.ablated, label_of(ablation), lambda: _variant(run, variant).pairs, inputs=_inputs(run),
+        profile=seeded, overwrite=overwrite, basis=basis | {"prompts": variant.prompts.model_dump(mode="json")},
+    )  # fmt: skip
+
+
+def _pairs(run: RunFolder, overwrite: bool) -> StageReport:
+    """Count what became of the pairs."""
+    profile, table = run.profile, "ablations/pairs"
+
+    def build(targets: Targets) -> None:
+        own = pair_keys(_variant(run, profile).pairs)
+        rows = []
+        for ablation in profile.evaluation.ablations:
+            made = _variant(run, with_overrides(profile, overrides(ablation, profile)))
+            rows.append({
+                "ablation": ablation.name, "pairs": len(made.pairs), "prompts": made.pairs["dialogue_id"].nunique(),
+                "shared_pairs": len(own & pair_keys(made.pairs)), "low": made.ranking.low, "high": made.ranking.high,
+            })  # fmt: skip
+        write_table(targets[table], table, pd.DataFrame(rows))
+
+    settings = profile.model_dump(mode="json", include={"prompts", "completions", "scoring", "pairs", "evaluation"})
+    return run.stage(
+        "pairs of ablations", inputs=_inputs(run), settings=settings, outputs=[table], code=[persodpo.variants],
+        build=build, overwrite=overwrite,
+    )  # fmt: skip
+
+
+def _estimates(run: RunFolder, overwrite: bool) -> StageReport:
+    """Estimate every ablation beside the arm that they start from, one seed each."""
+    settings, table = run.profile.evaluation, "ablations/estimates"
+    names = [f"{group}/{kind}" for group in ("evaluation", "ablations") for kind in ("responses", "scores")]
+
+    def build(targets: Targets) -> None:
+        own, other = (
+            observe(run.read(f"{group}/responses"), run.read(f"{group}/scores"))
+            for group in ("evaluation", "ablations")
+        )
+        both = pd.concat([own[own["arm"] == settings.ablated], other], ignore_index=True)
+        found = estimates(both, sampling=Resampling(settings.resamples, run.profile.seed))
+        write_table(targets[table], table, found)
+
+    return run.stage(
+        "ablations",
+        inputs={name: run.path(name) for name in names},
+        settings={"ablated": settings.ablated, "resamples": settings.resamples, "seed": run.profile.seed},
+        outputs=[table],
+        code=[persodpo.evaluation.observations, persodpo.evaluation.bootstrap, persodpo.evaluation.statistics],
+        build=build,
+        overwrite=overwrite,
+    )
