@@ -10,12 +10,21 @@ import hashlib
 import platform
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from torch.nn.functional import pad
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.cache_utils import DynamicLayer
 
 from persodpo.errors import PersodpoError
 from persodpo.generation.requests import Answer, ModelStopped, Request
@@ -24,8 +33,8 @@ from persodpo.settings import TransformersModel
 from persodpo.training.policy import load_policy
 
 WARM_UP_TOKENS = 8
-#: Positions of a batch's prompts that are read at a time; bounds the memory of the activations, and costs nothing.
-PREFILL_CHUNK = 128
+#: Positions, padding included, of the prompts that are read at a time.
+PREFILL_POSITIONS = 2048
 
 
 class Decoder:
@@ -105,8 +114,8 @@ class Decoder:
         """Decode one batch and time it."""
         started = time.perf_counter()
         width = max(map(len, ids))
-        pad = self._tokenizer.pad_token_id
-        rows = torch.tensor([[pad] * (width - len(row)) + row for row in ids], device=self._model.device)
+        padding = self._tokenizer.pad_token_id
+        rows = torch.tensor([[padding] * (width - len(row)) + row for row in ids], device=self._model.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=self._model.device)
         watch = _Watch(self._tokenizer, requests, width, self._cancelled, stop_at_json=self._settings.stop_at_json)
         drawing = _Drawing.of(requests)
@@ -114,6 +123,7 @@ class Decoder:
             made = self._model.generate(
                 input_ids=rows,
                 attention_mask=mask,
+                past_key_values=self._prefill(ids, width),
                 generation_config=self._greedy(max(request.max_new_tokens for request in requests)),
                 stopping_criteria=StoppingCriteriaList([watch]),
                 logits_processor=LogitsProcessorList([drawing] if drawing else []),
@@ -124,6 +134,37 @@ class Decoder:
             self._read(row, len(prompt), request, seconds=seconds, batch_size=len(requests), closed=closed)
             for row, prompt, request, closed in zip(tokens, ids, requests, watch.closed, strict=True)
         ]
+
+    def _prefill(self, ids: list[list[int]], width: int) -> DynamicCache | None:
+        """Read all of the prompts but their last tokens, few of like length at a time, so that little is padding.
+
+        Returns:
+            Their keys and values, padded on the left to ``width`` less one; None where a single token is all there is, or
+            the model keeps something else than every key and value.
+        """
+        cache = DynamicCache(config=self._model.config)
+        if width < 2 or any(type(layer) is not DynamicLayer for layer in cache.layers):
+            return None
+        device = self._model.device
+        order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+        states: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in cache.layers]
+        for group in _groups([len(ids[row]) - 1 for row in order], PREFILL_POSITIONS):
+            read = [ids[order[place]][:-1] for place in group]
+            longest = max(1, *map(len, read))
+            tokens = torch.tensor([[0] * (longest - len(row)) + row for row in read], device=device)
+            mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in read], device=device)
+            kept = self._model(
+                input_ids=tokens, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+                past_key_values=DynamicCache(config=self._model.config), logits_to_keep=1,
+            ).past_key_values  # fmt: skip
+            for found, layer in zip(states, kept.layers, strict=True):
+                found.append(tuple(pad(part, (0, 0, width - 1 - longest, 0)) for part in (layer.keys, layer.values)))
+        back = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=device)
+        for number, found in enumerate(states):
+            keys, values = (torch.cat(parts)[back] for parts in zip(*found, strict=True))
+            found.clear()
+            cache.update(keys, values, number)
+        return cache
 
     def _read(
         self,
@@ -159,7 +200,7 @@ class Decoder:
         config = GenerationConfig.from_dict(self._model.generation_config.to_dict())
         config.update(  # type: ignore[no-untyped-call]
             do_sample=False, temperature=None, top_p=None, top_k=None, max_length=None, max_new_tokens=max_new_tokens,
-            prefill_chunk_size=PREFILL_CHUNK, pad_token_id=self._tokenizer.pad_token_id,
+            pad_token_id=self._tokenizer.pad_token_id,
             eos_token_id=sorted(self._end_tokens()),
         )  # fmt: skip
         return config
@@ -190,6 +231,17 @@ class Decoder:
                 f"The tokenizer of model {settings.model} cannot write format {settings.format} ({said}); choose chat (no "
                 "system message) or raw for it."
             ) from error
+
+
+def _groups(lengths: Sequence[int], positions: int) -> Iterator[list[int]]:
+    """Part ascending lengths into runs that hold at most so many positions once padded; at least one each."""
+    group: list[int] = []
+    for place, length in enumerate(lengths):
+        if group and length * (len(group) + 1) > positions:
+            yield group
+            group = []
+        group.append(place)
+    yield group
 
 
 class _Watch(StoppingCriteria):
