@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -14,12 +15,13 @@ import pandas as pd
 import pytest
 
 from persodpo.artifacts import RunFolder
-from persodpo.config import load_profile
+from persodpo.config import load_profile, with_overrides
 from persodpo.errors import PersodpoError
 from persodpo.figures import figure_names
 from persodpo.miniature import models
 from persodpo.reproduce import notebook_files
 from persodpo.settings import Profile
+from persodpo.stages import ablate
 
 #: A world, models and trainings so small that all notebooks run in two or three minutes.
 SMALL = {
@@ -29,7 +31,8 @@ SMALL = {
     "scoring.compute.small.nli.examples": 3000, "scoring.compute.accept_failed_probes": "[coherence, c_score, ue_score]",
     "training.arms": "[perso, corrected]", "training.epochs": 1, "training.health_prompts": 2,
     "evaluation.seeds": "[44, 45]", "evaluation.timed": 4, "evaluation.pairs": "[[perso, base], [corrected, perso]]",
-    "pairs.sets": "[perso]",
+    "pairs.sets": "[perso]", "evaluation.ablated": "perso",
+    "evaluation.ablations": "[{name: without coherence, without: coherence}, {name: apart, changes: [pairs.low_quantile=0.2]}]",
 }  # fmt: skip
 
 
@@ -75,6 +78,28 @@ def test_models_learn_from_no_dialogue_that_a_run_asks_about(tmp_path):
     table = models.own_dialogues(tmp_path, mini(tmp_path).miniature)
     assert len(table) == SMALL["miniature.model_dialogues"]
     assert table["dialogue_id"].min() >= f"mini-{models.FIRST}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ("{name: x, changes: [generation.temperature=1]}", "'generation.temperature=1' is no ablation"),
+        ("{name: x, changes: [scoring.weights.coherence=0]}", "'scoring.weights.coherence=0' is no ablation"),
+        ("{name: x}", "'x' changes nothing"),
+        ("{name: x, without: coherence}, {name: x, without: c_score}", "two ablations have one name"),
+    ],
+)
+def test_what_would_ask_anew_is_no_ablation(changes, says, tmp_path):
+    with pytest.raises(PersodpoError, match=re.escape(says)):
+        mini(tmp_path, **{"evaluation.ablations": f"[{changes}]"})
+
+
+def test_a_signal_that_is_left_out_gives_its_weight_to_the_others(tmp_path):
+    profile = mini(tmp_path)
+    settings = ablate.overrides(profile.evaluation.ablations[0], profile)
+    weights = with_overrides(profile, settings).scoring.weights
+    assert weights.coherence == 0
+    assert weights.compliance / weights.c_score == pytest.approx(0.32 / 0.20)
 
 
 def reproduce(profile: Profile, folder: Path) -> subprocess.CompletedProcess:
@@ -133,6 +158,18 @@ def test_every_arm_and_seed_answers_every_held_out_dialogue(run):
     compared = run.read("evaluation/comparisons")
     assert compared[["arm_seeds", "baseline_seeds"]].drop_duplicates().to_numpy().tolist() == [[2, 1], [2, 2]]
     assert compared.loc[compared["metric"] == "response_time", "difference"].notna().all()
+
+
+@pytest.mark.slow
+def test_ablations_differ_in_their_pairs_and_answer_the_same_dialogues(run):
+    made = run.read("ablations/pairs").set_index("ablation")
+    assert made.loc["apart", "pairs"] < len(run.read("pairs/perso"))
+    assert made.loc["apart", "shared_pairs"] == made.loc["apart", "pairs"], "wider thresholds only leave pairs out"
+    responses = run.read("ablations/responses")
+    assert responses.groupby("model")["dialogue_id"].nunique().to_dict() == {"without coherence": 24, "apart": 24}
+    estimates = run.read("ablations/estimates")
+    assert set(estimates["arm"]) == {"perso", "without coherence", "apart"}
+    assert estimates.loc[estimates["metric"] == "quality", "mean"].notna().all()
 
 
 @pytest.mark.slow

@@ -57,13 +57,21 @@ def test_the_paper_profile_with_small_models_trains_an_arm(tmp_path, monkeypatch
     monkeypatch.setenv("OPENAI_API_KEY", "sk-canary/rehearsal")
     weights = {name: talkers["broken" if "7B" in name else "whole"] for name in LOCAL}
     with serving(tmp_path / "server.jsonl") as server:
-        profile = swapped(tmp_path, weights, scorers, talkers["whole"], server.url)
+        profile = swapped(
+            tmp_path, weights, scorers, talkers["whole"], server.url, training__arms="[perso_weighted]",
+            evaluation__seeds="[44]", evaluation__pairs="[[perso_weighted, base]]", evaluation__ablations="[]",
+        )  # fmt: skip
         assert not [str(finding) for finding in diagnose(profile) if finding.state == "missing"]
         reports = stages.run_train(profile, arms=["perso_weighted"])
         asked = len(server.received())
         again = stages.run_train(profile, arms=["perso_weighted"])
         assert len(server.received()) == asked
+        evaluated = stages.run_evaluate(profile)
+        assert len(server.received()) == asked
     assert all(report.skipped for report in again), [str(report) for report in again]
+    assert [report.stage for report in evaluated[-3:]] == [
+        "evaluation/responses", "score evaluation/responses", "evaluate",
+    ]  # fmt: skip
     run = RunFolder(profile)
     assert [report.stage for report in reports] == [
         "dialogues", "answers", "responses", "extras", "score", "pairs", "train perso_weighted",
@@ -77,6 +85,9 @@ def test_the_paper_profile_with_small_models_trains_an_arm(tmp_path, monkeypatch
     assert {one["key"] for one in server.received()} == {"Bearer sk-canary/rehearsal"}
     assert run.read("scores")["quality"].notna().all()
     assert all(len(run.read(f"pairs/{pairs}")) >= 20 for pairs in ("simple", "perso"))
+    held_out = run.read("evaluation/responses")
+    assert held_out.groupby("model").size().to_dict() == {"base": 4, "perso_weighted": 4}
+    assert held_out[["batch_size", "response_time"]].notna().all(axis=None), "response times are a published metric"
     outlook = [one for one in estimates(profile) if one.startswith("Asking")]
     assert sum("0 of 10 requests to ask" in one for one in outlook) == 3
     assert sum("from 10 stored answers" in one for one in outlook) == 7
