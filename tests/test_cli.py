@@ -44,8 +44,8 @@ def test_profile_shows_what_overrides_resolve_to():
         (["pairs", "--profile", "nonesuch"], "Profile 'nonesuch' is neither a shipped profile"),
         (["fetch", "weights"], "Nothing called 'weights' can be fetched"),
         (["fetch", "release", "--source", "/nonexistent/folder"], "/nonexistent/folder"),
-        (["score", "--set", "generation.models=[gpt-9]"], "gpt-9"),
-        (["generate", "--set", "dialogues.source=it_convai2"], "set dialogues.source=published_focus"),
+        (["score", "-p", "release", "--set", "generation.models=[gpt-9]"], "gpt-9"),
+        (["generate", "-p", "release", "--set", "dialogues.source=it_convai2"], "set dialogues.source=published_focus"),
     ],
 )
 def test_errors_are_one_sentence_without_a_traceback(arguments, words, tmp_path):
@@ -93,7 +93,7 @@ def test_focus_json_becomes_a_table(tmp_path):
         f"paths.runs={tmp_path}", "dialogues.source=focus_json", f"dialogues.train_file={tmp_path / 'train.json'}",
         f"dialogues.valid_file={tmp_path / 'valid.json'}", "dialogues.train_size=20",
     ]  # fmt: skip
-    given = [part for override in overrides for part in ("--set", override)]
+    given = ["-p", "release", *(part for override in overrides for part in ("--set", override))]
     done = run("dialogues", *given)
     assert "dialogues (24 rows) - written" in done.stdout, done.stderr
     assert "unchanged, skipped" in run("dialogues", *given).stdout

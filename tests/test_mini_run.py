@@ -32,7 +32,9 @@ SMALL = {
     "training.arms": "[perso, corrected]", "training.epochs": 1, "training.health_prompts": 2,
     "evaluation.seeds": "[44, 45]", "evaluation.timed": 4, "evaluation.pairs": "[[perso, base], [corrected, perso]]",
     "pairs.sets": "[perso]", "evaluation.ablated": "perso",
-    "evaluation.ablations": "[{name: without coherence, without: coherence}, {name: apart, changes: [pairs.low_quantile=0.2]}]",
+    "evaluation.ablations": (
+        "[{name: without coherence, without: coherence}, {name: apart, changes: [pairs.low_quantile=0.2]}]"
+    ),
 }  # fmt: skip
 
 

@@ -174,8 +174,8 @@ def test_an_unchanged_audit_is_skipped(release_run):
 
 
 def test_committed_figures_show_the_data_of_this_run(release_run):
-    for name, spec in figures.FIGURES.items():
-        if figures.LOGS in spec.tables:
+    for name in figures.figure_names(release_run):
+        if figures.LOGS in figures.FIGURES[name].tables:
             continue  # drawn from training, whose last digits depend on the machine
         record = json.loads((PROJECT / "figures" / "release" / f"{name}.json").read_text())
         assert plotted_sha256(figures.draw_figure(release_run, name)) == record["plotted_sha256"], name

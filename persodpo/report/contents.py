@@ -95,6 +95,10 @@ def _comparisons(tables: Tables) -> list[TextTable]:
     return [comparison_table(tables["evaluation/comparisons"])]
 
 
+def _ablations(tables: Tables) -> list[TextTable]:
+    return [results_table(tables["ablations/estimates"], IMPUTED)]
+
+
 def _gate(tables: Tables) -> list[TextTable]:
     gate = tables["pairs/gate"]
     checks = gate.drop_duplicates("check")
@@ -138,6 +142,7 @@ def _parity(tables: Tables) -> list[TextTable]:
 _PARTS: tuple[tuple[str, str, str, Callable[[Tables], list[TextTable]]], ...] = (
     ("Results", "results", "evaluation/estimates", _results),
     ("Results", "paired differences", "evaluation/comparisons", _comparisons),
+    ("Ablations", "ablations", "ablations/estimates", _ablations),
     ("Pairs", "gate of the pairs", "pairs/gate", _gate),
     ("Scorers", "reports on the scorers", "scorers", _scorers),
     ("Scorers", "probes of the scorers", "probes", _probes),
@@ -178,6 +183,8 @@ def _lack(run: RunFolder, what: str, kind: str, *, empty: bool) -> Lack:
         return Lack(f"No {what}: table {kind} has no rows.", None)
     if kind in ("scorers", "probes") and run.profile.scoring.source == "published":
         return Lack(f"No {what}: scores come from published files (scoring.source).", None)
+    if kind.startswith("ablations/") and not run.profile.evaluation.ablations:
+        return Lack(f"No {what}: the profile names none (evaluation.ablations).", None)
     return Lack(what, command(run, MAKER[kind.split("/", maxsplit=1)[0]]))
 
 
