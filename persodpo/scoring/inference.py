@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +29,8 @@ from persodpo.scoring.nli_model import CLASSES, classes
 
 #: Parameters below which one thread is faster than several.
 TINY = 5_000_000
+#: Tokens of a batch of such a model, so that there is one for every core.
+TINY_BATCH = 4096
 #: One model input by field: input_ids, and token_type_ids where the model has them.
 Row = Mapping[str, Sequence[int]]
 
@@ -188,19 +192,29 @@ def run(
     Raises:
         PersodpoError: A logit is not finite.
     """
-    found: dict[int, np.ndarray] = {}
     small = loaded.model.device.type == "cpu" and loaded.model.num_parameters() < TINY
-    with torch.inference_mode(), one_thread() if small else nullcontext():
-        for places in batches([len(row["input_ids"]) for row in rows], batch_tokens):
-            batch = _padded([rows[place] for place in places], loaded)
-            logits = forward(batch).to(torch.float64).cpu().numpy()
-            if not np.isfinite(logits).all():
-                raise PersodpoError(
-                    f"Model '{loaded.model.name_or_path}' gives values that are not finite; its weights are damaged or "
-                    "do not fit the type of number it runs in."
-                )
-            found |= dict(zip(places.tolist(), logits, strict=True))
-    return np.stack([found[place] for place in range(len(rows))])
+    lengths = [len(row["input_ids"]) for row in rows]
+
+    def one(places: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            logits = forward(_padded([rows[place] for place in places], loaded)).to(torch.float64).cpu().numpy()
+        if not np.isfinite(logits).all():
+            raise PersodpoError(
+                f"Model '{loaded.model.name_or_path}' gives values that are not finite; its weights are damaged or do not "
+                "fit the type of number it runs in."
+            )
+        return np.asarray(logits)
+
+    if small:
+        parts = list(batches(lengths, min(batch_tokens, TINY_BATCH)))
+        # Batches side by side, each on one thread: several threads in one batch would only wait for each other.
+        with one_thread(), ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            found = list(pool.map(one, parts))
+    else:
+        parts = list(batches(lengths, batch_tokens))
+        found = [one(places) for places in parts]
+    back = np.argsort(np.concatenate(parts))
+    return np.concatenate(found)[back]
 
 
 def _padded(rows: Sequence[Row], loaded: Loaded) -> dict[str, torch.Tensor]:
