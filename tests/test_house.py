@@ -164,6 +164,7 @@ def test_readme_shows_the_measured_generation():
     assert f"peak at {memory['peak MB']:.0f} MB" in README
     local = json.loads((results / "local.json").read_text())["measured"]
     assert all(row["same texts"] == 1 for rows in local.values() for row in rows.values())
+    assert local["qwen2-0.5b"]["together"]["times the released way"] >= 5
 
 
 def test_readme_shows_the_measured_trainer():
