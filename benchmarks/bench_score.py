@@ -69,6 +69,7 @@ RELEASED = [f"scoring.compute.{setting}=as_released" for setting in ("truncation
 TOLERANCE = 1e-5
 AT_LEAST = {"coherence": 20.0, "nli": 3.0, "persona_distance": 3.0}
 FULL_CACHE_SECONDS = 2.0
+PARTS = ("released", "growth", "full_cache")
 #: Time a text and peak memory may grow by this much from the smallest to the largest size.
 GROWTH = 1.3
 
@@ -310,6 +311,9 @@ def main() -> None:
     parser.add_argument("--profile", default="release")
     parser.add_argument("--responses", type=int, default=RESPONSES)
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--only", choices=PARTS, help="measure this part anew, and keep the others as they were measured"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--size", type=int, help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -319,15 +323,24 @@ def main() -> None:
         return
     stages.run_generate(run.profile)
     small_scorers(run)
-    measured: dict[str, Any] = {"released": against_released(run, asked.responses), "growth": growth(asked.profile)}
-    measured["full_cache"] = full_cache(run)
+    before = json.loads((asked.output / "score.json").read_text()) if asked.only else {"measured": {}, "commits": {}}
+    measured, commits = before["measured"], before.get("commits", {})
+    parts: dict[str, Callable[[], Any]] = {
+        "released": lambda: against_released(run, asked.responses),
+        "growth": lambda: growth(asked.profile),
+        "full_cache": lambda: full_cache(run),
+    }
+    for part in [asked.only] if asked.only else PARTS:
+        measured[part], commits[part] = parts[part](), git_commit()
     machine = {
         "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
         **versions(), **{name: version(name) for name in ("gensim", "scipy")}, "commit": git_commit(),
     }  # fmt: skip
     asked.output.mkdir(parents=True, exist_ok=True)
     sizes = {"responses": asked.responses, "windows": WINDOWS, "repeats": REPEATS, "quick_repeats": QUICK_REPEATS}
-    write_json(asked.output / "score.json", {"machine": machine, "sizes": sizes, "measured": measured})
+    write_json(
+        asked.output / "score.json", {"machine": machine, "sizes": sizes, "commits": commits, "measured": measured}
+    )
     (asked.output / "score.md").write_text(tables(measured) + "\n")
     print(tables(measured))
     if misses := missed(measured):

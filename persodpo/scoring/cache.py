@@ -68,12 +68,9 @@ class Told(NamedTuple):
 
 def text_key(texts: Sequence[str]) -> bytes:
     """Return the sha256 of a text tuple; texts with other bounds give another one."""
-    digest = hashlib.sha256()
-    for text in texts:
-        # A lone surrogate is no Unicode text, but a model may write one.
-        part = text.encode("utf-8", "surrogatepass")
-        digest.update(len(part).to_bytes(8, "little") + part)
-    return digest.digest()
+    # A lone surrogate is no Unicode text, but a model may write one.
+    parts = [text.encode("utf-8", "surrogatepass") for text in texts]
+    return hashlib.sha256(b"".join([len(part).to_bytes(8, "little") + part for part in parts])).digest()
 
 
 class ScoreCache:
@@ -130,6 +127,8 @@ class ScoreCache:
         with _SENTENCES.of(self.path), transaction(self._connection):
             # In the order of the index, which is twice as fast.
             self._connection.executemany("INSERT OR IGNORE INTO temp.asked VALUES (?)", zip(sorted(keys)))
+            if self._connection.execute("SELECT 1 FROM scores WHERE scorer = ? LIMIT 1", (scorer,)).fetchone() is None:
+                return found
             for start in range(0, len(keys), CHUNK):
                 part = keys[start : start + CHUNK]
                 marks = ", ".join("?" * len(part))
