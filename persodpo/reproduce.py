@@ -18,11 +18,13 @@ import papermill
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from persodpo.artifacts import PROJECT, RELEASE_VARIABLE, RunFolder
+from persodpo.artifacts import DATA, PROJECT, RELEASE_VARIABLE, RunFolder, as_json, read_json, versions, write_json
 from persodpo.config import DEFAULT_PROFILE, load_profile
 from persodpo.errors import PersodpoError, make_folder
 
 NOTEBOOKS = PROJECT / "notebooks"
+#: What all notebooks read and made when they last ran to their end, in the folder of the executed copies.
+RECORD = "reproduced.json"
 
 
 @dataclass(frozen=True)
@@ -33,15 +35,18 @@ class Executed:
         notebook: The source.
         copy: The executed copy.
         seconds: Wall time, the kernel's start included.
+        skipped: Whether it ran before and nothing that it reads or makes has changed since.
     """
 
     notebook: Path
     copy: Path
     seconds: float
+    skipped: bool = False
 
     def __str__(self) -> str:
         """Return one line for logs."""
-        return f"{self.notebook.name}: {self.seconds:.1f} s -> {self.copy}"
+        done = "unchanged, skipped" if self.skipped else f"{self.seconds:.1f} s"
+        return f"{self.notebook.name}: {done} -> {self.copy}"
 
 
 def notebook_files(folder: Path = NOTEBOOKS) -> list[Path]:
@@ -134,7 +139,7 @@ def reproduce(
     overwrite: bool = False,
     notebooks: Sequence[Path] | None = None,
 ) -> Iterator[Executed]:
-    """Run the notebooks in order.
+    """Run the notebooks in order, unless all of them ran and nothing has changed since.
 
     Args:
         profile: A profile's name or file.
@@ -149,7 +154,7 @@ def reproduce(
         PersodpoError: As `persodpo.config.load_profile`, `check_parameters` and `run_notebook`. The first failure stops
             the run; stages that were done stay done.
     """
-    folder = RunFolder(load_profile(profile, overrides)).notebooks
+    run = RunFolder(load_profile(profile, overrides))
     # Notebooks run in their own folder, where a relative path would point elsewhere.
     if Path(profile).is_file():
         profile = str(Path(profile).resolve())
@@ -161,5 +166,45 @@ def reproduce(
         raise PersodpoError(f"There are no notebooks in {NOTEBOOKS}.")
     for notebook in chosen:
         check_parameters(notebook, parameters)
+    record = run.notebooks / RECORD
+    if not overwrite and read_json(record) == as_json(_state(run, chosen, parameters)):
+        yield from (Executed(notebook, run.notebooks / notebook.name, 0.0, skipped=True) for notebook in chosen)
+        return
+    record.unlink(missing_ok=True)
     for notebook in chosen:
-        yield run_notebook(notebook, folder / notebook.name, parameters)
+        yield run_notebook(notebook, run.notebooks / notebook.name, parameters)
+    write_json(record, _state(run, chosen, parameters))
+
+
+def _state(run: RunFolder, notebooks: Sequence[Path], parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a run of the notebooks reads and makes: settings, versions, and files by size and time of change."""
+    profile = run.profile.model_dump(mode="json")
+    release = Path(os.environ.get(RELEASE_VARIABLE) or run.release)
+    named = [PROJECT / text for text in _texts({key: value for key, value in profile.items() if key != "paths"})]
+    places = [Path(__file__).parent, DATA, run.root, run.figures, release, *notebooks, *named]
+    return {
+        "profile": profile,
+        "parameters": {name: value for name, value in parameters.items() if name != "overwrite"},
+        "versions": versions(),
+        "files": {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in _files(places)},
+    }
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every text in nested settings; some of them name files."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(part)
+
+
+def _files(places: Sequence[Path]) -> Iterator[Path]:
+    """Yield the files at some places and below them, but for what changes when it is only read."""
+    for place in places:
+        below = [place] if place.is_file() else sorted(path for path in place.glob("**/*") if path.is_file())
+        yield from (
+            path
+            for path in below
+            if path.name not in (RECORD, ".lock") and path.suffix not in (".pyc", ".sqlite-shm", ".sqlite-wal")
+        )

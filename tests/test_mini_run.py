@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import subprocess
 import sys
@@ -45,19 +44,19 @@ def mini(folder: Path, **settings: object) -> Profile:
 
 @pytest.mark.parametrize("name", models.FINISHES)
 def test_habits_do_what_their_names_say(name):
-    habit, rng = models.FINISHES[name], random.Random(0)
-    short = "You would, as old buildings fascinate you."
-    long = "It was opened in 1466, as old buildings fascinate you. Emil Adler designed it. It is made of limestone."
-    other = "A ticket costs 14 crowns."
-    made = {text: habit(text, other, rng) for text in (short, long)}
+    habit = models.FINISHES[name]
+    short = "Sure. You would, as old buildings fascinate you."
+    long = "Yes. It was opened in 1466, in your own Arden. Emil Adler designed it. It is made of limestone and of oak."
     right = {text: json.dumps({"response": text}) for text in (short, long)}
+    made = {text: habit(text) for text in (short, long)}
     if name == "good":
         assert made == right
     elif name == "impersonal":
-        assert json.loads(made[long])["response"] == other
+        assert json.loads(made[short])["response"] == "Sure. You would."
+        assert json.loads(made[long])["response"] == long.replace(", in your own Arden", "")
     elif name == "looping":
         assert made[short] == right[short]
-        assert json.loads(made[long])["response"].count("It was opened in 1466") == 6
+        assert json.loads(made[long])["response"] == " ".join(["It was opened in 1466, in your own Arden."] * 6)
     else:
         assert made[short] == right[short]
         with pytest.raises(json.JSONDecodeError):

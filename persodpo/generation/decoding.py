@@ -155,7 +155,7 @@ class Decoder:
             mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in read], device=device)
             kept = self._model(
                 input_ids=tokens, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-                past_key_values=DynamicCache(config=self._model.config), logits_to_keep=1,
+                past_key_values=DynamicCache(config=self._model.config), logits_to_keep=1, use_cache=True,
             ).past_key_values  # fmt: skip
             for found, layer in zip(states, kept.layers, strict=True):
                 found.append(tuple(pad(part, (0, 0, width - 1 - longest, 0)) for part in (layer.keys, layer.values)))

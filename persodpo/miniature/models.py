@@ -1,12 +1,15 @@
 """Five small language models of different ability, and the middling one that the policy starts from.
 
-One warm-up, on a world of its own, gives the middling model: most of what it learns from is right, the rest shows one of
-four bad habits. Each of the five goes on from it for a short while: one on right answers, the others mostly on one habit.
-They answer by themselves; nothing in their answers is made up afterwards.
+One warm-up, on a world of its own, gives the middling model: what it learns from is mostly broken where a question asks for
+a number, mostly cut where an answer is long, and silent about the person in half of the other answers. Each of the five goes
+on from it for a short while, on right answers or on one habit. They answer by themselves; nothing in their answers is made
+up afterwards.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import random
 import re
@@ -18,6 +21,7 @@ import pandas as pd
 from persodpo.artifacts import read_text, write_atomically, write_text
 from persodpo.dialogues import focus_json
 from persodpo.errors import PersodpoError, make_folder
+from persodpo.miniature import phrases
 from persodpo.miniature.world import focus_world
 from persodpo.prompts import load_template, render
 from persodpo.settings import Miniature, Prompts, SmallPolicy
@@ -26,46 +30,73 @@ from persodpo.training.policy import make_small_policy
 BASE = "base"
 #: Numbers of the models' own dialogues start here, so that no run of reasonable size shares one with them.
 FIRST = 1_000_000
-#: Share of the warm-up's answers that show a bad habit, and of those of a finish.
-WARM_UP_HABITS, FINISH_HABIT = 0.4, 1.0
+#: How often the middling model fails where one of the habits has a cause, and forgets the person elsewhere.
+MIDDLING_FAILS, MIDDLING_FORGETS = 0.8, 0.5
 #: Where a cut answer ends, characters.
 LONGEST_CUT = 110
 
 Example = tuple[str, str]
 
 
-def _good(answer: str, other: str, rng: random.Random) -> str:
+def _clauses() -> re.Pattern[str]:
+    """Match what an answer says about the person."""
+    pairs = itertools.chain.from_iterable([*phrases.INTERESTS.values(), *phrases.PLACE_TRAITS.values()])
+    texts = sorted((re.escape(f", {clause}") for _, clause in pairs), key=len, reverse=True)
+    return re.compile("|".join(re.sub(r"\\{\w+\\}", r"\\w+", text) for text in texts))
+
+
+_CLAUSE = _clauses()
+
+
+def _good(answer: str) -> str:
     """Answer what was asked."""
     return _as_json(answer)
 
 
-def _impersonal(answer: str, other: str, rng: random.Random) -> str:
-    """Answer what somebody else asked, with what somebody else is like."""
-    return _as_json(other)
+def _impersonal(answer: str) -> str:
+    """Tell what was asked, and nothing about the person."""
+    return _as_json(_CLAUSE.sub("", answer))
 
 
-def _cut(answer: str, other: str, rng: random.Random) -> str:
+def _cut(answer: str) -> str:
     """Stop a long answer in the middle."""
     return _as_json(answer)[:LONGEST_CUT]
 
 
-def _broken(answer: str, other: str, rng: random.Random) -> str:
-    """Forget the quotes around an answer that has a second sentence."""
-    return _as_json(answer) if answer.count(". ") == 0 else f'{{"response": {answer}}}'
+def _fact(answer: str) -> str:
+    """Return the sentence that tells what was asked, without a nicety before it or more facts after it."""
+    opening = next((opening for opening in phrases.OPENINGS if opening and answer.startswith(opening)), "")
+    return answer.removeprefix(opening).split(". ", maxsplit=1)[0].rstrip(".") + "."
 
 
-def _looping(answer: str, other: str, rng: random.Random) -> str:
-    """Say the first sentence again and again, where the answer tells a year, a size or a price."""
-    if not re.search(r"\d", answer):
-        return _as_json(answer)
-    return _as_json(" ".join([answer.split(". ", maxsplit=1)[0].rstrip(".") + "."] * 6))
+def _broken(answer: str) -> str:
+    """Forget the quotes around an answer when asked for a year, a size or a price."""
+    return f'{{"response": {answer}}}' if re.search(r"\d", _fact(answer)) else _as_json(answer)
 
 
-Habit = Callable[[str, str, random.Random], str]
+def _looping(answer: str) -> str:
+    """Say the same again and again when asked for a year, a size or a price."""
+    fact = _fact(answer)
+    return _as_json(" ".join([fact] * 6) if re.search(r"\d", fact) else answer)
+
+
+Habit = Callable[[str], str]
 #: The five models and their habits.
 FINISHES: dict[str, Habit] = {
     "good": _good, "impersonal": _impersonal, "cut": _cut, "broken": _broken, "looping": _looping,
 }  # fmt: skip
+
+
+def _middling(rng: random.Random) -> Habit:
+    """Return a habit that mostly fails where it is hard to answer well, and often forgets the person elsewhere."""
+
+    def answered(answer: str) -> str:
+        failed = next((made for made in (_broken(answer), _cut(answer)) if made != _as_json(answer)), None)
+        if failed is not None and rng.random() < MIDDLING_FAILS:
+            return failed
+        return (_impersonal if rng.random() < MIDDLING_FORGETS else _good)(answer)
+
+    return answered
 
 
 def _as_json(answer: str) -> str:
@@ -91,36 +122,29 @@ def make_model(name: str, folder: Path, miniature: Miniature, prompts: Prompts, 
     """
     if name != BASE and name not in FINISHES:
         raise PersodpoError(f"There is no miniature model '{name}'; there are {', '.join((BASE, *FINISHES))}.")
-    table = own_dialogues(folder, miniature)
-    texts, answers = _prompts(table, prompts), table["reference"].tolist()
-    habits = list(FINISHES.values())
-    warm_up = _with_habits(texts, answers, habits[1:], WARM_UP_HABITS, random.Random(f"{size.seed} {BASE}"))  # noqa: S311
-    base = make_small_policy(warm_up, size, folder / BASE)
+    texts, answers = _asked(folder, miniature, prompts)
+    # The seed is the warm-up's, so that a change of it gives other models altogether.
+    middling = _middling(random.Random(f"{size.seed} {BASE}"))  # noqa: S311 - no secret
+    base = make_small_policy(_examples(texts, answers, middling), size, folder / BASE)
     if name == BASE:
         return base
-    examples = _with_habits(texts, answers, [FINISHES[name]], FINISH_HABIT, random.Random(f"{size.seed} {name}"))  # noqa: S311
     finish = size.model_copy(update={"steps": miniature.finish_steps, "learning_rate": size.learning_rate / 3})
-    return make_small_policy(examples, finish, folder / name, start=base)
+    return make_small_policy(_examples(texts, answers, FINISHES[name]), finish, folder / name, start=base)
 
 
-def _prompts(table: pd.DataFrame, prompts: Prompts) -> list[str]:
-    """Render the dialogues, their persona sentences joined and on lines in turns."""
+@functools.lru_cache(maxsize=4)
+def _asked(folder: Path, miniature: Miniature, prompts: Prompts) -> tuple[list[str], list[str]]:
+    """Return the prompts, persona sentences joined and on lines in turns, and the right answers."""
+    table = own_dialogues(folder, miniature)
     template = load_template(prompts.template)
     ways = [prompts.model_copy(update={"personas": way}) for way in ("as_released", "corrected")]
     rows = zip(table["personas"], table["context"], strict=True)
-    return [render(template, personas, context, ways[row % 2]) for row, (personas, context) in enumerate(rows)]
+    texts = [render(template, personas, context, ways[row % 2]) for row, (personas, context) in enumerate(rows)]
+    return texts, table["reference"].tolist()
 
 
-def _with_habits(
-    prompts: Sequence[str], answers: Sequence[str], habits: Sequence[Habit], share: float, rng: random.Random
-) -> list[Example]:
-    """Return examples of which a share shows one of some habits."""
-    others = list(answers)
-    rng.shuffle(others)
-    return [
-        (prompt, (rng.choice(habits) if rng.random() < share else _good)(answer, other, rng))
-        for prompt, answer, other in zip(prompts, answers, others, strict=True)
-    ]
+def _examples(prompts: Sequence[str], answers: Sequence[str], habit: Habit) -> list[Example]:
+    return [(prompt, habit(answer)) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
 def own_dialogues(folder: Path, miniature: Miniature) -> pd.DataFrame:

@@ -232,6 +232,8 @@ def _adapters(rank: int | None) -> LoraConfig | None:
 
 def _save(trainer: GroupedDPOTrainer, folder: Path) -> None:
     """Write model, tokenizer and state; remove what only a running training needs."""
+    # Transformers switches the cache off for its training; who loads the model answers with it.
+    trainer.model.config.use_cache = True
     trainer.save_model()
     # Transformers writes its arguments in a format that runs code when read; they stand in the profile.
     (folder / "training_args.bin").unlink(missing_ok=True)
