@@ -335,9 +335,8 @@ class RunFolder:
 
     def _save_profile(self) -> None:
         text = self.profile.to_yaml()
-        if read_text(self.root / "profile.yaml") == text:
-            return
-        write_atomically(self.root / "profile.yaml", lambda path: write_text(path, self.profile.to_yaml()))
+        if read_text(self.root / "profile.yaml") != text:
+            write_atomically(self.root / "profile.yaml", lambda path: write_text(path, text))
 
 
 def is_running(process: int) -> bool:

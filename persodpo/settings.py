@@ -6,6 +6,7 @@ Settings that mend a defect of the released method take one of two words: ``as_r
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -342,4 +343,10 @@ class Profile(Section):
 
     def to_yaml(self) -> str:
         """Return the resolved profile as YAML, in the order of the sections."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        return _yaml_of(self)
+
+
+@functools.lru_cache(maxsize=8)
+def _yaml_of(profile: Profile) -> str:
+    """Return a profile as YAML; every stage asks for it."""
+    return yaml.safe_dump(profile.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

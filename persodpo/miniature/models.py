@@ -13,7 +13,7 @@ import itertools
 import json
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -122,29 +122,33 @@ def make_model(name: str, folder: Path, miniature: Miniature, prompts: Prompts, 
     """
     if name != BASE and name not in FINISHES:
         raise PersodpoError(f"There is no miniature model '{name}'; there are {', '.join((BASE, *FINISHES))}.")
-    texts, answers = _asked(folder, miniature, prompts)
-    # The seed is the warm-up's, so that a change of it gives other models altogether.
-    middling = _middling(random.Random(f"{size.seed} {BASE}"))  # noqa: S311 - no secret
-    base = make_small_policy(_examples(texts, answers, middling), size, folder / BASE)
+    template = load_template(prompts.template)
+    lessons = functools.partial(_lessons, miniature=miniature, prompts=prompts, template=template, seed=size.seed)
+    base = make_small_policy(lessons(BASE, folder), size, folder / BASE)
     if name == BASE:
         return base
     finish = size.model_copy(update={"steps": miniature.finish_steps, "learning_rate": size.learning_rate / 3})
-    return make_small_policy(_examples(texts, answers, FINISHES[name]), finish, folder / name, start=base)
+    return make_small_policy(lessons(name, folder), finish, folder / name, start=base)
 
 
-@functools.lru_cache(maxsize=4)
-def _asked(folder: Path, miniature: Miniature, prompts: Prompts) -> tuple[list[str], list[str]]:
+@functools.lru_cache(maxsize=2 * (1 + len(FINISHES)))
+def _lessons(
+    name: str, folder: Path, *, miniature: Miniature, prompts: Prompts, template: str, seed: int
+) -> tuple[Example, ...]:
+    """Return what a model learns from: all stages ask for it again and again."""
+    habit = FINISHES[name] if name in FINISHES else _middling(random.Random(f"{seed} {name}"))  # noqa: S311 - no secret
+    texts, answers = _asked(folder, miniature, prompts, template)
+    return tuple((text, habit(answer)) for text, answer in zip(texts, answers, strict=True))
+
+
+@functools.lru_cache(maxsize=2)
+def _asked(folder: Path, miniature: Miniature, prompts: Prompts, template: str) -> tuple[list[str], list[str]]:
     """Return the prompts, persona sentences joined and on lines in turns, and the right answers."""
     table = own_dialogues(folder, miniature)
-    template = load_template(prompts.template)
     ways = [prompts.model_copy(update={"personas": way}) for way in ("as_released", "corrected")]
     rows = zip(table["personas"], table["context"], strict=True)
     texts = [render(template, personas, context, ways[row % 2]) for row, (personas, context) in enumerate(rows)]
     return texts, table["reference"].tolist()
-
-
-def _examples(prompts: Sequence[str], answers: Sequence[str], habit: Habit) -> list[Example]:
-    return [(prompt, habit(answer)) for prompt, answer in zip(prompts, answers, strict=True)]
 
 
 def own_dialogues(folder: Path, miniature: Miniature) -> pd.DataFrame:
@@ -162,7 +166,12 @@ def own_dialogues(folder: Path, miniature: Miniature) -> pd.DataFrame:
     """
     make_folder(folder)
     path = folder / "world.json"
-    text = json.dumps(focus_world(miniature.model_dialogues, miniature.seed, first=FIRST))
+    text = _world(miniature.model_dialogues, miniature.seed)
     if read_text(path) != text:
         write_atomically(path, lambda temporary: write_text(temporary, text))
     return focus_json(path, "train")
+
+
+@functools.lru_cache(maxsize=1)
+def _world(dialogues: int, seed: int) -> str:
+    return json.dumps(focus_world(dialogues, seed, first=FIRST))

@@ -40,10 +40,15 @@ def run_train(
     for arm in chosen:
         if ARMS[arm].pairs not in profile.pairs.sets:
             raise PersodpoError(f"Arm {arm} trains on {ARMS[arm].pairs} pairs; add {ARMS[arm].pairs} to pairs.sets.")
-    reports = run_pairs(profile)
+    reports, run = run_pairs(profile), RunFolder(profile)
     for arm in chosen:
+        source = run
+        if ARMS[arm].corrected:
+            settings = [*corrections.correction_settings(), f"name={profile.name}-corrected"]
+            source = RunFolder(with_overrides(profile, settings))
+            reports += run_pairs(source.profile)
         for seed in seeds or profile.evaluation.seeds[:1]:
-            reports += _train(profile, arm, seed, overwrite)
+            reports.append(_train(run, source, arm, seed, overwrite))
     return reports
 
 
@@ -52,21 +57,15 @@ def arm_folder(run: RunFolder, label: str) -> Path:
     return run.path(f"training/{label}/log").parent
 
 
-def _train(profile: Profile, arm: ArmName, seed: int, overwrite: bool) -> Reports:
-    """Train one arm under one seed."""
-    run, reports = RunFolder(profile), []
-    source = run
-    if ARMS[arm].corrected:
-        settings = [*corrections.correction_settings(), f"name={profile.name}-corrected"]
-        source = RunFolder(with_overrides(profile, settings))
-        reports = run_pairs(source.profile)
+def _train(run: RunFolder, source: RunFolder, arm: ArmName, seed: int, overwrite: bool) -> StageReport:
+    """Train one arm under one seed, on the pairs of ``source``."""
     table = f"pairs/{ARMS[arm].pairs}"
-    label = label_of(arm, seed, profile.evaluation.seeds)
-    seeded = profile.model_copy(update={"seed": seed})
+    label = label_of(arm, seed, run.profile.evaluation.seeds)
+    seeded = run.profile.model_copy(update={"seed": seed})
     inputs = {table: source.path(table)}
     report = train_on(run, arm, label, lambda: source.read(table), inputs=inputs, profile=seeded, overwrite=overwrite)
     write_model_card(run, label, source)
-    return [*reports, report]
+    return report
 
 
 def train_on(
