@@ -9,7 +9,7 @@ LOCKED  := $(VENV)/.built-from-lock
 STAMP   := $(VENV)/.installed
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
-.PHONY: reproduce test test-slow lint format figures lab bench-pairs bench-generate bench-train bench-batches bench-score lock clean
+.PHONY: reproduce test test-slow lint format figures lab bench-mini bench-pairs bench-generate bench-train bench-batches bench-score lock clean
 
 reproduce: $(STAMP)  ## run every notebook in order under PROFILE
 	$(BIN)/persodpo reproduce --profile $(PROFILE) $(foreach s,$(SET),--set $(s))
@@ -34,6 +34,9 @@ figures: $(STAMP)  ## redraw every figure from the run folder's tables
 
 lab: $(STAMP)  ## open the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+bench-mini: $(STAMP)  ## the miniature from nothing, twice: time, memory, findings, and whether they are the same
+	$(BIN)/python benchmarks/bench_mini.py
 
 bench-pairs: $(STAMP)  ## metric values -> pairs, up to 100 million responses
 	$(BIN)/python benchmarks/bench_pairs.py

@@ -149,8 +149,8 @@ def _short_names(tables: Tables) -> dict[str, str]:
 
 def _ablations(tables: Tables) -> Figure:
     """Set every ablation beside the arm that they start from, which alone has an arm's name."""
-    table = tables[ABLATIONS]
-    return ablations.draw(table, next(arm for arm in table["arm"] if arm in ARMS))
+    table, order = tables[ABLATIONS], tables["ablations/pairs"]["ablation"].tolist()
+    return ablations.draw(table, next(arm for arm in table["arm"] if arm in ARMS), arms=order)
 
 
 def _published_results(tables: Tables) -> pd.DataFrame:
@@ -256,7 +256,10 @@ FIGURES: dict[str, FigureSpec] = {
         "Paired differences on held-out dialogues that both arms answered.",
     ),
     "ablations": FigureSpec(
-        (ABLATIONS,), _ablations, "One thing done otherwise: quality and failures on held-out dialogues.", "arms"
+        (ABLATIONS, "ablations/pairs"),
+        _ablations,
+        "One thing done otherwise: quality and failures on held-out dialogues.",
+        "arms",
     ),
     "metric_correlation": FigureSpec(
         ("scores",),

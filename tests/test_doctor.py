@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from persodpo.artifacts import RELEASE_VARIABLE
 from persodpo.cli import app
-from persodpo.config import with_overrides
+from persodpo.config import load_profile, with_overrides
 from persodpo.doctor import diagnose, estimates, machine
 
 RELEASE = os.environ.get(RELEASE_VARIABLE)
@@ -196,6 +196,11 @@ def in_cache(tmp_path: Path, name: str, **of: bool) -> Path:
     (place / "refs").mkdir(parents=True)
     (place / "refs" / "main").write_text("c0ffee")
     return fake_model(place / "snapshots" / "c0ffee", **of)
+
+
+def test_the_default_profile_lacks_nothing(tmp_path):
+    profile = load_profile("mini", [f"paths.{name}={tmp_path / name}" for name in ("runs", "figures", "release")])
+    assert [str(finding) for finding in diagnose(profile) if finding.state == "missing"] == []
 
 
 def test_weights_in_the_cache_of_the_hub(tmp_path):

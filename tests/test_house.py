@@ -148,6 +148,17 @@ def test_readme_figures_and_links_exist():
     )
 
 
+def test_readme_shows_the_measured_miniature():
+    results = PROJECT / "benchmarks" / "results"
+    for name in ("mini", "mini-ablations"):
+        assert (results / f"{name}.md").read_text().strip() in README, name
+    measured = json.loads((results / "mini.json").read_text())
+    first, peak = max(measured["first seconds"]), measured["peak GiB"]
+    assert f"{first / 60:.1f} minutes at most, then {measured['second seconds']:.0f} s, at {peak:.1f} GiB" in README
+    assert len(measured["same figures"]) >= 14
+    assert peak <= 3
+
+
 def test_readme_shows_the_measured_bench():
     table = (PROJECT / "benchmarks" / "results" / "pairs.md").read_text().strip()
     assert table in README

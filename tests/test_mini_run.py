@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from persodpo.artifacts import RunFolder
+from persodpo.artifacts import RunFolder, read_json
 from persodpo.config import load_profile, with_overrides
 from persodpo.errors import PersodpoError
 from persodpo.figures import figure_names
@@ -35,6 +35,9 @@ SMALL = {
         "[{name: without coherence, without: coherence}, {name: apart, changes: [pairs.low_quantile=0.2]}]"
     ),
 }  # fmt: skip
+
+#: Figures that show response times.
+SHOWING_TIMES = {"response_times", "figure_2a_arms", "forest", "forest_successes", "ablations"}
 
 
 def mini(folder: Path, **settings: object) -> Profile:
@@ -182,3 +185,16 @@ def test_a_second_run_has_nothing_to_do(run):
     assert done.stdout.count("unchanged, skipped") == len(notebook_files())
     assert time.perf_counter() - started < 30
     assert {path: path.read_bytes() for path in run.root.rglob("*.parquet")} == before
+
+
+@pytest.mark.slow
+def test_another_run_with_the_same_seed_plots_the_same(run, tmp_path):
+    """Everything is made anew, models included; only times are measured, not made."""
+    again = mini(tmp_path)
+    done = reproduce(again, tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    folders = run.figures, RunFolder(again).figures
+    one, two = ({path.stem: read_json(path)["plotted_sha256"] for path in folder.glob("*.json")} for folder in folders)
+    assert one.keys() == two.keys()
+    assert {name for name in one if one[name] != two[name]} <= SHOWING_TIMES
+    assert len(one) > 2 * len(SHOWING_TIMES)

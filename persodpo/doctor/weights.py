@@ -60,8 +60,8 @@ class Model:
 
     @property
     def can_be_fetched(self) -> bool:
-        """Whether the name could be one on the Hub: at most one slash, and no path."""
-        return self._cached[0] and not Path(self.name).exists()
+        """Whether the name could be one on the Hub: at most one slash, no path, and no model that the run makes."""
+        return self._cached[0] and not self.is_made and not Path(self.name).exists()
 
     @property
     def _cached(self) -> tuple[bool, Path | None]:
