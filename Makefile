@@ -35,7 +35,7 @@ figures: $(STAMP)  ## redraw every figure from the run folder's tables
 lab: $(STAMP)  ## open the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks
 
-bench-mini: $(STAMP)  ## the miniature from nothing, twice: time, memory, findings, and whether they are the same
+bench-mini: $(STAMP)  ## the miniature from nothing: time, memory, findings
 	$(BIN)/python benchmarks/bench_mini.py
 
 bench-pairs: $(STAMP)  ## metric values -> pairs, up to 100 million responses

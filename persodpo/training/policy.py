@@ -147,6 +147,8 @@ def _make(
 ) -> dict[str, Any]:
     """Train tokenizer and model into ``folder`` and return what there is to say about it."""
     started = time.perf_counter()
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # type: ignore[no-untyped-call]
     tokenizer: Any
     model: Any
     if start is None:
