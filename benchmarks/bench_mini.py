@@ -1,8 +1,8 @@
 """The miniature from nothing: how long, how much memory, and what it finds.
 
-Run by `make bench-mini`: `persodpo reproduce` in a folder of its own, then once more with nothing changed. Memory is the most
-that the process and all below it held at one time, shared pages counted once (Linux's proportional set size), looked at once
-a second. That two runs find the same is shown by a test (`tests/test_mini_run.py`).
+Run by `make bench-mini`: `persodpo reproduce` in a folder of its own, then once more with nothing changed. Memory is the
+most that the process and all below it held at one time, shared pages counted once (Linux's proportional set size), looked
+at once a second. That two runs find the same is shown by a test (`tests/test_mini_run.py`).
 """
 
 from __future__ import annotations
