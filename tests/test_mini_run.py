@@ -24,9 +24,9 @@ from persodpo.stages import ablate
 
 #: A world, models and trainings so small that all notebooks run in two or three minutes.
 SMALL = {
-    "miniature.train": 60, "miniature.valid": 24, "miniature.model_dialogues": 600, "miniature.finish_steps": 30,
+    "miniature.train": 60, "miniature.valid": 24, "miniature.model_dialogues": 600, "miniature.finish_steps": 60,
     "policy.small.hidden_size": 64, "policy.small.intermediate_size": 128, "policy.small.steps": 300,
-    "policy.small.batch_tokens": 1024, "scoring.compute.small.coherence.examples": 800,
+    "policy.small.batch_tokens": 2048, "scoring.compute.small.coherence.examples": 800,
     "scoring.compute.small.nli.examples": 3000, "scoring.compute.accept_failed_probes": "[coherence, c_score, ue_score]",
     "training.arms": "[perso, corrected]", "training.epochs": 1, "training.health_prompts": 2,
     "evaluation.seeds": "[44, 45]", "evaluation.timed": 4, "evaluation.pairs": "[[perso, base], [corrected, perso]]",
