@@ -41,6 +41,7 @@ LAYERS = [
         "evaluation",
         "generation",
         "miniature",
+        "own_data",
         "release",
         "plots",
         "show",
