@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from persodpo import stages
 from persodpo.artifacts import DATA, PROJECT, RunFolder
 from persodpo.cli import app
-from persodpo.config import load_profile
+from persodpo.config import load_profile, with_overrides
 from persodpo.doctor import diagnose
 from persodpo.errors import PersodpoError
 from persodpo.settings import Profile
@@ -72,6 +72,16 @@ def test_the_five_commands_of_the_readme_give_a_trained_model(tmp_path, monkeypa
     assert run.read("scores")["quality"].notna().all()
     assert set(run.read("pairs/perso")["chosen_model"]) <= set(completions["model"])
     assert (run.root / "training" / "perso" / "model.safetensors").is_file()
+    _plain_answers_have_no_simple_pairs(run, tmp_path / "plain.csv")
+
+
+def _plain_answers_have_no_simple_pairs(run: RunFolder, path: Path) -> None:
+    read = run.read("responses").query("outcome == 'ok'")
+    read[["dialogue_id", "model", "response"]].to_csv(path, index=False)
+    plain = [f"generation.csv_file={path}", "name=plain"]
+    with pytest.raises(PersodpoError, match=r"where no model ever fails, leave simple out of pairs\.sets"):
+        stages.run_pairs(with_overrides(run.profile, plain))
+    assert stages.run_pairs(with_overrides(run.profile, [*plain, "pairs.sets=[perso]"]))[-1].rows["pairs/perso"]
 
 
 def test_the_example_is_read(tmp_path):
