@@ -54,7 +54,7 @@ def test_the_five_commands_of_the_readme_give_a_trained_model(tmp_path, monkeypa
     ]
     assert [words[1] for words in (first, *others)] == ["profile", "generate", "score", "pairs", "train"]
     assert first[-2:] == [">", "mine.yaml"]
-    monkeypatch.chdir(PROJECT)
+    monkeypatch.chdir(tmp_path)  # notebooks, too, run elsewhere than in the project's root
     changes = QUICK | {"paths.runs": tmp_path / "runs", "paths.figures": tmp_path / "figures"}
     quick = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
     shown = CliRunner().invoke(app, [*first[1:-2], *quick], catch_exceptions=False)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from persodpo.artifacts import DATA, RunFolder, read_json, sha256
+from persodpo.artifacts import DATA, PROJECT, RunFolder, read_json, sha256
 from persodpo.dialogues import Split, focus_json
 from persodpo.doctor.findings import Finding, gib, missing, ok
 from persodpo.errors import PersodpoError
@@ -44,7 +44,7 @@ def _dialogues(profile: Profile) -> Iterator[Finding]:
     if settings.source == "miniature":
         yield ok("Dialogues: the miniature world is generated, it needs no file.")
     if settings.source == "csv" and settings.csv_file:
-        yield from _own(profile, settings.csv_file)
+        yield from _own(profile, PROJECT / settings.csv_file)
     if settings.source != "focus_json":
         return
     if settings.train_file:
@@ -60,10 +60,9 @@ def _own(profile: Profile, path: Path) -> Iterator[Finding]:
         dialogues = read_dialogues(path)
         yield ok(f"Dialogues: {path} gives {len(dialogues):,} dialogues.")
         if profile.generation.source == "csv" and profile.generation.csv_file:
-            own = read_responses(profile.generation.csv_file, dialogues, profile.completions)
-            yield ok(
-                f"Completions: {profile.generation.csv_file} gives {len(own):,} of {own['model'].nunique()} models."
-            )
+            answers = PROJECT / profile.generation.csv_file
+            own = read_responses(answers, dialogues, profile.completions)
+            yield ok(f"Completions: {answers} gives {len(own):,} of {own['model'].nunique()} models.")
     except PersodpoError as error:
         yield missing(f"Own data: {error}")
 

@@ -9,7 +9,7 @@ import pandas as pd
 
 import persodpo.dialogues
 import persodpo.own_data
-from persodpo.artifacts import RunFolder
+from persodpo.artifacts import PROJECT, RunFolder
 from persodpo.miniature.world import write_world
 from persodpo.release import published
 from persodpo.settings import Profile
@@ -69,7 +69,7 @@ def _dialogue_files(run: RunFolder) -> dict[str, Path]:
         given = {"train": settings.train_file, "valid": settings.valid_file}
         return {split: path for split, path in given.items() if path}
     if settings.source == "csv" and settings.csv_file:
-        return {"csv": settings.csv_file}
+        return {"csv": PROJECT / settings.csv_file}
     files = published_files(run)
     if settings.source == "published_focus":
         return {name: files[name] for name in (published.prompts_file("train"), published.prompts_file("valid"))}

@@ -58,7 +58,7 @@ def run_generate(profile: Profile, overwrite: bool = False) -> Reports:
     completions are read.
     """
     if profile.generation.csv_file and profile.generation.source == "csv":
-        return _own(profile, profile.generation.csv_file, overwrite)
+        return _own(profile, PROJECT / profile.generation.csv_file, overwrite)
     if profile.generation.source == "published":
         return _published(profile, overwrite)
     with RunFolder(profile).locked(WAIT_SECONDS):
