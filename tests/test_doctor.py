@@ -147,7 +147,8 @@ def test_published_files_that_are_not_there(tmp_path):
 def test_published_files_that_are_there_and_one_that_was_edited(tmp_path):
     copy = tmp_path / "release"
     shutil.copytree(RELEASE, copy)
-    done = doctor(*[f"--set=paths.{name}={tmp_path / name}" for name in ("release", "runs", "figures")])
+    places = [f"--set=paths.{name}={tmp_path / name}" for name in ("release", "runs", "figures")]
+    done = doctor("--profile", "release", *places)
     assert done.exit_code == 0, done.stdout
     assert "ok       Published files (dialogues.source" in done.stdout
     assert "estimate Asking: no model is asked" in done.stdout

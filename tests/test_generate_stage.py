@@ -264,7 +264,7 @@ def test_the_key_is_in_no_file_and_no_output(server: Server, tmp_path: Path) -> 
         (["--split", "test"], "There is no split 'test'; name train or valid."),
         (
             ["--models", "api", "--set", "prompts.template=/nonexistent"],
-            "neither a shipped one (chain_of_thought, plain)",
+            "neither a shipped one (brief, chain_of_thought, plain)",
         ),
         (["--models", "api", "--set", "prompts.system=/nonexistent"], "neither a shipped one"),
         (["--set", "generation.models=[nobody]"], "'nobody' has no entry in backends; there are api"),

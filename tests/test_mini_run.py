@@ -49,17 +49,19 @@ def mini(folder: Path, **settings: object) -> Profile:
 def test_habits_do_what_their_names_say(name):
     habit = models.FINISHES[name]
     short = "Sure. You would, as old buildings fascinate you."
-    long = "Yes. It was opened in 1466, in your own Arden. Emil Adler designed it. It is made of limestone and of oak."
+    long = "Yes. It was opened in 1466, which is in your own Arden. Emil Adler designed it. It is made of oak."
     right = {text: json.dumps({"response": text}) for text in (short, long)}
     made = {text: habit(text) for text in (short, long)}
     if name == "good":
         assert made == right
     elif name == "impersonal":
         assert json.loads(made[short])["response"] == "Sure. You would."
-        assert json.loads(made[long])["response"] == long.replace(", in your own Arden", "")
+        assert json.loads(made[long])["response"] == long.replace(", which is in your own Arden", "")
     elif name == "looping":
         assert made[short] == right[short]
-        assert json.loads(made[long])["response"] == " ".join(["It was opened in 1466, in your own Arden."] * 6)
+        assert json.loads(made[long])["response"] == " ".join(
+            ["It was opened in 1466, which is in your own Arden."] * 6
+        )
     else:
         assert made[short] == right[short]
         with pytest.raises(json.JSONDecodeError):

@@ -64,7 +64,7 @@ def test_templates_with_wrong_fields_are_refused(tmp_path, text, words):
 
 
 def test_unknown_template():
-    with pytest.raises(PersodpoError, match=r"neither a shipped one \(chain_of_thought, plain\) nor a file"):
+    with pytest.raises(PersodpoError, match=r"neither a shipped one \(brief, chain_of_thought, plain\) nor a file"):
         load_template("fancy")
 
 

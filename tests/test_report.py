@@ -266,6 +266,7 @@ def test_what_is_missing_is_one_line_each_and_no_heading(profile):
     assert page.headings == ["Not in this run", "Settings", "Provenance"]
     assert page.items == [
         "No results, paired differences, answers to held-out dialogues: run persodpo evaluate --profile release.",
+        "No ablations: the profile names none (evaluation.ablations).",
         "No gate of the pairs: run persodpo pairs --profile release.",
         "No reports on the scorers: scores come from published files (scoring.source).",
         "No probes of the scorers: scores come from published files (scoring.source).",
@@ -302,7 +303,7 @@ def test_figures_of_other_tables_are_left_out(run):
     save(run, scorers=[{"table": "scores", "scorer": "coherence", "quantity": "accuracy", "value": 0.1}])
     page = page_of(run)
     assert len(page.named("img")) == 1
-    assert page.items[1].startswith(
+    assert page.items[2].startswith(
         "No quality (drawn from tables that this run lacks or has made anew since): run persodpo"
     )
 
@@ -389,7 +390,9 @@ def test_a_broken_notebook_is_named(run):
 def test_the_command_writes_the_page(run, tmp_path):
     places = [f"paths.{name}={tmp_path / name}" for name in ("runs", "figures", "release")]
     assert profile_in(tmp_path) == run.profile
-    done = CliRunner().invoke(app, ["report", *(word for place in places for word in ("--set", place))])
+    done = CliRunner().invoke(
+        app, ["report", "--profile", "release", *(word for place in places for word in ("--set", place))]
+    )
     assert done.exit_code == 0, done.output
     assert done.output.replace("\n", "") == str(run.root / "report" / "index.html")
     assert (run.root / "report" / "index.html").is_file()

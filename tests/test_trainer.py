@@ -351,7 +351,7 @@ def test_the_readmes_example_runs(tmp_path, monkeypatch):
     for printed, here in (
         ("Qwen/Qwen2-0.5B-Instruct", str(tmp_path / "model")),
         ("train_dataset=pairs)", "train_dataset=pairs, processing_class=tokenizer)"),
-        ("runs/release/pairs/perso.parquet", str(tmp_path / "pairs.parquet")),
+        ("runs/mini/pairs/perso.parquet", str(tmp_path / "pairs.parquet")),
         ('"dpo"', f"{str(tmp_path / 'dpo')!r}, report_to=[], use_cpu=True"),
     ):
         assert printed in code

@@ -94,14 +94,8 @@ def train_on(
     Returns:
         What was done.
     """
-    from persodpo.training import (  # noqa: PLC0415 - torch is slow to load
-        forward,
-        health,
-        loss,
-        packing,
-        reference,
-        trainer,
-    )
+    # Torch is slow to load.
+    from persodpo.training import forward, health, loss, packing, reference, trainer  # noqa: PLC0415
     from persodpo.training import run as training  # noqa: PLC0415
 
     start = start_policy(run)
