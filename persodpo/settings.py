@@ -48,9 +48,10 @@ class Engine(Section):
 class Dialogues(Section):
     """Which persona-grounded dialogues are answered."""
 
-    source: Literal["miniature", "published_focus", "focus_json", "blended_skill_talk", "it_convai2"]
+    source: Literal["miniature", "published_focus", "focus_json", "blended_skill_talk", "it_convai2", "csv"]
     train_file: Path | None
     valid_file: Path | None
+    csv_file: Path | None
     train_size: Count | None
     sample_seed: Annotated[int, Field(ge=0)]
     max_reference_words: Count | None
@@ -59,6 +60,8 @@ class Dialogues(Section):
     def _files_where_needed(self) -> Dialogues:
         if self.source == "focus_json" and not (self.train_file or self.valid_file):
             raise ValueError("source focus_json needs train_file or valid_file")
+        if self.source == "csv" and not self.csv_file:
+            raise ValueError("source csv needs csv_file, the file of your dialogues")
         return self
 
 
@@ -228,7 +231,8 @@ AskedModel = Annotated[OpenAIModel | TransformersModel | ServedModel | ReplayMod
 class Generation(Section):
     """Where responses come from."""
 
-    source: Literal["published", "models"]
+    source: Literal["published", "models", "csv"]
+    csv_file: Path | None
     models: Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(distinct)]
     token_budget: Correction
     temperature: Annotated[float, Field(ge=0)] | None
@@ -242,6 +246,8 @@ class Generation(Section):
         unknown = [model for model in self.models if model not in names]
         if self.source == "models" and unknown:
             raise ValueError(f"'{unknown[0]}' has no entry in backends; there are {', '.join(names) or 'none'}")
+        if self.source == "csv" and not self.csv_file:
+            raise ValueError("source csv needs csv_file, the file of your completions")
         return self
 
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import ast
 import itertools
 import json
+import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 import tomllib
 
 import pytest
+import typer
 import yaml
+from accelerate.commands.launch import launch_command_parser
 
 from persodpo.artifacts import PROJECT, RunFolder
 from persodpo.cli import app
@@ -41,6 +45,7 @@ LAYERS = [
         "evaluation",
         "generation",
         "miniature",
+        "own_data",
         "release",
         "plots",
         "show",
@@ -219,22 +224,96 @@ def readme_commands() -> list[str]:
     return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
 
 
+def readme_scripts() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
 @pytest.mark.parametrize("command", readme_commands())
 def test_readme_commands_exist(command):
     """Each command parses; what each does is shown by the tests of its stage and by the headless reproduction."""
-    words = shlex.split(command)
+    words = list(itertools.takewhile(lambda word: word not in {"&", ">"}, shlex.split(command)))
+    words = list(itertools.dropwhile(lambda word: re.fullmatch(r"[A-Z_]+=\S*", word), words))
     if words[0] == "make":
         done = subprocess.run(["make", "-n", *words[1:]], capture_output=True, text=True, cwd=PROJECT, check=False)
         assert done.returncode == 0, done.stderr
     elif words[0] == "papermill":
         values = {name: value for flag, name, value in zip(words, words[1:], words[2:], strict=False) if flag == "-p"}
         check_parameters(PROJECT / words[1], values)
+    elif words[0] == "accelerate":
+        script = launch_command_parser().parse_args(words[2:]).training_script
+        assert words[1] == "launch"
+        assert f"`{script}`" in README
     else:
         assert words[0] == "persodpo"
-        names = {info.name or info.callback.__name__ for info in app.registered_commands}
-        assert words[1] in names
+        known = typer.main.get_command(app).commands[words[1]]
+        known.make_context(words[1], words[2:])  # refuses unknown options and values of the wrong kind
         if "--set" in words:
             load_profile("release", [value for flag, value in itertools.pairwise(words) if flag == "--set"])
+
+
+def test_readme_scripts_run(tmp_path, monkeypatch, capsys):
+    """The scorer's whole; the trainer's are compiled, and run by `test_readme_trains_in_two_processes`."""
+    scorer, *others = readme_scripts()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "scorer.py").write_text(scorer)
+    runpy.run_path("scorer.py")
+    assert re.match(r"\[1\.\] questions: 1 responses, 1 distinct texts, .* True$", capsys.readouterr().out.strip())
+    assert len(others) == 2
+    assert all(compile(script, "trainer", "exec") for script in others)
+
+
+@pytest.mark.slow
+def test_readme_trains_in_two_processes(tmp_path):
+    """The script of the README in two processes of this machine, with a tiny policy."""
+    from tiny import tiny_pairs
+
+    from persodpo.training.policy import make_small_policy
+
+    pairs = tiny_pairs()
+    small = load_profile("mini", ["policy.small.steps=1", "policy.small.vocabulary=400"]).policy.small
+    make_small_policy(list(zip(pairs["prompt"], pairs["chosen"], strict=True)), small, tmp_path / "tiny")
+    pairs.to_parquet(tmp_path / "perso.parquet")
+    (script,) = (script for script in readme_scripts() if "save_model" in script)
+    for said, here in (
+        ("runs/mine/pairs/perso.parquet", "perso.parquet"),
+        ("Qwen/Qwen2-0.5B-Instruct", "./tiny"),
+        ('"dpo", ', '"dpo", use_cpu=True, bf16=False, max_steps=2, ddp_backend="gloo", '),
+    ):
+        assert said in script
+        script = script.replace(said, here)
+    (tmp_path / "train_pairs.py").write_text(script)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(PROJECT)}
+    done = subprocess.run(
+        [*launch, "train_pairs.py"], capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "dpo" / "model.safetensors").is_file()
+
+
+def test_contributing_names_what_is_there():
+    text = (PROJECT / "CONTRIBUTING.md").read_text()
+    named = set(re.findall(r"`((?:persodpo|tests|notebooks|benchmarks)/[\w./]*)`", text))
+    assert len(named) > 30
+    assert [path for path in sorted(named) if not (PROJECT / path).exists()] == []
+    for path, name in re.findall(r"`([A-Za-z_.]+)`\s+\(`(persodpo/[\w./]+)`\)", text):
+        assert path.split(".")[-1] in (PROJECT / name).read_text(), (path, name)
+    for line in re.search(r"```bash\n(.*?)```", text, re.DOTALL)[1].splitlines():
+        words = shlex.split(line, comments=True)
+        assert subprocess.run(["make", "-n", *words[1:]], capture_output=True, cwd=PROJECT, check=False).returncode == 0
+
+
+def test_licence_citation_and_version_agree():
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((PROJECT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    assert citation["license"] == project["license"] == "Apache-2.0"
+    assert citation["version"] == project["version"]
+    assert citation["references"][0]["identifiers"][0]["value"] == "arXiv:2602.04493"
+    licence = (PROJECT / "LICENSE").read_text()
+    assert licence.split()[:4] == ["Apache", "License", "Version", "2.0,"]
+    assert "END OF TERMS AND CONDITIONS" in licence
+    assert "\n## [Unreleased]\n" in (PROJECT / "CHANGELOG.md").read_text()
 
 
 def normalised(name: str) -> str:

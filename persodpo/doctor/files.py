@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from persodpo.artifacts import DATA, RunFolder, read_json, sha256
+from persodpo.artifacts import DATA, PROJECT, RunFolder, read_json, sha256
 from persodpo.dialogues import Split, focus_json
 from persodpo.doctor.findings import Finding, gib, missing, ok
 from persodpo.errors import PersodpoError
 from persodpo.generation.asking import backend_for
 from persodpo.generation.store import Store
+from persodpo.own_data import read_dialogues, read_responses
 from persodpo.prompts import load_system, load_template
 from persodpo.release.fetch import release_files
 from persodpo.settings import AskedModel, Profile, ReplayModel
@@ -21,8 +22,8 @@ FOCUS = "https://github.com/pkchat-focus/FoCus"
 
 
 def asked(profile: Profile) -> list[AskedModel]:
-    """Return how the models that are ranked are asked, none where their published responses are read."""
-    if profile.generation.source == "published":
+    """Return how the models that are ranked are asked, none where responses are read."""
+    if profile.generation.source != "models":
         return []
     return [entry for entry in profile.generation.backends if entry.model in profile.generation.models]
 
@@ -42,6 +43,8 @@ def _dialogues(profile: Profile) -> Iterator[Finding]:
     settings = profile.dialogues
     if settings.source == "miniature":
         yield ok("Dialogues: the miniature world is generated, it needs no file.")
+    if settings.source == "csv" and settings.csv_file:
+        yield from _own(profile, PROJECT / settings.csv_file)
     if settings.source != "focus_json":
         return
     if settings.train_file:
@@ -49,6 +52,19 @@ def _dialogues(profile: Profile) -> Iterator[Finding]:
         yield _focus("train", settings.train_file, max_reference_words=settings.max_reference_words, **drawn)
     if settings.valid_file:
         yield _focus("valid", settings.valid_file)
+
+
+def _own(profile: Profile, path: Path) -> Iterator[Finding]:
+    """Read the user's own files."""
+    try:
+        dialogues = read_dialogues(path)
+        yield ok(f"Dialogues: {path} gives {len(dialogues):,} dialogues.")
+        if profile.generation.source == "csv" and profile.generation.csv_file:
+            answers = PROJECT / profile.generation.csv_file
+            own = read_responses(answers, dialogues, profile.completions)
+            yield ok(f"Completions: {answers} gives {len(own):,} of {own['model'].nunique()} models.")
+    except PersodpoError as error:
+        yield missing(f"Own data: {error}")
 
 
 def _focus(split: Split, path: Path, **drawn: Any) -> Finding:

@@ -66,7 +66,7 @@ def estimates(profile: Profile) -> Iterator[str]:
     train = None if dialogues is None else dialogues[dialogues["split"] == "train"]
     found: list[Forecast] = []
     if train is None:
-        yield "Asking: no model is asked, published responses are read; it costs nothing."
+        yield "Asking: no model is asked, responses are read; it costs nothing."
     else:
         for entry in asked(profile):
             if isinstance(entry, ReplayModel):

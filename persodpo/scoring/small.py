@@ -98,7 +98,7 @@ def make_small_scorers(
 
 
 def _rows(dialogues: pd.DataFrame) -> list[tuple[Sequence[str], str, str]]:
-    return list(zip(dialogues["personas"], dialogues["context"], dialogues["reference"], strict=True))
+    return list(zip(dialogues["personas"], dialogues["context"], dialogues["reference"].fillna(""), strict=True))
 
 
 def _split(dialogues: pd.DataFrame, settings: SmallScorers) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -110,7 +110,7 @@ def _split(dialogues: pd.DataFrame, settings: SmallScorers) -> tuple[pd.DataFram
 
 def _texts(dialogues: pd.DataFrame) -> list[str]:
     """Return every distinct persona sentence, context and reference once."""
-    return list(dict.fromkeys(text for p, c, r in _rows(dialogues) for text in (*p, c, r)))
+    return list(dict.fromkeys(text for p, c, r in _rows(dialogues) for text in (*p, c, r) if text))
 
 
 def _coherence(train: pd.DataFrame, held_out: pd.DataFrame, settings: SmallScorers, folder: Path) -> dict[str, Any]:
@@ -118,6 +118,10 @@ def _coherence(train: pd.DataFrame, held_out: pd.DataFrame, settings: SmallScore
     tokenizer = small_models.coherence_tokenizer(texts, size.vocabulary)
     model = small_models.new_coherence_model(tokenizer, texts, size, settings.seed)
     examples = [small_examples.coherence_examples(part, settings.seed) for part in (train, held_out)]
+    if not all(len(part) for part in examples):
+        raise PersodpoError(
+            "No dialogue has a reply that the small scorer could learn from; add references or name a real model."
+        )
     return _learn(Loaded(model, tokenizer), examples, size, settings.seed, folder)
 
 

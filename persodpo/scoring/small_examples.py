@@ -121,7 +121,9 @@ def coherence_examples(dialogues: pd.DataFrame, seed: int) -> Examples:
             for place, turn in enumerate(said)
             if place and turn.startswith(SPEAKERS[1])
         ]
-        replies.append([*own, (reference, context)])
+        found = [*own, *([(reference, context)] if reference else [])]
+        if found:
+            replies.append(found)
     # Every dialogue lends its replies to the next in a random circle, so that none keeps its own.
     order = draw.sample(range(len(replies)), len(replies))
     inputs, labels = [], []

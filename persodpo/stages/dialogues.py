@@ -8,7 +8,8 @@ from typing import Any
 import pandas as pd
 
 import persodpo.dialogues
-from persodpo.artifacts import RunFolder
+import persodpo.own_data
+from persodpo.artifacts import PROJECT, RunFolder
 from persodpo.miniature.world import write_world
 from persodpo.release import published
 from persodpo.settings import Profile
@@ -32,6 +33,8 @@ def run_dialogues(profile: Profile, overwrite: bool = False) -> Reports:
                 frames.append(persodpo.dialogues.published_focus(path, split))
             elif settings.source == "miniature":
                 frames.append(persodpo.dialogues.focus_json(path, split).assign(dataset="miniature"))
+            elif settings.source == "csv":
+                frames.append(persodpo.own_data.read_dialogues(path))
             elif settings.source == "focus_json":
                 drawn: dict[str, Any] = {
                     "size": settings.train_size,
@@ -48,7 +51,7 @@ def run_dialogues(profile: Profile, overwrite: bool = False) -> Reports:
         inputs=inputs,
         settings=settings.model_dump(mode="json"),
         outputs=["dialogues"],
-        code=[persodpo.dialogues],
+        code=[persodpo.dialogues, *([persodpo.own_data] if settings.source == "csv" else [])],
         build=build,
         overwrite=overwrite,
     )
@@ -65,6 +68,8 @@ def _dialogue_files(run: RunFolder) -> dict[str, Path]:
     if settings.source == "focus_json":
         given = {"train": settings.train_file, "valid": settings.valid_file}
         return {split: path for split, path in given.items() if path}
+    if settings.source == "csv" and settings.csv_file:
+        return {"csv": PROJECT / settings.csv_file}
     files = published_files(run)
     if settings.source == "published_focus":
         return {name: files[name] for name in (published.prompts_file("train"), published.prompts_file("valid"))}

@@ -13,6 +13,7 @@ import pandas as pd
 import persodpo.completions
 import persodpo.generation.asking
 import persodpo.generation.published
+import persodpo.own_data
 from persodpo.artifacts import PROJECT, RunFolder, StageReport
 from persodpo.errors import PersodpoError
 from persodpo.generation.asking import backend_for, job_for, stored_answers
@@ -53,8 +54,11 @@ class Scope:
 def run_generate(profile: Profile, overwrite: bool = False) -> Reports:
     """Make the responses tables: train responses to rank, and held-out ones where they are published.
 
-    With ``generation.source: models`` the profile's models are asked what is not stored yet.
+    With ``generation.source: models`` the profile's models are asked what is not stored yet; with ``csv`` the user's own
+    completions are read.
     """
+    if profile.generation.csv_file and profile.generation.source == "csv":
+        return _own(profile, PROJECT / profile.generation.csv_file, overwrite)
     if profile.generation.source == "published":
         return _published(profile, overwrite)
     with RunFolder(profile).locked(WAIT_SECONDS):
@@ -74,6 +78,28 @@ def check_finished(summaries: Sequence[Summary], profile: Profile, command: str)
     for summary in summaries:
         if summary.stopped or summary.busy:
             raise PersodpoError(_UNFINISHED.format(summary=summary, command=command, profile=profile.name))
+
+
+@alone
+def _own(profile: Profile, path: Path, overwrite: bool) -> Reports:
+    """Read the user's own completions."""
+    reports = run_dialogues(profile)
+    run = RunFolder(profile)
+
+    def build(targets: Targets) -> None:
+        frame = persodpo.own_data.read_responses(path, run.read("dialogues"), profile.completions)
+        write_table(targets["responses"], "responses", frame)
+
+    report = run.stage(
+        "generate",
+        inputs={"dialogues": run.path("dialogues"), "csv": path},
+        settings={"source": "csv", "reading": profile.completions.reading},
+        outputs=["responses"],
+        code=[persodpo.own_data, persodpo.completions],
+        build=build,
+        overwrite=overwrite,
+    )
+    return [*reports, report]
 
 
 @alone
@@ -181,9 +207,11 @@ def asked_scope(profile: Profile, models: Sequence[str], splits: Sequence[str], 
     unknown = [split for split in splits if split not in SPLITS]
     if unknown:
         raise PersodpoError(f"There is no split '{unknown[0]}'; name {' or '.join(SPLITS)}.")
-    if not models and profile.generation.source == "published":
+    if not models and profile.generation.source != "models":
         names = ", ".join(entry.model for entry in profile.generation.backends)
-        raise PersodpoError(f"This profile reads published responses; name the models to ask with --models ({names}).")
+        raise PersodpoError(
+            f"This profile asks no model, its responses are read; name the models to ask with --models ({names})."
+        )
     for model in models:
         _entry(profile, model)
     return Scope(tuple(models) or profile.generation.models, tuple(splits) or SPLITS, limit)
@@ -201,7 +229,7 @@ def _entry(profile: Profile, model: str) -> AskedModel:
 def _is_small_policy(entry: AskedModel, profile: Profile) -> bool:
     names_policy = isinstance(entry, (TransformersModel, ServedModel)) and entry.weights == "policy"
     is_policy = names_policy and profile.policy.model == "small"
-    if is_policy and profile.generation.source != "published":
+    if is_policy and profile.generation.source == "models":
         raise PersodpoError(
             f"Model {entry.model} is the small policy, which is made from responses that are there already; with "
             "generation.source=models name other weights for it."

@@ -23,6 +23,12 @@ from persodpo.stages.base import Reports, Targets, alone, published_files
 from persodpo.stages.generate import ranked_sets, run_generate, set_files
 from persodpo.tables import write_table
 
+#: What to do where a pair set is empty.
+_MENDS = {
+    "simple": "where no model ever fails, leave simple out of pairs.sets",
+    "perso": "move pairs.low_quantile and pairs.high_quantile together or add models",
+}
+
 
 @alone
 def run_score(profile: Profile, overwrite: bool = False) -> Reports:
@@ -82,8 +88,7 @@ def run_pairs(profile: Profile, overwrite: bool = False) -> Reports:
             )
             if pairs.empty:
                 raise PersodpoError(
-                    f"No {pair_set} pairs: no prompt has both a response to choose and one to reject; "
-                    "move pairs.low_quantile and pairs.high_quantile together or add models."
+                    f"No {pair_set} pairs: no prompt has both a response to choose and one to reject; {_MENDS[pair_set]}."
                 )
             write_table(targets[name], name, pairs)
             gate.append(persodpo.gate.inspect_pairs(pairs, dialogues, profile.seed).assign(pair_set=pair_set))

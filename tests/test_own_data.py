@@ -1,0 +1,199 @@
+"""Own dialogues and completions: two CSV files to a trained model, and what is wrong with a file in one sentence."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from persodpo import stages
+from persodpo.artifacts import DATA, PROJECT, RunFolder
+from persodpo.cli import app
+from persodpo.config import load_profile, with_overrides
+from persodpo.doctor import diagnose
+from persodpo.errors import PersodpoError
+from persodpo.settings import Profile
+
+HEAD = "dialogue_id,split,personas,context\n"
+TALK = 'd1,train,"[""I like art."", ""I have a dog.""]",User1: Hello?\n'
+HELD = "d2,valid,I sing.,User1: Hi?\n"
+ASKED = "dialogue_id,model,completion\n"
+GOOD = 'd1,a,"{""response"": ""Hello, you like art.""}"\n'
+
+#: What makes the five commands of the README quick.
+QUICK = {
+    "policy.small.vocabulary": 400, "policy.small.hidden_size": 32, "policy.small.intermediate_size": 64,
+    "policy.small.layers": 1, "policy.small.steps": 10, "training.epochs": 0.5, "training.health_tokens": 4,
+    "training.health_prompts": 2,
+    "scoring.compute.small.nli.examples": 90, "scoring.compute.small.coherence.examples": 90,
+    "scoring.compute.accept_failed_probes": "[coherence, c_score, ue_score, persona_distance]",
+}  # fmt: skip
+
+
+def own(folder: Path, dialogues: str | bytes, completions: str | bytes, **changes: object) -> Profile:
+    """Return the miniature on two files of these contents."""
+    settings: dict[str, object] = {f"paths.{name}": folder / name for name in ("runs", "figures", "release")}
+    for section, content in (("dialogues", dialogues), ("generation", completions)):
+        path = folder / f"{section}.csv"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        settings |= {f"{section}.source": "csv", f"{section}.csv_file": path}
+    settings |= {name.replace("__", "."): value for name, value in changes.items()}
+    return load_profile("mini", [f"{key}={value}" for key, value in settings.items()])
+
+
+@pytest.mark.slow
+def test_the_five_commands_of_the_readme_give_a_trained_model(tmp_path, monkeypatch):
+    section = (PROJECT / "README.md").read_text().split("## Your own data")[1].split("\n#")[0]
+    first, *others = [
+        shlex.split(line, comments=True) for line in re.search(r"```bash\n(.*?)```", section, re.DOTALL)[1].splitlines()
+    ]
+    assert [words[1] for words in (first, *others)] == ["profile", "generate", "score", "pairs", "train"]
+    assert first[-2:] == [">", "mine.yaml"]
+    monkeypatch.chdir(tmp_path)  # notebooks, too, run elsewhere than in the project's root
+    changes = QUICK | {"paths.runs": tmp_path / "runs", "paths.figures": tmp_path / "figures"}
+    quick = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
+    shown = CliRunner().invoke(app, [*first[1:-2], *quick], catch_exceptions=False)
+    profile = tmp_path / "mine.yaml"
+    profile.write_text(shown.stdout)
+    for words in others:
+        done = CliRunner().invoke(
+            app, [str(profile) if word == "mine.yaml" else word for word in words[1:]], catch_exceptions=False
+        )
+        assert done.exit_code == 0, done.output
+    run = RunFolder(load_profile(profile))
+    assert run.root == tmp_path / "runs" / "mine"
+    completions = pd.read_csv(DATA / "example" / "completions.csv")
+    assert sorted(run.read("responses")["completion"]) == sorted(completions["completion"])
+    assert run.read("scores")["quality"].notna().all()
+    assert set(run.read("pairs/perso")["chosen_model"]) <= set(completions["model"])
+    assert (run.root / "training" / "perso" / "model.safetensors").is_file()
+    _plain_answers_have_no_simple_pairs(run, tmp_path / "plain.csv")
+
+
+def _plain_answers_have_no_simple_pairs(run: RunFolder, path: Path) -> None:
+    read = run.read("responses").query("outcome == 'ok'")
+    read[["dialogue_id", "model", "response"]].to_csv(path, index=False)
+    plain = [f"generation.csv_file={path}", "name=plain"]
+    with pytest.raises(PersodpoError, match=r"where no model ever fails, leave simple out of pairs\.sets"):
+        stages.run_pairs(with_overrides(run.profile, plain))
+    assert stages.run_pairs(with_overrides(run.profile, [*plain, "pairs.sets=[perso]"]))[-1].rows["pairs/perso"]
+
+
+def test_the_example_is_read(tmp_path):
+    dialogues, completions = ((DATA / "example" / f"{name}.csv").read_text() for name in ("dialogues", "completions"))
+    profile = own(tmp_path, dialogues, completions)
+    stages.run_generate(profile)
+    run = RunFolder(profile)
+    assert run.read("dialogues")["split"].value_counts().to_dict() == {"train": 40, "valid": 10}
+    assert (run.read("dialogues")["personas"].map(len) == 5).all()
+    outcomes = run.read("responses").groupby("model")["outcome"].agg(lambda found: (found == "ok").sum())
+    assert outcomes.to_dict() == {"attentive": 40, "hasty": 18, "impersonal": 40, "repetitive": 40}
+
+
+def test_files_of_a_spreadsheet_are_read(tmp_path):
+    """A byte order mark, line ends of Windows, personas one a line, columns in any order and further ones."""
+    head = "note,context,personas,split,dialogue_id,reference\r\n"
+    dialogues = f'{head}x,"User1: Hé,\r\nwell?","I sing.\r\n\r\nI cook.",train,d1,User2: Ja\r\n'
+    profile = own(tmp_path, b"\xef\xbb\xbf" + dialogues.encode(), ASKED + GOOD)
+    stages.run_generate(profile)
+    row = RunFolder(profile).read("dialogues").iloc[0]
+    assert (list(row["personas"]), row["context"], row["reference"]) == (
+        ["I sing.", "I cook."],
+        "User1: Hé,\nwell?",
+        "Ja",
+    )
+    response = RunFolder(profile).read("responses").iloc[0]
+    assert (response["model"], response["response"], response["outcome"]) == ("a", "Hello, you like art.", "ok")
+    assert any("gives 1 of 1 models" in str(finding) for finding in diagnose(profile))
+
+
+def test_plain_answers_need_no_json(tmp_path):
+    profile = own(tmp_path, HEAD + TALK + HELD, 'dialogue_id,model,response\nd1,a,Hello {you}.\nd1,b,"Say ""no""."\n')
+    stages.run_generate(profile)
+    table = RunFolder(profile).read("responses")
+    assert table["response"].tolist() == ["Hello {you}.", 'Say "no".']
+    assert [json.loads(text)["response"] for text in table["completion"]] == table["response"].tolist()
+    assert RunFolder(profile).read("dialogues")["reference"].tolist() == [None, None]
+
+
+def test_a_changed_file_is_read_again(tmp_path):
+    profile = own(tmp_path, HEAD + TALK, ASKED + GOOD)
+    assert not stages.run_generate(profile)[-1].skipped
+    assert all(report.skipped for report in stages.run_generate(profile))
+    with profile.generation.csv_file.open("a") as file:
+        file.write(GOOD.replace("d1,a", "d1,b"))
+    assert stages.run_generate(profile)[-1].rows == {"responses": 2}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("dialogue_id,split,context\nd1,train,x\n", "line 1: column personas is missing, there are dialogue_id, split"),
+        ("", "line 1: column dialogue_id, split, personas, context is missing, there are none"),
+        ((HEAD + HELD).replace(",", ";"), "line 1: columns are separated by semicolons; save the file as CSV with commas"),
+        ((HEAD + HELD).replace(",", "\t"), "line 1: columns are separated by tabs"),
+        ((HEAD + TALK).encode("utf-16"), "line 1 or after: this is not UTF-8; save the file as CSV in UTF-8"),
+        ((HEAD + TALK + "d3,train,J’ai faim.,x\n").encode("cp1252"), "this is not UTF-8"),
+        ("dialogue_id,split,personas,context,split\n" + HELD, "line 1: column split stands twice"),
+        (HEAD, "has no row under its column names"),
+        (HEAD + HELD, "has no dialogue of the train split"),
+        (HEAD + TALK + TALK, "line 3: dialogue 'd1' stands in line 2 already; give it an id of its own"),
+        (HEAD + 'd1,train,"I\nsing.",x\n' + 'd2,test,I sing.,x\n', "line 4: split is 'test'; write train"),
+        (HEAD + TALK + "d2,valid,I sing.\n", "line 3: 3 fields for 4 columns; put double quotes"),
+        (HEAD + TALK + "d2,valid,,User1: Hi?\n", "line 3: personas is empty; fill it in"),
+        (HEAD + "d1,train,['I sing.'],x\n", "line 2: personas are no JSON list of sentences; write"),
+        (HEAD + 'd1,train,"[""I sing."", 7]",x\n', "line 2: personas are no JSON list"),
+        (HEAD + "d1,train,[],x\n", "line 2: personas are no JSON list"),
+        (HEAD + TALK + 'd2,valid,"I sing.,x\n', "line 3: unexpected end of data; put each text between double quotes"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_dialogues_is_one_sentence(tmp_path, content, words):
+    profile = own(tmp_path, content, ASKED + GOOD)
+    with pytest.raises(PersodpoError, match=re.escape(words)) as caught:
+        stages.run_dialogues(profile)
+    assert str(profile.dialogues.csv_file) in str(caught.value)
+    assert any(words in str(finding) for finding in diagnose(profile) if finding.state == "missing")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("dialogue_id,completion\nd1,x\n", "line 1: column model is missing"),
+        ((ASKED + GOOD).replace(",", ";"), "separated by semicolons"),
+        (ASKED + GOOD + GOOD, "line 3: model 'a' answers dialogue 'd1' in line 2 already; keep one of the two"),
+        (ASKED + GOOD + "d9,a,x\n", "line 3: there is no dialogue 'd9'; add it to the dialogues"),
+        (ASKED + GOOD + "d2,a,x\n", "line 3: dialogue 'd2' is held out (split valid)"),
+        (ASKED + GOOD + "d1,b,  \n", "line 3: completion is empty; fill it in or remove the line"),
+        (ASKED + "d1,a,Hello.\n", "if these are plain answers, call the column response"),
+        (ASKED + GOOD.replace('d1,a,"', 'd1,a,"x"'), 'put each text between double quotes'),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_completions_is_one_sentence(tmp_path, content, words):
+    profile = own(tmp_path, HEAD + TALK + HELD, content)
+    with pytest.raises(PersodpoError, match=re.escape(words)) as caught:
+        stages.run_generate(profile)
+    assert str(profile.generation.csv_file) in str(caught.value)
+
+
+def test_files_that_are_not_there_or_not_named(tmp_path):
+    profile = own(tmp_path, HEAD + TALK, ASKED + GOOD, generation__csv_file=tmp_path / "none.csv")
+    with pytest.raises(PersodpoError, match=r"none\.csv"):
+        stages.run_generate(profile)
+    with pytest.raises(PersodpoError, match=r"source csv needs csv_file, the file of your dialogues"):
+        load_profile("mini", ["dialogues.source=csv"])
+    with pytest.raises(PersodpoError, match=r"source csv needs csv_file, the file of your completions"):
+        load_profile("mini", ["generation.source=csv"])
+    with pytest.raises(PersodpoError, match=r"asks no model"):
+        stages.asked_scope(own(tmp_path, HEAD, ASKED), (), (), 3)
+
+
+def test_dialogues_without_references_or_earlier_turns_teach_no_scorer_of_coherence(tmp_path):
+    rows = "".join(f"d{n},train,I like thing {n}.,User1: Hello {n}?\n" for n in range(12))
+    profile = own(tmp_path, HEAD + rows, ASKED + GOOD)
+    with pytest.raises(PersodpoError, match=r"No dialogue has a reply"):
+        stages.run_score(profile)
