@@ -48,7 +48,7 @@ LAYERS = [
         "variants",
     ],
     ["figures"],
-    ["stages", "report"],
+    ["stages", "report", "explore"],
     ["reproduce", "doctor"],
     ["cli"],
 ]
