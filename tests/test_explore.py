@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 import time
 
 import numpy as np
@@ -14,8 +16,10 @@ from IPython.display import Image
 
 from persodpo import explore
 from persodpo.artifacts import RunFolder
+from persodpo.completions import is_one_object
 from persodpo.config import load_profile, with_overrides
 from persodpo.errors import PersodpoError
+from persodpo.explore.answers import find_damage, highlighted
 from persodpo.explore.moving import Pool, Setting, moved
 from persodpo.explore.panel import WIDTH
 from persodpo.gate import inspect_pairs
@@ -188,7 +192,82 @@ def test_weights_that_cannot_be_are_said_and_nothing_changes(run):
         panel.pool.at(Setting(panel.pool.own.weights, 0.6, 0.4))
 
 
-DOORS = [explore.quality]
+@pytest.mark.parametrize(("text", "marked", "reason"), [
+    ('{"response": "Yes."}', [], ""),
+    (' {"response": "Yes."}\n', [], ""),
+    ('Sure: {"response": "Yes."}', ["Sure: "], "text before its object"),
+    ('{"response": "Yes."} And more', [" And more"], "goes on after its object"),
+    ('Oh {"answer": "Yes."} And', ["Oh ", " And"], "text before its object, goes on after its object, has no key"),
+    ('{"response": "Yes, and then', [""], "breaks off inside its text"),
+    ('{"response": "Yes" "No"}', ['"No"}'], "not JSON from here on: expecting ',' delimiter"),
+    ('{"response": ', [""], "not JSON from here on: expecting value"),
+    ("Yes.", ["Yes."], "no JSON object"),
+    ("", [""], "no JSON object"),
+    ('{"a":' * 100_000, ['{"a":' * 100_000], "nested too deeply"),
+    ('{"response": ' + "9" * 5000 + "}", ['{"response": ' + "9" * 5000 + "}"], "a number too long"),
+])  # fmt: skip
+def test_damage_is_found_where_it_is(text, marked, reason):
+    damage = find_damage(text)
+    assert [text[start:end] for start, end in damage.spans] == marked
+    assert damage.reason.startswith(reason) or reason in damage.reason
+    assert bool(damage.reason) == bool(reason)
+
+
+@given(st.text(alphabet='{}[]":, \\nresponse1é<&', max_size=60))
+def test_damage_is_none_exactly_for_one_object(text):
+    damage = find_damage(text)
+    assert bool(damage.reason) == (not is_one_object(text) or bool(text[: text.find("{")].strip()))
+    assert all(0 <= start <= end <= len(text) for start, end in damage.spans)
+
+
+@given(st.text(max_size=60), st.sets(st.sampled_from(["castle", "über", "x"])))
+def test_highlighting_only_adds(text, words):
+    shown = highlighted(text, words)
+    assert html.unescape(re.sub(r"</?b[^>]*>", "", shown)) == text
+    assert ("<b " in shown) == any(word.casefold() in words for word in re.findall(r"\w+", text))
+
+
+def test_a_dialogue_is_found_by_text_model_and_class(run):
+    panel = explore.responses(run)
+    search, model, outcome, menu = (panel.controls[name] for name in ("search", "model", "outcome", "dialogue"))
+    answered = run.read("responses")
+    assert len(panel.matches) == 60
+    search.value = "  CASTLE 17? "
+    assert panel.matches == [menu.value] == ["d17"]
+    assert "castle 17?" in panel.shown[0].data
+    search.value = ""
+    assert menu.value == "d17", "the dialogue that is shown stays while it matches"
+    model.value, outcome.value = "m2", "truncated"
+    expected = answered[(answered["model"] == "m2") & (answered["outcome"] == "truncated")]["dialogue_id"]
+    assert panel.matches == sorted(expected) != []
+    assert "m2</b> (failed: truncated)" in panel.shown[0].data
+    search.value = "no such text"
+    assert panel.matches == []
+    assert menu.value is None
+    assert "No dialogue matches" in panel.shown[0].data
+    model.value = outcome.value = "any"
+    search.value = ""
+    menu.value = "d31"
+    assert "<h4>d31</h4>" in panel.shown[0].data
+
+
+def test_answers_stand_side_by_side_with_scores_marks_and_no_markup_of_their_own(run):
+    panel = explore.responses(run)
+    panel.controls["dialogue"].value = "d03"
+    page = panel.shown[0].data
+    scores = run.read("scores").set_index(["dialogue_id", "model"])
+    for name in MODELS:
+        assert f"<b>{name}</b>" in page
+        assert f"Quality {scores.loc[('d03', name), 'quality']:.3f}" in page
+    assert "<script" not in page
+    assert "<img" not in page
+    assert html.escape(SCRIPT) in page
+    assert '<b style="background-color: #56B4E955">castles</b>' in page
+    assert "breaks off inside its text" in page
+    assert "display: grid" in page
+
+
+DOORS = [explore.quality, explore.responses]
 
 
 @pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)

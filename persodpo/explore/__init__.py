@@ -4,5 +4,6 @@ Nothing here writes to a run folder. Without a browser each call still shows its
 """
 
 from persodpo.explore.quality import quality
+from persodpo.explore.responses import responses
 
-__all__ = ["quality"]
+__all__ = ["quality", "responses"]

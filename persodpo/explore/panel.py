@@ -15,7 +15,7 @@ from typing import Any, ParamSpec
 import ipywidgets as widgets
 import numpy as np
 import PIL.Image
-from IPython.display import DisplayHandle, Image, display
+from IPython.display import HTML, DisplayHandle, Image, display
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -113,10 +113,14 @@ def or_sentence(door: Callable[P, Panel]) -> Callable[P, Panel | Sentence]:
     return open_door
 
 
-def labelled(kind: Callable[..., Any], description: str, **options: Any) -> Any:
-    """Return a control with its label beside it, the same width for all; options are those of ``kind``."""
-    layout = widgets.Layout(width="560px")
-    return kind(description=description, style=_LABEL, layout=layout, **options)
+def labelled(kind: Callable[..., Any], description: str, width: str = "560px", **options: Any) -> Any:
+    """Return a control with its label beside it, the label of one width for all; options are those of ``kind``."""
+    return kind(description=description, style=_LABEL, layout=widgets.Layout(width=width), **options)
+
+
+def page(text: str) -> HTML:
+    """Return HTML as an output; whoever wrote it has escaped what models wrote."""
+    return HTML(text)  # type: ignore[no-untyped-call]
 
 
 def picture(figure: Figure, alternative: str) -> Image:
