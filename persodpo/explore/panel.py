@@ -53,6 +53,7 @@ class Panel:
         self._status = widgets.HTML()
         self._box = widgets.VBox([*controls.values(), self._status], layout=widgets.Layout(max_width=f"{WIDTH}px"))
         self._handles: list[DisplayHandle] = []
+        self._following = False
         self.shown = tuple(view())
         for control in controls.values():
             if not isinstance(control, widgets.Button):
@@ -63,8 +64,19 @@ class Panel:
         """What was wrong with the last move."""
         return html.unescape(str(self._status.value))
 
-    def refresh(self, _: Any = None) -> None:
+    def follow(self, change: Any) -> None:
+        """Move other controls after one was moved; what they say then is shown once."""
+
+    def refresh(self, change: Any = None) -> None:
         """Show what the controls say now; where that is impossible, say why and leave everything as it was."""
+        if self._following:
+            return
+        if change is not None:
+            self._following = True
+            try:
+                self.follow(change)
+            finally:
+                self._following = False
         try:
             self.shown = tuple(self._view())
         except PersodpoError as error:

@@ -32,7 +32,6 @@ class QualityPanel(Panel):
         self.outcome = pool.at(pool.own)
         self._own = self.outcome
         self._weights = dict(pool.own.weights)
-        self._moving = False
         self._picture = QualityPicture(pool, self._own, _highest(profile))
         self._sliders = {
             signal: labelled(
@@ -45,9 +44,9 @@ class QualityPanel(Panel):
             widgets.FloatRangeSlider, "Threshold quantiles", value=(pool.own.low, pool.own.high), min=0.0, max=1.0,
             step=0.01, readout_format=".2f",
         )  # fmt: skip
-        reset = widgets.Button(description="Back to the profile's", layout=widgets.Layout(width="auto"))
-        reset.on_click(self._reset)
-        super().__init__({**self._sliders, "quantiles": self._range, "reset": reset}, self._render)
+        self._reset = widgets.Button(description="Back to the profile's", layout=widgets.Layout(width="auto"))
+        self._reset.on_click(lambda button: self.refresh({"owner": button}))
+        super().__init__({**self._sliders, "quantiles": self._range, "reset": self._reset}, self._render)
 
     @property
     def setting(self) -> Setting:
@@ -55,30 +54,19 @@ class QualityPanel(Panel):
         low, high = self._range.value
         return Setting(dict(self._weights), low, high)
 
-    def refresh(self, change: Any = None) -> None:
-        """Follow a slider; the other weights give way in proportion."""
-        if self._moving:
-            return
-        signal = next((name for name, slider in self._sliders.items() if change and change["owner"] is slider), None)
+    def follow(self, change: Any) -> None:
+        """Let the other weights give way in proportion."""
+        signal = next((name for name, slider in self._sliders.items() if change["owner"] is slider), None)
         if signal is not None:
             self._place(moved(self._weights, signal, change["new"], self.pool.own.weights))
-        super().refresh(change)
+        elif change["owner"] is self._reset:
+            self._place(dict(self.pool.own.weights))
+            self._range.value = (self.pool.own.low, self.pool.own.high)
 
-    def _place(self, weights: dict[str, float], quantiles: tuple[float, float] | None = None) -> None:
-        """Move sliders without following them."""
+    def _place(self, weights: dict[str, float]) -> None:
         self._weights = weights
-        self._moving = True
-        try:
-            for name, slider in self._sliders.items():
-                slider.value = weights[name]
-            if quantiles is not None:
-                self._range.value = quantiles
-        finally:
-            self._moving = False
-
-    def _reset(self, _: Any) -> None:
-        self._place(dict(self.pool.own.weights), (self.pool.own.low, self.pool.own.high))
-        super().refresh()
+        for name, slider in self._sliders.items():
+            slider.value = weights[name]
 
     def _render(self) -> Sequence[Any]:
         self.outcome = self.pool.at(self.setting)
