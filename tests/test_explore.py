@@ -7,6 +7,7 @@ import json
 import re
 import time
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -19,13 +20,19 @@ from persodpo.artifacts import RunFolder
 from persodpo.completions import is_one_object
 from persodpo.config import load_profile, with_overrides
 from persodpo.errors import PersodpoError
+from persodpo.evaluation.bootstrap import Resampling
+from persodpo.evaluation.comparisons import compare
+from persodpo.evaluation.observations import observe
 from persodpo.explore.answers import find_damage, highlighted
 from persodpo.explore.moving import Pool, Setting, moved
 from persodpo.explore.panel import WIDTH
+from persodpo.explore.training import smoothed
 from persodpo.gate import inspect_pairs
 from persodpo.generation.published import read_completions
+from persodpo.reproduce import run_notebook
 from persodpo.scoring.quality import METRICS, SIGNALS, connect
 from persodpo.scoring.run import impute, rank
+from persodpo.stages.heldout import arms_of
 from persodpo.tables import schema_of, write_table
 from persodpo.variants import measured, pair_keys, rebuild
 
@@ -62,7 +69,7 @@ def tables():
     dialogues = full("dialogues", [
         {"dialogue_id": f"d{number:02}", "split": "train" if number < 60 else "valid", "dataset": "x",
          "personas": PERSONAS, "context": f"User1: Where is castle {number}? {SCRIPT}", "reference": "r"}
-        for number in range(64)
+        for number in range(84)
     ])  # fmt: skip
     answered = [(d, m) for d in range(60) for m in range(len(MODELS))]
     responses = full("responses", [
@@ -83,6 +90,27 @@ def tables():
 def run(profile, tables):
     made = RunFolder(profile)
     save(made, responses=tables[0], scores=tables[1], dialogues=tables[2])
+    return made
+
+
+@pytest.fixture
+def evaluated(run, tables):
+    """Held-out answers of a base and two arms, one of them under two seeds, scored and compared."""
+    profile = with_overrides(run.profile, ["evaluation.source=arms", "evaluation.seeds=[44, 45]",
+                                           "training.arms=[perso, simple]", "scoring.source=compute"])  # fmt: skip
+    made, generator = RunFolder(profile), np.random.default_rng(1)
+    names = arms_of(profile)
+    answered = [(d, m, name) for d in range(60, 84) for m, name in enumerate(names["model"])]
+    known = {"split": "valid", "response_time": 0.1}
+    rows = [{"dialogue_id": f"d{d}", "model": name, "completion": completion(d, m), **known} for d, m, name in answered]
+    responses = read_completions(full("evaluation/responses", rows), profile.completions)
+    metrics = responses[["dialogue_id", "model"]].assign(parsed=responses["response"])
+    metrics = metrics.assign(**{metric: generator.random(len(metrics)) for metric in METRICS})
+    pool = impute(responses, metrics, profile.scoring.worst_case, unread=True)
+    scores = rank(connect(profile.engine, ""), pool, profile.scoring, profile.pairs).scores
+    pairs = [("perso", "base"), ("simple", "base"), ("perso", "simple")]
+    compared = compare(observe(responses, scores, names), pairs, sampling=Resampling(2000, 1))
+    save(made, evaluation__responses=responses, evaluation__scores=scores, evaluation__comparisons=compared)
     return made
 
 
@@ -267,7 +295,109 @@ def test_answers_stand_side_by_side_with_scores_marks_and_no_markup_of_their_own
     assert "display: grid" in page
 
 
-DOORS = [explore.quality, explore.responses]
+def test_differences_here_add_up_to_those_of_all_dialogues(evaluated):
+    panel = explore.arms(evaluated)
+    menu, comparisons = panel.controls["dialogue"], evaluated.read("evaluation/comparisons")
+    for metric, reading in (("quality", "failures imputed"), ("quality", "successes alone"),
+                            ("failure_ratio", "failures imputed")):  # fmt: skip
+        panel.controls["metric"].value, panel.controls["reading"].value = metric, reading
+        shown = {}
+        for _, name in menu.options:
+            menu.value = name
+            for row, value in panel.shown[1].data["here"].items():
+                if value != "–":
+                    shown.setdefault(row, []).append(float(value.replace("−", "-")))
+        rows = comparisons[(comparisons["metric"] == metric) & comparisons["reading"].isin([reading, "all responses"])]
+        for row in rows.to_dict("records"):
+            here = shown[f"{row['arm']} − {row['baseline']}"]
+            assert len(here) == row["dialogues"]
+            signs = [sum(value > 0 for value in here), sum(value < 0 for value in here)]
+            assert signs == [row["higher"], row["lower"]]
+            if reading != "successes alone":  # where all trainings count in every dialogue
+                assert np.mean(here) == pytest.approx(row["difference"], abs=6e-4)
+
+
+def test_every_arm_answers_beside_the_others(evaluated):
+    panel = explore.arms(evaluated)
+    page, table, picture = panel.shown
+    assert [name for name in ("base", "perso", "simple") if f"<b>{name}</b>" in page.data] == [
+        "base",
+        "perso",
+        "simple",
+    ]
+    assert "perso@45" not in page.data
+    assert "<script" not in page.data
+    assert table.data.index.name == "Quality, failures imputed"
+    assert re.search(r"\[.*, .*\]", table.data["all dialogues"].iloc[0])
+    panel.controls["seeds"].value = "all"
+    assert "<b>perso@45</b>" in panel.shown[0].data
+    panel.controls["search"].value = "castle 61"
+    assert panel.controls["dialogue"].value == "d61"
+    panel.controls["search"].value = "nothing like it"
+    assert "No dialogue matches" in panel.shown[0].data
+    assert set(panel.shown[1].data["here"]) == {"–"}
+    assert isinstance(picture, Image)
+
+
+@pytest.fixture
+def trained(profile):
+    made = RunFolder(profile)
+    for arm, scale in (("perso", 1.0), ("simple", 2.0)):
+        rows = [
+            {"policy": "p", "kind": "train", "step": step, "loss": scale / step, "grad_norm": None if step == 3 else 1.0,
+             "reward_margin": 0.1 * step, "reward_accuracy": 0.5} for step in (1, 2, 3, 4)
+        ]  # fmt: skip
+        rows.append({"policy": "p", "kind": "eval", "step": 4, "loss": 9.0})
+        save(made, **{f"training__{arm}__log": full(f"training/{arm}/log", rows)})
+    return made
+
+
+def test_curves_of_arms_and_published_runs_with_cursor_and_smoothing(trained):
+    panel = explore.training(trained)
+    runs, cursor, axis, smoothing = (panel.controls[name] for name in ("runs", "cursor", "axis", "smoothing"))
+    mine, paper = "perso (release)", "Qwen2-0.5B-Instruct-FoCus-perso-DPO (published)"
+    assert runs.value == (mine, "simple (release)", paper)
+    assert not any("Qwen2-5B" in name for name in runs.options)
+    first = panel.shown[0].data
+    runs.value = (mine,)
+    assert cursor.max == 4
+    assert panel.shown[0].data != first
+    cursor.value = 3
+    assert panel.shown[1].data.loc[mine].tolist() == [3, "0.3333", "1.0000", "0.3000", "0.5000"]
+    cursor.value = 0
+    assert panel.shown[1].data.loc[mine, "DPO loss"] == "–"
+    axis.value = "share of the run"
+    assert (cursor.max, cursor.description) == (100, "Cursor (% of run)")
+    cursor.value = 50
+    assert panel.shown[1].data.loc[mine, "step"] == 2
+    smoothing.value = 0.5
+    assert panel.shown[1].data.loc[mine, "DPO loss"] == f"{(0.5 + 0.5 * 1.0) / 1.5:.4f}"
+    before = panel.shown
+    runs.value = ()
+    assert "Between 1 and 7 runs" in panel.message
+    assert panel.shown == before
+    runs.value = runs.options[:8]
+    assert "not 8" in panel.message
+    runs.value = (mine, paper)
+    assert panel.message == ""
+
+
+def test_published_curves_stand_alone_before_training(profile):
+    panel = explore.training(RunFolder(profile))
+    assert all(name.endswith("(published)") for name in panel.controls["runs"].options)
+    assert len(panel.shown[1].data) == 1
+
+
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=20), st.floats(0, 0.95))
+def test_smoothing_stays_between_what_was_logged(values, strength):
+    means = smoothed(np.array(values), strength)
+    assert np.allclose(smoothed(np.array(values), 0.0), values)
+    assert means[0] == pytest.approx(values[0])
+    assert (means <= np.maximum.accumulate(values) + 1e-9).all()
+    assert (means >= np.minimum.accumulate(values) - 1e-9).all()
+
+
+DOORS = [explore.quality, explore.responses, explore.arms]
 
 
 @pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)
@@ -277,13 +407,58 @@ def test_a_run_without_tables_gets_a_sentence(door, profile):
     assert "<p>" in sentence._repr_html_()
 
 
-@pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)
-def test_every_control_has_a_label_and_fits(door, run):
-    panel = door(run)
+@pytest.mark.parametrize("door", [*DOORS, explore.training], ids=lambda door: door.__name__)
+def test_every_control_has_a_label_and_fits(door, evaluated):
+    panel = door(evaluated)
     assert all(control.description for control in panel.controls.values())
     assert panel._box.layout.max_width == f"{WIDTH}px"
     assert WIDTH <= 950
-    assert all(picture.width <= WIDTH for picture in panel.shown if isinstance(picture, Image))
+    pictures = [shown for shown in panel.shown if isinstance(shown, Image)]
+    assert all(picture.width <= WIDTH and picture.alt for picture in pictures)
+    assert all(picture.data.startswith(b"\x89PNG") for picture in pictures)
+
+
+NOTEBOOK = """
+from persodpo import explore
+from persodpo.artifacts import RunFolder
+from persodpo.config import load_profile
+run = RunFolder(load_profile(profile))
+"""
+
+
+def test_without_a_browser_the_first_state_is_ordinary_output(evaluated, tmp_path):
+    source, book = tmp_path / "profile.yaml", nbformat.v4.new_notebook()
+    book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    source.write_text(evaluated.profile.to_yaml())
+    parameters = nbformat.v4.new_code_cell('profile = ""')
+    parameters.metadata["tags"] = ["parameters"]
+    calls = ["explore.quality(run)", "explore.responses(run)", "explore.arms(run)", "explore.training(run)"]
+    moves = [
+        "panel = explore.quality(run)\npanel",
+        "first = panel.shown[0].data",
+        "panel.controls['coherence'].value = 0.5",
+    ]
+    cells = [NOTEBOOK, *moves[:2], *calls, moves[2]]
+    book.cells = [parameters, *(nbformat.v4.new_code_cell(cell) for cell in cells)]
+    nbformat.write(book, tmp_path / "n.ipynb")
+    done = run_notebook(tmp_path / "n.ipynb", tmp_path / "copy.ipynb", {"profile": str(source)})
+    cells = [
+        cell
+        for cell in nbformat.read(done.copy, as_version=4).cells
+        if "injected-parameters" not in cell.metadata.get("tags", [])
+    ]
+    shown = [[set(out["data"]) for out in cell.outputs if out.output_type == "display_data"]
+             for cell in cells[-5:-1]]  # fmt: skip
+    for outputs, pictures, tables in zip(shown, (1, 0, 1, 1), (1, 1, 2, 1), strict=True):
+        assert any("application/vnd.jupyter.widget-view+json" in data for data in outputs)
+        assert sum("image/png" in data for data in outputs) == pictures
+        assert sum("text/html" in data for data in outputs) == tables
+    moved_after, unmoved = (
+        [out["data"]["image/png"] for out in cells[place].outputs if "image/png" in out.get("data", {})]
+        for place in (2, 4)
+    )
+    assert len(moved_after) == len(unmoved) == 1
+    assert moved_after != unmoved, "a move replaces the picture in the cell that showed it"
 
 
 def test_the_published_responses_move_at_once(release_run):

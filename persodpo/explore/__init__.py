@@ -3,7 +3,9 @@
 Nothing here writes to a run folder. Without a browser each call still shows its first picture and table.
 """
 
+from persodpo.explore.arms import arms
 from persodpo.explore.quality import quality
 from persodpo.explore.responses import responses
+from persodpo.explore.training import training
 
-__all__ = ["quality", "responses"]
+__all__ = ["arms", "quality", "responses", "training"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -85,7 +86,7 @@ def _numbers(now: Outcome, own: Outcome) -> pd.DataFrame:
 
 
 def _column(outcome: Outcome) -> dict[str, str]:
-    alone = f"{outcome.length_alone:.1%} of pairs" if outcome.length_alone == outcome.length_alone else "too few pairs"
+    alone = "too few pairs" if math.isnan(outcome.length_alone) else f"{outcome.length_alone:.1%} of pairs"
     return {
         "pairs": f"{outcome.pairs:,}",
         "prompts with a pair": f"{outcome.prompts:,}",
