@@ -29,7 +29,8 @@ from persodpo.explore.panel import WIDTH
 from persodpo.explore.training import smoothed
 from persodpo.gate import inspect_pairs
 from persodpo.generation.published import read_completions
-from persodpo.reproduce import run_notebook
+from persodpo.report.notebooks import notebook_pages
+from persodpo.reproduce import NOTEBOOKS, run_notebook
 from persodpo.scoring.quality import METRICS, SIGNALS, connect
 from persodpo.scoring.run import impute, rank
 from persodpo.stages.heldout import arms_of
@@ -459,6 +460,22 @@ def test_without_a_browser_the_first_state_is_ordinary_output(evaluated, tmp_pat
     )
     assert len(moved_after) == len(unmoved) == 1
     assert moved_after != unmoved, "a move replaces the picture in the cell that showed it"
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["evaluated", "nothing yet"])
+def test_the_first_notebook_runs_on_whatever_is_there(there, evaluated, tmp_path):
+    elsewhere = [] if there else [f"paths.runs={tmp_path / 'none'}"]
+    source = tmp_path / "profile.yaml"
+    source.write_text(with_overrides(evaluated.profile, elsewhere).to_yaml())
+    before = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    parameters = {"profile": str(source), "overrides": [], "overwrite": False}
+    done = run_notebook(NOTEBOOKS / "00_start_here.ipynb", tmp_path / "copy.ipynb", parameters)
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted([*before, done.copy])
+    text = done.copy.read_text()
+    assert ("make it with `persodpo score" in text or "make it with `persodpo generate" in text) == (not there)
+    (page,) = notebook_pages([done.copy])
+    assert page.body.count("data:image/png") == (4 if there else 2)
+    assert "<script" not in page.body
 
 
 def test_the_published_responses_move_at_once(release_run):
