@@ -398,6 +398,17 @@ def test_smoothing_stays_between_what_was_logged(values, strength):
     assert (means >= np.minimum.accumulate(values) - 1e-9).all()
 
 
+def test_runs_of_this_machine_and_how_far_they_are(evaluated, trained):
+    table = explore.runs(evaluated).data
+    assert table.index.tolist() == ["release"]
+    row = table.loc["release"]
+    assert row[["dialogues", "responses", "perso pairs", "held-out responses"]].tolist() == ["84", "240", "–", "120"]
+    assert row["arms"] == "perso, simple"
+    nothing = explore.runs(RunFolder(with_overrides(evaluated.profile, ["name=another"]))).data
+    assert nothing.loc["another"].eq("–").all()
+    assert "release" in nothing.index
+
+
 DOORS = [explore.quality, explore.responses, explore.arms]
 
 

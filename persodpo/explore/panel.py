@@ -52,9 +52,10 @@ class Panel:
         self._view = view
         self._status = widgets.HTML()
         self._box = widgets.VBox([*controls.values(), self._status], layout=widgets.Layout(max_width=f"{WIDTH}px"))
-        self._handles: list[DisplayHandle] = []
         self._following = False
         self.shown = tuple(view())
+        self._handles = [DisplayHandle() for _ in self.shown]  # type: ignore[no-untyped-call]
+        self._displayed = False
         for control in controls.values():
             if not isinstance(control, widgets.Button):
                 control.observe(self.refresh, names="value")
@@ -83,13 +84,16 @@ class Panel:
             self._status.value = html.escape(str(error))
             return
         self._status.value = ""
-        for handle, item in zip(self._handles, self.shown, strict=False):
-            handle.update(item)  # type: ignore[no-untyped-call]
+        if self._displayed:
+            for handle, item in zip(self._handles, self.shown, strict=True):
+                handle.update(item)  # type: ignore[no-untyped-call]
 
     def _ipython_display_(self) -> None:
         """Show controls, pictures and tables in a notebook."""
+        self._displayed = True
         display(self._box)  # type: ignore[no-untyped-call]
-        self._handles = [display(item, display_id=True) for item in self.shown]  # type: ignore[no-untyped-call]
+        for handle, item in zip(self._handles, self.shown, strict=True):
+            handle.display(item)  # type: ignore[no-untyped-call]
 
 
 class Sentence:
