@@ -138,7 +138,7 @@ def _quality(by: Literal["reading", "model"]) -> Callable[[Tables], Figure]:
     return draw
 
 
-def _short_names(tables: Tables) -> dict[str, str]:
+def short_names(tables: Tables) -> dict[str, str]:
     """Name published arms by what they were tuned to, the untuned model as that; our arms keep their names."""
     table = tables["evaluation/comparisons"]
     names = {*table["arm"], *table["baseline"]}
@@ -247,12 +247,12 @@ FIGURES: dict[str, FigureSpec] = {
     ),
     "forest": FigureSpec(
         ("evaluation/comparisons",),
-        lambda tables: forest.draw(tables["evaluation/comparisons"], labels=_short_names(tables)),
+        lambda tables: forest.draw(tables["evaluation/comparisons"], labels=short_names(tables)),
         "Paired differences on held-out dialogues, failures imputed.",
     ),
     "forest_successes": FigureSpec(
         ("evaluation/comparisons",),
-        lambda tables: forest.draw(tables["evaluation/comparisons"], "successes alone", labels=_short_names(tables)),
+        lambda tables: forest.draw(tables["evaluation/comparisons"], "successes alone", labels=short_names(tables)),
         "Paired differences on held-out dialogues that both arms answered.",
     ),
     "ablations": FigureSpec(

@@ -53,7 +53,7 @@ LAYERS = [
         "variants",
     ],
     ["figures"],
-    ["stages", "report"],
+    ["stages", "report", "explore"],
     ["reproduce", "doctor"],
     ["cli"],
 ]
