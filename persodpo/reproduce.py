@@ -50,8 +50,8 @@ class Executed:
 
 
 def notebook_files(folder: Path = NOTEBOOKS) -> list[Path]:
-    """Return the numbered notebooks in their order."""
-    return sorted(folder.glob("[0-9][0-9]_*.ipynb"))
+    """Return the numbered notebooks in the order in which they run; 00, which shows what the others make, is the last."""
+    return sorted(folder.glob("[0-9][0-9]_*.ipynb"), key=lambda path: (path.name.startswith("00"), path.name))
 
 
 def parameter_names(notebook: Path) -> set[str]:
@@ -180,7 +180,8 @@ def _state(run: RunFolder, notebooks: Sequence[Path], parameters: Mapping[str, A
     """Return what a run of the notebooks reads and makes: settings, versions, and files by size and time of change."""
     profile = run.profile.model_dump(mode="json")
     release = Path(os.environ.get(RELEASE_VARIABLE) or run.release)
-    named = [PROJECT / text for text in _texts({key: value for key, value in profile.items() if key != "paths"})]
+    texts = _texts({key: value for key, value in profile.items() if key != "paths"})
+    named = [PROJECT / text for text in texts if text]
     places = [Path(__file__).parent, DATA, run.root, run.figures, release, *notebooks, *named]
     return {
         "profile": profile,

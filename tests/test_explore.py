@@ -5,7 +5,10 @@ from __future__ import annotations
 import html
 import json
 import re
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import nbformat
 import numpy as np
@@ -16,7 +19,7 @@ from hypothesis import strategies as st
 from IPython.display import Image
 
 from persodpo import explore
-from persodpo.artifacts import RunFolder
+from persodpo.artifacts import PROJECT, RunFolder
 from persodpo.completions import is_one_object
 from persodpo.config import load_profile, with_overrides
 from persodpo.errors import PersodpoError
@@ -35,6 +38,7 @@ from persodpo.scoring.quality import METRICS, SIGNALS, connect
 from persodpo.scoring.run import impute, rank
 from persodpo.stages.heldout import arms_of
 from persodpo.tables import schema_of, write_table
+from persodpo.training.log import LIVE, write_live
 from persodpo.variants import measured, pair_keys, rebuild
 
 MODELS = ("m1", "m2", "m3", "m4")
@@ -355,24 +359,26 @@ def trained(profile):
 
 def test_curves_of_arms_and_published_runs_with_cursor_and_smoothing(trained):
     panel = explore.training(trained)
+    assert panel.controls["axis"].value == "share of the run", "4 steps beside 1,700"
     runs, cursor, axis, smoothing = (panel.controls[name] for name in ("runs", "cursor", "axis", "smoothing"))
     mine, paper = "perso (release)", "Qwen2-0.5B-Instruct-FoCus-perso-DPO (published)"
     assert runs.value == (mine, "simple (release)", paper)
     assert not any("Qwen2-5B" in name for name in runs.options)
-    first = panel.shown[0].data
+    axis.value = "optimiser step"
+    first = panel.shown[1].data
     runs.value = (mine,)
     assert cursor.max == 4
-    assert panel.shown[0].data != first
+    assert panel.shown[1].data != first
     cursor.value = 3
-    assert panel.shown[1].data.loc[mine].tolist() == [3, "0.3333", "1.0000", "0.3000", "0.5000"]
+    assert panel.shown[2].data.loc[mine].tolist() == [3, "0.3333", "1.0000", "0.3000", "0.5000"]
     cursor.value = 0
-    assert panel.shown[1].data.loc[mine, "DPO loss"] == "–"
+    assert panel.shown[2].data.loc[mine, "DPO loss"] == "–"
     axis.value = "share of the run"
     assert (cursor.max, cursor.description) == (100, "Cursor (% of run)")
     cursor.value = 50
-    assert panel.shown[1].data.loc[mine, "step"] == 2
+    assert panel.shown[2].data.loc[mine, "step"] == 2
     smoothing.value = 0.5
-    assert panel.shown[1].data.loc[mine, "DPO loss"] == f"{(0.5 + 0.5 * 1.0) / 1.5:.4f}"
+    assert panel.shown[2].data.loc[mine, "DPO loss"] == f"{(0.5 + 0.5 * 1.0) / 1.5:.4f}"
     before = panel.shown
     runs.value = ()
     assert "Between 1 and 7 runs" in panel.message
@@ -383,10 +389,61 @@ def test_curves_of_arms_and_published_runs_with_cursor_and_smoothing(trained):
     assert panel.message == ""
 
 
+STEPS = [{"loss": 1 / step, "grad_norm": 1.0, "rewards/margins": 0.1 * step, "rewards/accuracies": 0.5, "step": step}
+         for step in (1, 2, 3, 4)]  # fmt: skip
+
+
+def test_a_curve_grows_while_its_arm_is_being_trained(profile):
+    run, mine = RunFolder(profile), "perso (release)"
+    panel = explore.training(run)
+    panel.controls["axis"].value = "optimiser step"
+    assert mine not in panel.controls["runs"].options
+    folder = run.root / "training" / "perso"
+    folder.mkdir(parents=True)
+    write_live(folder, STEPS[:2], 4)
+    panel.look()
+    assert mine in panel.controls["runs"].value
+    assert "perso (release) is being trained: step 2 of 4." in panel.shown[0].data
+    panel.controls["runs"].value = (mine,)
+    assert panel.controls["cursor"].value == panel.controls["cursor"].max == 2
+    write_live(folder, STEPS, 4, since=2)
+    with (folder / LIVE).open("a") as file:
+        file.write('{"loss": 0.2, "st')  # as a line that is just being written
+    panel.look()
+    assert panel.controls["cursor"].value == 4, "the cursor stays at the newest step"
+    assert panel.shown[2].data.loc[mine].tolist()[:2] == [4, "0.2500"]
+    before = panel.shown
+    panel.look()
+    assert panel.shown is before, "nothing changed, nothing is drawn"
+    rows = [{"policy": "p", "kind": "train", "step": step, "loss": 7.0} for step in (1, 2, 3, 4)]
+    (folder / LIVE).unlink()
+    save(run, training__perso__log=full("training/perso/log", rows))
+    panel.look()
+    assert panel.shown[0].data == ""
+    assert panel.shown[2].data.loc[mine, "DPO loss"] == "7.0000"
+
+
+def test_a_killed_training_is_told_from_a_running_one(profile):
+    run = RunFolder(profile)
+    folder = run.root / "training" / "perso"
+    folder.mkdir(parents=True)
+    code = f"""
+import os, signal
+from pathlib import Path
+from persodpo.training.log import write_live
+write_live(Path({str(folder)!r}), {STEPS[:3]!r}, 4)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    subprocess.run([sys.executable, "-c", code], check=False)
+    panel = explore.training(run)
+    assert "perso (release) was interrupted at step 3 of 4" in panel.shown[0].data
+    assert panel.shown[2].data.loc["perso (release)", "step"] == 3
+
+
 def test_published_curves_stand_alone_before_training(profile):
     panel = explore.training(RunFolder(profile))
     assert all(name.endswith("(published)") for name in panel.controls["runs"].options)
-    assert len(panel.shown[1].data) == 1
+    assert len(panel.shown[2].data) == 1
 
 
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=20), st.floats(0, 0.95))
@@ -398,15 +455,88 @@ def test_smoothing_stays_between_what_was_logged(values, strength):
     assert (means >= np.minimum.accumulate(values) - 1e-9).all()
 
 
-def test_runs_of_this_machine_and_how_far_they_are(evaluated, trained):
-    table = explore.runs(evaluated).data
+def test_runs_of_this_machine_and_how_far_they_are(evaluated, trained, tmp_path):
+    source = saved(evaluated, tmp_path)
+    table = explore.start(source).shown[0].data
     assert table.index.tolist() == ["release"]
     row = table.loc["release"]
     assert row[["dialogues", "responses", "perso pairs", "held-out responses"]].tolist() == ["84", "240", "–", "120"]
-    assert row["arms"] == "perso, simple"
-    nothing = explore.runs(RunFolder(with_overrides(evaluated.profile, ["name=another"]))).data
-    assert nothing.loc["another"].eq("–").all()
-    assert "release" in nothing.index
+    assert row["trained"] == "perso, simple"
+    rows = trained.read("training/perso/log")
+    save(trained, **{f"training__{name}__log": rows for name in ("perso@45", "ablation-x")})
+    other = explore.start(source, ["name=another"])
+    table = other.shown[0].data
+    assert table.loc["another"].eq("–").all()
+    assert table.loc["release", "trained"] == "perso, simple; 1 under other seeds; 1 ablations"
+    assert other.run.profile.name == "another"
+
+
+def saved(run: RunFolder, folder: Path) -> str:
+    path = folder / "profile.yaml"
+    path.write_text(run.profile.to_yaml())
+    return str(path)
+
+
+def until(panel, condition) -> None:
+    """Look as a kernel does, until something is so."""
+    given_up = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < given_up, panel.shown[1].data
+        time.sleep(0.05)
+        panel.look()
+
+
+def test_a_button_runs_its_stage_and_the_table_follows(profile, tmp_path):
+    made = with_overrides(profile, [
+        "dialogues.source=csv", f"dialogues.csv_file={PROJECT / 'data/example/dialogues.csv'}",
+        "generation.source=csv", f"generation.csv_file={PROJECT / 'data/example/completions.csv'}",
+    ])  # fmt: skip
+    panel = explore.start(saved(RunFolder(made), tmp_path), ["seed=45"])
+    buttons = {name: control for name, control in panel.controls.items() if name != "profile"}
+    assert all(button.tooltip for button in buttons.values())
+    assert buttons["stop"].disabled
+    assert panel.command is None
+    buttons["dialogues"].click()
+    assert panel.command.arguments[:2] == ("dialogues", "--profile")
+    assert panel.command.arguments[-2:] == ("--set", "seed=45")
+    assert not buttons["stop"].disabled
+    assert buttons["pairs"].disabled
+    started = panel.command
+    buttons["pairs"].click()
+    assert panel.command is started, "one command at a time"
+    until(panel, lambda: not buttons["pairs"].disabled)
+    assert "is done" in panel.shown[1].data
+    assert panel.shown[0].data.loc["release", "dialogues"] == "50"
+    assert RunFolder(made).read("dialogues").shape[0] == 50
+
+
+def test_a_failing_stage_says_so_and_its_words_stay_words(profile, tmp_path):
+    file = tmp_path / "<b>.csv"
+    made = with_overrides(profile, ["dialogues.source=csv", f"dialogues.csv_file={file}"])
+    panel = explore.start(saved(RunFolder(made), tmp_path))
+    panel.controls["dialogues"].click()
+    until(panel, lambda: panel.controls["stop"].disabled)
+    assert "has failed" in panel.shown[1].data
+    assert "&lt;b&gt;.csv" in panel.shown[1].data
+    assert "<b>.csv" not in panel.shown[1].data
+
+
+def test_stop_interrupts_as_a_key_would(profile, tmp_path):
+    panel = explore.start(saved(RunFolder(profile), tmp_path))
+    panel.controls["train"].click()
+    panel.controls["stop"].click()
+    until(panel, lambda: panel.controls["stop"].disabled)
+    assert panel.command.status != 0
+    assert "was interrupted" in panel.shown[1].data
+
+
+def test_another_profile_is_another_run(profile, tmp_path):
+    panel = explore.start(saved(RunFolder(profile), tmp_path))
+    chosen = panel.controls["profile"]
+    assert {"mini", "release", "paper"} <= {label for label, _ in chosen.options}
+    chosen.value = "mini"
+    assert panel.run.profile.name == "mini"
+    assert "run the cells below again" in panel.shown[1].data
 
 
 DOORS = [explore.quality, explore.responses, explore.arms]
@@ -432,7 +562,7 @@ def test_every_control_has_a_label_and_fits(door, evaluated):
 
 NOTEBOOK = """
 from persodpo import explore
-from persodpo.artifacts import RunFolder
+from persodpo.artifacts import PROJECT, RunFolder
 from persodpo.config import load_profile
 run = RunFolder(load_profile(profile))
 """
@@ -461,7 +591,7 @@ def test_without_a_browser_the_first_state_is_ordinary_output(evaluated, tmp_pat
     ]
     shown = [[set(out["data"]) for out in cell.outputs if out.output_type == "display_data"]
              for cell in cells[-5:-1]]  # fmt: skip
-    for outputs, pictures, tables in zip(shown, (1, 0, 1, 1), (1, 1, 2, 1), strict=True):
+    for outputs, pictures, tables in zip(shown, (1, 0, 1, 1), (1, 1, 2, 2), strict=True):
         assert any("application/vnd.jupyter.widget-view+json" in data for data in outputs)
         assert sum("image/png" in data for data in outputs) == pictures
         assert sum("text/html" in data for data in outputs) == tables

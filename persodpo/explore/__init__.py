@@ -6,7 +6,7 @@ Nothing here writes to a run folder. Without a browser each call still shows its
 from persodpo.explore.arms import arms
 from persodpo.explore.quality import quality
 from persodpo.explore.responses import responses
-from persodpo.explore.runs import runs
+from persodpo.explore.start import start
 from persodpo.explore.training import training
 
-__all__ = ["arms", "quality", "responses", "runs", "training"]
+__all__ = ["arms", "quality", "responses", "start", "training"]

@@ -6,6 +6,7 @@ and every page made of it, shows them as they were at first; in JupyterLab a mov
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import html
 import io
@@ -26,7 +27,9 @@ P = ParamSpec("P")
 
 #: Width of pictures, and the most that controls and tables take, in pixels.
 WIDTH = round(DOUBLE * SCREEN_DPI)
-_LABEL = {"description_width": "150px"}
+_LABEL = {"description_width": "170px"}
+#: The panel of each kind that looks at what changes outside of the notebook.
+_LOOKING: dict[type, asyncio.Task[None]] = {}
 
 
 class Panel:
@@ -38,12 +41,15 @@ class Panel:
         message: What was wrong with the last move, empty if nothing was.
     """
 
-    def __init__(self, controls: dict[str, Any], view: Callable[[], Sequence[Any]]) -> None:
+    def __init__(
+        self, controls: dict[str, Any], view: Callable[[], Sequence[Any]], rows: Sequence[Any] | None = None
+    ) -> None:
         """Lay controls out, and show what they say.
 
         Args:
             controls: Widgets by name, in the order of the keyboard's tabulator.
             view: Called after each move; returns always the same number of pictures and tables.
+            rows: The controls in rows; None for one a row.
 
         Raises:
             PersodpoError: From the first ``view``.
@@ -51,7 +57,9 @@ class Panel:
         self.controls = controls
         self._view = view
         self._status = widgets.HTML()
-        self._box = widgets.VBox([*controls.values(), self._status], layout=widgets.Layout(max_width=f"{WIDTH}px"))
+        self._box = widgets.VBox(
+            [*(rows or controls.values()), self._status], layout=widgets.Layout(max_width=f"{WIDTH}px")
+        )
         self._following = False
         self.shown = tuple(view())
         self._handles = [DisplayHandle() for _ in self.shown]  # type: ignore[no-untyped-call]
@@ -67,6 +75,14 @@ class Panel:
 
     def follow(self, change: Any) -> None:
         """Move other controls after one was moved; what they say then is shown once."""
+
+    def look(self) -> None:
+        """Show what has changed outside of the notebook; called again and again where `watch` is on."""
+
+    @property
+    def watch(self) -> float:
+        """Seconds between two looks, 0 for none."""
+        return 0.0
 
     def refresh(self, change: Any = None) -> None:
         """Show what the controls say now; where that is impossible, say why and leave everything as it was."""
@@ -94,6 +110,27 @@ class Panel:
         display(self._box)  # type: ignore[no-untyped-call]
         for handle, item in zip(self._handles, self.shown, strict=True):
             handle.display(item)  # type: ignore[no-untyped-call]
+        self._begin_to_look()
+
+    def _begin_to_look(self) -> None:
+        """Look from the kernel's own loop, between cells; a panel of this kind that was shown before looks no more."""
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # a plain Python process has none
+            return
+        before = _LOOKING.pop(type(self), None)
+        if before is not None:
+            before.cancel()
+        if self.watch:
+            _LOOKING[type(self)] = loop.create_task(self._look_on())
+
+    async def _look_on(self) -> None:
+        while True:
+            await asyncio.sleep(self.watch)
+            try:
+                self.look()
+            except PersodpoError as error:
+                self._status.value = html.escape(str(error))
 
 
 class Sentence:

@@ -45,7 +45,9 @@ class QualityPanel(Panel):
             widgets.FloatRangeSlider, "Threshold quantiles", value=(pool.own.low, pool.own.high), min=0.0, max=1.0,
             step=0.01, readout_format=".2f",
         )  # fmt: skip
-        self._reset = widgets.Button(description="Back to the profile's", layout=widgets.Layout(width="auto"))
+        self._reset = widgets.Button(
+            description="Back to the profile's", layout=widgets.Layout(width="auto", align_self="flex-start")
+        )
         self._reset.on_click(lambda button: self.refresh({"owner": button}))
         super().__init__({**self._sliders, "quantiles": self._range, "reset": self._reset}, self._render)
 

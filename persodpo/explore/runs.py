@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from pandas.io.formats.style import Styler
 
 from persodpo.artifacts import RunFolder, provenance_path, read_json
 from persodpo.show import text_table
+from persodpo.training.arms import ARMS
 
 #: Column of each table whose rows say how far a run is.
 _TABLES = {
@@ -19,7 +20,7 @@ _TABLES = {
 }  # fmt: skip
 
 
-def runs(run: RunFolder) -> Styler:
+def runs_beside(run: RunFolder) -> Styler:
     """List the runs beside one, each with what it holds; only provenance files are read, nothing is checked.
 
     Args:
@@ -40,6 +41,15 @@ def _row(folder: Path) -> Mapping[str, str]:
     return {
         "run": folder.name,
         **{label: "–" if found[name] is None else f"{found[name]:,}" for name, label in _TABLES.items()},
-        "arms": ", ".join(arms) or "–",
+        "trained": _trained(arms),
         "last written": "–" if written is None else f"{datetime.fromtimestamp(written):%Y-%m-%d %H:%M}",
     }
+
+
+def _trained(labels: Sequence[str]) -> str:
+    """Name the arms, and count what else was trained."""
+    arms = [label for label in labels if label in ARMS]
+    again = [label for label in labels if "@" in label]
+    others = len(labels) - len(arms) - len(again)
+    more = [f"{len(again)} under other seeds"] * bool(again) + [f"{others} ablations"] * bool(others)
+    return "; ".join([*([", ".join(arms)] if arms else []), *more]) or "–"

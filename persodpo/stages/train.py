@@ -95,7 +95,7 @@ def train_on(
         What was done.
     """
     # Torch is slow to load.
-    from persodpo.training import forward, health, loss, packing, reference, trainer  # noqa: PLC0415
+    from persodpo.training import forward, health, log, loss, packing, reference, trainer  # noqa: PLC0415
     from persodpo.training import run as training  # noqa: PLC0415
 
     start = start_policy(run)
@@ -122,7 +122,7 @@ def train_on(
         inputs=inputs,
         settings=settings,
         outputs=outputs,
-        code=[training, trainer, forward, packing, reference, loss, health],
+        code=[training, trainer, forward, packing, reference, loss, health, log],
         build=build,
         overwrite=overwrite or not training.is_trained(folder, key),
     )

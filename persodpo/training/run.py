@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from peft import LoraConfig
 from tqdm import tqdm
-from transformers import PrinterCallback
+from transformers import PrinterCallback, TrainerCallback
 from transformers.utils.import_utils import is_in_notebook
 
 from persodpo.artifacts import read_json, write_json
@@ -28,20 +28,12 @@ from persodpo.errors import disk_errors, make_folder
 from persodpo.settings import ArmName, Profile
 from persodpo.training.arms import ARMS, split_prompts
 from persodpo.training.health import Health, HealthSettings
+from persodpo.training.log import LIVE, log_table, write_live
 from persodpo.training.policy import RECORD, load_policy
 from persodpo.training.trainer import GroupedDPOConfig, GroupedDPOTrainer
 
 ARM_RECORD = "arm.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
-#: Column of the log table -> name in the trainer's log history, with ``eval_`` before it for evaluations.
-COLUMNS = {
-    "loss": "loss", "grad_norm": "grad_norm", "learning_rate": "learning_rate", "reward_margin": "rewards/margins",
-    "reward_accuracy": "rewards/accuracies", "reward_chosen": "rewards/chosen", "reward_rejected": "rewards/rejected",
-    "logps_chosen": "logps/chosen", "logps_rejected": "logps/rejected", "weight": "weights",
-    "parse_rate": "health/parse_rate", "words": "health/words", "loops": "health/loops",
-}  # fmt: skip
-#: What a row of the log history is, by a name that only it has.
-KINDS = {"loss": "train", "eval_loss": "eval", "health/parse_rate": "health"}
 
 
 @dataclass(frozen=True)
@@ -106,7 +98,7 @@ def train_arm(
             eval_dataset=as_dataset(held_out),
             processing_class=tokenizer,
             peft_config=_adapters(settings.lora_rank),
-            callbacks=[health],
+            callbacks=[health, Watched(folder)],
         )
         trainer.remove_callback(PrinterCallback)
         tqdm.write(f"{arm}: {described}; {len(train):,} pairs, {len(held_out):,} held out; {trainer.skipped['train']}")
@@ -142,26 +134,26 @@ def describe(policy: str | Path, parameters: int) -> str:
     return f"{'small policy' if made_here else Path(policy).name}, {parameters / 1e6:,.1f} M parameters"
 
 
-def log_table(history: Sequence[Mapping[str, Any]], policy: str) -> pd.DataFrame:
-    """Make the log table of a trainer's log history.
+class Watched(TrainerCallback):
+    """Writes each log to the arm's folder, for panels that follow a running training."""
 
-    Args:
-        history: The log history, under TRL's names.
-        policy: What was trained, for figures to say.
+    def __init__(self, folder: Path) -> None:
+        """Write to ``folder``."""
+        self._folder, self._written = folder, 0
 
-    Returns:
-        Columns policy, kind, step, epoch and those of `COLUMNS`, NaN where a row of its kind has no such value.
-    """
-    rows = []
-    for log in history:
-        kind = next((kind for name, kind in KINDS.items() if name in log), None)
-        if kind:
-            before = "eval_" if kind == "eval" else ""
-            values = {column: log.get(before + name, float("nan")) for column, name in COLUMNS.items()}
-            rows.append(
-                {"policy": policy, "kind": kind, "step": int(log["step"]), "epoch": log.get("epoch", 0.0), **values}
-            )
-    return pd.DataFrame(rows, columns=["policy", "kind", "step", "epoch", *COLUMNS])
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin anew, with the history of the checkpoint."""
+        self._written = 0
+        self._write(state)
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write what was logged."""
+        self._write(state)
+
+    def _write(self, state: Any) -> None:
+        if state.is_world_process_zero:
+            write_live(self._folder, state.log_history, state.max_steps, since=self._written)
+            self._written = len(state.log_history)
 
 
 def _history(trainer: GroupedDPOTrainer) -> list[dict[str, Any]]:
@@ -237,6 +229,7 @@ def _save(trainer: GroupedDPOTrainer, folder: Path) -> None:
     trainer.save_model()
     # Transformers writes its arguments in a format that runs code when read; they stand in the profile.
     (folder / "training_args.bin").unlink(missing_ok=True)
+    (folder / LIVE).unlink(missing_ok=True)
     trainer.save_state()
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
