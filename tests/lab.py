@@ -26,6 +26,8 @@ from persodpo.reproduce import NOTEBOOKS
 
 #: A laptop's screen, with JupyterLab's side bar open.
 SCREEN = {"width": 1366, "height": 768}
+#: Height of a screen on which every cell is seen whole, pixels.
+TALL = 3000
 #: Seconds for what has to come.
 PATIENCE = 60
 #: Nothing but loopback is looked up, and nothing is reported home.
@@ -101,17 +103,46 @@ def _await(address: str, token: str, process: subprocess.Popen, log: Path) -> No
     raise RuntimeError(f"JupyterLab did not start:\n{log.read_text()}")
 
 
+_CONTRASTS = """cell => {
+    const parse = text => { const n = text.match(/[\\d.]+/g).map(Number); return n.length < 4 ? [...n, 1] : n; };
+    const over = (top, below) => [0, 1, 2].map(k => top[k] * top[3] + below[k] * (1 - top[3])).concat(1);
+    const ground = node => {
+        const own = node ? parse(getComputedStyle(node).backgroundColor) : [255, 255, 255, 1];
+        return own[3] === 1 ? own : over(own, ground(node.parentElement));
+    };
+    const light = colour => {
+        const linear = value => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
+        const [r, g, b] = colour.slice(0, 3).map(value => linear(value / 255));
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    };
+    const found = {};
+    const walker = document.createTreeWalker(cell.querySelector('.jp-OutputArea'), NodeFilter.SHOW_TEXT);
+    while (walker.nextNode()) {
+        const node = walker.currentNode.parentElement, text = walker.currentNode.textContent.trim();
+        const style = getComputedStyle(node);
+        const seen = style.visibility === 'visible' && node.offsetParent;
+        if (!text || !seen || node.closest('style, script, button[disabled], .jp-OutputPrompt')) continue;
+        const below = ground(node), [a, b] = [light(over(parse(style.color), below)), light(below)];
+        const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+        found[text.slice(0, 60)] = Math.min(ratio, found[text.slice(0, 60)] ?? 21);
+    }
+    return found;
+}"""
+
+
 @dataclass
 class Browser:
     """A page in JupyterLab.
 
     Attributes:
         page: The page.
+        folder: Where its notebooks lie.
         outside: Addresses that were asked for and are not on loopback.
         complaints: What the page's own code complained of.
     """
 
     page: Page
+    folder: Path
     outside: list[str] = field(default_factory=list)
     complaints: list[str] = field(default_factory=list)
 
@@ -165,6 +196,30 @@ class Browser:
         found.wait_for(timeout=PATIENCE * 1000)
         return found
 
+    def picture(self, number: int, path: Path) -> None:
+        """Save a picture of a cell, all of it, on a screen that is high enough."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.page.set_viewport_size(SCREEN | {"height": TALL})
+        try:
+            cell = self.cell(number)
+            self.page.wait_for_function(
+                "cell => [...cell.querySelectorAll('img')].every(image => image.complete)", arg=cell.element_handle()
+            )
+            self.page.wait_for_timeout(200)
+            cell.screenshot(path=str(path))
+        finally:
+            self.page.set_viewport_size(SCREEN)
+
+    def focused(self) -> str:
+        """Return the name of the control that the keyboard acts on, empty if it has none."""
+        return self.page.evaluate(
+            "() => document.activeElement.labels?.[0]?.textContent || document.activeElement.textContent || ''"
+        )
+
+    def contrasts(self, cell: Locator) -> dict[str, float]:
+        """Return WCAG's contrast of each text in the outputs of a cell with what it stands on."""
+        return cell.evaluate(_CONTRASTS)
+
     def theme(self, name: str) -> None:
         """Switch JupyterLab's theme: JupyterLab Light or JupyterLab Dark."""
         self.page.evaluate("name => window.jupyterapp.commands.execute('apputils:change-theme', {theme: name})", name)
@@ -186,7 +241,7 @@ def lab(folder: Path) -> Iterator[Browser]:
         )  # fmt: skip
         try:
             page = context.new_page()
-            made = Browser(page)
+            made = Browser(page, folder / "notebooks")
             page.on("request", lambda request: made.outside.append(request.url) if _outside(request.url) else None)
             page.on("pageerror", lambda error: made.complaints.append(str(error)))
             page.goto(address)
@@ -202,10 +257,20 @@ def _outside(address: str) -> bool:
     return parts.scheme in {"http", "https", "ws", "wss"} and parts.hostname != "127.0.0.1"
 
 
+#: A notebook that moves the weights of the profile in a file.
+PANEL = """from persodpo import explore
+from persodpo.artifacts import RunFolder
+from persodpo.config import load_profile
+
+moving = explore.quality(RunFolder(load_profile("{source}")))
+moving"""
+
 #: Milliseconds from a key's press to the paint of everything that changes with it.
 _TIMER = """cell => {
-    const area = cell.querySelector('.jp-OutputArea');
     window.moves = [];
+    if (cell.timed) return;
+    cell.timed = true;
+    const area = cell.querySelector('.jp-OutputArea');
     let began = 0, table = '';
     const read = () => [...area.querySelectorAll('table')].map(found => found.textContent).join();
     const picture = () => area.querySelector('img')?.src;

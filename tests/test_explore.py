@@ -197,11 +197,16 @@ def test_sliders_move_together_and_go_back(run):
     first = panel.shown[0].data
     panel.controls["compliance"].value = 0.8
     panel.controls["quantiles"].value = (0.2, 0.9)
-    sliders = {signal: panel.controls[signal].value for signal in SIGNALS}
-    assert sum(sliders.values()) == pytest.approx(1.0)
-    assert sliders["coherence"] / sliders["c_score"] == pytest.approx(0.14 / 0.20)
+    weights = panel.setting.weights
+    assert sum(weights.values()) == pytest.approx(1.0)
+    assert weights["coherence"] / weights["c_score"] == pytest.approx(0.14 / 0.20)
+    for signal in SIGNALS:
+        slider = panel.controls[signal]
+        assert slider.value == round(weights[signal], 2), "a browser snaps to steps"
+        slider.set_state({"value": slider.value})  # and sends back what it snapped to
+    assert panel.setting.weights == weights
     assert number(panel, "pairs") == f"{panel.outcome.pairs:,}" != number(panel, "pairs", "profile")
-    assert panel.outcome.pairs == panel.pool.at(Setting(sliders, 0.2, 0.9)).pairs
+    assert panel.outcome.pairs == panel.pool.at(Setting(weights, 0.2, 0.9)).pairs
     assert number(panel, "pairs of one of both settings only") == f"{panel.outcome.changed:.1%}" != "0.0%"
     assert panel.shown[0].data != first
     panel.controls["reset"].click()

@@ -149,6 +149,6 @@ def _scores(row: dict[Any, Any]) -> str:
     """Return a line of scores."""
     if pd.isna(row.get("quality")):
         return "<p><em>not scored</em></p>"
-    signals = ", ".join(f"{metric_label(name).lower()} {row[name]:.2f}" for name in SIGNALS)
+    signals = ", ".join(f"{metric_label(name)} {row[name]:.2f}" for name in SIGNALS)
     note = ", metrics at their worst as it failed" if row["imputed"] else ""
     return f"<p><b>Quality {row['quality']:.3f}</b> ({signals}{note})</p>"

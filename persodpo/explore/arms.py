@@ -15,7 +15,7 @@ from persodpo.evaluation.cells import number, p_text
 from persodpo.evaluation.observations import EVERY, IMPUTED, SUCCESSES, observe
 from persodpo.explore.answers import dialogue_html
 from persodpo.explore.finder import Finder
-from persodpo.explore.panel import Panel, labelled, or_sentence, page, picture
+from persodpo.explore.panel import Panel, labelled, or_sentence, page, printed
 from persodpo.figures import short_names
 from persodpo.plots import forest
 from persodpo.plots.metrics import metric_label, metric_order
@@ -64,7 +64,7 @@ class ArmsPanel(Panel):
         reading = self._reading.value
         if reading not in self._pictures:
             figure = forest.draw(self._comparisons, reading, labels=self._names)
-            self._pictures[reading] = picture(figure, f"Paired differences between arms with intervals, {reading}.")
+            self._pictures[reading] = printed(figure, f"Paired differences between arms with intervals, {reading}.")
         return page(self._answered()), text_table(self._differences()), self._pictures[reading]
 
     def _answered(self) -> str:

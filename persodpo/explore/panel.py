@@ -190,6 +190,19 @@ def picture(figure: Figure, alternative: str) -> Image:
     return encoded(canvas, alternative)
 
 
+def printed(figure: Figure, alternative: str) -> Image:
+    """Return a figure of the paper as it is printed, shown at the width of the panel: slow, and laid out to the pixel.
+
+    Args:
+        figure: The figure, `persodpo.plots.style.DOUBLE` wide.
+        alternative: What it says, for those who cannot see it.
+    """
+    data = io.BytesIO()
+    with context():
+        figure.savefig(data, format="png", dpi=300)
+    return Image(data.getvalue(), format="png", width=WIDTH, alt=alternative)  # type: ignore[no-untyped-call]
+
+
 def encoded(canvas: Any, alternative: str) -> Image:
     """Return what is drawn on an Agg canvas as a picture."""
     data = io.BytesIO()

@@ -19,6 +19,14 @@ from persodpo.settings import Profile
 from persodpo.show import text_table
 
 
+_STEP = 0.01
+
+
+def _on_step(weight: float) -> float:
+    """Return a weight as a slider can show it."""
+    return round(weight, 2)
+
+
 class QualityPanel(Panel):
     """Sliders for weights and thresholds.
 
@@ -36,14 +44,14 @@ class QualityPanel(Panel):
         self._picture = QualityPicture(pool, self._own, _highest(profile))
         self._sliders = {
             signal: labelled(
-                widgets.FloatSlider, f"{metric_label(signal)} weight", value=self._weights[signal], min=0.0, max=1.0,
-                step=0.01, readout_format=".2f",
+                widgets.FloatSlider, f"{metric_label(signal)} weight", value=_on_step(self._weights[signal]), min=0.0,
+                max=1.0, step=_STEP, readout_format=".2f",
             )
             for signal in SIGNALS
         }  # fmt: skip
         self._range = labelled(
             widgets.FloatRangeSlider, "Threshold quantiles", value=(pool.own.low, pool.own.high), min=0.0, max=1.0,
-            step=0.01, readout_format=".2f",
+            step=_STEP, readout_format=".2f",
         )  # fmt: skip
         self._reset = widgets.Button(
             description="Back to the profile's", layout=widgets.Layout(width="auto", align_self="flex-start")
@@ -61,6 +69,8 @@ class QualityPanel(Panel):
         """Let the other weights give way in proportion."""
         signal = next((name for name, slider in self._sliders.items() if change["owner"] is slider), None)
         if signal is not None:
+            if change["new"] == _on_step(self._weights[signal]):
+                return  # no hand moved it
             self._place(moved(self._weights, signal, change["new"], self.pool.own.weights))
         elif change["owner"] is self._reset:
             self._place(dict(self.pool.own.weights))
@@ -69,7 +79,8 @@ class QualityPanel(Panel):
     def _place(self, weights: dict[str, float]) -> None:
         self._weights = weights
         for name, slider in self._sliders.items():
-            slider.value = weights[name]
+            # A browser snaps what lies between two steps, and sends it back as if a hand had moved it.
+            slider.value = _on_step(weights[name])
 
     def _render(self) -> Sequence[Any]:
         self.outcome = self.pool.at(self.setting)
