@@ -9,16 +9,27 @@ LOCKED  := $(VENV)/.built-from-lock
 STAMP   := $(VENV)/.installed
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
-.PHONY: reproduce test test-slow lint format figures lab bench-mini bench-pairs bench-generate bench-train bench-batches bench-score lock clean
+.PHONY: reproduce test test-slow test-browser browser lint format figures lab bench-mini bench-browser bench-pairs bench-generate bench-train bench-batches bench-score lock clean
 
 reproduce: $(STAMP)  ## run every notebook in order under PROFILE
 	$(BIN)/persodpo reproduce --profile $(PROFILE) $(foreach s,$(SET),--set $(s))
 
 test: $(STAMP)  ## quick tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not browser"
 
 test-slow: $(STAMP)  ## tests that run whole notebooks
 	$(BIN)/python -m pytest -m slow
+
+test-browser: $(STAMP) browser  ## every notebook in JupyterLab by a real browser, under the miniature, which runs first
+	$(BIN)/persodpo reproduce --profile mini
+	$(BIN)/python -m pytest -m browser
+
+# A Chromium of this machine is taken; without one, root on Debian installs it and everybody else is told what to do.
+browser:
+	@command -v "$(PERSODPO_CHROMIUM)" || command -v chromium || command -v chromium-browser || command -v google-chrome || { \
+	  [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core > /dev/null; \
+	} || { echo "There is no Chromium: install it (Debian: apt install chromium), or name one with PERSODPO_CHROMIUM=/path/to/chromium." >&2; exit 1; }
 
 lint: $(STAMP)  ## style, docstrings, notebooks, types
 	$(BIN)/ruff check .
@@ -32,11 +43,15 @@ format: $(STAMP)
 figures: $(STAMP)  ## redraw every figure from the run folder's tables
 	$(BIN)/persodpo figures --profile $(PROFILE) --overwrite
 
-lab: $(STAMP)  ## open the notebooks
-	$(BIN)/jupyter lab --notebook-dir=notebooks
+lab: $(STAMP)  ## open the notebooks at the start page
+	$(BIN)/jupyter lab --notebook-dir=notebooks --LabApp.default_url=/lab/tree/00_start_here.ipynb
 
 bench-mini: $(STAMP)  ## the miniature from nothing: time, memory, findings
 	$(BIN)/python benchmarks/bench_mini.py
+
+bench-browser: $(STAMP) browser  ## sliders and menus from the key to the paint; needs the published files
+	$(BIN)/persodpo reproduce --profile mini
+	$(BIN)/python benchmarks/bench_browser.py
 
 bench-pairs: $(STAMP)  ## metric values -> pairs, up to 100 million responses
 	$(BIN)/python benchmarks/bench_pairs.py

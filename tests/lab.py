@@ -271,28 +271,36 @@ _TIMER = """cell => {
     if (cell.timed) return;
     cell.timed = true;
     const area = cell.querySelector('.jp-OutputArea');
-    let began = 0, table = '';
-    const read = () => [...area.querySelectorAll('table')].map(found => found.textContent).join();
-    const picture = () => area.querySelector('img')?.src;
-    let before = [read(), picture()];
-    addEventListener('keydown', () => { began = performance.now(); before = [read(), picture()]; }, true);
+    const shown = () => [...area.querySelectorAll('.jp-OutputArea-output')].filter(
+        output => !output.querySelector('.jupyter-widgets') && !output.matches('.jupyter-widgets'));
+    let began = 0;
+    const start = () => {
+        began = performance.now();
+        shown().forEach(output => [...output.children].forEach(node => { node.old = true; }));
+    };
+    addEventListener('keydown', start, true);
+    addEventListener('change', start, true);  // a menu's own keys are the browser's
     new MutationObserver(async () => {
-        const image = area.querySelector('img');
-        if (!began || !image || read() === '' || read() === before[0] || image.src === before[1]) return;
-        const start = began;
+        const left = shown().some(output => output.children.length && [...output.children].every(node => node.old));
+        if (!began || left) return;
+        const pressed = began;
         began = 0;
-        await image.decode();
-        requestAnimationFrame(() => requestAnimationFrame(() => window.moves.push(performance.now() - start)));
-    }).observe(area, {childList: true, subtree: true, characterData: true, attributes: true});
+        await Promise.all([...area.querySelectorAll('img')].map(image => image.decode()));
+        requestAnimationFrame(() => requestAnimationFrame(() => window.moves.push(performance.now() - pressed)));
+    }).observe(area, {childList: true, subtree: true});
 }"""
 
 
 def time_moves(browser: Browser, cell: Locator, handle: Locator, keys: list[str]) -> list[float]:
-    """Press keys on a slider, one when the last is painted; return the milliseconds that each took."""
+    """Press keys, one when the last is painted; return the milliseconds that each took.
+
+    Several keys, set apart by blanks, make one move.
+    """
     cell.evaluate(_TIMER)
     handle.focus()
-    for number, key in enumerate(keys, start=1):
-        browser.page.keyboard.press(key)
+    for number, move in enumerate(keys, start=1):
+        for key in move.split():
+            browser.page.keyboard.press(key)
         browser.page.wait_for_function("number => window.moves.length >= number", arg=number, timeout=PATIENCE * 1000)
     return browser.page.evaluate("() => window.moves")
 

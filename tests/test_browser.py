@@ -212,7 +212,7 @@ def test_a_button_trains_an_arm_and_its_curve_grows(browser, tmp_path):
     )
     notebook(browser, "from persodpo import explore", start, follow)
     assert errors(browser.run_all(LONGEST)) == []
-    assert browser.page.get_by_role("option", name="perso (mine)").count() == 0
+    assert browser.page.get_by_role("checkbox", name="perso (mine)").count() == 0
     browser.page.get_by_role("button", name="train", exact=True).click()
     told = browser.page.get_by_text(re.compile(r"perso \(mine\) is being trained: step \d+ of \d+"))
     told.wait_for(timeout=180_000)
@@ -222,5 +222,5 @@ def test_a_button_trains_an_arm_and_its_curve_grows(browser, tmp_path):
         browser.page.wait_for_timeout(300)
     assert len(steps) > 2, "the curve grew before it was whole"
     browser.page.get_by_text(re.compile("persodpo train --profile .* is done")).wait_for(timeout=120_000)
-    assert browser.page.get_by_role("option", name="perso (mine)").count() == 1
+    assert browser.page.get_by_role("checkbox", name="perso (mine)").count() == 1
     assert RunFolder(profile).read("training/perso/log")["step"].max() > 2

@@ -27,9 +27,9 @@ from persodpo.evaluation.bootstrap import Resampling
 from persodpo.evaluation.comparisons import compare
 from persodpo.evaluation.observations import observe
 from persodpo.explore.answers import find_damage, highlighted
+from persodpo.explore.curves_picture import smoothed
 from persodpo.explore.moving import Pool, Setting, moved
 from persodpo.explore.panel import WIDTH
-from persodpo.explore.training import smoothed
 from persodpo.gate import inspect_pairs
 from persodpo.generation.published import read_completions
 from persodpo.report.notebooks import notebook_pages
@@ -557,7 +557,8 @@ def test_a_run_without_tables_gets_a_sentence(door, profile):
 @pytest.mark.parametrize("door", [*DOORS, explore.training], ids=lambda door: door.__name__)
 def test_every_control_has_a_label_and_fits(door, evaluated):
     panel = door(evaluated)
-    assert all(control.description for control in panel.controls.values())
+    single = [each for control in panel.controls.values() for each in getattr(control, "children", (control,))]
+    assert all(control.description for control in single)
     assert panel._box.layout.max_width == f"{WIDTH}px"
     assert WIDTH <= 950
     pictures = [shown for shown in panel.shown if isinstance(shown, Image)]

@@ -18,7 +18,6 @@ from persodpo.scoring.quality import SIGNALS
 from persodpo.settings import Profile
 from persodpo.show import text_table
 
-
 _STEP = 0.01
 
 

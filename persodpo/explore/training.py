@@ -11,23 +11,19 @@ import ipywidgets as widgets
 import numpy as np
 import pandas as pd
 from IPython.display import Image
-from matplotlib.axes import Axes
-from numpy.typing import NDArray
 
 from persodpo.artifacts import RunFolder
 from persodpo.errors import PersodpoError
-from persodpo.explore.panel import Panel, labelled, or_sentence, page, picture
+from persodpo.explore.choices import Choices
+from persodpo.explore.curves_picture import QUANTITIES, CurvesPicture, places, smoothed
+from persodpo.explore.panel import Panel, labelled, or_sentence, page
 from persodpo.figures import PAPER_RUN
-from persodpo.plots.style import BLACK, DOUBLE, LINES, MARKERS, PALETTE, context, new_figure
+from persodpo.plots.style import PALETTE
 from persodpo.release import published
 from persodpo.show import text_table
 from persodpo.training.arms import ARMS
 from persodpo.training.log import LIVE, Live, read_live
 
-QUANTITIES = {
-    "loss": "DPO loss", "grad_norm": "Gradient norm", "reward_margin": "Reward margin",
-    "reward_accuracy": "Reward accuracy",
-}  # fmt: skip
 _STEP, _SHARE = "optimiser step", "share of the run"
 #: Published runs that stand beside ours at first: the paper's own, under its true size.
 _SHOWN = published.true_name(PAPER_RUN)
@@ -36,21 +32,6 @@ _PUBLISHED = " (published)"
 _UNLIKE = 5
 #: Seconds between two looks at the logs of a running training.
 _SECONDS = 1.0
-
-
-def smoothed(values: NDArray[np.float64], strength: float) -> NDArray[np.float64]:
-    """Return exponentially weighted means of what came so far.
-
-    Args:
-        values: A quantity at each logged step, NaN where it was not logged.
-        strength: Weight of the past, 0 (nothing changes) to below 1.
-
-    Returns:
-        The means, in which the first value weighs no more than any other; NaN where nothing was logged.
-    """
-    series = pd.Series(values)
-    means = series.ewm(alpha=1.0 - strength, ignore_na=True).mean()
-    return means.where(series.notna()).to_numpy(dtype=float)
 
 
 def _folders(run: RunFolder) -> list[Path]:
@@ -105,11 +86,12 @@ class TrainingPanel(Panel):
     def __init__(self, runs: Sequence[RunFolder]) -> None:
         """Start with the arms, and the paper's own run; see `training`."""
         self._folders, self._state = tuple(runs), _state(runs)
+        self._drawn: tuple[Any, CurvesPicture] | None = None
         self._curves, self._live = self._read()
         names = self._names()
         first = [name for name in names if name.partition(" ")[0] in ARMS][: len(PALETTE) - 1]
         first += [name for name in names if name == f"{_SHOWN}{_PUBLISHED}"]
-        self._runs = labelled(widgets.SelectMultiple, "Runs", options=names, value=first, rows=min(8, len(names)))
+        self._runs = Choices(names, first)
         lengths = [int(self._curves[name]["step"].max()) for name in first]
         unlike = max(lengths, default=1) > _UNLIKE * min(lengths, default=1)
         self._axis = labelled(widgets.Dropdown, "Axis", options=[_STEP, _SHARE], value=_SHARE if unlike else _STEP)
@@ -142,8 +124,7 @@ class TrainingPanel(Panel):
         chosen = [name for name in names if name in self._runs.value or name in new]
         self._following = True
         try:
-            self._runs.options, self._runs.rows = names, min(8, len(names))
-            self._runs.value = chosen[: len(PALETTE)]
+            self._runs.offer(names, chosen[: len(PALETTE)])
             at_end = self._cursor.value == self._cursor.max
             self._limit()
             if at_end:
@@ -171,10 +152,9 @@ class TrainingPanel(Panel):
             self._limit()
 
     def _limit(self) -> None:
-        steps = self._axis.value == _STEP
         longest = max((int(self._curves[name]["step"].max()) for name in self._runs.value), default=1)
-        self._cursor.description = "Cursor (step)" if steps else "Cursor (% of run)"
-        self._cursor.max = longest if steps else 100
+        self._cursor.description = "Cursor (% of run)" if self._share else "Cursor (step)"
+        self._cursor.max = 100 if self._share else longest
 
     def _chosen(self) -> list[str]:
         chosen = list(self._runs.value)
@@ -184,10 +164,9 @@ class TrainingPanel(Panel):
             )
         return chosen
 
-    def _places(self, curve: pd.DataFrame) -> NDArray[np.float64]:
-        """Return where the steps of a run stand on the axis."""
-        steps = curve["step"].to_numpy(dtype=float)
-        return steps if self._axis.value == _STEP else 100.0 * steps / steps.max()
+    @property
+    def _share(self) -> bool:
+        return bool(self._axis.value == _SHARE)
 
     def _render(self) -> Sequence[Any]:
         chosen = self._chosen()
@@ -205,40 +184,21 @@ class TrainingPanel(Panel):
         return "".join(f"<p>{sentence}</p>" for sentence in said)
 
     def _picture(self, chosen: Sequence[str]) -> Image:
-        with context():
-            figure = new_figure(3.6 + 0.07 * len(chosen), DOUBLE)
-            panels = figure.subplots(2, 2, sharex=True).ravel()
-            for axes, (quantity, label) in zip(panels, QUANTITIES.items(), strict=True):
-                for number, name in enumerate(chosen):
-                    self._draw(axes, self._curves[name], quantity, number, name)
-                axes.axvline(self._cursor.value, color=BLACK, linewidth=0.6, linestyle=":")
-                axes.set_ylabel(label)
-                axes.grid(axis="y")
-            for axes in panels[2:]:
-                axes.set_xlabel("Optimiser step" if self._axis.value == _STEP else "Share of the run (%)")
-            handles, labels = panels[0].get_legend_handles_labels()
-            figure.legend(handles, labels, loc="outside upper left", ncols=2, labelspacing=0.25)
-            return picture(figure, f"Training curves of {', '.join(chosen)}; the numbers at the cursor stand below.")
-
-    def _draw(self, axes: Axes, curve: pd.DataFrame, quantity: str, number: int, name: str) -> None:
-        """Draw a quantity of a run, what was logged faintly behind where it is smoothed."""
-        values = curve[quantity].to_numpy(dtype=float)
-        logged = ~np.isnan(values)
-        places, strength = self._places(curve)[logged], float(self._smoothing.value)
-        colour = PALETTE[number]
-        if strength > 0:
-            axes.plot(places, values[logged], color=colour, linewidth=0.6, alpha=0.35)
-        axes.plot(
-            places, smoothed(values[logged], strength), color=colour, linestyle=LINES[number], marker=MARKERS[number],
-            markersize=2.8, markevery=max(1, int(logged.sum()) // 12), label=name,
-        )  # fmt: skip
+        curves = {name: self._curves[name] for name in chosen}
+        key = (tuple(chosen), self._share, self._smoothing.value, self._state)
+        if self._drawn is None or self._drawn[0] != key:
+            made = CurvesPicture(
+                curves, share=self._share, strength=float(self._smoothing.value), end=float(self._cursor.max)
+            )
+            self._drawn = (key, made)
+        return self._drawn[1].at(float(self._cursor.value))
 
     def _at_cursor(self, chosen: Sequence[str]) -> pd.DataFrame:
         """Return what was logged last at or before the cursor, smoothed as drawn."""
         rows = []
         for name in chosen:
             curve = self._curves[name]
-            before = self._places(curve) <= self._cursor.value
+            before = places(curve, share=self._share) <= self._cursor.value
             row: dict[str, Any] = {
                 "run": name,
                 "step": int(curve["step"].to_numpy()[before][-1]) if before.any() else None,
