@@ -69,9 +69,8 @@ class CurvesPicture:
             panels = figure.subplots(2, 2, sharex=True).ravel()
             for axes, (quantity, label) in zip(panels, QUANTITIES.items(), strict=True):
                 for number, (name, curve) in enumerate(curves.items()):
-                    _draw(
-                        axes, places(curve, share=share), curve[quantity].to_numpy(dtype=float), strength, number, name
-                    )
+                    values = curve[quantity].to_numpy(dtype=float)
+                    _draw(axes, places(curve, share=share), values, strength=strength, number=number, name=name)
                 axes.set_ylabel(label)
                 axes.grid(axis="y")
             panels[0].set_xlim(-0.02 * end, 1.02 * end)
