@@ -23,12 +23,14 @@ sys.path.insert(0, str(PROJECT / "tests"))
 import lab
 
 RESULTS = PROJECT / "benchmarks" / "results"
+#: The README's picture of sliders that were moved.
+PICTURE = PROJECT / "figures" / "mini" / "explore_quality.png"
 #: Milliseconds that the median move may take on the published responses.
 BOUND = 200
 #: What is moved: call, which control of its kind, keys.
 MOVES = {
-    "a weight": ("quality", ".noUi-handle >> nth=0", ["ArrowRight"] * 30),
-    "a threshold": ("quality", ".noUi-handle >> nth=5", ["ArrowLeft"] * 20),
+    "a weight": ("quality", ".noUi-handle >> nth=0", ["ArrowRight"] * 20),
+    "a threshold": ("quality", ".noUi-handle >> nth=5", ["ArrowLeft"] * 10),
     "the dialogue": ("responses", "select >> nth=2", ["Space ArrowDown Enter"] * 20),
     "the cursor": ("training", ".noUi-handle >> nth=1", ["ArrowLeft"] * 20),
 }
@@ -52,6 +54,8 @@ def measure(browser: lab.Browser, source: str) -> dict[str, dict[str, float]]:
     for name, (door, control, keys) in MOVES.items():
         cell = browser.cell(1 + doors.index(door))
         found[name] = lab.summary(lab.time_moves(browser, cell, cell.locator(control), keys))
+    if source == "mini":
+        browser.picture(1, PICTURE, ".jp-OutputArea")
     browser.close()
     return found
 

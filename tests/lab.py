@@ -196,8 +196,8 @@ class Browser:
         found.wait_for(timeout=PATIENCE * 1000)
         return found
 
-    def picture(self, number: int, path: Path) -> None:
-        """Save a picture of a cell, all of it, on a screen that is high enough."""
+    def picture(self, number: int, path: Path, part: str = "") -> None:
+        """Save a picture of a cell or a part of it, all of it, on a screen that is high enough."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self.page.set_viewport_size(SCREEN | {"height": TALL})
         try:
@@ -206,7 +206,7 @@ class Browser:
                 "cell => [...cell.querySelectorAll('img')].every(image => image.complete)", arg=cell.element_handle()
             )
             self.page.wait_for_timeout(200)
-            cell.screenshot(path=str(path))
+            (cell.locator(part) if part else cell).screenshot(path=str(path))
         finally:
             self.page.set_viewport_size(SCREEN)
 

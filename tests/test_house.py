@@ -219,6 +219,16 @@ def test_readme_shows_the_measured_scoring():
     assert measured["full_cache"]["seconds"] <= 2
 
 
+def test_readme_shows_the_measured_moves():
+    results = PROJECT / "benchmarks" / "results"
+    assert (results / "browser.md").read_text().strip() in README
+    content = json.loads((results / "browser.json").read_text())
+    assert {"cpu", "cores", "chromium", "commit"} <= set(content)
+    moves = content["measured"]["10,347 published"]
+    assert {"a weight", "a threshold"} <= set(moves)
+    assert max(row["median ms"] for row in moves.values()) < content["bound ms"] == 200
+
+
 def readme_commands() -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
@@ -252,9 +262,11 @@ def test_readme_commands_exist(command):
 
 
 def test_readme_scripts_run(tmp_path, monkeypatch, capsys):
-    """The scorer's whole; the trainer's are compiled, and run by `test_readme_trains_in_two_processes`."""
-    scorer, *others = readme_scripts()
+    """Panels and scorer as they stand; the trainer's are compiled, and run by `test_readme_trains_in_two_processes`."""
+    panels, scorer, *others = readme_scripts()
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "panels.py").write_text(panels)
+    assert "explore" in runpy.run_path("panels.py")  # on whatever run there is: without one, each says what is missing
     (tmp_path / "scorer.py").write_text(scorer)
     runpy.run_path("scorer.py")
     assert re.match(r"\[1\.\] questions: 1 responses, 1 distinct texts, .* True$", capsys.readouterr().out.strip())
