@@ -13,6 +13,10 @@ class PersodpoError(Exception):
     """Something the user can mend; its message is one sentence that says what and how."""
 
 
+class NothingToShowError(PersodpoError):
+    """A figure's table is there, and nothing in it can be drawn."""
+
+
 def make_folder(folder: Path) -> None:
     """Create a folder and its parents.
 

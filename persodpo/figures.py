@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from persodpo.artifacts import RunFolder, file_is_current, sha256, source_digest
-from persodpo.errors import PersodpoError
+from persodpo.errors import NothingToShowError, PersodpoError
 from persodpo.plots import (
     ablations,
     failure_classes,
@@ -31,6 +31,7 @@ from persodpo.plots import (
     training_curves,
 )
 from persodpo.release import published
+from persodpo.settings import Profile
 from persodpo.training.arms import ARMS
 
 Tables = Mapping[str, pd.DataFrame]
@@ -45,6 +46,7 @@ BENCHMARK, UNTUNED, TUNED = "Qwen2-7B-Instruct", "Qwen2-0.5B-Instruct", "Qwen2-0
 CURVES = "published/training_curves.csv"
 LOGS = "training/<arm>/log"
 ABLATIONS = "ablations/estimates"
+RESPONSE_TIMES = "response_times"
 #: Optimiser steps of an epoch of the paper's run: 9,184 pairs, 16 a step.
 PAPER_EPOCH = 9_184 / 16
 
@@ -216,7 +218,7 @@ FIGURES: dict[str, FigureSpec] = {
         lambda tables: failure_classes.draw(tables["evaluation/responses"]),
         "Why held-out responses failed; unknown where no completion was published (audit A16, A17).",
     ),
-    "response_times": FigureSpec(
+    RESPONSE_TIMES: FigureSpec(
         ("responses",),
         lambda tables: time_distribution.draw(tables["responses"]),
         "Response times of train prompts, one prompt at a time; API times include the network.",
@@ -281,7 +283,7 @@ class FigureReport:
     Attributes:
         figure: Its name.
         skipped: True if its tables and code were unchanged, so the files were left alone.
-        files: PDF, PNG and JSON.
+        files: PDF, PNG and JSON; none where the run has nothing that it could show.
         seconds: Wall time.
     """
 
@@ -293,6 +295,7 @@ class FigureReport:
     def __str__(self) -> str:
         """Return one line for logs."""
         done = "unchanged, skipped" if self.skipped else f"drawn in {self.seconds:.1f} s"
+        done = done if self.files else "left out, as the run has nothing that it could show"
         return f"figure {self.figure}: {done}"
 
 
@@ -320,7 +323,16 @@ def figure_names(run: RunFolder) -> list[str]:
         name
         for name, spec in FIGURES.items()
         if spec.evaluation in {None, profile.evaluation.source} and not absent & set(spec.tables)
+        if name != RESPONSE_TIMES or _timed(profile)
     ]
+
+
+def _timed(profile: Profile) -> bool:
+    """Tell whether some answers of the profile have a response time of their own, rather than a batch's."""
+    if profile.generation.source != "models":
+        return profile.generation.source == "published"
+    asked = [entry for entry in profile.generation.backends if entry.model in profile.generation.models]
+    return any(entry.kind != "transformers" or entry.mode == "latency" for entry in asked)
 
 
 def draw_figure(run: RunFolder, name: str) -> Figure:
@@ -351,7 +363,13 @@ def save_figure(run: RunFolder, name: str, *, overwrite: bool = False) -> Figure
     files = tuple(run.figures / f"{name}.{suffix}" for suffix in ("pdf", "png", "json"))
     if not overwrite and file_is_current(files[-1], inputs):
         return FigureReport(name, True, files, 0.0)
-    style.save(draw_figure(run, name), name, run.figures, inputs=inputs, note=FIGURES[name].note)
+    try:
+        figure = draw_figure(run, name)
+    except NothingToShowError:
+        for path in files:
+            path.unlink(missing_ok=True)
+        return FigureReport(name, False, (), 0.0)
+    style.save(figure, name, run.figures, inputs=inputs, note=FIGURES[name].note)
     return FigureReport(name, False, files, time.perf_counter() - started)
 
 

@@ -17,6 +17,7 @@ from persodpo.cli import app
 from persodpo.config import load_profile, with_overrides
 from persodpo.doctor import diagnose
 from persodpo.errors import PersodpoError
+from persodpo.reproduce import notebook_files, reproduce
 from persodpo.settings import Profile
 
 HEAD = "dialogue_id,split,personas,context\n"
@@ -72,6 +73,10 @@ def test_the_five_commands_of_the_readme_give_a_trained_model(tmp_path, monkeypa
     assert run.read("scores")["quality"].notna().all()
     assert set(run.read("pairs/perso")["chosen_model"]) <= set(completions["model"])
     assert (run.root / "training" / "perso" / "model.safetensors").is_file()
+    for notebook in notebook_files():
+        (done,) = reproduce(str(profile), notebooks=[notebook])
+        assert done.copy.is_file()
+    assert len(run.read("evaluation/comparisons"))
     _plain_answers_have_no_simple_pairs(run, tmp_path / "plain.csv")
 
 

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.text import Text
 
-from persodpo.errors import PersodpoError
+from persodpo.errors import NothingToShowError, PersodpoError
 
 
 def require(table: pd.DataFrame, columns: Sequence[str], figure: str) -> None:
@@ -28,7 +28,8 @@ def require(table: pd.DataFrame, columns: Sequence[str], figure: str) -> None:
         figure: The figure's name, for the message.
 
     Raises:
-        PersodpoError: A column is missing, or the table has no rows.
+        PersodpoError: A column is missing.
+        NothingToShowError: The table has no rows.
     """
     missing = [column for column in columns if column not in table.columns]
     if missing:
@@ -36,7 +37,9 @@ def require(table: pd.DataFrame, columns: Sequence[str], figure: str) -> None:
             f"Figure {figure} needs column {', '.join(missing)}, the table has {', '.join(map(str, table.columns))}."
         )
     if table.empty:
-        raise PersodpoError(f"Figure {figure} got a table without rows; run the stage that fills it first.")
+        raise NothingToShowError(
+            f"Figure {figure} got a table without rows: nothing in the run is of the kind that it shows."
+        )
 
 
 def plotted_sha256(figure: Figure) -> str:
