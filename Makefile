@@ -9,10 +9,13 @@ LOCKED  := $(VENV)/.built-from-lock
 STAMP   := $(VENV)/.installed
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
-.PHONY: reproduce test test-slow test-browser browser lint format figures lab bench-mini bench-browser bench-pairs bench-generate bench-train bench-batches bench-score lock clean
+.PHONY: reproduce install test test-slow test-browser browser lint format figures lab bench-mini bench-browser bench-pairs bench-generate bench-train bench-batches bench-score lock clean
 
 reproduce: $(STAMP)  ## run every notebook in order under PROFILE
 	$(BIN)/persodpo reproduce --profile $(PROFILE) $(foreach s,$(SET),--set $(s))
+
+install: $(STAMP)  ## only build .venv
+	@echo "source $(VENV)/bin/activate"
 
 test: $(STAMP)  ## quick tests
 	$(BIN)/python -m pytest -m "not slow and not browser"

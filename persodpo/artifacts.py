@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +29,7 @@ from typing import IO, Any
 import pandas as pd
 import pyarrow.parquet as pq
 
+from persodpo.config import profile_names
 from persodpo.errors import PersodpoError, disk_errors, make_folder
 from persodpo.settings import Profile
 from persodpo.tables import check_table, schema_of, with_none
@@ -117,10 +118,8 @@ def versions() -> dict[str, str]:
     packages = ["persodpo", "duckdb", "pyarrow", "pandas", "numpy", "scikit-learn", "torch", "transformers", "trl"]
     found = {"python": sys.version.split()[0]}
     for package in packages:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 
@@ -167,6 +166,11 @@ class RunFolder:
         """Folder of the executed notebooks."""
         return self.root / "notebooks"
 
+    def command(self, stage: str) -> str:
+        """Return the command that runs a stage of this run, for messages."""
+        own = self.profile.name not in profile_names() and (self.root / "profile.yaml").is_file()
+        return f"`persodpo {stage} --profile {self.root / 'profile.yaml' if own else self.profile.name}`"
+
     def path(self, name: str) -> Path:
         """Return the file of table ``name``."""
         return self.root / f"{name}.parquet"
@@ -178,7 +182,7 @@ class RunFolder:
             PersodpoError: The table is missing, was changed after it was written, or breaks its schema.
         """
         path = self.path(name)
-        command = f"`persodpo {MAKER[name.split('/', maxsplit=1)[0]]} --profile {self.profile.name}`"
+        command = self.command(MAKER[name.split("/", maxsplit=1)[0]])
         if not path.is_file():
             raise PersodpoError(f"Table {name} is missing ({path}); make it with {command}.")
         check_table(path, name)
@@ -343,10 +347,8 @@ def is_running(process: int) -> bool:
     """Tell whether a process of this machine still runs."""
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
+    except (ProcessLookupError, PermissionError) as error:
+        return isinstance(error, PermissionError)
     return True
 
 
@@ -386,8 +388,7 @@ def write_text(path: Path, text: str) -> None:
 
 def as_json(value: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``value`` as it reads back from a JSON file (tuples become lists)."""
-    plain: dict[str, Any] = json.loads(json.dumps(value))
-    return plain
+    return dict(json.loads(json.dumps(value)))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -43,7 +43,8 @@ def load_profile(name: str | Path = DEFAULT_PROFILE, overrides: Sequence[str] = 
     path = PROFILES / f"{name}.yaml" if str(name) in profile_names() else Path(name)
     if not path.is_file():
         raise PersodpoError(
-            f"Profile '{name}' is neither a shipped profile ({', '.join(profile_names())}) nor a YAML file."
+            f"Profile '{name}' is neither a shipped profile ({', '.join(profile_names())}) nor a YAML file; there is no "
+            f"{path.absolute()}."
         )
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))

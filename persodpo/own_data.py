@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from persodpo.dialogues import COLUMNS
+from persodpo.dialogues import COLUMNS, SPEAKERS
 from persodpo.errors import PersodpoError
 from persodpo.generation.published import read_completions
 from persodpo.settings import Completions
@@ -57,6 +57,7 @@ def read_dialogues(path: Path) -> pd.DataFrame:
             _personas(row["personas"], place),
             row.get("reference", "").removeprefix("User2: ").strip(),
         )
+        _check_turns(row["context"], place)
         found.append((key, row["split"], path.stem, personas, row["context"], reference or None))
     table = pd.DataFrame(found, columns=COLUMNS)
     if not table["split"].eq("train").any():
@@ -72,7 +73,7 @@ def read_responses(path: Path, dialogues: pd.DataFrame, settings: Completions) -
     Args:
         path: A CSV file of the columns `RESPONSES`; all of its models are ranked. A completion is the text as the model
             wrote it, which holds its answer as ``{"response": "..."}``. Where a column ``response`` stands in the place
-            of ``completion``, its texts are answers that need no reading.
+            of ``completion``, its texts are answers that need no reading. A blank completion is an answer that failed.
         dialogues: Dialogues table.
         settings: How completions are read.
 
@@ -89,7 +90,7 @@ def read_responses(path: Path, dialogues: pd.DataFrame, settings: Completions) -
     splits = dict(zip(dialogues["dialogue_id"], dialogues["split"], strict=True))
     lines: dict[tuple[str, str], int] = {}
     found: list[tuple[str, str, str]] = []
-    for line, row in _rows(path, (*RESPONSES[:2], text)):
+    for line, row in _rows(path, (*RESPONSES[:2], text), blank=() if plain else (text,)):
         place, key = f"{path}, line {line}", (row["dialogue_id"], row["model"])
         if key in lines:
             raise PersodpoError(
@@ -124,6 +125,20 @@ def _as_answers(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(completion=written, response=texts, outcome="ok")
 
 
+def _check_turns(context: str, place: str) -> None:
+    """Check that turns are told apart, and that there is one to answer."""
+    turns = context.splitlines()
+    if not turns[0].startswith(SPEAKERS):
+        raise PersodpoError(
+            f"{place}: context begins with '{turns[0][:30]}'; lead each turn by 'User1: ' or 'User2: '."
+        )
+    last = next(turn for turn in reversed(turns) if turn.startswith(SPEAKERS))
+    if not last.startswith(SPEAKERS[0]):
+        raise PersodpoError(
+            f"{place}: the last turn of context is User2's, whose answer is asked for; end it with a turn of User1."
+        )
+
+
 def _personas(text: str, place: str) -> list[str]:
     """Read a JSON list of sentences, or one sentence a line."""
     if not text.lstrip().startswith("["):
@@ -149,10 +164,11 @@ def _header(path: Path) -> list[str]:
         raise _unreadable(path, 1, error) from error
 
 
-def _rows(path: Path, needed: Sequence[str]) -> Iterator[tuple[int, Row]]:
-    """Yield each row by the names of its columns, with the line that it begins in; what is needed is never blank."""
+def _rows(path: Path, needed: Sequence[str], blank: Sequence[str] = ()) -> Iterator[tuple[int, Row]]:
+    """Yield each row by the names of its columns, with the line that it begins in; what is needed may be blank by name."""
     names = _header(path)
     _check_header(path, names, needed)
+    filled = [name for name in needed if name not in blank]
     end, empty = 0, True
     try:
         # A byte order mark, as spreadsheets write it, says nothing and is skipped.
@@ -162,7 +178,7 @@ def _rows(path: Path, needed: Sequence[str]) -> Iterator[tuple[int, Row]]:
                 line, end = end + 1, reader.line_num
                 if number and values:
                     empty = False
-                    yield line, _row(f"{path}, line {line}", names, values, needed)
+                    yield line, _row(f"{path}, line {line}", names, values, filled)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise _unreadable(path, end + 1, error) from error
     if empty:

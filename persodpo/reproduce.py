@@ -17,6 +17,7 @@ from typing import Any
 import papermill
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
+from traitlets.config import Config
 
 from persodpo.artifacts import DATA, PROJECT, RELEASE_VARIABLE, RunFolder, as_json, read_json, versions, write_json
 from persodpo.config import DEFAULT_PROFILE, load_profile
@@ -112,6 +113,8 @@ def run_notebook(notebook: Path, copy: Path, parameters: Mapping[str, Any]) -> E
             parameters=dict(parameters),
             kernel_name="python3",
             cwd=str(notebook.parent),
+            # Messages between notebook and kernel stay in files that only this user can open, and off the network.
+            config=Config({"KernelManager": {"transport": "ipc"}}),
             progress_bar={"desc": notebook.name, "leave": False} if sys.stderr.isatty() else False,
         )
     except PapermillExecutionError as error:

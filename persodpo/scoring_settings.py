@@ -31,8 +31,21 @@ class Weights(Section):
     def _sum_to_one(self) -> Weights:
         total = sum(self.model_dump().values())
         if abs(total - 1.0) > 1e-6:
-            raise ValueError(f"the five weights must sum to 1, they sum to {total:.6g}")
+            raise ValueError(
+                f"the five weights must sum to 1, they sum to {total:.6g}{_in_proportion(self.model_dump())}"
+            )
         return self
+
+
+def _in_proportion(weights: dict[str, float]) -> str:
+    """Return the weights as they are in the same proportion with a sum of 1, to be pasted; nothing where all are 0."""
+    total = sum(weights.values())
+    if not total:
+        return ""
+    first, *others = ({name: round(value / total, 4) for name, value in weights.items()}).items()
+    shares = dict([(first[0], round(1.0 - sum(value for _, value in others), 4)), *others])
+    written = ", ".join(f"{name}: {value:g}" for name, value in shares.items())
+    return f'; in the same proportion: --set "scoring.weights={{{written}}}"'
 
 
 ClassName = Literal["contradiction", "neutral", "entailment"]

@@ -38,7 +38,7 @@ def test_every_key_of_a_profile_is_commented(name):
         ("pairs.low_quantil=0.3", ["pairs.low_quantil", "did you mean 'low_quantile'", "high_quantile"]),
         ("scorin.weights=1", ["'scorin' is no section", "scoring"]),
         ("scoring.coherence=fixed", ["scoring.coherence", "'as_released' or 'corrected'", "'fixed'"]),
-        ("scoring.weights.coherence=0.5", ["scoring.weights", "sum to 1", "1.36"]),
+        ("scoring.weights.coherence=0.5", ["scoring.weights", "sum to 1", "1.36", "{coherence: 0.3676"]),
         ("scoring.weights.coherence=-0.1", ["scoring.weights.coherence", "greater than or equal to 0"]),
         ("scoring.format_bonus=.nan", ["scoring.format_bonus", "finite"]),
         ("pairs.low_quantile=0.9", ["low_quantile (0.9)", "high_quantile (0.6)"]),

@@ -246,6 +246,8 @@ def test_readme_commands_exist(command):
     if words[0] == "make":
         done = subprocess.run(["make", "-n", *words[1:]], capture_output=True, text=True, cwd=PROJECT, check=False)
         assert done.returncode == 0, done.stderr
+    elif words[0] == "source":
+        assert (PROJECT / words[1]).is_file()
     elif words[0] == "papermill":
         values = {name: value for flag, name, value in zip(words, words[1:], words[2:], strict=False) if flag == "-p"}
         check_parameters(PROJECT / words[1], values)

@@ -50,9 +50,11 @@ def own(folder: Path, dialogues: str | bytes, completions: str | bytes, **change
 @pytest.mark.slow
 def test_the_five_commands_of_the_readme_give_a_trained_model(tmp_path, monkeypatch):
     section = (PROJECT / "README.md").read_text().split("## Your own data")[1].split("\n#")[0]
-    first, *others = [
-        shlex.split(line, comments=True) for line in re.search(r"```bash\n(.*?)```", section, re.DOTALL)[1].splitlines()
+    blocks = [
+        [shlex.split(line, comments=True) for line in block.splitlines()]
+        for block in re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
     ]
+    (first, *others), (evaluate, wide, train, whole) = blocks
     assert [words[1] for words in (first, *others)] == ["profile", "generate", "score", "pairs", "train"]
     assert first[-2:] == [">", "mine.yaml"]
     monkeypatch.chdir(tmp_path)  # notebooks, too, run elsewhere than in the project's root
@@ -73,11 +75,27 @@ def test_the_five_commands_of_the_readme_give_a_trained_model(tmp_path, monkeypa
     assert run.read("scores")["quality"].notna().all()
     assert set(run.read("pairs/perso")["chosen_model"]) <= set(completions["model"])
     assert (run.root / "training" / "perso" / "model.safetensors").is_file()
-    for notebook in notebook_files():
-        (done,) = reproduce(str(profile), notebooks=[notebook])
-        assert done.copy.is_file()
-    assert len(run.read("evaluation/comparisons"))
+    pairs = run.read("pairs/perso")
+    _the_next_commands(profile, evaluate, wide, train)
+    assert (run.root / "evaluation" / "paired_differences.md").is_file()
+    other = RunFolder(load_profile(tmp_path / "wide.yaml"))
+    assert 0 < len(other.read("pairs/perso")) != len(pairs)
+    assert (other.root / "training" / "perso" / "model.safetensors").is_file()
+    assert len(run.read("pairs/perso")) == len(pairs), "another name leaves the first run alone"
+    assert whole[1] == "reproduce"
+    assert len(list(reproduce(str(profile)))) == len(notebook_files())
     _plain_answers_have_no_simple_pairs(run, tmp_path / "plain.csv")
+
+
+def _the_next_commands(profile: Path, evaluate: list[str], wide: list[str], train: list[str]) -> None:
+    """Compare, then train under another profile."""
+    for words in (evaluate, wide, train):
+        named = [str(profile.with_name(word)) if word.endswith(".yaml") else word for word in words[1:]]
+        if ">" in named:
+            shown = CliRunner().invoke(app, named[: named.index(">")], catch_exceptions=False)
+            Path(named[-1]).write_text(shown.stdout)
+        else:
+            assert CliRunner().invoke(app, named, catch_exceptions=False).exit_code == 0
 
 
 def _plain_answers_have_no_simple_pairs(run: RunFolder, path: Path) -> None:
@@ -89,15 +107,32 @@ def _plain_answers_have_no_simple_pairs(run: RunFolder, path: Path) -> None:
     assert stages.run_pairs(with_overrides(run.profile, [*plain, "pairs.sets=[perso]"]))[-1].rows["pairs/perso"]
 
 
+def test_a_blank_completion_is_a_failed_answer_and_counted(tmp_path):
+    profile = own(tmp_path, HEAD + TALK + HELD, ASKED + GOOD + "d1,b,  \nd1,c,no JSON\n")
+    *_, report = stages.run_generate(profile)
+    table = RunFolder(profile).read("responses").set_index("model")
+    assert table["outcome"].to_dict() == {"a": "ok", "b": "empty", "c": "no_json"}
+    assert report.notes == ("outcomes: ok 1, empty 1, no_json 1; 2 hold no answer at all and enter no pair",)
+
+
+def test_a_table_that_is_missing_is_made_by_a_profile_that_can_be_named(tmp_path):
+    profile = own(tmp_path, HEAD + TALK + HELD, ASKED + GOOD, name="mine")
+    stages.run_generate(profile)
+    with pytest.raises(PersodpoError, match=r"`persodpo score --profile .*mine/profile\.yaml`") as raised:
+        RunFolder(profile).read("scores")
+    named = str(raised.value).split("--profile ")[1].split("`")[0]
+    assert load_profile(named) == profile
+
+
 def test_the_example_is_read(tmp_path):
     dialogues, completions = ((DATA / "example" / f"{name}.csv").read_text() for name in ("dialogues", "completions"))
     profile = own(tmp_path, dialogues, completions)
     stages.run_generate(profile)
     run = RunFolder(profile)
-    assert run.read("dialogues")["split"].value_counts().to_dict() == {"train": 40, "valid": 10}
+    assert run.read("dialogues")["split"].value_counts().to_dict() == {"train": 320, "valid": 20}
     assert (run.read("dialogues")["personas"].map(len) == 5).all()
     outcomes = run.read("responses").groupby("model")["outcome"].agg(lambda found: (found == "ok").sum())
-    assert outcomes.to_dict() == {"attentive": 40, "hasty": 18, "impersonal": 40, "repetitive": 40}
+    assert outcomes.to_dict() == {"attentive": 80, "hasty": 36, "impersonal": 80, "repetitive": 80}
 
 
 def test_files_of_a_spreadsheet_are_read(tmp_path):
@@ -148,9 +183,11 @@ def test_a_changed_file_is_read_again(tmp_path):
         (HEAD, "has no row under its column names"),
         (HEAD + HELD, "has no dialogue of the train split"),
         (HEAD + TALK + TALK, "line 3: dialogue 'd1' stands in line 2 already; give it an id of its own"),
-        (HEAD + 'd1,train,"I\nsing.",x\n' + 'd2,test,I sing.,x\n', "line 4: split is 'test'; write train"),
+        (HEAD + 'd1,train,"I\nsing.",User1: x\n' + 'd2,test,I sing.,x\n', "line 4: split is 'test'; write train"),
         (HEAD + TALK + "d2,valid,I sing.\n", "line 3: 3 fields for 4 columns; put double quotes"),
         (HEAD + TALK + "d2,valid,,User1: Hi?\n", "line 3: personas is empty; fill it in"),
+        (HEAD + TALK + "d2,valid,I sing.,Hi?\n", "line 3: context begins with 'Hi?'; lead each turn by 'User1: '"),
+        (HEAD + TALK + '"d2",valid,I sing.,"User1: Hi?\nUser2: Hi."\n', "line 3: the last turn of context is User2's"),
         (HEAD + "d1,train,['I sing.'],x\n", "line 2: personas are no JSON list of sentences; write"),
         (HEAD + 'd1,train,"[""I sing."", 7]",x\n', "line 2: personas are no JSON list"),
         (HEAD + "d1,train,[],x\n", "line 2: personas are no JSON list"),
@@ -173,7 +210,7 @@ def test_what_is_wrong_with_dialogues_is_one_sentence(tmp_path, content, words):
         (ASKED + GOOD + GOOD, "line 3: model 'a' answers dialogue 'd1' in line 2 already; keep one of the two"),
         (ASKED + GOOD + "d9,a,x\n", "line 3: there is no dialogue 'd9'; add it to the dialogues"),
         (ASKED + GOOD + "d2,a,x\n", "line 3: dialogue 'd2' is held out (split valid)"),
-        (ASKED + GOOD + "d1,b,  \n", "line 3: completion is empty; fill it in or remove the line"),
+        ("dialogue_id,model,response\nd1,a,Hi.\nd1,b,  \n", "line 3: response is empty; fill it in or remove the line"),
         (ASKED + "d1,a,Hello.\n", "if these are plain answers, call the column response"),
         (ASKED + GOOD.replace('d1,a,"', 'd1,a,"x"'), 'put each text between double quotes'),
     ],

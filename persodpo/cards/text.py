@@ -67,7 +67,7 @@ def number(value: float) -> str:
 
 def command(run: RunFolder, stage: str) -> str:
     """Return the command that runs a stage of a run, for messages."""
-    return f"`persodpo {stage} --profile {run.profile.name}`"
+    return run.command(stage)
 
 
 def pair_sets(run: RunFolder) -> list[str]:
@@ -142,7 +142,11 @@ def defects(run: RunFolder) -> str:
         if finding.id in kept
     ]
     return "\n".join(
-        ["Findings of the audit that hold for these pairs, in its words on the published files:", "", *lines]
+        [
+            "Findings of the audit whose cause is at work here, too, with its numbers on the published files:",
+            "",
+            *lines,
+        ]
     )
 
 
@@ -162,6 +166,8 @@ def _kept(run: RunFolder, mends: Mapping[str, str]) -> set[str]:
         kept.add("A19")
     if settings["source"] != "published":
         kept.discard("A1")
+    if run.provenance("responses")["settings"].get("source") == "csv":
+        kept -= {"A12", "A20"}  # said of splits and of a trained model that are not here
     if "perso" not in run.provenance("pairs/gate")["settings"]["pairs"]["sets"]:
         kept.discard("A4")
     return kept

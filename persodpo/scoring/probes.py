@@ -215,6 +215,10 @@ def probe_once(scorer: Scorer, cache: ScoreCache) -> list[Verdict]:
     return verdicts
 
 
+def _told(verdict: Verdict) -> str:
+    return f"{verdict.probe} found {verdict.found} where {verdict.expected}"
+
+
 def admit(verdicts: Sequence[Verdict], weights: dict[str, float], accepted: Sequence[str]) -> list[str]:
     """Refuse scorers that failed a probe, unless the profile accepts them by name.
 
@@ -233,14 +237,13 @@ def admit(verdicts: Sequence[Verdict], weights: dict[str, float], accepted: Sequ
     for verdict in verdicts:
         if not verdict.passed and weights.get(verdict.scorer, 0.0) > 0:
             failed.setdefault(verdict.scorer, []).append(verdict)
-    for scorer, found in failed.items():
-        if scorer not in accepted:
-            first = found[0]
-            raise PersodpoError(
-                f"Scorer {scorer} failed {len(found)} of its probes and may not enter the quality score: {first.probe} "
-                f"found {first.found} where {first.expected}; use another model, set its weight to 0, or accept it by name "
-                f"with scoring.compute.accept_failed_probes=[{scorer}]."
-            )
+    refused = [scorer for scorer in failed if scorer not in accepted]
+    if refused:
+        told = "; ".join(f"{name}: {', '.join(_told(verdict) for verdict in failed[name])}" for name in refused)
+        raise PersodpoError(
+            f"Scorers failed probes and may not enter the quality score ({told}). Use other models, set their weights to "
+            f"0, or accept them by name with scoring.compute.accept_failed_probes=[{', '.join(failed)}]."
+        )
     return [
         f"{scorer} enters the quality score although it failed its probes: {', '.join(v.probe for v in found)}"
         for scorer, found in failed.items()

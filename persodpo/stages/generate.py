@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -99,7 +99,16 @@ def _own(profile: Profile, path: Path, overwrite: bool) -> Reports:
         build=build,
         overwrite=overwrite,
     )
-    return [*reports, report]
+    return [*reports, replace(report, notes=(_outcomes(run),))]
+
+
+def _outcomes(run: RunFolder) -> str:
+    """Say what became of the completions of a run."""
+    responses = run.read("responses")
+    counts = ", ".join(f"{name} {count:,}" for name, count in responses["outcome"].value_counts().items())
+    lost = int(responses["response"].isna().sum())
+    left = f"; {lost:,} hold no answer at all and enter no pair" if lost else ""
+    return f"outcomes: {counts}{left}"
 
 
 @alone

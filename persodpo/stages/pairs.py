@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pandas as pd
 
 import persodpo.completions
@@ -110,8 +112,8 @@ def run_pairs(profile: Profile, overwrite: bool = False) -> Reports:
         build=build,
         overwrite=overwrite,
     )
-    write_dataset_card(run)
-    return [*reports, report]
+    card = write_dataset_card(run)
+    return [*reports, replace(report, notes=(f"what they would teach, and what to mind: {card}",))]
 
 
 def limits(run: RunFolder) -> tuple[float, float]:

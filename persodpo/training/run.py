@@ -105,6 +105,7 @@ def train_arm(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if not any(log.get("step") == trainer.state.global_step and "eval_loss" in log for log in _history(trainer)):
             trainer.evaluate()
+        tqdm.write(_summary(trainer, settings.warmup_steps))
         _save(trainer, folder)
         record = {
             "key": key, "arm": arm, "policy": described, "parameters": model.num_parameters(),
@@ -159,6 +160,22 @@ class Watched(TrainerCallback):
 def _history(trainer: GroupedDPOTrainer) -> list[dict[str, Any]]:
     history: list[dict[str, Any]] = trainer.state.log_history
     return history
+
+
+def _summary(trainer: GroupedDPOTrainer, warmup: int) -> str:
+    """Say in a line how a training ended."""
+    last = next(log for log in reversed(_history(trainer)) if "eval_loss" in log)
+    steps = trainer.state.global_step
+    found = ", ".join(
+        f"{name} {last[key]:.3f}"
+        for name, key in (
+            ("loss", "eval_loss"),
+            ("accuracy", "eval_rewards/accuracies"),
+            ("margin", "eval_rewards/margins"),
+        )
+    )
+    short = f"; the warm-up of {warmup} steps left it no full learning rate: lower training.warmup_steps"
+    return f"  held out after {steps:,} steps: {found} -> {trainer.args.output_dir}{short if steps <= warmup else ''}"
 
 
 def _seconds(trainer: GroupedDPOTrainer) -> float:
