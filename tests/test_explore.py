@@ -511,8 +511,8 @@ def test_a_button_runs_its_stage_and_the_table_follows(profile, tmp_path):
     assert panel.command is started, "one command at a time"
     until(panel, lambda: not buttons["pairs"].disabled)
     assert "is done" in panel.shown[1].data
-    assert panel.shown[0].data.loc["release", "dialogues"] == "50"
-    assert RunFolder(made).read("dialogues").shape[0] == 50
+    assert panel.shown[0].data.loc["release", "dialogues"] == "340"
+    assert RunFolder(made).read("dialogues").shape[0] == 340
 
 
 def test_a_failing_stage_says_so_and_its_words_stay_words(profile, tmp_path):

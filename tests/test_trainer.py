@@ -345,7 +345,8 @@ def test_a_plain_dpo_config_is_enough(tmp_path):
 def test_the_readmes_example_runs(tmp_path, monkeypatch):
     """As printed, but for the model, the pairs, the folder and the processor."""
     readme = (PROJECT / "README.md").read_text()
-    code = readme.split("```python")[1].split("```")[0]
+    blocks = [block.split("```")[0] for block in readme.split("```python")[1:]]
+    (code,) = (block for block in blocks if "runs/mini/pairs/perso.parquet" in block)
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_pairs(4).to_parquet(tmp_path / "pairs.parquet")
     for printed, here in (
