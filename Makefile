@@ -20,7 +20,7 @@ install: $(STAMP)  ## only build .venv
 test: $(STAMP)  ## quick tests
 	$(BIN)/python -m pytest -m "not slow and not browser"
 
-test-slow: $(STAMP)  ## tests that run whole notebooks
+test-slow: $(STAMP)  ## tests that take longer, whole notebooks among them
 	$(BIN)/python -m pytest -m slow
 
 test-browser: $(STAMP) browser  ## every notebook in JupyterLab by a real browser, under the miniature, which runs first

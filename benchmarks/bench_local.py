@@ -200,11 +200,7 @@ def main() -> None:
         }
     shown = table(measured)
     machine = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), **versions(), "commit": git_commit()}
-    sizes = {
-        "batch_size": BATCH,
-        "max_new_tokens": requests[0].max_new_tokens,
-        "repeats": asked.repeats,
-    }
+    sizes = {"batch_size": BATCH, "max_new_tokens": requests[0].max_new_tokens, "repeats": asked.repeats}
     asked.output.mkdir(parents=True, exist_ok=True)
     write_json(asked.output / "local.json", {"machine": machine, "sizes": sizes, "measured": measured})
     (asked.output / "local.md").write_text(shown + "\n")

@@ -234,6 +234,7 @@ def test_two_stages_at_once_do_not_mix(profile, tmp_path):
     assert json.loads(provenance_path(run.path("thresholds")).read_text())["rows"] == 2
 
 
+@pytest.mark.slow
 def test_a_second_process_in_a_run_folder_says_so_and_stops(profile, tmp_path):
     run = RunFolder(profile)
     script = textwrap.dedent(f"""

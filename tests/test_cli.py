@@ -70,6 +70,7 @@ def test_an_unknown_command_or_option_is_a_usage_error():
     assert "No such option" in run("pairs", "--profil", "release").stderr
 
 
+@pytest.mark.slow
 def test_other_datasets_become_tables(tmp_path):
     if not os.environ.get(RELEASE_VARIABLE):
         pytest.skip(f"{RELEASE_VARIABLE} is not set: the published files are not at hand")
@@ -84,6 +85,7 @@ def test_other_datasets_become_tables(tmp_path):
         assert f"dialogues ({rows} rows)" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_focus_json_becomes_a_table(tmp_path):
     """No published file is needed: FoCus's own JSON, sampled as the authors did."""
     for split, count in (("train", 30), ("valid", 4)):

@@ -70,6 +70,7 @@ JSON_LIKE = st.lists(
 ).map("".join)
 
 
+@pytest.mark.slow
 @settings(max_examples=10_000)
 @given(st.one_of(st.text(), JSON_LIKE, st.text(alphabet='{}"response:\\ \n')))
 @example("[" * 100_000)

@@ -574,6 +574,7 @@ run = RunFolder(load_profile(profile))
 """
 
 
+@pytest.mark.slow
 def test_without_a_browser_the_first_state_is_ordinary_output(evaluated, tmp_path):
     source, book = tmp_path / "profile.yaml", nbformat.v4.new_notebook()
     book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
@@ -609,6 +610,7 @@ def test_without_a_browser_the_first_state_is_ordinary_output(evaluated, tmp_pat
     assert moved_after != unmoved, "a move replaces the picture in the cell that showed it"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("there", [True, False], ids=["evaluated", "nothing yet"])
 def test_the_first_notebook_runs_on_whatever_is_there(there, evaluated, tmp_path):
     elsewhere = [] if there else [f"paths.runs={tmp_path / 'none'}"]

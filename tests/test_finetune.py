@@ -283,6 +283,7 @@ def test_a_base_that_is_not_there_is_one_sentence(tmp_path, data):
         finetune_scorer([data], "jsonl", str(tmp_path / "empty"), tmp_path / "out", settings=QUICK)
 
 
+@pytest.mark.slow
 def test_the_command_reports_and_refuses_in_one_sentence(tmp_path, base, data):
     given = ["--base", base, "--output", str(tmp_path / "out"), "--max-length", "32", "--epochs", "0.2"]
     done = run("finetune-scorer", str(data), "--format", "jsonl", *given)

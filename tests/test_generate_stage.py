@@ -198,6 +198,7 @@ def test_failed_prompts_are_retried_on_request(server: Server, tmp_path: Path) -
     assert RunFolder(profile).read("answers")["outcome"].eq("ok").all()
 
 
+@pytest.mark.slow
 def test_two_commands_share_the_work(tmp_path: Path) -> None:
     with serving(tmp_path / "server.jsonl", "--latency", "0.3") as server:
         profile = profile_of(tmp_path, endpoint(server, concurrency=1))
@@ -233,6 +234,7 @@ def test_templates_formats_and_budgets_reach_the_server(server: Server, tmp_path
     assert len(server.received()) == 3  # another template and budget is another question
 
 
+@pytest.mark.slow
 def test_the_key_is_in_no_file_and_no_output(server: Server, tmp_path: Path) -> None:
     faults = {0: "<<fault=echo>>", 1: "<<fault=status_400>>", 2: "<<fault=status_500>>"}
     profile = profile_of(tmp_path, endpoint(server, api_key_env="LAB_KEY"), faults=faults)
@@ -309,6 +311,7 @@ def test_the_small_policy_needs_responses_first(tmp_path: Path, server: Server) 
         stages.run_generate(profile_of(tmp_path, small))
 
 
+@pytest.mark.slow
 def test_the_small_model_answers_the_published_prompts(
     release_run: RunFolder, tmp_path: Path, one_thread: None
 ) -> None:

@@ -664,6 +664,7 @@ def export(path: Path, asked: OpenAIBackend, texts: list[str]) -> list[tuple[str
         return [(key, e.answer.outcome, e.answer.completion) for key, e in store.entries(keys)]
 
 
+@pytest.mark.slow
 def test_killed_runs_lose_nothing_and_ask_nothing_again(slow: Server, tmp_path: Path) -> None:
     path, texts = tmp_path / "answers.sqlite", [f"prompt {number}" for number in range(300)]
     asked = backend(slow.url)

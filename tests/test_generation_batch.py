@@ -123,6 +123,7 @@ def test_an_endpoint_without_batches(tmp_path: Path, store: Store) -> None:
     assert "set batch: false" in summary.stopped
 
 
+@pytest.mark.slow
 def test_a_budget_makes_smaller_batches_and_is_never_passed(server: Served, store: Store) -> None:
     asked = chats(f"dialogue {number:02d}" for number in range(40))
     summary = generate(asked, backend(server.url, store), store, budget_usd=0.001)

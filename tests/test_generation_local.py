@@ -363,6 +363,7 @@ with Store(Path(sys.argv[3])) as store:
 """
 
 
+@pytest.mark.slow
 def test_an_interrupt_ends_a_batch_and_stores_no_half_answer(talker: Path, tmp_path: Path) -> None:
     path = tmp_path / "answers.sqlite"
     command = [sys.executable, "-c", ENDLESS, str(Path(__file__).parent), str(talker), str(path)]

@@ -70,6 +70,7 @@ def raw(text: str) -> Request:
     return Request(text, in_chatml(text), 30, 0.0, None, "t")
 
 
+@pytest.mark.slow
 def test_a_served_model_answers_chats_and_raw_prompts(url: str, model: Path, tmp_path: Path) -> None:
     via = backend(url, served_as=str(model), timeout_seconds=60.0)
     asked = [*(chat(question(place)) for place in PLACES), *(raw(question(place)) for place in PLACES)]
@@ -121,6 +122,7 @@ def servers_of(model: Path) -> list[str]:
     return [line for line in lines if " serve " in line and str(model) in line]
 
 
+@pytest.mark.slow
 def test_a_served_backend_starts_its_server_and_ends_it(model: Path, tmp_path: Path) -> None:
     own = tmp_path / "model"
     shutil.copytree(model, own)

@@ -54,6 +54,7 @@ def built(made, pair_set: str, limits=(0.4, 0.6), profile=PROFILE) -> pd.DataFra
     return build_pairs(connect(profile.engine, ""), pair_set, limits=limits, profile=profile, **made)
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(ANSWERS, st.sampled_from([(0.25, 0.75), (0.5, 0.5), (0.0, 1.0)]))
 def test_pairs_are_those_of_plain_loops(answers, limits):

@@ -101,6 +101,7 @@ def test_nothing_to_rank_and_broken_values():
 VALUES = st.lists(st.one_of(st.floats(0, 1), st.sampled_from([0.0, 0.25, 0.5, 1.0])), min_size=1, max_size=60)
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(VALUES, st.lists(st.floats(0, 1), min_size=1, max_size=4))
 def test_thresholds_are_numpys_to_the_last_bit(values, quantiles):

@@ -150,6 +150,7 @@ def test_a_corrected_profile_is_audited_as_released(release_run):
     assert as_released(release_run.profile) is release_run.profile
 
 
+@pytest.mark.slow
 def test_corrected_pairs_keep_completions_as_generated(release_run, tmp_path):
     changes = [f"paths.runs={tmp_path}", "pairs.serialisation=corrected", "pairs.sets=[perso]"]
     corrected = with_overrides(release_run.profile, changes)
@@ -161,6 +162,7 @@ def test_corrected_pairs_keep_completions_as_generated(release_run, tmp_path):
     assert not RunFolder(corrected).path("pairs/simple").exists()
 
 
+@pytest.mark.slow
 def test_a_pair_set_that_is_no_longer_made_is_removed(release_run, tmp_path):
     both = with_overrides(release_run.profile, [f"paths.runs={tmp_path}"])
     run_pairs(both)

@@ -93,6 +93,7 @@ def test_everything_is_checked_before_anything_runs(tmp_path, profile):
     assert done.copy == tmp_path / "runs" / "release" / "notebooks" / "01_good.ipynb"
 
 
+@pytest.mark.slow
 def test_what_has_not_changed_is_not_run_again(tmp_path, profile):
     count, source = tmp_path / "count", tmp_path / "profile.yaml"
     source.write_text(profile.to_yaml())

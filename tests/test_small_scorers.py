@@ -136,6 +136,7 @@ def test_they_are_reused_until_something_changes(made, folder, monkeypatch):
     assert sha256(made.vectors) == before
 
 
+@pytest.mark.slow
 def test_the_same_dialogues_give_the_same_bytes_on_any_number_of_threads(made, tmp_path):
     torch.manual_seed(8)
     before = torch.random.get_rng_state()

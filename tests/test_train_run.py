@@ -144,6 +144,7 @@ def script(policy, folder, key):
     return [sys.executable, "-c", text]
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_from_its_checkpoint_to_the_same_end(tmp_path, policy, profile, trained):
     folder = tmp_path / "perso_weighted"
     with subprocess.Popen(script(policy, folder, "k"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:

@@ -280,6 +280,7 @@ if trainer.accelerator.is_main_process:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(tmp_path):
     """Accelerate launch with two gloo processes, half the prompts each."""
     script = tmp_path / "train.py"

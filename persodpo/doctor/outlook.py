@@ -49,7 +49,7 @@ class _Local:
 
     def open(self, purse: Purse) -> NoReturn:
         """Refuse: it cannot answer."""
-        raise NotImplementedError
+        raise PersodpoError("A forecast asks nobody; ask the model itself with `persodpo generate`.")
 
 
 def estimates(profile: Profile) -> Iterator[str]:
