@@ -120,9 +120,13 @@ def connect(
 
 
 def identity(connection: sqlite3.Connection) -> Identity:
-    """Return what the file says of itself."""
+    """Return what the file says of itself, all of it at one moment: another process may be laying it out."""
     queries = ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM main.sqlite_master")
-    return Identity(*(connection.execute(query).fetchone()[0] for query in queries))
+    connection.execute("SAVEPOINT identity")
+    try:
+        return Identity(*(connection.execute(query).fetchone()[0] for query in queries))
+    finally:
+        connection.execute("RELEASE identity")
 
 
 def lay_out(connection: sqlite3.Connection, schema: str) -> Identity:
