@@ -164,6 +164,7 @@ def kill_when(server: Served, path: Path, call: str, seconds: float = 0.0) -> No
             time.sleep(0.05)
         time.sleep(seconds)
         process.kill()
+    time.sleep(0.3)  # the server comes to the end of what it had in hand; what it has not heard of yet nobody can find
 
 
 @pytest.mark.parametrize(
