@@ -155,8 +155,8 @@ def finetune_scorer_command(
     seed: Annotated[int, typer.Option(min=0)] = 44,
 ) -> None:
     """Fine-tune the model of a scorer: C score, UE score or coherence. Defaults are those of the paper where known."""
-    from persodpo.training.finetune_scorer import finetune_scorer  # noqa: PLC0415
-    from persodpo.training.scorer_card import FineTuning  # noqa: PLC0415
+    from persodpo.scoring.finetune_scorer import finetune_scorer  # noqa: PLC0415
+    from persodpo.scoring.scorer_card import FineTuning  # noqa: PLC0415
 
     settings = FineTuning(epochs, learning_rate, batch_size, max_length, seed)
     print(finetune_scorer(data, kind, base, output, settings=settings, held_out=held_out or (), fields=fields))

@@ -319,6 +319,7 @@ class Training(Section):
     health_prompts: Count
     health_tokens: Count
     stop_when_collapsed: bool
+    report_to: tuple[str, ...]
 
 
 class Profile(Section):

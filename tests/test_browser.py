@@ -201,27 +201,14 @@ EXAMPLE = [
 ]  # fmt: skip
 
 
-def test_a_button_trains_an_arm_and_its_curve_grows(browser, tmp_path):
+def test_a_button_trains_an_arm(browser, tmp_path):
     source = tmp_path / "mine.yaml"
     folders = [f"paths.{name}={tmp_path / name}" for name in ("runs", "figures")]
-    profile = load_profile("mini", [*EXAMPLE, *folders, "training.epochs=12", "training.logging_steps=1"])
+    profile = load_profile("mini", [*EXAMPLE, *folders])
     source.write_text(profile.to_yaml())
     stages.run_pairs(profile)
-    start, follow = (
-        f"start = explore.start({str(source)!r})\nstart",
-        "following = explore.training(start.run)\nfollowing",
-    )
-    notebook(browser, "from persodpo import explore", start, follow)
+    notebook(browser, "from persodpo import explore", f"explore.start({str(source)!r})")
     assert errors(browser.run_all(LONGEST)) == []
-    assert browser.page.get_by_role("checkbox", name="perso (mine)").count() == 0
     browser.page.get_by_role("button", name="train", exact=True).click()
-    told = browser.page.get_by_text(re.compile(r"perso \(mine\) is being trained: step \d+ of \d+"))
-    told.wait_for(timeout=180_000)
-    steps = set()
-    while told.count():
-        steps.add(told.text_content())
-        browser.page.wait_for_timeout(300)
-    assert len(steps) > 2, "the curve grew before it was whole"
-    browser.page.get_by_text(re.compile("persodpo train --profile .* is done")).wait_for(timeout=120_000)
-    assert browser.page.get_by_role("checkbox", name="perso (mine)").count() == 1
+    browser.page.get_by_text(re.compile("persodpo train --profile .* is done")).wait_for(timeout=180_000)
     assert RunFolder(profile).read("training/perso/log")["step"].max() > 2

@@ -5,8 +5,6 @@ from __future__ import annotations
 import html
 import json
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -38,7 +36,6 @@ from persodpo.scoring.quality import METRICS, SIGNALS, connect
 from persodpo.scoring.run import impute, rank
 from persodpo.stages.heldout import arms_of
 from persodpo.tables import schema_of, write_table
-from persodpo.training.log import LIVE, write_live
 from persodpo.variants import measured, pair_keys, rebuild
 
 MODELS = ("m1", "m2", "m3", "m4")
@@ -370,20 +367,20 @@ def test_curves_of_arms_and_published_runs_with_cursor_and_smoothing(trained):
     assert runs.value == (mine, "simple (release)", paper)
     assert not any("Qwen2-5B" in name for name in runs.options)
     axis.value = "optimiser step"
-    first = panel.shown[1].data
+    first = panel.shown[0].data
     runs.value = (mine,)
     assert cursor.max == 4
-    assert panel.shown[1].data != first
+    assert panel.shown[0].data != first
     cursor.value = 3
-    assert panel.shown[2].data.loc[mine].tolist() == [3, "0.3333", "1.0000", "0.3000", "0.5000"]
+    assert panel.shown[1].data.loc[mine].tolist() == [3, "0.3333", "1.0000", "0.3000", "0.5000"]
     cursor.value = 0
-    assert panel.shown[2].data.loc[mine, "DPO loss"] == "–"
+    assert panel.shown[1].data.loc[mine, "DPO loss"] == "–"
     axis.value = "share of the run"
     assert (cursor.max, cursor.description) == (100, "Cursor (% of run)")
     cursor.value = 50
-    assert panel.shown[2].data.loc[mine, "step"] == 2
+    assert panel.shown[1].data.loc[mine, "step"] == 2
     smoothing.value = 0.5
-    assert panel.shown[2].data.loc[mine, "DPO loss"] == f"{(0.5 + 0.5 * 1.0) / 1.5:.4f}"
+    assert panel.shown[1].data.loc[mine, "DPO loss"] == f"{(0.5 + 0.5 * 1.0) / 1.5:.4f}"
     before = panel.shown
     runs.value = ()
     assert "Between 1 and 7 runs" in panel.message
@@ -394,61 +391,10 @@ def test_curves_of_arms_and_published_runs_with_cursor_and_smoothing(trained):
     assert panel.message == ""
 
 
-STEPS = [{"loss": 1 / step, "grad_norm": 1.0, "rewards/margins": 0.1 * step, "rewards/accuracies": 0.5, "step": step}
-         for step in (1, 2, 3, 4)]  # fmt: skip
-
-
-def test_a_curve_grows_while_its_arm_is_being_trained(profile):
-    run, mine = RunFolder(profile), "perso (release)"
-    panel = explore.training(run)
-    panel.controls["axis"].value = "optimiser step"
-    assert mine not in panel.controls["runs"].options
-    folder = run.root / "training" / "perso"
-    folder.mkdir(parents=True)
-    write_live(folder, STEPS[:2], 4)
-    panel.look()
-    assert mine in panel.controls["runs"].value
-    assert "perso (release) is being trained: step 2 of 4." in panel.shown[0].data
-    panel.controls["runs"].value = (mine,)
-    assert panel.controls["cursor"].value == panel.controls["cursor"].max == 2
-    write_live(folder, STEPS, 4, since=2)
-    with (folder / LIVE).open("a") as file:
-        file.write('{"loss": 0.2, "st')  # as a line that is just being written
-    panel.look()
-    assert panel.controls["cursor"].value == 4, "the cursor stays at the newest step"
-    assert panel.shown[2].data.loc[mine].tolist()[:2] == [4, "0.2500"]
-    before = panel.shown
-    panel.look()
-    assert panel.shown is before, "nothing changed, nothing is drawn"
-    rows = [{"policy": "p", "kind": "train", "step": step, "loss": 7.0} for step in (1, 2, 3, 4)]
-    (folder / LIVE).unlink()
-    save(run, training__perso__log=full("training/perso/log", rows))
-    panel.look()
-    assert panel.shown[0].data == ""
-    assert panel.shown[2].data.loc[mine, "DPO loss"] == "7.0000"
-
-
-def test_a_killed_training_is_told_from_a_running_one(profile):
-    run = RunFolder(profile)
-    folder = run.root / "training" / "perso"
-    folder.mkdir(parents=True)
-    code = f"""
-import os, signal
-from pathlib import Path
-from persodpo.training.log import write_live
-write_live(Path({str(folder)!r}), {STEPS[:3]!r}, 4)
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-    subprocess.run([sys.executable, "-c", code], check=False)
-    panel = explore.training(run)
-    assert "perso (release) was interrupted at step 3 of 4" in panel.shown[0].data
-    assert panel.shown[2].data.loc["perso (release)", "step"] == 3
-
-
 def test_published_curves_stand_alone_before_training(profile):
     panel = explore.training(RunFolder(profile))
     assert all(name.endswith("(published)") for name in panel.controls["runs"].options)
-    assert len(panel.shown[2].data) == 1
+    assert len(panel.shown[1].data) == 1
 
 
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=20), st.floats(0, 0.95))

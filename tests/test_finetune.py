@@ -17,13 +17,13 @@ from test_cli import run
 from transformers import BertConfig, BertForSequenceClassification, BertModel, T5Config, T5ForConditionalGeneration
 
 from persodpo.errors import PersodpoError
+from persodpo.scoring import finetune_scorer as module
 from persodpo.scoring.checkpoints import Checkpoint
 from persodpo.scoring.coherence import CoherenceScorer
+from persodpo.scoring.finetune_scorer import RECORD, finetune_scorer, own_randomness
 from persodpo.scoring.nli_data import Examples, read_examples, split
 from persodpo.scoring.nli_model import CLASSES, NliModel
-from persodpo.training import finetune_scorer as module
-from persodpo.training.finetune_scorer import RECORD, finetune_scorer, own_randomness
-from persodpo.training.scorer_card import FineTuning, Report
+from persodpo.scoring.scorer_card import FineTuning, Report
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -19,6 +19,7 @@ from persodpo.errors import PersodpoError
 from persodpo.scoring import small
 from persodpo.scoring.checkpoints import Checkpoint
 from persodpo.scoring.coherence import CoherenceScorer
+from persodpo.scoring.finetune_scorer import RECORD
 from persodpo.scoring.nli import CScorer
 from persodpo.scoring.nli_model import CLASSES, NliModel
 from persodpo.scoring.scorers import Item
@@ -32,7 +33,6 @@ from persodpo.scoring.small_examples import (
 )
 from persodpo.scoring.small_models import coherence_marks, coherence_tokenizer, denials, pair_tokenizer
 from persodpo.settings import SmallModel, SmallScorers, SmallVectors
-from persodpo.training.finetune_scorer import RECORD
 
 THINGS = [
     "castles", "bridges", "rivers", "museums", "gardens", "trains", "ships", "churches", "mountains", "lakes", "temples",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,12 @@ from persodpo.artifacts import RunFolder
 from persodpo.errors import PersodpoError
 from persodpo.explore.choices import Choices
 from persodpo.explore.curves_picture import QUANTITIES, CurvesPicture, places, smoothed
-from persodpo.explore.panel import Panel, labelled, or_sentence, page
+from persodpo.explore.panel import Panel, labelled, or_sentence
 from persodpo.figures import PAPER_RUN
 from persodpo.plots.style import PALETTE
 from persodpo.release import published
 from persodpo.show import text_table
 from persodpo.training.arms import ARMS
-from persodpo.training.log import LIVE, Live, read_live
 
 _STEP, _SHARE = "optimiser step", "share of the run"
 #: Published runs that stand beside ours at first: the paper's own, under its true size.
@@ -30,48 +28,28 @@ _SHOWN = published.true_name(PAPER_RUN)
 _PUBLISHED = " (published)"
 #: Runs of which one is so many times as long as another share no axis of steps.
 _UNLIKE = 5
-#: Seconds between two looks at the logs of a running training.
-_SECONDS = 1.0
 
 
 def _folders(run: RunFolder) -> list[Path]:
-    """Return the folders of arms that were trained, or are being."""
-    files = [path for name in ("log.parquet", LIVE) for path in run.root.glob(f"training/*/{name}")]
-    return sorted({path.parent for path in files})
-
-
-def _state(runs: Sequence[RunFolder]) -> dict[str, object]:
-    """Return what tells that a curve has changed."""
-    done = {
-        _title(run, folder): run.provenance(f"training/{folder.name}/log").get("sha256")
-        for run in runs
-        for folder in _folders(run)
-    }
-    return done | {name: (live.step, live.steps, live.running) for name, live in running(runs).items()}
+    """Return the folders of trained arms."""
+    return sorted(path.parent for path in run.root.glob("training/*/log.parquet"))
 
 
 def _title(run: RunFolder, folder: Path) -> str:
     return f"{folder.name} ({run.profile.name})"
 
 
-def running(runs: Sequence[RunFolder]) -> dict[str, Live]:
-    """Return the trainings that have not come to their end, by the name of their curve."""
-    found = {_title(run, folder): read_live(folder) for run in runs for folder in _folders(run)}
-    return {name: live for name, live in found.items() if live is not None}
-
-
 def curves_of(runs: Sequence[RunFolder]) -> pd.DataFrame:
-    """Return the logged steps of every arm of some runs, also while it is being trained, and of the published runs.
+    """Return the logged steps of every trained arm of some runs, and of the published runs.
 
     Raises:
         PersodpoError: A log was edited.
     """
-    frames, live = [], running(runs)
+    frames = []
     for run in runs:
         for folder in _folders(run):
-            name = _title(run, folder)
-            log = live[name].log if name in live else run.read(f"training/{folder.name}/log")
-            frames.append(log[log["kind"] == "train"].assign(run=name))
+            log = run.read(f"training/{folder.name}/log")
+            frames.append(log[log["kind"] == "train"].assign(run=_title(run, folder)))
     released = published.training_curves()
     frames.append(released.assign(run=released["run"].map(published.true_name) + " (published)"))
     columns = ["run", "step", *QUANTITIES]
@@ -81,13 +59,12 @@ def curves_of(runs: Sequence[RunFolder]) -> pd.DataFrame:
 
 
 class TrainingPanel(Panel):
-    """Curves of several runs, smoothed, with a cursor; they grow while an arm is being trained."""
+    """Curves of several runs, smoothed, with a cursor."""
 
     def __init__(self, runs: Sequence[RunFolder]) -> None:
         """Start with the arms, and the paper's own run; see `training`."""
-        self._folders, self._state = tuple(runs), _state(runs)
         self._drawn: tuple[Any, CurvesPicture] | None = None
-        self._curves, self._live = self._read()
+        self._curves = {str(name): group for name, group in curves_of(runs).groupby("run", sort=False)}
         names = self._names()
         first = [name for name in names if name.partition(" ")[0] in ARMS][: len(PALETTE) - 1]
         first += [name for name in names if name == f"{_SHOWN}{_PUBLISHED}"]
@@ -105,37 +82,6 @@ class TrainingPanel(Panel):
             "runs": self._runs, "axis": self._axis, "smoothing": self._smoothing, "cursor": self._cursor,
         }  # fmt: skip
         super().__init__(controls, self._render)
-
-    @property
-    def watch(self) -> float:
-        """Seconds between two looks at the logs."""
-        return _SECONDS
-
-    def look(self) -> None:
-        """Show what has been logged since the last look; an arm that is new is shown, too."""
-        state = _state(self._folders)
-        if state == self._state:
-            return
-        before = set(self._curves)
-        self._curves, self._live = self._read()
-        self._state = state
-        names = self._names()
-        new = [name for name in names if name not in before]
-        chosen = [name for name in names if name in self._runs.value or name in new]
-        self._following = True
-        try:
-            self._runs.offer(names, chosen[: len(PALETTE)])
-            at_end = self._cursor.value == self._cursor.max
-            self._limit()
-            if at_end:
-                self._cursor.value = self._cursor.max
-        finally:
-            self._following = False
-        self.refresh()
-
-    def _read(self) -> tuple[dict[str, pd.DataFrame], dict[str, Live]]:
-        curves = curves_of(self._folders)
-        return {str(name): group for name, group in curves.groupby("run", sort=False)}, running(self._folders)
 
     def _names(self) -> list[str]:
         """Return the curves' names: arms, their further seeds, ablations, published runs."""
@@ -170,22 +116,11 @@ class TrainingPanel(Panel):
 
     def _render(self) -> Sequence[Any]:
         chosen = self._chosen()
-        return page(self._told()), self._picture(chosen), text_table(self._at_cursor(chosen))
-
-    def _told(self) -> str:
-        """Say which arms are being trained."""
-        said = [
-            f"{html.escape(name)} is being trained: step {live.step:,} of {live.steps:,}."
-            if live.running
-            else f"{html.escape(name)} was interrupted at step {live.step:,} of {live.steps:,}; "
-            "<code>persodpo train</code> goes on from its last checkpoint."
-            for name, live in self._live.items()
-        ]
-        return "".join(f"<p>{sentence}</p>" for sentence in said)
+        return self._picture(chosen), text_table(self._at_cursor(chosen))
 
     def _picture(self, chosen: Sequence[str]) -> Image:
         curves = {name: self._curves[name] for name in chosen}
-        key = (tuple(chosen), self._share, self._smoothing.value, self._state)
+        key = (tuple(chosen), self._share, self._smoothing.value)
         if self._drawn is None or self._drawn[0] != key:
             made = CurvesPicture(
                 curves, share=self._share, strength=float(self._smoothing.value), end=float(self._cursor.max)

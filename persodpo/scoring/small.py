@@ -25,13 +25,12 @@ from tqdm import tqdm
 from persodpo.artifacts import digest_of, source_digest
 from persodpo.errors import PersodpoError, make_folder
 from persodpo.folders import made_once
-from persodpo.scoring import coherence, nli_model, small_examples, small_models
+from persodpo.scoring import coherence, finetune_scorer, nli_model, small_examples, small_models
+from persodpo.scoring.finetune_scorer import RECORD, finetune
 from persodpo.scoring.inference import Loaded, one_thread
 from persodpo.scoring.nli_data import Examples
+from persodpo.scoring.scorer_card import FineTuning, Report, card
 from persodpo.settings import SmallModel, SmallScorers
-from persodpo.training import finetune_scorer
-from persodpo.training.finetune_scorer import RECORD, finetune
-from persodpo.training.scorer_card import FineTuning, Report, card
 
 WEIGHTS, VECTORS = "model.safetensors", "vectors.bin"
 MINIMUM_DIALOGUES = 10

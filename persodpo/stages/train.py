@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
+import persodpo.training.arms
 from persodpo.artifacts import RunFolder, StageReport, digest_of, sha256
 from persodpo.cards import write_model_card
 from persodpo.config import with_overrides
@@ -95,7 +96,7 @@ def train_on(
         What was done.
     """
     # Torch is slow to load.
-    from persodpo.training import forward, health, log, loss, packing, reference, trainer  # noqa: PLC0415
+    from persodpo.training import forward, groups, guard, health, loss, packing, reference, trainer  # noqa: PLC0415
     from persodpo.training import run as training  # noqa: PLC0415
 
     start = start_policy(run)
@@ -104,7 +105,7 @@ def train_on(
     settings = {
         "arm": asdict(ARMS[arm]),
         "policy": profile.policy.model,
-        "training": profile.training.model_dump(mode="json", exclude={"arms"}),
+        "training": profile.training.model_dump(mode="json", exclude={"arms", "report_to"}),
         "reading": profile.completions.reading,
         "seed": profile.seed,
         **(basis or {}),
@@ -122,7 +123,7 @@ def train_on(
         inputs=inputs,
         settings=settings,
         outputs=outputs,
-        code=[training, trainer, forward, packing, reference, loss, health, log],
+        code=[training, trainer, forward, groups, guard, packing, reference, loss, health, persodpo.training.arms],
         build=build,
         overwrite=overwrite or not training.is_trained(folder, key),
     )

@@ -1,16 +1,26 @@
-"""The arms of the experiment: which pairs each trains on, and what weighs them. Loads no model."""
+"""The arms of the experiment: which pairs each trains on, what weighs them, and what becomes of its log. Loads no model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
 from persodpo.errors import PersodpoError
 from persodpo.settings import ArmName
+
+#: Column of the log table -> name in the trainer's log history, with ``eval_`` before it for evaluations.
+LOG_COLUMNS = {
+    "loss": "loss", "grad_norm": "grad_norm", "learning_rate": "learning_rate", "reward_margin": "rewards/margins",
+    "reward_accuracy": "rewards/accuracies", "reward_chosen": "rewards/chosen", "reward_rejected": "rewards/rejected",
+    "logps_chosen": "logps/chosen", "logps_rejected": "logps/rejected", "weight": "weights",
+    "parse_rate": "health/parse_rate", "words": "health/words", "loops": "health/loops",
+}  # fmt: skip
+#: What a row of the log history is, by a name that only it has.
+LOG_KINDS = {"loss": "train", "eval_loss": "eval", "health/parse_rate": "health"}
 
 
 @dataclass(frozen=True)
@@ -81,3 +91,25 @@ def split_prompts(pairs: pd.DataFrame, share: float, seed: int) -> tuple[pd.Data
     held_out = np.random.default_rng(seed).permutation(np.asarray(prompts, dtype=object))[:count]
     out = pairs["prompt"].isin(held_out)
     return pairs[~out].reset_index(drop=True), pairs[out].reset_index(drop=True)
+
+
+def log_table(history: Sequence[Mapping[str, Any]], policy: str) -> pd.DataFrame:
+    """Make the log table of a trainer's log history.
+
+    Args:
+        history: The log history, under TRL's names.
+        policy: What was trained, for figures to say.
+
+    Returns:
+        Columns policy, kind, step, epoch and those of `LOG_COLUMNS`, NaN where a row of its kind has no such value.
+    """
+    rows = []
+    for log in history:
+        kind = next((kind for name, kind in LOG_KINDS.items() if name in log), None)
+        if kind:
+            before = "eval_" if kind == "eval" else ""
+            values = {column: log.get(before + name, float("nan")) for column, name in LOG_COLUMNS.items()}
+            rows.append(
+                {"policy": policy, "kind": kind, "step": int(log["step"]), "epoch": log.get("epoch", 0.0), **values}
+            )
+    return pd.DataFrame(rows, columns=["policy", "kind", "step", "epoch", *LOG_COLUMNS])

@@ -1,8 +1,12 @@
-"""Packed rows and a causal language model in, the log-probability of each response out."""
+"""Packed rows and a causal language model in, the log-probability of each response out.
+
+Whether a model may be given packed rows at all is for `persodpo.training.guard` to find out.
+"""
 
 from __future__ import annotations
 
 import inspect
+import sys
 from functools import wraps
 from typing import Any
 
@@ -11,32 +15,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 
-from persodpo.errors import PersodpoError
 from persodpo.training.packing import PackedRows
 
-#: Name under which `shared_prompt_attention` is registered with transformers.
-SHARED_PROMPT = "shared_prompt"
-#: Attention implementations that take a mask of any shape.
-MASKED_ATTENTION = ("sdpa", "eager", SHARED_PROMPT)
+#: transformers' attention -> name under which the same attention on packed rows is registered with transformers.
+PACKED_ATTENTION = {"sdpa": "shared_prompt", "eager": "shared_prompt_eager"}
 #: Label positions projected onto the vocabulary at a time; bounds the memory of the logits.
 CHUNK = 2048
-
-
-def check_attention(model: nn.Module) -> None:
-    """Refuse attention that would read packed rows wrongly, and silently.
-
-    Raises:
-        PersodpoError: The model's attention takes no mask of its own, such as flash attention.
-    """
-    config: Any = model.config
-    name = config._attn_implementation
-    if name not in MASKED_ATTENTION:
-        raise PersodpoError(
-            f"Attention '{name}' takes no mask that keeps the responses of a row apart; load the model with "
-            "attn_implementation='sdpa'."
-        )
 
 
 def shared_prompt_attention(  # noqa: PLR0917 - transformers' order
@@ -45,70 +31,63 @@ def shared_prompt_attention(  # noqa: PLR0917 - transformers' order
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    shared_prompt: int = 0,
+    packed_rows: PackedRows | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend as ``sdpa`` does, but without the mask where rows are still in their prompts.
+    """Attend as ``sdpa`` does, but without a mask where rows are still in their prompts.
 
-    There attention is plainly causal: half the work, no mask to read, and on a GPU the fast kernels. Any other call,
-    such as one made while generating, is left to ``sdpa``.
+    There attention is plainly causal: half the work, no mask to read, and on a GPU the fast kernels. A layer with a window
+    gets it as a band over positions, and in the prompts only if they are longer than it. Calls without ``packed_rows``, such
+    as those made while generating, are left to ``sdpa``.
 
     Args:
         module: The attention layer.
         query: [rows, heads, length, width]; key and value alike, with their own heads.
         key: See query.
         value: See query.
-        attention_mask: [rows, 1, length, length].
-        shared_prompt: Positions at the start of every row that stand in its prompt.
-        **kwargs: Scaling, dropout and the like.
+        attention_mask: What the model made of its mask.
+        packed_rows: The rows, handed down by the model.
+        **kwargs: Scaling, dropout, ``sliding_window`` and the like.
 
     Returns:
         [rows, length, heads, width], and no weights.
     """
-    if attention_mask is None or shared_prompt < 1 or key.shape[2] != query.shape[2]:
+    if packed_rows is None or key.shape[2] != query.shape[2]:
         whole: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return whole
-    inside = slice(None, shared_prompt)
-    first, _ = sdpa_attention_forward(
+    window, shared = kwargs.get("sliding_window"), packed_rows.shared
+    mask = packed_rows.mask(window)
+    if shared < 1 or (window is not None and shared > window):
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+    inside = slice(None, shared)
+    prompt, _ = sdpa_attention_forward(
         module, query[:, :, inside], key[:, :, inside], value[:, :, inside], None, **kwargs | {"is_causal": True}
     )
-    branches = attention_mask[:, :, shared_prompt:]
-    second, _ = sdpa_attention_forward(module, query[:, :, shared_prompt:], key, value, branches, **kwargs)
-    return torch.cat([first, second], dim=1), None
+    branches, _ = sdpa_attention_forward(module, query[:, :, shared:], key, value, mask[:, :, shared:], **kwargs)
+    return torch.cat([prompt, branches], dim=1), None
 
 
-AttentionInterface.register(SHARED_PROMPT, shared_prompt_attention)
-AttentionMaskInterface.register(SHARED_PROMPT, sdpa_mask)
+def shared_prompt_eager(  # noqa: PLR0917 - transformers' order
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    packed_rows: PackedRows | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend as the model's own eager code does, with a mask that is added; arguments as `shared_prompt_attention`."""
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    if packed_rows is not None and key.shape[2] == query.shape[2]:
+        attention_mask = packed_rows.mask(kwargs.get("sliding_window"), query.dtype)
+    out: tuple[Tensor, Tensor | None] = eager(module, query, key, value, attention_mask, **kwargs)
+    return out
 
 
-def response_log_probs(model: Any, rows: PackedRows) -> Tensor:
-    """Return the summed log-probability of each response, projecting only response positions onto the vocabulary.
-
-    Args:
-        model: A causal language model of transformers, PEFT-wrapped or not, whose attention `check_attention` accepts.
-        rows: Packed groups on the model's device.
-
-    Returns:
-        Log-probabilities in nats, float32, [responses]; differentiable.
-    """
-    check_attention(model)
-    known = {"shared_prompt": rows.shared} if model.config._attn_implementation == SHARED_PROMPT else {}
-    hidden = _decoder(model)(
-        input_ids=rows.input_ids,
-        position_ids=rows.position_ids,
-        attention_mask=rows.attention_mask,
-        use_cache=False,
-        **known,
-    ).last_hidden_state
-    labelled = rows.owner >= 0
-    log_probs = token_log_probs(hidden[labelled], model.get_output_embeddings(), rows.labels[labelled], _softcap(model))
-    sums = torch.zeros(len(rows.lengths), dtype=torch.float32, device=log_probs.device)
-    return sums.index_add(0, rows.owner[labelled], log_probs)
-
-
-def _decoder(model: Any) -> Any:
-    """Return the part of a causal language model below its head, under any PEFT wrapper."""
-    return base_model(model).get_decoder()
+AttentionInterface.register(PACKED_ATTENTION["sdpa"], shared_prompt_attention)
+AttentionInterface.register(PACKED_ATTENTION["eager"], shared_prompt_eager)
+AttentionMaskInterface.register(PACKED_ATTENTION["sdpa"], sdpa_mask)
+AttentionMaskInterface.register(PACKED_ATTENTION["eager"], eager_mask)
 
 
 def base_model(model: Any) -> Any:
@@ -116,38 +95,125 @@ def base_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def install_packed_forward(model: Any) -> None:
-    """Let ``model(packed=rows)`` return `response_log_probs`; any other call stays what it was.
+def text_config(model: Any) -> Any:
+    """Return the config of the language model, under that of a multimodal one."""
+    return base_model(model).config.get_text_config()
 
-    Going through the model's own forward is what makes wrappers work: DistributedDataParallel sees the call and reduces
-    gradients, accelerate's mixed precision applies, and PEFT's adapters are on or off as set. Attention ``sdpa`` becomes
-    `shared_prompt_attention` where the model hands extra arguments down to it.
+
+def install_packed_forward(model: Any, *, own_head: bool = False) -> None:
+    """Let ``model(packed=rows)`` return the log-probability of each response; any other call stays what it was.
+
+    With ``aux_loss=True`` it returns the auxiliary loss of a mixture of experts, too. Going through the model's own forward
+    is what makes wrappers work: DistributedDataParallel sees the call and reduces gradients, accelerate's mixed precision
+    applies, and PEFT's adapters are on or off as set. Attention becomes that of `PACKED_ATTENTION` where the model hands
+    extra arguments down to it.
 
     Args:
-        model: A causal language model, PEFT-wrapped or not. Installing twice does nothing.
+        model: A causal language model, PEFT-wrapped or not. A second call changes ``own_head`` alone.
+        own_head: Let the model's own forward make the logits of all positions, for heads that are not a projection with a
+            scale and a cap; costs memory.
     """
     base = base_model(model)
+    base.packed_own_head = own_head
     plain = base.forward
     if getattr(plain, "takes_packed", False):
         return
 
     @wraps(plain)
-    def forward(*args: Any, packed: PackedRows | None = None, **kwargs: Any) -> Any:
-        return plain(*args, **kwargs) if packed is None else response_log_probs(base, packed)
+    def forward(*args: Any, packed: PackedRows | None = None, aux_loss: bool = False, **kwargs: Any) -> Any:
+        if packed is None:
+            return plain(*args, **kwargs)
+        return (log_probs_and_auxiliary_loss if aux_loss else response_log_probs)(base, packed)
 
     forward.takes_packed = True  # type: ignore[attr-defined]
     base.forward = forward
-    parameters = inspect.signature(base.get_decoder().forward).parameters.values()
-    if base.config._attn_implementation == "sdpa" and any(p.kind is p.VAR_KEYWORD for p in parameters):
-        base.set_attn_implementation(SHARED_PROMPT)
+    name = PACKED_ATTENTION.get(base.config._attn_implementation)
+    if name and _hands_arguments_down(base.base_model) and base._can_set_attn_implementation():
+        base.set_attn_implementation(name)
 
 
-def _softcap(model: Any) -> float | None:
-    cap: float | None = getattr(model.config, "final_logit_softcapping", None)
-    return cap
+def attention_of(model: Any) -> str:
+    """Return the attention implementation that a model was loaded with."""
+    name: str = base_model(model).config._attn_implementation
+    return {packed: plain for plain, packed in PACKED_ATTENTION.items()}.get(name, name)
 
 
-def token_log_probs(hidden: Tensor, head: nn.Module, labels: Tensor, softcap: float | None = None) -> Tensor:
+def _hands_arguments_down(decoder: nn.Module) -> bool:
+    parameters = inspect.signature(decoder.forward).parameters.values()
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def response_log_probs(model: Any, rows: PackedRows) -> Tensor:
+    """Return the summed log-probability of each response, projecting only response positions onto the vocabulary.
+
+    Args:
+        model: A causal language model of transformers, PEFT-wrapped or not.
+        rows: Packed groups on the model's device.
+
+    Returns:
+        Log-probabilities in nats, float32 or wider, [responses]; differentiable.
+    """
+    return _log_probs_and_outputs(base_model(model), rows)[0]
+
+
+def _log_probs_and_outputs(base: Any, rows: PackedRows, **inputs: Any) -> tuple[Tensor, Any]:
+    inputs |= {"input_ids": rows.input_ids, "use_cache": False}
+    if rows.grouped:
+        eager = attention_of(base) == "eager"
+        inputs |= {"position_ids": rows.position_ids, "attention_mask": rows.mask(dtype=base.dtype if eager else None)}
+        if base.config._attn_implementation in PACKED_ATTENTION.values():
+            inputs["packed_rows"] = rows
+    labelled = rows.owner >= 0
+    if getattr(base, "packed_own_head", False):
+        outputs = type(base).forward(base, **inputs)
+        log_probs = _of_labels(outputs.logits[labelled], rows.labels[labelled])
+    else:
+        outputs = base.base_model(**inputs)
+        hidden = outputs.last_hidden_state[labelled]
+        log_probs = token_log_probs(hidden, base.get_output_embeddings(), rows.labels[labelled], *head_rule(base))
+    sums = torch.zeros(len(rows.lengths), dtype=log_probs.dtype, device=log_probs.device)
+    return sums.index_add(0, rows.owner[labelled], log_probs), outputs
+
+
+def log_probs_and_auxiliary_loss(model: Any, rows: PackedRows) -> tuple[Tensor, Tensor]:
+    """Return `response_log_probs` and the load-balancing loss of a mixture of experts, weighted as in TRL's batch.
+
+    TRL computes the loss over the sequences of both sides of all pairs, with the prompt repeated, so each position counts
+    for as many sides as it belongs to.
+    """
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func  # noqa: PLC0415 - slow to load
+
+    log_probs, outputs = _log_probs_and_outputs(base_model(model), rows, output_router_logits=True)
+    config = text_config(model)
+    loss = load_balancing_loss_func(outputs.router_logits, config.num_experts, config.num_experts_per_tok, rows.sides)
+    return log_probs, torch.as_tensor(loss)
+
+
+def _of_labels(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the log-probability of each label, float32 or wider, [tokens]."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return torch.log_softmax(wide, -1).gather(-1, labels[:, None])[:, 0]
+
+
+def head_rule(model: Any) -> tuple[float, float | None]:
+    """Return what a model does to its logits after the projection, by the config entries that TRL reads.
+
+    Returns:
+        A factor (Cohere, Granite, Falcon-H1 and others), and a bound (Gemma) or None.
+    """
+    config = text_config(model)
+    factors = (getattr(config, name, None) for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"))
+    scale = next((factor for factor in factors if factor is not None), None)
+    divisor = getattr(config, "logits_scaling", None)
+    if scale is None and divisor is not None:
+        # HyperCLOVA X multiplies by what others divide by.
+        scale = divisor if config.model_type == "hyperclovax" else 1 / divisor
+    return 1.0 if scale is None else scale, getattr(config, "final_logit_softcapping", None)
+
+
+def token_log_probs(
+    hidden: Tensor, head: nn.Module, labels: Tensor, scale: float = 1.0, softcap: float | None = None
+) -> Tensor:
     """Return the log-probability of each label, a chunk at a time.
 
     The logits of a chunk are recomputed in the backward pass, so that only one chunk of them is ever held.
@@ -156,17 +222,19 @@ def token_log_probs(hidden: Tensor, head: nn.Module, labels: Tensor, softcap: fl
         hidden: Hidden states, [tokens, width].
         head: The output projection.
         labels: Token ids, [tokens].
-        softcap: Bound of the logits where the architecture has one.
+        scale: Factor of the logits.
+        softcap: Bound of the scaled logits where the architecture has one.
 
     Returns:
-        Log-probabilities, float32, [tokens].
+        Log-probabilities, float32 or wider, [tokens].
     """
 
     def project(states: Tensor, targets: Tensor) -> Tensor:
-        logits = head(states).float()
+        logits = head(states)
+        logits = logits * scale if scale != 1 else logits
         if softcap:
             logits = softcap * torch.tanh(logits / softcap)
-        return torch.log_softmax(logits, -1).gather(-1, targets[:, None])[:, 0]
+        return _of_labels(logits, targets)
 
     pieces = zip(torch.split(hidden, CHUNK), torch.split(labels, CHUNK), strict=True)
     if not (torch.is_grad_enabled() and len(labels) > CHUNK):

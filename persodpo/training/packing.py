@@ -1,20 +1,20 @@
-"""Tokenised pairs in, packed rows out: one row a prompt, each of its distinct responses once.
+"""Tokenised pairs in, packed rows out: one row per prompt, each of its distinct responses once.
 
-A row is laid out as ``[P1 .. Pn-1 | Pn r1 | Pn r2 | ...]``. The last prompt token stands again at the head of each
-branch, so that every position of a branch has exactly one label: the response's next token. Branch positions restart at
-n - 1, and the mask lets a branch see the prompt and itself. A response's log-probability is then what a forward pass over
-prompt and response alone gives, whatever else stands in the row.
+A row is laid out as ``[P1 .. Pn-1 | Pn r1 | Pn r2 | ...]``. The last prompt token stands again at the head of each branch,
+so that every position of a branch has exactly one label: the response's next token. Branch positions restart at n - 1,
+and the mask lets a branch see the prompt and itself. A response's log-probability is then what a forward pass over prompt
+and response alone gives, whatever else stands in the row. Where a model cannot be given such a row, the layout has one
+response per row, which is an ordinary causal sequence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 
 import torch
 from torch import Tensor
-
-from persodpo.errors import PersodpoError
 
 IGNORE = -100
 _PADDING = -1
@@ -30,7 +30,8 @@ class Group:
         chosen: Index into ``responses`` of each pair's chosen side.
         rejected: Index of its rejected side.
         weights: Weight of each pair's loss.
-        offsets: Offset of each pair's logit.
+        pair_ids: Number of each pair in its dataset.
+        reference: Log-probability of each response under the reference, in nats.
     """
 
     prompt: list[int]
@@ -38,118 +39,52 @@ class Group:
     chosen: list[int] = field(default_factory=list)
     rejected: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
-    offsets: list[float] = field(default_factory=list)
+    pair_ids: list[int] = field(default_factory=list)
+    reference: list[float] = field(default_factory=list)
 
-    @property
-    def tokens(self) -> int:
-        """Positions of the group's row."""
-        return len(self.prompt) - 1 + sum(len(response) for response in self.responses)
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """Pairs that were left out, by reason.
-
-    Attributes:
-        long_prompt: The prompt fills the whole length limit.
-        empty: A side has no token.
-        identical: Both sides are the same tokens (after truncation).
-    """
-
-    long_prompt: int = 0
-    empty: int = 0
-    identical: int = 0
-
-    def __str__(self) -> str:
-        """Say what was left out and why."""
-        parts = {
-            "prompt as long as max_length": self.long_prompt,
-            "empty response": self.empty,
-            "chosen equals rejected": self.identical,
-        }
-        named = ", ".join(f"{count} ({reason})" for reason, count in parts.items() if count)
-        return f"left out pairs: {named or 'none'}"
+    def part(self, pairs: Sequence[int]) -> Group:
+        """Return the group of some of the pairs, with their responses alone."""
+        kept = sorted({side[pair] for pair in pairs for side in (self.chosen, self.rejected)})
+        place = {index: number for number, index in enumerate(kept)}
+        return Group(
+            self.prompt,
+            [self.responses[index] for index in kept],
+            [place[self.chosen[pair]] for pair in pairs],
+            [place[self.rejected[pair]] for pair in pairs],
+            [self.weights[pair] for pair in pairs],
+            [self.pair_ids[pair] for pair in pairs],
+            [self.reference[index] for index in kept],
+        )
 
 
 @dataclass(frozen=True)
-class TokenPair:
-    """A tokenised pair.
+class Layout:
+    """How groups become rows.
 
     Attributes:
-        prompt: Token ids of the prompt.
-        chosen: Token ids of the chosen response, end of sequence included.
-        rejected: Token ids of the rejected response.
-        weight: Weight of its loss.
-        offset: Offset of its logit.
+        grouped: All responses of a prompt in one row, or one response per row.
+        closed: Also compute the last token of each response, which has no label; the auxiliary loss of
+            mixture-of-experts models counts it.
+        multiple_of: Rows are padded to a multiple of this.
+        pad_token_id: Fills rows.
     """
 
-    prompt: Sequence[int]
-    chosen: Sequence[int]
-    rejected: Sequence[int]
-    weight: float = 1.0
-    offset: float = 0.0
+    grouped: bool = True
+    closed: bool = False
+    multiple_of: int = 1
+    pad_token_id: int = 0
 
+    def row_lengths(self, prompt: Sequence[int], responses: Sequence[Sequence[int]]) -> list[int]:
+        """Return the positions of each row of a group."""
+        branches = [len(response) + self.closed for response in responses]
+        shared = len(prompt) - 1
+        lengths = [shared + sum(branches)] if self.grouped else [shared + branch for branch in branches]
+        return [-(-length // self.multiple_of) * self.multiple_of for length in lengths]
 
-def group_pairs(pairs: Sequence[TokenPair], max_length: int | None) -> tuple[list[Group], Skipped]:
-    """Group pairs by prompt and keep each distinct response once.
-
-    Args:
-        pairs: Tokenised pairs, in any order.
-        max_length: Tokens of prompt and response together; a longer response is cut at its end, as TRL's
-            ``keep_start`` does. None: no limit.
-
-    Returns:
-        Groups in the order of their first pair, and what was left out.
-
-    Raises:
-        PersodpoError: A prompt has no token.
-    """
-    groups: dict[tuple[int, ...], Group] = {}
-    places: dict[tuple[int, ...], dict[tuple[int, ...], int]] = {}
-    long_prompt = empty = identical = 0
-    for number, pair in enumerate(pairs):
-        prompt = tuple(pair.prompt)
-        if not prompt:
-            raise PersodpoError(f"Pair {number} has a prompt without tokens; every prompt needs at least one.")
-        room = None if max_length is None else max_length - len(prompt)
-        if room is not None and room <= 0:
-            long_prompt += 1
-            continue
-        chosen, rejected = tuple(pair.chosen[:room]), tuple(pair.rejected[:room])
-        if not chosen or not rejected:
-            empty += 1
-            continue
-        if chosen == rejected:
-            identical += 1
-            continue
-        group = groups.setdefault(prompt, Group(list(prompt)))
-        known = places.setdefault(prompt, {})
-        for side, indices in ((chosen, group.chosen), (rejected, group.rejected)):
-            if side not in known:
-                known[side] = len(group.responses)
-                group.responses.append(list(side))
-            indices.append(known[side])
-        group.weights.append(pair.weight)
-        group.offsets.append(pair.offset)
-    return list(groups.values()), Skipped(long_prompt, empty, identical)
-
-
-def micro_batches(groups: Sequence[Group], token_budget: int) -> Iterator[list[int]]:
-    """Split groups into micro-batches of rows of like length.
-
-    Args:
-        groups: Groups of one optimiser step.
-        token_budget: Most positions of a micro-batch, padding included; a longer row stands alone.
-
-    Yields:
-        Positions in ``groups``; each stands in exactly one micro-batch.
-    """
-    order = sorted(range(len(groups)), key=lambda place: -groups[place].tokens)
-    start = 0
-    while start < len(order):
-        rows = max(1, token_budget // max(1, groups[order[start]].tokens))
-        yield order[start : start + rows]
-        start += rows
+    def positions(self, prompt: Sequence[int], responses: Sequence[Sequence[int]]) -> int:
+        """Return the positions that a group fills when it stands alone, padding included."""
+        lengths = self.row_lengths(prompt, responses)
+        return len(lengths) * max(lengths)
 
 
 @dataclass(frozen=True)
@@ -159,83 +94,145 @@ class PackedRows:
     Attributes:
         input_ids: [rows, length].
         position_ids: [rows, length].
-        attention_mask: True where a query (third axis) may see a key (fourth), [rows, 1, length, length].
+        branch: 0 in the prompt, 1, 2, ... in its branches, -1 in padding, [rows, length].
         labels: The response token that follows each position, `IGNORE` elsewhere, [rows, length].
-        owner: Response number within the micro-batch of each position, -1 elsewhere, [rows, length].
+        owner: Response number within the micro-batch of each position that has a label, -1 elsewhere, [rows, length].
+        sides: Pair sides whose sequence holds each position, so that counts over positions are those over the sequences
+            of all pairs, [rows, length].
         lengths: Tokens of each response, [responses].
+        reference: Log-probability of each response under the reference, in nats, [responses]; empty where not known.
         chosen: Response number of each pair's chosen side, [pairs].
         rejected: Response number of its rejected side, [pairs].
         weights: [pairs].
-        offsets: [pairs].
+        pair_ids: [pairs].
         shared: Positions at the start of every row that stand in its prompt, so that plain causal attention holds there.
+        grouped: Whether rows hold all responses of a prompt.
     """
 
     input_ids: Tensor
     position_ids: Tensor
-    attention_mask: Tensor
+    branch: Tensor
     labels: Tensor
     owner: Tensor
+    sides: Tensor
     lengths: Tensor
+    reference: Tensor
     chosen: Tensor
     rejected: Tensor
     weights: Tensor
-    offsets: Tensor
+    pair_ids: Tensor
     shared: int
+    grouped: bool
 
-    def to(self, device: torch.device) -> PackedRows:
+    def to(self, device: torch.device | str) -> PackedRows:
         """Return the rows on a device."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "shared"}
-        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-        return PackedRows(**moved, shared=self.shared)
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {
+            name: value.to(device, non_blocking=True) for name, value in values.items() if isinstance(value, Tensor)
+        }
+        return PackedRows(**values | moved)
+
+    @cached_property
+    def attention_mask(self) -> Tensor:
+        """True where a query (third axis) may see a key (fourth), [rows, 1, length, length]."""
+        return tree_mask(self.branch)
+
+    @cached_property
+    def _masks(self) -> dict[tuple[int | None, torch.dtype | None], Tensor]:
+        return {}
+
+    def mask(self, window: int | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the attention mask of a kind of layer, made once for all layers of the kind.
+
+        Args:
+            window: Keys are seen whose position is less than this behind the query's; None for all.
+            dtype: For a mask that is added to attention scores, with this type's least number where nothing may be seen;
+                None for a boolean mask.
+
+        Returns:
+            The mask, [rows, 1, length, length].
+        """
+        if (window, dtype) not in self._masks:
+            seen = self.attention_mask
+            if window is not None:
+                behind = self.position_ids[:, None, :, None] - self.position_ids[:, None, None, :]
+                seen = seen & (behind < window)
+            if dtype is not None:
+                seen = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(
+                    ~seen, torch.finfo(dtype).min
+                )
+            self._masks[window, dtype] = seen
+        return self._masks[window, dtype]
 
 
-def pack(groups: Sequence[Group], pad_token_id: int = 0) -> PackedRows:
+def pack(groups: Sequence[Group], layout: Layout | None = None) -> PackedRows:
     """Lay groups out as rows.
 
     Args:
-        groups: One a row.
-        pad_token_id: Fills rows to the longest.
+        groups: The groups of a micro-batch.
+        layout: How; grouped by default.
 
     Returns:
-        The rows; responses are numbered through all of them, in order.
+        The rows; responses are numbered through all groups, in order.
     """
-    length = max(group.tokens for group in groups)
-    shape = (len(groups), length)
-    input_ids = torch.full(shape, pad_token_id)
-    position_ids = torch.zeros(shape, dtype=torch.long)
-    labels = torch.full(shape, IGNORE)
-    branch = torch.full(shape, _PADDING)
-    owner = torch.full(shape, -1)
-    first, bases = 0, []
-    for row, group in enumerate(groups):
-        bases.append(first)
-        shared = len(group.prompt) - 1
-        input_ids[row, :shared] = torch.tensor(group.prompt[:-1], dtype=torch.long)
+    layout = layout or Layout()
+    rows = [
+        (group.prompt, branches)
+        for group in groups
+        for branches in ([group.responses] if layout.grouped else [[response] for response in group.responses])
+    ]
+    length = max(max(layout.row_lengths(group.prompt, group.responses)) for group in groups)
+    shape = (len(rows), length)
+    bases = _bases(groups)
+    counts = _sides_of_responses(groups, bases)
+    input_ids, labels = torch.full(shape, layout.pad_token_id), torch.full(shape, IGNORE)
+    position_ids, sides = torch.zeros(shape, dtype=torch.long), torch.zeros(shape)
+    branch, owner = torch.full(shape, _PADDING), torch.full(shape, -1)
+    number = 0
+    for row, (prompt, responses) in enumerate(rows):
+        shared = len(prompt) - 1
+        input_ids[row, :shared] = torch.tensor(prompt[:-1], dtype=torch.long)
         position_ids[row, :shared] = torch.arange(shared)
         branch[row, :shared] = 0
+        sides[row, :shared] = counts[number : number + len(responses)].sum()
         start = shared
-        for number, response in enumerate(group.responses):
+        for response in responses:
             end = start + len(response)
-            input_ids[row, start:end] = torch.tensor([group.prompt[-1], *response[:-1]])
-            position_ids[row, start:end] = torch.arange(shared, shared + len(response))
+            closed = end + layout.closed
+            input_ids[row, start:closed] = torch.tensor([prompt[-1], *response][: closed - start])
+            position_ids[row, start:closed] = torch.arange(shared, shared + closed - start)
             labels[row, start:end] = torch.tensor(response)
-            branch[row, start:end] = number + 1
-            owner[row, start:end] = first + number
-            start = end
-        first += len(group.responses)
+            branch[row, start:closed] = int(branch[row, start - 1]) + 1 if start else 1
+            owner[row, start:end] = number
+            sides[row, start:closed] = counts[number]
+            start, number = closed, number + 1
     return PackedRows(
-        input_ids,
-        position_ids,
-        tree_mask(branch),
-        labels,
-        owner,
+        input_ids, position_ids, branch, labels, owner, sides,
         torch.tensor([len(response) for group in groups for response in group.responses]),
+        torch.tensor([value for group in groups for value in group.reference], dtype=torch.float32),
         torch.tensor([base + index for base, group in zip(bases, groups, strict=True) for index in group.chosen]),
         torch.tensor([base + index for base, group in zip(bases, groups, strict=True) for index in group.rejected]),
         torch.tensor([weight for group in groups for weight in group.weights]),
-        torch.tensor([offset for group in groups for offset in group.offsets]),
-        min(len(group.prompt) - 1 for group in groups),
-    )
+        torch.tensor([pair for group in groups for pair in group.pair_ids]),
+        min(len(group.prompt) - 1 for group in groups), layout.grouped,
+    )  # fmt: skip
+
+
+def _bases(groups: Sequence[Group]) -> list[int]:
+    """Return the number of each group's first response."""
+    bases = [0]
+    for group in groups:
+        bases.append(bases[-1] + len(group.responses))
+    return bases[:-1]
+
+
+def _sides_of_responses(groups: Sequence[Group], bases: Sequence[int]) -> Tensor:
+    """Return how many sides of pairs each response is."""
+    counts = torch.zeros(sum(len(group.responses) for group in groups))
+    for base, group in zip(bases, groups, strict=True):
+        for index in (*group.chosen, *group.rejected):
+            counts[base + index] += 1
+    return counts
 
 
 def tree_mask(branch: Tensor) -> Tensor:

@@ -15,9 +15,10 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
@@ -31,14 +32,16 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 from transformers.utils.logging import disable_progress_bar
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from persodpo.artifacts import sha256, source_digest
 from persodpo.errors import PersodpoError
 from persodpo.folders import made_once
 from persodpo.settings import SmallPolicy
-from persodpo.training import forward, packing
+from persodpo.training import forward, groups, packing
 from persodpo.training.forward import response_log_probs
-from persodpo.training.packing import Group, micro_batches, pack
+from persodpo.training.groups import micro_batches
+from persodpo.training.packing import Group, pack
 
 RECORD = "policy.json"
 WEIGHTS = "model.safetensors"
@@ -79,7 +82,7 @@ def make_small_policy(
         "settings": settings.model_dump(mode="json"),
         "texts": hashlib.sha256(json.dumps(list(examples)).encode()).hexdigest(),
         "start": sha256(start / WEIGHTS) if start else None,
-        "code": source_digest([sys.modules[__name__], forward, packing]),
+        "code": source_digest([sys.modules[__name__], forward, groups, packing]),
     }
     return made_once(
         folder,
@@ -92,16 +95,16 @@ def make_small_policy(
 
 
 def load_policy(
-    name: str | Path, *, attention: str = "sdpa", dtype: torch.dtype = torch.float32, revision: str | None = None
+    name: str | Path, *, attention: str | None = None, dtype: torch.dtype = torch.float32, revision: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer.
 
-    Only weights in safetensors are read, and no code that comes with a model is run. Away from a terminal transformers
-    draws no progress bars.
+    Only weights in safetensors are read, and no code that comes with a model is run. Adapters are merged into their base,
+    and that is said. Away from a terminal transformers draws no progress bars.
 
     Args:
         name: A local folder or a name on the Hugging Face Hub.
-        attention: Implementation of attention; see `persodpo.training.forward.MASKED_ATTENTION`.
+        attention: Implementation of attention; None for the fastest that the model has.
         dtype: Type of the weights.
         revision: Commit, tag or branch on the Hub; None for the newest.
 
@@ -109,25 +112,44 @@ def load_policy(
         The model, in evaluation mode on the CPU, and the tokenizer.
 
     Raises:
-        PersodpoError: There is no such model, it cannot be fetched, or it is damaged.
+        PersodpoError: There is no such model, it cannot be fetched, or it lacks weights or its tokenizer's vocabulary.
     """
     if not sys.stderr.isatty():
         disable_progress_bar()  # type: ignore[no-untyped-call]
+    model: Any
+    found: Any
+    source: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name), revision=revision or "main", trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            str(name),
+        tokenizer = AutoTokenizer.from_pretrained(str(name), **source)
+        adapter = find_adapter_config_file(str(name), revision=revision)
+        base = str(json.loads(Path(adapter).read_text())["base_model_name_or_path"]) if adapter else str(name)
+        model, found = cast(Any, AutoModelForCausalLM).from_pretrained(
+            base,
             attn_implementation=attention,
             dtype=dtype,
-            revision=revision or "main",
-            trust_remote_code=False,
             use_safetensors=True,
+            output_loading_info=True,
+            **(source if base == str(name) else source | {"revision": "main"}),
         )
-    except (OSError, ValueError, SafetensorError) as error:
+        if adapter:
+            model = PeftModel.from_pretrained(
+                model, str(name), revision=revision, use_safetensors=True
+            ).merge_and_unload()
+            tqdm.write(f"{name}: adapters, merged into their base {base}")
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        said = (str(error).strip().splitlines() or [""])[0][:200]
         raise PersodpoError(
-            f"Model '{name}' cannot be loaded ({type(error).__name__}); name a folder that holds a causal language model "
-            "with its tokenizer in safetensors, or a model on the Hugging Face Hub while the network is up."
+            f"Model '{name}' cannot be loaded ({type(error).__name__}: {said}); "
+            "name a folder that holds a causal language model with its tokenizer in safetensors, or a model on the Hugging "
+            "Face Hub while the network is up."
         ) from error
+    lacking = sorted(found["missing_keys"]) + sorted(str(key[0]) for key in found["mismatched_keys"])
+    if lacking:
+        raise PersodpoError(
+            f"Model '{name}' lacks {len(lacking)} of its tensors, {lacking[0]} among them; copy it again."
+        )
+    if not tokenizer.decode(tokenizer("Hello there", add_special_tokens=False)["input_ids"]):
+        raise PersodpoError(f"The tokenizer of '{name}' makes no token of \"Hello there\"; copy its vocabulary, too.")
     return model, tokenizer
 
 
@@ -158,13 +180,13 @@ def _make(
             model = _new_model(tokenizer, settings)
     else:
         model, tokenizer = load_policy(start)
-    groups, lengths = _encode(examples, tokenizer, settings.max_length)
-    losses = _train(model, groups, settings, progress=progress)
+    rows, lengths = _encode(examples, tokenizer, settings.max_length)
+    losses = _train(model, rows, settings, progress=progress)
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
     last = losses[-max(1, round(RAMP * len(losses))) :]
     return {
-        "examples": len(examples), "prompts": len(groups), **lengths,
+        "examples": len(examples), "prompts": len(rows), **lengths,
         "vocabulary": len(tokenizer), "parameters": model.num_parameters(), "loss_start": losses[0],
         "loss_end": sum(last) / len(last), "seconds": round(time.perf_counter() - started, 3),
         "threads": torch.get_num_threads(),

@@ -1,4 +1,4 @@
-"""Reference log-probabilities, once a response: computed by the policy's own forward pass, and cached on disk."""
+"""Reference log-probabilities, once per response: computed by the policy's own forward pass, and cached on disk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from persodpo.artifacts import write_atomically
-from persodpo.training.packing import Group, PackedRows, micro_batches, pack
+from persodpo.training.groups import micro_batches, split_responses
+from persodpo.training.packing import Group, Layout, PackedRows, pack
 
 Forward = Callable[[PackedRows], Tensor]
 
@@ -26,7 +27,7 @@ def reference_key(groups: Sequence[Group], **settings: object) -> str:
 
     Args:
         groups: Token ids of prompts and responses (so of the template and the length limit too).
-        **settings: The rest, by name: the model's hash, dtype, attention, max_length.
+        **settings: The rest, by name: the model's weights and config, dtype, attention, code and versions.
 
     Returns:
         A hex sha256.
@@ -38,28 +39,40 @@ def reference_key(groups: Sequence[Group], **settings: object) -> str:
 
 
 def reference_log_probs(
-    forward: Forward, groups: Sequence[Group], *, token_budget: int, pad_token_id: int, share: tuple[int, int] = (0, 1)
+    forward: Forward, groups: Sequence[Group], *, token_budget: int, layout: Layout, share: tuple[int, int] = (0, 1)
 ) -> dict[int, list[float]]:
     """Compute the log-probability of each response.
 
     Args:
         forward: Packed rows to log-probabilities, [responses].
         groups: What to compute it for.
-        token_budget: Most positions of a micro-batch.
-        pad_token_id: Fills rows.
+        token_budget: Most positions of a micro-batch; a larger group is split.
+        layout: How groups become rows.
         share: This process's number and how many there are; each takes its share of the micro-batches.
 
     Returns:
-        Group number -> one value a response, for this process's share.
+        Number of a part of a group (see `whole_groups`) -> one value per response, for this process's share.
     """
     number, count = share
-    found: dict[int, list[float]] = {}
-    batches = list(micro_batches(groups, token_budget))[number::count]
-    for places in tqdm(batches, desc="reference log-probs", leave=False, disable=number > 0 or not sys.stderr.isatty()):
+    parts = [part for group in groups for part in split_responses(group, token_budget, layout)]
+    values: dict[int, list[float]] = {}
+    batches = list(micro_batches(parts, token_budget, layout))
+    # Sharded models gather weights in each pass, so every process makes as many.
+    batches += batches[: -len(batches) % count]
+    mine = tqdm(
+        batches[number::count], desc="reference log-probs", leave=False, disable=number > 0 or not sys.stderr.isatty()
+    )
+    for places in mine:
         with torch.no_grad():
-            values = iter(forward(pack([groups[place] for place in places], pad_token_id)).float().tolist())
-        found |= {place: [next(values) for _ in groups[place].responses] for place in places}
-    return found
+            log_probs = iter(forward(pack([parts[place] for place in places], layout)).float().tolist())
+        values |= {place: [next(log_probs) for _ in parts[place].responses] for place in places}
+    return values
+
+
+def whole_groups(parts: dict[int, list[float]], groups: Sequence[Group]) -> list[list[float]]:
+    """Return one list per group from the values of all its parts."""
+    rest = chain.from_iterable(parts[place] for place in sorted(parts))
+    return [[next(rest) for _ in group.responses] for group in groups]
 
 
 def load_reference(path: Path, groups: Sequence[Group]) -> list[list[float]] | None:

@@ -11,9 +11,9 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import pandas as pd
@@ -23,17 +23,18 @@ from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
 from transformers.utils.import_utils import is_in_notebook
 
-from persodpo.artifacts import read_json, write_json
+from persodpo.artifacts import read_json, sha256, write_json
 from persodpo.errors import disk_errors, make_folder
 from persodpo.settings import ArmName, Profile
-from persodpo.training.arms import ARMS, split_prompts
+from persodpo.training.arms import ARMS, log_table, split_prompts
+from persodpo.training.guard import Verdict
 from persodpo.training.health import Health, HealthSettings
-from persodpo.training.log import LIVE, log_table, write_live
 from persodpo.training.policy import RECORD, load_policy
 from persodpo.training.trainer import GroupedDPOConfig, GroupedDPOTrainer
 
 ARM_RECORD = "arm.json"
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+#: Names the sha256 of each file of a checkpoint; written last.
+CHECKPOINT_RECORD = "persodpo.json"
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,14 @@ class Trained:
 
 
 def is_trained(folder: Path, key: str) -> bool:
-    """Tell whether ``folder`` holds a model that was trained to its end from what ``key`` stands for."""
+    """Tell whether ``folder`` holds the weights that were trained to their end from what ``key`` stands for."""
     record = read_json(folder / ARM_RECORD)
-    return record.get("key") == key and "steps" in record and any((folder / name).is_file() for name in WEIGHTS)
+    weights = record.get("weights")
+    return record.get("key") == key and bool(weights) and weights == _digests(folder, "*.safetensors")
+
+
+def _digests(folder: Path, pattern: str) -> dict[str, str]:
+    return {path.name: sha256(path) for path in sorted(folder.glob(pattern)) if path.is_file()}
 
 
 def train_arm(
@@ -98,7 +104,7 @@ def train_arm(
             eval_dataset=as_dataset(held_out),
             processing_class=tokenizer,
             peft_config=_adapters(settings.lora_rank),
-            callbacks=[health, Watched(folder)],
+            callbacks=[health, _CheckpointRecord()],
         )
         trainer.remove_callback(PrinterCallback)
         tqdm.write(f"{arm}: {described}; {len(train):,} pairs, {len(held_out):,} held out; {trainer.skipped['train']}")
@@ -111,6 +117,7 @@ def train_arm(
             "key": key, "arm": arm, "policy": described, "parameters": model.num_parameters(),
             "steps": trainer.state.global_step, "train_pairs": len(train), "held_out_pairs": len(held_out),
             "left_out": {name: str(skipped) for name, skipped in trainer.skipped.items()},
+            "weights": _digests(folder, "*.safetensors"), "packing": asdict(cast(Verdict, trainer.packing)),
             "seconds": _seconds(trainer), "threads": torch.get_num_threads(), "device": str(trainer.args.device),
         }  # fmt: skip
         write_json(folder / ARM_RECORD, record)
@@ -135,26 +142,14 @@ def describe(policy: str | Path, parameters: int) -> str:
     return f"{'small policy' if made_here else Path(policy).name}, {parameters / 1e6:,.1f} M parameters"
 
 
-class Watched(TrainerCallback):
-    """Writes each log to the arm's folder, for panels that follow a running training."""
+class _CheckpointRecord(TrainerCallback):
+    """Writes down what a checkpoint holds, so that a damaged one is known before it is read."""
 
-    def __init__(self, folder: Path) -> None:
-        """Write to ``folder``."""
-        self._folder, self._written = folder, 0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin anew, with the history of the checkpoint."""
-        self._written = 0
-        self._write(state)
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write what was logged."""
-        self._write(state)
-
-    def _write(self, state: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the sha256 of each file."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero:
-            write_live(self._folder, state.log_history, state.max_steps, since=self._written)
-            self._written = len(state.log_history)
+            write_json(folder / CHECKPOINT_RECORD, _digests(folder, "*"))
 
 
 def _history(trainer: GroupedDPOTrainer) -> list[dict[str, Any]]:
@@ -189,11 +184,18 @@ def _prepare(folder: Path, key: str) -> Path | None:
     with disk_errors(folder):
         make_folder(folder)
         if record.get("key") != key or "steps" in record:
-            for left in folder.glob("checkpoint-*"):
-                shutil.rmtree(left)
+            _remove_checkpoints(folder)
             write_json(folder / ARM_RECORD, {"key": key})
-    whole = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+        for path in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
+            content = _digests(path, "*")
+            content.pop(CHECKPOINT_RECORD, None)
+            if content and content == read_json(path / CHECKPOINT_RECORD):
+                return path
+            aside = folder / f"damaged-{path.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            tqdm.write(f"{path} is damaged or was not finished, and is set aside as {aside.name}.")
+    return None
 
 
 def arguments(arm: ArmName, folder: Path, profile: Profile) -> GroupedDPOConfig:
@@ -220,8 +222,8 @@ def arguments(arm: ArmName, folder: Path, profile: Profile) -> GroupedDPOConfig:
         eval_steps=settings.evaluation_steps,
         save_strategy="steps",
         save_steps=settings.evaluation_steps,
-        save_total_limit=1,
-        report_to=[],
+        save_total_limit=2,
+        report_to=list(settings.report_to),
         use_cpu=not torch.cuda.is_available(),
         disable_tqdm=not (sys.stderr.isatty() or is_in_notebook()),
     )
@@ -246,7 +248,11 @@ def _save(trainer: GroupedDPOTrainer, folder: Path) -> None:
     trainer.save_model()
     # Transformers writes its arguments in a format that runs code when read; they stand in the profile.
     (folder / "training_args.bin").unlink(missing_ok=True)
-    (folder / LIVE).unlink(missing_ok=True)
     trainer.save_state()
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
+    _remove_checkpoints(folder)
+
+
+def _remove_checkpoints(folder: Path) -> None:
+    for pattern in ("checkpoint-*", "damaged-checkpoint-*"):
+        for checkpoint in folder.glob(pattern):
+            shutil.rmtree(checkpoint)

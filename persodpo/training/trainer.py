@@ -3,20 +3,26 @@
 A dataset row is a prompt with its distinct responses and its pairs, so ``per_device_train_batch_size`` counts prompts.
 A batch is cut into micro-batches of rows of like length under a token budget, and the loss is divided by the pairs of
 the optimiser step over all ranks: a prompt with twelve pairs counts twelve times. Reference log-probabilities are
-computed once a response, before training, by the same forward pass as the policy's, so the first loss is the weight
-times log 2.
+computed once per response, before training, by the same forward pass as the policy's, so the first loss is the weight
+times log 2. Before that `persodpo.training.guard.check_packing` decides whether the model may be given packed rows.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
+import copy
+import json
+import math
+import warnings
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import peft
 import torch
+import transformers
+import trl
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
@@ -25,82 +31,34 @@ from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
+from persodpo.artifacts import source_digest, versions
 from persodpo.errors import PersodpoError
-from persodpo.training.forward import check_attention, install_packed_forward
-from persodpo.training.loss import LossSettings, Pairs, Weighting, pair_losses, pair_weights
-from persodpo.training.packing import Group, PackedRows, Skipped, TokenPair, group_pairs, micro_batches, pack
-from persodpo.training.reference import load_reference, reference_key, reference_log_probs, save_reference
+from persodpo.training import forward as forward_module
+from persodpo.training import packing
+from persodpo.training.config import GroupedDPOConfig, check_arguments, only_loss, option
+from persodpo.training.forward import attention_of, base_model
+from persodpo.training.groups import (
+    GROUP_COLUMNS,
+    Batch,
+    GroupCollator,
+    Skipped,
+    check_scores,
+    group_pairs,
+    to_group,
+    token_pairs,
+)
+from persodpo.training.guard import Verdict, check_models, refuse_prompt_learning
+from persodpo.training.loss import LossSettings, Pairs, Weighting, pair_losses
+from persodpo.training.packing import Group, Layout, PackedRows
+from persodpo.training.reference import (
+    load_reference,
+    reference_key,
+    reference_log_probs,
+    save_reference,
+    whole_groups,
+)
 
-GROUP_COLUMNS = ("prompt_ids", "response_ids", "chosen", "rejected", "weights", "offsets")
-SCORES = ("score_chosen", "score_rejected")
-#: Arguments that look at a response's partner or change the reference, with the only value that can be grouped.
-UNGROUPED = {"ld_alpha": None, "use_weighting": False, "sync_ref_model": False, "truncation_mode": "keep_start"}
-
-
-@dataclass
-class GroupedDPOConfig(DPOConfig):  # type: ignore[misc]
-    """DPOConfig with what grouping and weighting add.
-
-    Attributes:
-        weighting: ``none``, ``sigmoid`` (of the score margin, PersoDPO's formula) or ``offset`` (the score margin inside
-            the logit). The last two need the columns score_chosen and score_rejected.
-        scale_weights: Divide the weights by their mean over the dataset, so that weighting is no hidden learning rate.
-        token_budget: Most positions of a micro-batch, padding included.
-        reference_cache: Folder of cached reference log-probabilities; None takes ``output_dir/reference``.
-    """
-
-    weighting: Weighting = "none"
-    scale_weights: bool = False
-    token_budget: int = 4096
-    reference_cache: str | None = None
-
-
-@dataclass
-class Batch:
-    """A collated batch.
-
-    Attributes:
-        rows: Packed micro-batches.
-        reference: Reference log-probability of each response of each micro-batch, [responses].
-        tokens: Positions that are no padding.
-    """
-
-    rows: list[PackedRows]
-    reference: list[Tensor]
-    tokens: int
-
-    @property
-    def pairs(self) -> int:
-        """Number of pairs."""
-        return sum(len(rows.weights) for rows in self.rows)
-
-
-@dataclass(frozen=True)
-class GroupCollator:
-    """Packs dataset rows into micro-batches.
-
-    Attributes:
-        token_budget: Most positions of a micro-batch.
-        pad_token_id: Fills rows.
-    """
-
-    token_budget: int
-    pad_token_id: int
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Batch]:
-        """Return the batch, in a dict as transformers expects."""
-        groups = [to_group(example) for example in examples]
-        batch = Batch([], [], sum(group.tokens for group in groups))
-        for places in micro_batches(groups, self.token_budget):
-            batch.rows.append(pack([groups[place] for place in places], self.pad_token_id))
-            batch.reference.append(torch.tensor([value for place in places for value in examples[place]["reference"]]))
-        return {"batch": batch}
-
-
-def to_group(example: Mapping[str, Any]) -> Group:
-    """Return a dataset row as a group."""
-    prompt, responses, *rest = (example[name] for name in GROUP_COLUMNS)
-    return Group(list(prompt), [list(ids) for ids in responses], *map(list, rest))
+__all__ = ["GroupedDPOConfig", "GroupedDPOTrainer"]
 
 
 class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
@@ -108,9 +66,11 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
 
     Takes what TRL's DPOTrainer takes, but for a collator, ``compute_metrics`` (no logits are built) and streams. The
     dataset may hold ``score_chosen`` and ``score_rejected``. A plain dataset of pairs that are no cross product trains
-    correctly too.
+    correctly too. TRL's metrics are logged under its names, but for those that need all logits: ``logits/chosen``,
+    ``logits/rejected``, ``entropy`` and ``mean_token_accuracy``.
 
     Attributes:
+        packing: What the guard found: grouped rows, or one response per row.
         skipped: Pairs that were left out, by dataset name.
     """
 
@@ -131,32 +91,25 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         """Group the datasets and compute their reference log-probabilities; arguments as TRL's DPOTrainer.
 
         Raises:
-            PersodpoError: The loss, an argument or the attention cannot be grouped (each is refused by name), weighting
+            PersodpoError: The loss, an argument or the model cannot be trained here (each is refused by name), weighting
                 was asked for without scores, or no pair is left.
         """
-        args = args or GroupedDPOConfig("grouped-dpo")
-        given = {"data_collator": data_collator, "compute_metrics": compute_metrics}
-        for name, value in given.items():
-            if value is not None:
-                raise PersodpoError(f"{name} cannot be used with grouped rows; leave it out.")
-        for name, allowed in UNGROUPED.items():
-            if getattr(args, name) != allowed:
-                raise PersodpoError(f"{name}={getattr(args, name)!r} cannot be grouped; set it to {allowed!r}.")
-        self.loss_settings = LossSettings(
-            tuple([args.loss_type] if isinstance(args.loss_type, str) else args.loss_type),
-            tuple(args.loss_weights or ()),
-            args.beta,
-            args.label_smoothing,
-            args.f_divergence_type,
-            args.f_alpha_divergence_coef,
-            args.discopop_tau,
-        )
-        if not isinstance(args, GroupedDPOConfig):
-            args = GroupedDPOConfig(**{name: value for name, value in vars(args).items() if _is_argument(name)})
+        # What is changed here is changed in a copy, of the class that was given.
+        args = copy.copy(args) if args else GroupedDPOConfig("grouped-dpo")
+        if data_collator is not None or compute_metrics is not None:
+            raise PersodpoError("data_collator and compute_metrics cannot be used with grouped rows; leave them out.")
+        check_arguments(args)
+        refuse_prompt_learning(kwargs.get("peft_config"))
+        self.loss_settings = LossSettings(only_loss(args), args.beta, args.label_smoothing)
         self.skipped: dict[str, Skipped] = {}
-        self._sums: dict[str, dict[str, Tensor]] = {"train": {}, "eval": {}}
+        self.packing: Verdict | None = None
+        self._mean_weight: float | None = None
+        self._sums: dict[str, Tensor] = {}
+        self._evaluated: list[tuple[Tensor, Tensor]] = []
         args.precompute_ref_log_probs = True
         args.remove_unused_columns = False
+        # Transformers would log a loss that is not a number as 0; here it ends the run.
+        args.logging_nan_inf_filter = False
         super().__init__(
             model=model,
             ref_model=ref_model,
@@ -165,7 +118,15 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
             eval_dataset=eval_dataset,
             **kwargs,
         )
-        self.data_collator = GroupCollator(args.token_budget, self._tokenizer.pad_token_id)
+        self.data_collator = GroupCollator(option(args, "token_budget"), self._layout())
+
+    def _layout(self) -> Layout:
+        return Layout(
+            grouped=self.packing is None or self.packing.grouped,
+            closed=self.aux_loss_enabled,
+            multiple_of=self.args.pad_to_multiple_of or 1,
+            pad_token_id=self._tokenizer.pad_token_id,
+        )
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: DPOConfig, dataset_name: str) -> Dataset:
         """Tokenise as TRL does, then group."""
@@ -175,45 +136,58 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
             )
         if set(GROUP_COLUMNS) <= set(dataset.column_names):
             return dataset
-        if args.weighting != "none" and not set(SCORES) <= set(dataset.column_names):
-            raise PersodpoError(
-                f"weighting '{args.weighting}' needs the columns {' and '.join(SCORES)} in the {dataset_name} dataset."
-            )
+        weighting: Weighting = option(args, "weighting")
+        if weighting != "none":
+            check_scores(dataset, weighting, dataset_name)
         tokenised = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        groups, skipped = group_pairs(_token_pairs(tokenised, args.weighting, args.scale_weights), args.max_length)
+        groups, skipped = group_pairs(token_pairs(tokenised, weighting), args.max_length)
         too_long = skipped.long_prompt + len(dataset) - len(tokenised)
-        self.skipped[dataset_name] = Skipped(too_long, skipped.empty, skipped.identical)
+        skipped = self.skipped[dataset_name] = Skipped(too_long, skipped.empty, skipped.identical)
         if not groups:
-            raise PersodpoError(f"The {dataset_name} dataset has no pair to train on; {self.skipped[dataset_name]}.")
-        fields = ("prompt", "responses", "chosen", "rejected", "weights", "offsets")
-        columns = {
-            name: [getattr(group, field) for group in groups] for name, field in zip(GROUP_COLUMNS, fields, strict=True)
-        }
-        return Dataset.from_dict(columns)
+            raise PersodpoError(f"The {dataset_name} dataset has no pair to train on; {skipped}.")
+        if skipped:
+            warnings.warn(
+                f"{dataset_name} dataset, {skipped}; {sum(len(g.weights) for g in groups)} stay.", stacklevel=2
+            )
+        if option(args, "scale_weights"):
+            if self._mean_weight is None:
+                weights = [weight for group in groups for weight in group.weights]
+                self._mean_weight = sum(weights) / len(weights)
+            for group in groups:
+                group.weights = [weight / self._mean_weight for weight in group.weights]
+        return Dataset.from_dict(
+            {name: [getattr(group, field) for group in groups] for name, field in GROUP_COLUMNS.items()}
+        )
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """Add the reference log-probability of each distinct response, from the cache or computed once."""
-        model = self.ref_model or self.model
-        install_packed_forward(self.model)
-        install_packed_forward(model)
-        check_attention(model)
-        if getattr(model, "is_loaded_in_4bit", False) and model.device.type == "cpu":
-            raise PersodpoError(
-                "4-bit weights on a CPU cannot be trained: bitsandbytes packs them at the first evaluation, and no gradient "
-                "passes them from then on; load the model on a GPU, or without quantisation."
+        if "reference" in dataset.column_names:
+            return dataset
+        if self.packing is None:
+            self.packing = check_models(
+                self.model,
+                self.ref_model,
+                max_length=self.args.max_length,
+                token_budget=option(self.args, "token_budget"),
+                aux_loss=self.aux_loss_enabled,
             )
+        model = self.ref_model or self.model
         groups = [to_group(example) for example in dataset]
-        named = {
-            "model": self._precompute_model_hash, "dtype": model.dtype, "attention": model.config._attn_implementation,
-            "autocast": self.accelerator.mixed_precision, "max_length": self.args.max_length,
+        described = {
+            "model": self._precompute_model_hash, "config": _config_text(model), "dtype": model.dtype,
+            "attention": attention_of(model), "autocast": self.accelerator.mixed_precision,
+            "max_length": self.args.max_length, "grouped": self.packing.grouped,
+            "code": source_digest([forward_module, packing]),
+            "versions": [module.__version__ for module in (torch, transformers, peft, trl)],
         }  # fmt: skip
-        folder = Path(self.args.reference_cache or Path(self.args.output_dir) / "reference")
-        path = folder / f"{reference_key(groups, **named)}.safetensors"
+        folder = Path(option(self.args, "reference_cache") or Path(self.args.output_dir) / "reference")
+        path = folder / f"{reference_key(groups, **described)}.safetensors"
         values = load_reference(path, groups)
-        if values is None:
+        # One process may have read the file while another found none.
+        if any(gather_object([values is None])) or values is None:
             values = self._reference_values(model, groups)
             if self.accelerator.is_main_process:
-                save_reference(path, values, **named)
+                save_reference(path, values, **described)
         return dataset.add_column("reference", values)
 
     def _reference_values(self, model: Any, groups: list[Group]) -> list[list[float]]:
@@ -227,16 +201,19 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
             return log_probs
 
         with disable_gradient_checkpointing(model, self.args.gradient_checkpointing_kwargs), _adapters_off(model):
-            found = reference_log_probs(
+            parts = reference_log_probs(
                 forward,
                 groups,
-                token_budget=self.args.token_budget,
-                pad_token_id=self._tokenizer.pad_token_id,
+                token_budget=option(self.args, "token_budget"),
+                layout=self._layout(),
                 share=(self.accelerator.process_index, self.accelerator.num_processes),
             )
         model.train(training)
-        merged = {place: values for part in gather_object([found]) for place, values in part.items()}
-        return [merged[place] for place in range(len(groups))]
+        merged = {place: values for share in gather_object([parts]) for place, values in share.items()}
+        values = whole_groups(merged, groups)
+        if not all(math.isfinite(value) for group in values for value in group):
+            raise PersodpoError("A reference log-probability is not a number; the model's weights are damaged.")
+        return values
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Batch]], device: torch.device) -> Tensor:
         """Count the pairs of the optimiser step over all ranks."""
@@ -244,94 +221,166 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         total: Tensor = self.accelerator.gather(pairs).sum() if self.args.world_size > 1 else pairs
         return total
 
+    def _rounds(self, batch: Batch) -> Iterator[tuple[PackedRows, bool, bool]]:
+        """Yield micro-batches, whether each is real, and whether it is the last; every rank gets as many."""
+        count = len(batch.rows)
+        if self.args.world_size > 1:
+            count = int(self.accelerator.gather(torch.tensor(count, device=self.accelerator.device)).max())
+        for number in range(count):
+            rows = batch.rows[min(number, len(batch.rows) - 1)].to(self.accelerator.device)
+            yield rows, number < len(batch.rows), number == count - 1
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None
     ) -> Tensor:
-        """Run forward and backward a micro-batch at a time; gradients are reduced over ranks with the last one only."""
+        """Run forward and backward a micro-batch at a time; gradients are reduced over ranks with the last one only.
+
+        Raises:
+            PersodpoError: The loss is not a number.
+        """
         batch: Batch = inputs["batch"]
         total = torch.zeros((), device=self.accelerator.device)
-        for number, micro in enumerate(zip(batch.rows, batch.reference, strict=True)):
-            last = number == len(batch.rows) - 1
+        for rows, real, last in self._rounds(batch):
             with nullcontext() if last else self.accelerator.no_sync(model):
-                total = total + super().training_step(model, {"micro": micro}, num_items_in_batch)
-        self._total_train_tokens += batch.tokens
+                total = total + super().training_step(model, {"rows": rows, "real": real}, num_items_in_batch)
+        self._add("tokens", torch.tensor(float(batch.tokens), device=total.device))
+        if not math.isfinite(float(total)):
+            raise PersodpoError(
+                f"The loss is {float(total)} at step {self.state.global_step + 1}, so training ends here; lower the "
+                f"learning rate ({self._get_learning_rate():.3g}), or look for damaged weights. The last checkpoint in "
+                f"{self.args.output_dir} is from before."
+            )
         return total
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         """Return the weighted loss of one micro-batch: the sum over its pairs divided by the pairs of the step."""
-        rows, reference = (part.to(self.accelerator.device) for part in inputs["micro"])
-        log_probs = model(packed=rows)
-        ratio = log_probs - reference
-        pairs = Pairs(ratio[rows.chosen], ratio[rows.rejected], rows.lengths[rows.chosen], rows.lengths[rows.rejected])
-        losses = rows.weights * pair_losses(pairs, self.loss_settings, rows.offsets)
-        self._count(model.training, losses, pairs, log_probs, rows)
+        values = self._pair_values(model, inputs["rows"])
+        if inputs["real"]:
+            for name, value in values.items():
+                self._add(name, value.detach().sum())
         # DistributedDataParallel averages over ranks what is to be a sum.
-        loss: Tensor = losses.sum() / num_items_in_batch * self.args.world_size
-        return loss
+        loss: Tensor = values["loss"].sum() / num_items_in_batch * self.args.world_size
+        return loss if inputs["real"] else loss * 0
 
-    @torch.no_grad()
-    def _count(self, training: bool, losses: Tensor, pairs: Pairs, log_probs: Tensor, rows: PackedRows) -> None:
-        """Add a micro-batch to the sums from which the metrics are made."""
-        sums = self._sums["train" if training else "eval"]
-        chosen, rejected = self.beta * pairs.chosen, self.beta * pairs.rejected
-        found = {
-            "pairs": torch.ones_like(losses), "loss": losses, "rewards/chosen": chosen, "rewards/rejected": rejected,
+    def _pair_values(self, model: nn.Module, rows: PackedRows) -> dict[str, Tensor]:
+        """Return the loss of each pair of a micro-batch, and what is logged of it, [pairs] each."""
+        aux_loss = None
+        if self.aux_loss_enabled:
+            log_probs, aux_loss = model(packed=rows, aux_loss=True)
+        else:
+            log_probs = model(packed=rows)
+        ratio = log_probs - rows.reference
+        pairs = Pairs(ratio[rows.chosen], ratio[rows.rejected], rows.lengths[rows.chosen], rows.lengths[rows.rejected])
+        losses = rows.weights * pair_losses(pairs, self.loss_settings)
+        chosen, rejected = self.beta * pairs.chosen.detach(), self.beta * pairs.rejected.detach()
+        values = {
+            "loss": losses, "pairs": torch.ones_like(chosen), "rewards/chosen": chosen, "rewards/rejected": rejected,
             "rewards/margins": chosen - rejected, "rewards/accuracies": (chosen > rejected).float(),
             "logps/chosen": log_probs[rows.chosen], "logps/rejected": log_probs[rows.rejected], "weights": rows.weights,
         }  # fmt: skip
-        for name, values in found.items():
-            sums[name] = sums.get(name, torch.zeros((), device=losses.device)) + values.sum()
+        if aux_loss is not None:
+            values |= {"loss": losses + self.router_aux_loss_coef * aux_loss, "aux_loss": aux_loss.expand_as(chosen)}
+        return values
+
+    def _add(self, name: str, value: Tensor) -> None:
+        self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any
     ) -> tuple[Tensor, None, None]:
-        """Evaluate a batch; the exact mean over pairs is logged in `log`."""
-        batch: Batch = inputs["batch"]
-        total = torch.zeros((), device=self.accelerator.device)
+        """Evaluate a batch; `evaluation_loop` makes the means."""
+        losses: list[Tensor] = []
         with torch.no_grad(), self.compute_loss_context_manager():
-            for micro in zip(batch.rows, batch.reference, strict=True):
-                total = total + self.compute_loss(model, {"micro": micro}, num_items_in_batch=batch.pairs)
-        return total / self.args.world_size, None, None
+            for rows, real, _last in self._rounds(inputs["batch"]):
+                values = self._pair_values(model, rows)
+                if real:
+                    losses.append(values["loss"])
+                    self._evaluated.append((rows.pair_ids.cpu(), torch.stack([*values.values()], 1).float().cpu()))
+        self._eval_names = list(values)
+        return torch.cat(losses).mean(), None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate, and return the exact means over the pairs of the dataset under the name that was asked for."""
+        self._evaluated = []
+        output = super().evaluation_loop(*args, **kwargs)
+        ids, values = (torch.cat(parts) for parts in zip(*gather_object(self._evaluated), strict=True))
+        # The last batch of several processes is filled up with rows that were evaluated before.
+        _, once = np.unique(ids.numpy(), return_index=True)
+        means = dict(zip(self._eval_names, values[once].double().mean(0).tolist(), strict=True))
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        output.metrics.update({f"{prefix}_{name}": mean for name, mean in means.items() if name != "pairs"})
+        return output
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate as TRL's trainer; a dataset that is new is grouped first.
+
+        Raises:
+            PersodpoError: The reference of a new dataset is gone, as all weights were trained.
+        """
+        parts = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
+        raw = [part for part in parts if isinstance(part, Dataset) and "reference" not in part.column_names]
+        if not raw:
+            return super(DPOTrainer, self).evaluate(eval_dataset, *args, **kwargs)  # type: ignore[no-any-return]
+        if self.ref_model is None and not isinstance(self.model, PeftModel) and self.state.global_step > 0:
+            raise PersodpoError(
+                "The reference of this dataset cannot be computed any more, as all weights were trained; pass ref_model (a "
+                "copy of the starting policy), or name the dataset as eval_dataset from the start."
+            )
+        return super().evaluate(eval_dataset, *args, **kwargs)  # type: ignore[no-any-return]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log means over the pairs of all ranks, under TRL's names."""
-        mode = "train" if self.model.training else "eval"
-        sums, self._sums[mode] = self._sums[mode], {}
-        if sums:
+        """Log means over the pairs of all ranks since the last log, under TRL's names."""
+        if self.model.training and "pairs" in self._sums:
+            sums, self._sums = self._sums, {}
             names = sorted(sums)
-            stacked = torch.stack([sums[name] for name in names])[None]
+            stacked = torch.stack([sums[name].double() for name in names])[None]
             totals = self.accelerator.gather(stacked).sum(0) if self.args.world_size > 1 else stacked[0]
             means = dict(zip(names, (totals / totals[names.index("pairs")]).tolist(), strict=True))
-            if mode == "eval":
-                logs["eval_loss"] = means["loss"]
-            kept = {name: [mean] for name, mean in means.items() if name not in {"pairs", "loss"}}
-            self._metrics[mode] = defaultdict(list, kept, num_tokens=[float(self._total_train_tokens)])
+            self._total_train_tokens += round(float(totals[names.index("tokens")]))
+            self._metrics["train"].update(
+                {name: [mean] for name, mean in means.items() if name not in {"pairs", "loss", "tokens"}}
+            )
+            self._metrics["train"]["num_tokens"] = [float(self._total_train_tokens)]
         super().log(logs, start_time)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as transformers does.
 
-def _is_argument(name: str) -> bool:
-    """Tell whether an attribute of DPOConfig is one of its arguments."""
-    field = GroupedDPOConfig.__dataclass_fields__.get(name)
-    return field is not None and field.init
+        Raises:
+            PersodpoError: A weight is not a number.
+        """
+        if not all(bool(torch.isfinite(weight).all()) for weight in self.model.parameters() if weight.requires_grad):
+            raise PersodpoError(
+                f"A weight is not a number after step {self.state.global_step}, so nothing is saved; lower the learning "
+                f"rate. The last checkpoint in {self.args.output_dir} is from before."
+            )
+        super().save_model(output_dir, _internal_call)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write TRL's card, and what it does not know."""
+        super().create_model_card(*args, **kwargs)
+        path = Path(self.args.output_dir) / "README.md"
+        if not self.is_world_process_zero() or self.packing is None or not path.is_file():
+            return
+        skipped = "; ".join(f"{name} dataset, {text}" for name, text in self.skipped.items())
+        rows = "all responses of a prompt in one row" if self.packing.grouped else "one response per row"
+        weighting, scaled = option(self.args, "weighting"), option(self.args, "scale_weights")
+        lines = [
+            "", "## Grouped training", "",
+            f"- persodpo {versions()['persodpo']}, `GroupedDPOTrainer`: {rows}; gradients are those of DPO on all pairs.",
+            f"- Weight of a pair: {weighting}{', scaled to mean 1' if scaled and weighting != 'none' else ''}.",
+            f"- {skipped}.", "",
+        ]  # fmt: skip
+        path.write_text(path.read_text(encoding="utf-8") + "\n".join(lines), encoding="utf-8")
 
 
-def _token_pairs(dataset: Dataset, weighting: Weighting, scale: bool) -> list[TokenPair]:
-    """Attach weight and offset to each tokenised pair."""
-    weights, offsets = torch.ones(len(dataset)), torch.zeros(len(dataset))
-    if weighting != "none":
-        chosen, rejected = (torch.tensor(dataset[name], dtype=torch.float32) for name in SCORES)
-        weights = pair_weights(chosen, rejected, weighting, scale_to_mean_one=scale)
-        offsets = chosen - rejected if weighting == "offset" else offsets
-    columns = (
-        dataset["prompt_ids"],
-        dataset["chosen_ids"],
-        dataset["rejected_ids"],
-        weights.tolist(),
-        offsets.tolist(),
-    )
-    return [TokenPair(*row) for row in zip(*columns, strict=True)]
+def _config_text(model: Any) -> str:
+    """Return a model's config and those of its adapters, without where they came from."""
+    content = base_model(model).config.to_dict() | {"_name_or_path": None, "transformers_version": None}
+    adapters = {name: str(config) for name, config in getattr(model, "peft_config", {}).items()}
+    return json.dumps([content, adapters], sort_keys=True, default=str)
 
 
 def _adapters_off(model: Any) -> AbstractContextManager[Any]:

@@ -35,7 +35,7 @@ from persodpo.scoring import coherence, nli_model
 from persodpo.scoring.checkpoints import Checkpoint
 from persodpo.scoring.inference import Loaded, load_base_classifier, load_yes_no, quiet
 from persodpo.scoring.nli_data import Examples, read_examples, split
-from persodpo.training.scorer_card import FineTuning, Report, card
+from persodpo.scoring.scorer_card import FineTuning, Report, card
 
 RECORD = "scorer.json"
 #: Share of the steps over which the learning rate rises.

@@ -1,0 +1,81 @@
+"""Arguments of the grouped trainer: TRL's, what grouping and weighting add, and what is refused by name."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, fields
+from typing import Any
+
+from trl import DPOConfig
+
+from persodpo.errors import PersodpoError
+from persodpo.training.loss import Weighting
+
+#: Arguments that look at a response's partner, change the reference or split a row, with the only value that can be grouped.
+UNGROUPED = {
+    "ld_alpha": None, "use_weighting": False, "sync_ref_model": False, "truncation_mode": "keep_start",
+    "f_divergence_type": "reverse_kl", "torch_compile": False, "parallelism_config": None, "deepspeed": None,
+    "deepspeed_plugin": None,
+}  # fmt: skip
+#: Arguments that say what is done otherwise here, with the value that keeps still about it.
+OTHERWISE = {
+    "precompute_ref_log_probs": (True, "reference log-probabilities are always computed before training"),
+    "precompute_ref_batch_size": (None, "token_budget bounds the reference pass, too"),
+}
+
+
+@dataclass
+class GroupedDPOConfig(DPOConfig):  # type: ignore[misc]
+    """DPOConfig with what grouping and weighting add.
+
+    Attributes:
+        weighting: ``none``, or ``sigmoid`` of the score margin (PersoDPO's formula), which needs the columns score_chosen
+            and score_rejected.
+        scale_weights: Divide the weights by their mean over the pairs that are trained, so that weighting is no hidden
+            learning rate.
+        token_budget: Most positions of a micro-batch, padding included; it bounds memory, also where one prompt has more.
+        reference_cache: Folder of cached reference log-probabilities; None takes ``output_dir/reference``.
+        precompute_ref_log_probs: Always true here.
+    """
+
+    weighting: Weighting = "none"
+    scale_weights: bool = False
+    token_budget: int = 4096
+    reference_cache: str | None = None
+    precompute_ref_log_probs: bool = True
+
+
+def check_arguments(args: DPOConfig) -> None:
+    """Refuse arguments that grouped rows cannot honour, and warn of those that have no effect.
+
+    Raises:
+        PersodpoError: An argument cannot be honoured.
+    """
+    for name, allowed in UNGROUPED.items():
+        if getattr(args, name, allowed) != allowed:
+            raise PersodpoError(
+                f"{name}={getattr(args, name)!r} cannot be grouped; set it to {allowed!r}, or use `trl dpo`."
+            )
+    for name, (value, sentence) in OTHERWISE.items():
+        if getattr(args, name) != value:
+            warnings.warn(f"{name}={getattr(args, name)!r} has no effect: {sentence}.", stacklevel=3)
+
+
+def only_loss(args: DPOConfig) -> str:
+    """Return the name of the loss.
+
+    Raises:
+        PersodpoError: Several are to be added up.
+    """
+    names = [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type)
+    if len(names) != 1 or args.loss_weights not in (None, [1.0]):
+        raise PersodpoError(
+            f"One loss is trained on grouped rows, not {', '.join(names)} weighted; `trl dpo` adds losses up."
+        )
+    return str(names[0])
+
+
+def option(args: DPOConfig, name: str) -> Any:
+    """Return an argument of `GroupedDPOConfig`, its default where another config has none."""
+    (default,) = (field.default for field in fields(GroupedDPOConfig) if field.name == name)
+    return getattr(args, name, default)

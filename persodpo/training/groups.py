@@ -1,0 +1,262 @@
+"""A dataset of pairs in, batches of packed rows out: what is grouped by prompt, what is left out, what is split.
+
+One row of a grouped dataset is a prompt with its distinct responses and the indices of its pairs (`GROUP_COLUMNS`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+
+from persodpo.errors import PersodpoError
+from persodpo.training.loss import Weighting, pair_weights
+from persodpo.training.packing import Group, Layout, PackedRows, pack
+
+#: Columns of a grouped dataset -> fields of a group.
+GROUP_COLUMNS = {
+    "prompt_ids": "prompt", "response_ids": "responses", "chosen": "chosen", "rejected": "rejected", "weights": "weights",
+    "pair_ids": "pair_ids",
+}  # fmt: skip
+SCORES = ("score_chosen", "score_rejected")
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Pairs that were left out, by reason.
+
+    Attributes:
+        long_prompt: The prompt fills the whole length limit.
+        empty: A side has no token.
+        identical: Both sides are the same tokens (after truncation).
+    """
+
+    long_prompt: int = 0
+    empty: int = 0
+    identical: int = 0
+
+    def __bool__(self) -> bool:
+        """Tell whether any pair was left out."""
+        return bool(self.long_prompt or self.empty or self.identical)
+
+    def __str__(self) -> str:
+        """Say what was left out and why."""
+        parts = {
+            "prompt as long as max_length": self.long_prompt,
+            "empty response": self.empty,
+            "chosen equals rejected": self.identical,
+        }
+        named = ", ".join(f"{count} ({reason})" for reason, count in parts.items() if count)
+        return f"left out pairs: {named or 'none'}"
+
+
+@dataclass(frozen=True)
+class TokenPair:
+    """A tokenised pair.
+
+    Attributes:
+        prompt: Token ids of the prompt.
+        chosen: Token ids of the chosen response, end of sequence included.
+        rejected: Token ids of the rejected response.
+        weight: Weight of its loss.
+    """
+
+    prompt: Sequence[int]
+    chosen: Sequence[int]
+    rejected: Sequence[int]
+    weight: float = 1.0
+
+
+def group_pairs(pairs: Sequence[TokenPair], max_length: int | None) -> tuple[list[Group], Skipped]:
+    """Group pairs by prompt and keep each distinct response once.
+
+    Args:
+        pairs: Tokenised pairs, in any order.
+        max_length: Tokens of prompt and response together; a longer response is cut at its end, as TRL's
+            ``keep_start`` does. None: no limit.
+
+    Returns:
+        Groups in the order of their first pair, and what was left out. Pairs are numbered as they stand in the groups.
+
+    Raises:
+        PersodpoError: A prompt has no token.
+    """
+    groups: dict[tuple[int, ...], Group] = {}
+    places: dict[tuple[int, ...], dict[tuple[int, ...], int]] = {}
+    long_prompt = empty = identical = 0
+    for number, pair in enumerate(pairs):
+        prompt = tuple(pair.prompt)
+        if not prompt:
+            raise PersodpoError(f"Pair {number} has a prompt without tokens; every prompt needs at least one.")
+        room = None if max_length is None else max_length - len(prompt)
+        if room is not None and room <= 0:
+            long_prompt += 1
+            continue
+        chosen, rejected = tuple(pair.chosen[:room]), tuple(pair.rejected[:room])
+        if not chosen or not rejected:
+            empty += 1
+            continue
+        if chosen == rejected:
+            identical += 1
+            continue
+        group = groups.setdefault(prompt, Group(list(prompt)))
+        numbers = places.setdefault(prompt, {})
+        for side, indices in ((chosen, group.chosen), (rejected, group.rejected)):
+            if side not in numbers:
+                numbers[side] = len(group.responses)
+                group.responses.append(list(side))
+            indices.append(numbers[side])
+        group.weights.append(pair.weight)
+    first = 0
+    for group in groups.values():
+        group.pair_ids = list(range(first, first + len(group.weights)))
+        first += len(group.weights)
+    return list(groups.values()), Skipped(long_prompt, empty, identical)
+
+
+def split_pairs(group: Group, token_budget: int, layout: Layout) -> list[Group]:
+    """Split a group that is larger than the budget into groups of some of its pairs each, with the prompt repeated.
+
+    Pairs are taken in tiles of a few chosen by a few rejected responses, so that a response is repeated as seldom as the
+    budget allows. A single pair is never split.
+    """
+    if layout.positions(group.prompt, group.responses) <= token_budget:
+        return [group]
+    mean = sum(map(len, group.responses)) / len(group.responses)
+    room = (token_budget - len(group.prompt)) / mean if layout.grouped else token_budget / (len(group.prompt) + mean)
+    tile = max(1, int(room / 2))
+    ranks = [{index: rank // tile for rank, index in enumerate(sorted(set(side)))} for side in _sides(group)]
+    order = sorted(range(len(group.weights)), key=lambda p: (ranks[0][group.chosen[p]], ranks[1][group.rejected[p]]))
+    parts: list[list[int]] = []
+    held: set[int] = set()
+    for pair in order:
+        wider = held | {group.chosen[pair], group.rejected[pair]}
+        if parts and layout.positions(group.prompt, [group.responses[index] for index in wider]) <= token_budget:
+            parts[-1].append(pair)
+            held = wider
+        else:
+            parts.append([pair])
+            held = {group.chosen[pair], group.rejected[pair]}
+    return [group.part(pairs) for pairs in parts]
+
+
+def _sides(group: Group) -> tuple[list[int], list[int]]:
+    return group.chosen, group.rejected
+
+
+def split_responses(group: Group, token_budget: int, layout: Layout) -> list[Group]:
+    """Split a group's responses, without its pairs, into groups that fit the budget; a single response is never split."""
+    parts: list[Group] = []
+    for response in group.responses:
+        if parts and layout.positions(group.prompt, [*parts[-1].responses, response]) <= token_budget:
+            parts[-1].responses.append(response)
+        else:
+            parts.append(Group(group.prompt, [response]))
+    return parts
+
+
+def micro_batches(groups: Sequence[Group], token_budget: int, layout: Layout | None = None) -> Iterator[list[int]]:
+    """Split groups into micro-batches of rows of like length.
+
+    Args:
+        groups: Groups of one optimiser step.
+        token_budget: Most positions of a micro-batch, padding included; a larger group stands alone.
+        layout: How groups become rows; grouped by default.
+
+    Yields:
+        Positions in ``groups``; each stands in exactly one micro-batch.
+    """
+    layout = layout or Layout()
+    lengths = [layout.row_lengths(group.prompt, group.responses) for group in groups]
+    batch: list[int] = []
+    rows = longest = 0
+    for place in sorted(range(len(groups)), key=lambda place: -max(lengths[place])):
+        if batch and (rows + len(lengths[place])) * longest > token_budget:
+            yield batch
+            batch, rows = [], 0
+        longest = longest if batch else max(lengths[place])
+        batch.append(place)
+        rows += len(lengths[place])
+    if batch:
+        yield batch
+
+
+@dataclass
+class Batch:
+    """A collated batch.
+
+    Attributes:
+        rows: Packed micro-batches.
+        tokens: Tokens of prompt and response over both sides of all pairs, which TRL counts.
+    """
+
+    rows: list[PackedRows]
+    tokens: int
+
+    @property
+    def pairs(self) -> int:
+        """Number of pairs."""
+        return sum(len(rows.weights) for rows in self.rows)
+
+
+@dataclass(frozen=True)
+class GroupCollator:
+    """Packs dataset rows into micro-batches.
+
+    Attributes:
+        token_budget: Most positions of a micro-batch.
+        layout: How groups become rows.
+    """
+
+    token_budget: int
+    layout: Layout
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Batch]:
+        """Return the batch, in a dict as transformers expects."""
+        groups = [part for row in examples for part in split_pairs(to_group(row), self.token_budget, self.layout)]
+        batches = micro_batches(groups, self.token_budget, self.layout)
+        rows = [pack([groups[place] for place in places], self.layout) for places in batches]
+        tokens = sum(
+            len(group.prompt) + len(group.responses[index])
+            for group in groups
+            for index in (*group.chosen, *group.rejected)
+        )
+        return {"batch": Batch(rows, tokens)}
+
+
+def to_group(example: Mapping[str, Any]) -> Group:
+    """Return a dataset row as a group."""
+    columns = {field: example[name] for name, field in GROUP_COLUMNS.items()}
+    return Group(**columns, reference=example.get("reference", []))
+
+
+def check_scores(dataset: Dataset, weighting: str, dataset_name: str) -> None:
+    """Refuse a dataset without scores, or with one that is not a number.
+
+    Raises:
+        PersodpoError: It is so.
+    """
+    if not set(SCORES) <= set(dataset.column_names):
+        raise PersodpoError(
+            f"weighting '{weighting}' needs the columns {' and '.join(SCORES)} in the {dataset_name} dataset."
+        )
+    for name in SCORES:
+        for row, score in enumerate(dataset[name]):
+            if score is None or not math.isfinite(score):
+                raise PersodpoError(
+                    f"{name} of row {row} of the {dataset_name} dataset is {score}; every pair needs a score."
+                )
+
+
+def token_pairs(dataset: Dataset, weighting: Weighting) -> list[TokenPair]:
+    """Attach its weight to each tokenised pair."""
+    weights = torch.ones(len(dataset))
+    if weighting != "none":
+        chosen, rejected = (torch.tensor(dataset[name], dtype=torch.float32) for name in SCORES)
+        weights = pair_weights(chosen, rejected, weighting)
+    columns = (*(dataset[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")), weights.tolist())
+    return [TokenPair(*row) for row in zip(*columns, strict=True)]
