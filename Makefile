@@ -2,14 +2,13 @@
 PYTHON  ?= python3
 PROFILE ?= mini
 SET     ?=
-DEVICE  ?= cpu
 VENV    := .venv
 BIN     := $(VENV)/bin
 LOCKED  := $(VENV)/.built-from-lock
 STAMP   := $(VENV)/.installed
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
-.PHONY: reproduce install test test-slow test-browser browser lint format figures lab bench-mini bench-browser bench-pairs bench-generate bench-train bench-batches bench-score lock clean
+.PHONY: reproduce install test test-slow test-browser browser lint format figures lab bench-mini bench-browser bench-pairs bench-generate bench-train bench-batches check-architectures bench-score lock clean
 
 reproduce: $(STAMP)  ## run every notebook in order under PROFILE
 	$(BIN)/persodpo reproduce --profile $(PROFILE) $(foreach s,$(SET),--set $(s))
@@ -64,7 +63,10 @@ bench-generate: $(STAMP)  ## asking an endpoint (throughput, faults, kills, memo
 	$(BIN)/python benchmarks/bench_local.py
 
 bench-train: $(STAMP)  ## the trainer's ladder against TRL; needs the pairs (persodpo pairs)
-	$(BIN)/python benchmarks/bench_train.py --device $(DEVICE)
+	$(BIN)/python benchmarks/bench_train.py
+
+check-architectures: $(STAMP)  ## every causal language model of transformers, tiny: packed rows against plain passes, a step against TRL
+	$(BIN)/python benchmarks/check_architectures.py
 
 bench-batches: $(STAMP)  ## whole prompts a step against shuffled pairs, over seeds
 	$(BIN)/python benchmarks/bench_batches.py

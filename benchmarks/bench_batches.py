@@ -41,13 +41,13 @@ def alone(rows: Dataset) -> Dataset:
     """Make a row of every pair."""
     found = []
     for row in rows:
-        for chosen, rejected, weight, offset in zip(
-            row["chosen"], row["rejected"], row["weights"], row["offsets"], strict=True
+        for chosen, rejected, weight, pair in zip(
+            row["chosen"], row["rejected"], row["weights"], row["pair_ids"], strict=True
         ):
             sides = (chosen, rejected)
             found.append({
                 "prompt_ids": row["prompt_ids"], "response_ids": [row["response_ids"][side] for side in sides],
-                "chosen": [0], "rejected": [1], "weights": [weight], "offsets": [offset],
+                "chosen": [0], "rejected": [1], "weights": [weight], "pair_ids": [pair],
                 "reference": [row["reference"][side] for side in sides],
             })  # fmt: skip
     return Dataset.from_list(found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 from trl import DPOConfig, DPOTrainer
 
 from persodpo.training.forward import install_packed_forward, response_log_probs
+from persodpo.training.groups import TokenPair, group_pairs
 from persodpo.training.loss import LossSettings, Pairs, pair_losses
-from persodpo.training.packing import Group, PackedRows, TokenPair, group_pairs, pack
+from persodpo.training.packing import Group, Layout, PackedRows, pack
 from persodpo.training.trainer import GroupedDPOConfig, GroupedDPOTrainer
 
 RUNGS = ["trl", "trl-tuned", "pairs", "sequences", "grouped-loop", "grouped"]
@@ -29,38 +30,20 @@ MAX_LENGTH = 1024
 TOKENIZER_WORDS = 16_384
 
 
-@dataclass(frozen=True)
-class Scale:
-    """What differs between devices; ``batch`` counts pairs, ``budget`` positions of a micro-batch."""
-
-    model: dict[str, Any]
-    dtype: str
-    step_pairs: int
-    batch: dict[str, int]
-    budget: int
-    prompts: int
-
-
-SCALES = {
-    "cpu": Scale(
-        {"hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2,
-         "intermediate_size": 1024, "vocab_size": TOKENIZER_WORDS, "tie_word_embeddings": True},
-        "float32", 16, {"trl": 4, "trl-tuned": 4}, 1024, 10,
-    ),
-    "cuda": Scale(
-        {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
-         "intermediate_size": 4864, "vocab_size": 151_936, "tie_word_embeddings": True},
-        "bfloat16", 224, {"trl": 4, "trl-tuned": 16}, 16_384, 192,
-    ),
+MODEL = {
+    "hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 1024, "vocab_size": TOKENIZER_WORDS, "tie_word_embeddings": True,
 }  # fmt: skip
+#: Pairs of an optimiser step, pairs of TRL's micro-batch, positions of ours, prompts of the subset.
+STEP_PAIRS, BATCH, BUDGET, PROMPTS = 16, 4, 1024, 10
 
 
 class Rung:
     """One rung in its own process: data, model, and what it is to do."""
 
-    def __init__(self, name: str, device: str, folder: Path, *, check: bool) -> None:
+    def __init__(self, name: str, folder: Path, *, check: bool) -> None:
         """Load the subset, cut to the first prompts for a check, and build the models."""
-        self.name, self.device, self.check, self.scale = name, device, check, SCALES[device]
+        self.name, self.check = name, check
         self.folder = folder
         self.tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
         kind = "fast" if name in FAST and not check else "slow"
@@ -85,29 +68,23 @@ class Rung:
     def build(self, seed: int) -> Any:
         """Build a model with random weights."""
         torch.manual_seed(seed)
-        config = Qwen2Config(**self.scale.model, max_position_embeddings=2048)
+        config = Qwen2Config(**MODEL, max_position_embeddings=2048)
         config.pad_token_id = self.tokenizer.pad_token_id
-        dtype = torch.float32 if self.check else getattr(torch, self.scale.dtype)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype)
-        return model.to(self.device)
+        return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
 
     def setup_trainer(self) -> float:
         """Make the trainer; return the seconds that reference log-probabilities took."""
         common: dict[str, Any] = {
             # A folder of its own, or the second run would find the reference of the first.
-            "output_dir": str(self.folder / f"out-{os.getpid()}"), "use_cpu": self.device == "cpu", "bf16": False,
+            "output_dir": str(self.folder / f"out-{os.getpid()}"), "use_cpu": True, "bf16": False,
             "report_to": "none", "save_strategy": "no", "num_train_epochs": 1, "disable_tqdm": True,
             "max_length": MAX_LENGTH, "train_sampling_strategy": "sequential",
         }  # fmt: skip
         tuned = {} if self.name == "trl" else {"precompute_ref_log_probs": True, "gradient_checkpointing": False}
         if self.name == "grouped":
-            args = GroupedDPOConfig(**common, **tuned, token_budget=self.scale.budget)
+            args = GroupedDPOConfig(**common, **tuned, token_budget=BUDGET)
         else:
-            batch = self.scale.batch[self.name]
-            sizes = {
-                "per_device_train_batch_size": batch,
-                "gradient_accumulation_steps": self.scale.step_pairs // batch,
-            }
+            sizes = {"per_device_train_batch_size": BATCH, "gradient_accumulation_steps": STEP_PAIRS // BATCH}
             args = DPOConfig(**common, **tuned, **sizes)
         data = Dataset.from_dict(dict(zip(("prompt", "chosen", "rejected"), zip(*self.rows, strict=True), strict=True)))
         seconds = [0.0]
@@ -124,12 +101,11 @@ class Rung:
             for step in steps:
                 known = [response_log_probs(self.reference or self.model, self.pack(rows)) for rows in step]
                 self.micro.append(list(zip(step, known, strict=True)))
-        wait()
         return time.perf_counter() - started
 
     def pack(self, rows: list[Group]) -> PackedRows:
-        """Return the rows on the device."""
-        return pack(rows, self.tokenizer.pad_token_id).to(torch.device(self.device))
+        """Return the rows as tensors."""
+        return pack(rows, Layout(pad_token_id=self.tokenizer.pad_token_id))
 
     def units(self, group: Group) -> list[list[Group]]:
         """Split a group into the rows that belong together: of a pair, or of a prompt."""
@@ -140,7 +116,7 @@ class Rung:
         if self.name == "sequences":
             return [[replace(group, responses=group.responses[:1]), *alone[1:]]]
         return [
-            [Group(group.prompt, [group.responses[chosen]], [0], [1], [1.0], [0.0]), alone[rejected]]
+            [Group(group.prompt, [group.responses[chosen]], [0], [1], [1.0]), alone[rejected]]
             for chosen, rejected in zip(group.chosen, group.rejected, strict=True)
         ]
 
@@ -150,11 +126,11 @@ class Rung:
             return units
         batches: list[list[Group]] = []
         longest = 0
-        for unit in sorted(units, key=lambda rows: -max(row.tokens for row in rows)):
-            if batches and longest * (len(batches[-1]) + len(unit)) <= self.scale.budget:
+        for unit in sorted(units, key=lambda rows: -max(positions(row) for row in rows)):
+            if batches and longest * (len(batches[-1]) + len(unit)) <= BUDGET:
                 batches[-1].extend(unit)
             else:
-                longest = max(row.tokens for row in unit)
+                longest = max(positions(row) for row in unit)
                 batches.append(list(unit))
         return batches
 
@@ -171,7 +147,7 @@ class Rung:
             parts = [(self.pack(rows), known) for rows, known in self.micro[0][:many]]
         elif self.name == "grouped":
             batches = [trainer.data_collator([row])["batch"] for row in list(trainer.train_dataset)[:many]]
-            parts = [(batch.rows[0].to(self.model.device), batch.reference[0].to(self.device)) for batch in batches]
+            parts = [(batch.rows[0], batch.rows[0].reference) for batch in batches]
         else:
             batches = [trainer.data_collator([row]) for row in list(trainer.train_dataset)[:many]]
             parts = [(trainer._prepare_inputs(batch),) for batch in batches]
@@ -186,7 +162,6 @@ class Rung:
 
     def train(self) -> float:
         """Run one epoch of the subset; return its seconds."""
-        wait()
         started = time.perf_counter()
         if self.trainer is not None:
             self.trainer.train()
@@ -195,29 +170,27 @@ class Rung:
             optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
             for step in self.micro:
                 for rows, known in step:
-                    (self.losses(self.pack(rows), known).sum() / self.scale.step_pairs).backward()
+                    (self.losses(self.pack(rows), known).sum() / STEP_PAIRS).backward()
                 torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-        wait()
         return time.perf_counter() - started
 
     def tokens(self) -> int:
         """Count the positions that the policy computes in one epoch of the subset, padding included."""
         if self.trainer is None:
-            return sum(len(rows) * max(row.tokens for row in rows) for step in self.micro for rows, _ in step)
+            return sum(len(rows) * max(map(positions, rows)) for step in self.micro for rows, _ in step)
         if self.name == "grouped":
             batches = (inputs["batch"] for inputs in self.trainer.get_train_dataloader())
             return sum(rows.input_ids.numel() for batch in batches for rows in batch.rows)
-        rows, batch = list(self.trainer.train_dataset), self.scale.batch[self.name]
+        rows, batch = list(self.trainer.train_dataset), BATCH
         collate = self.trainer.data_collator
         return sum(collate(rows[at : at + batch])["input_ids"].numel() for at in range(0, len(rows), batch))
 
 
-def wait() -> None:
-    """Wait for the device."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def positions(group: Group) -> int:
+    """Return the positions of a group's row."""
+    return Layout().positions(group.prompt, group.responses)
 
 
 def measured(base: Any, steps: list[list[Any]], seconds: list[float]) -> Any:
@@ -227,7 +200,6 @@ def measured(base: Any, steps: list[list[Any]], seconds: list[float]) -> Any:
         def _precompute_ref_logps(self, *args: Any) -> Any:
             started = time.perf_counter()
             dataset = super()._precompute_ref_logps(*args)
-            wait()
             seconds[0] += time.perf_counter() - started
             return dataset
 

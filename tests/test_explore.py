@@ -544,7 +544,7 @@ def test_without_a_browser_the_first_state_is_ordinary_output(evaluated, tmp_pat
     ]
     shown = [[set(out["data"]) for out in cell.outputs if out.output_type == "display_data"]
              for cell in cells[-5:-1]]  # fmt: skip
-    for outputs, pictures, tables in zip(shown, (1, 0, 1, 1), (1, 1, 2, 2), strict=True):
+    for outputs, pictures, tables in zip(shown, (1, 0, 1, 1), (1, 1, 2, 1), strict=True):
         assert any("application/vnd.jupyter.widget-view+json" in data for data in outputs)
         assert sum("image/png" in data for data in outputs) == pictures
         assert sum("text/html" in data for data in outputs) == tables

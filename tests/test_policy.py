@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 import transformers
 from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
 
 from persodpo.artifacts import PROJECT, sha256
 from persodpo.errors import PersodpoError
@@ -231,3 +233,19 @@ def test_a_model_that_cannot_be_loaded_is_one_sentence(tmp_path, folder, monkeyp
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", offline)
     with pytest.raises(PersodpoError, match=r"Model 'someone/model'.*network"):
         load_policy("someone/model")
+
+
+@pytest.mark.parametrize("damage", ["tensor", "vocabulary"])
+def test_a_folder_that_lacks_something_is_refused(folder, tmp_path, damage):
+    copied = shutil.copytree(folder, tmp_path / "copied")
+    if damage == "tensor":
+        tensors = load_file(copied / WEIGHTS)
+        lacking = next(name for name in tensors if "q_proj" in name)
+        save_file(
+            {name: tensor for name, tensor in tensors.items() if name != lacking}, copied / WEIGHTS, {"format": "pt"}
+        )
+    else:
+        lacking = "Hello there"
+        (copied / "tokenizer.json").unlink()
+    with pytest.raises(PersodpoError, match=lacking if damage == "tensor" else "tokenizer"):
+        load_policy(copied)

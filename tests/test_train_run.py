@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import PeftModel
 from test_policy import EXAMPLES, SETTINGS
+from transformers import TrainerCallback
 from typer.testing import CliRunner
 
 from persodpo.cli import app
@@ -176,6 +179,87 @@ def test_is_trained_only_with_its_key_its_end_and_its_weights(trained, tmp_path)
     assert not run.is_trained(tmp_path, "k")
     (tmp_path / "arm.json").write_text('{"key": "k", "steps": 3}')
     assert not run.is_trained(tmp_path, "k")
+    copied = shutil.copytree(trained[0], tmp_path / "copied")
+    content = (copied / "model.safetensors").read_bytes()
+    for edited in (content[:1000], content[:-1] + bytes([content[-1] ^ 1]), None):
+        (copied / "model.safetensors").unlink()
+        if edited is not None:
+            (copied / "model.safetensors").write_bytes(edited)
+        assert not run.is_trained(copied, "k")
+        (copied / "model.safetensors").write_bytes(content)
+    assert run.is_trained(copied, "k")
+
+
+def interrupted(policy, profile, folder: Path) -> list[Path]:
+    """Train until two checkpoints are there, then stop as an error would; return them, the newest last."""
+
+    class Stop(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step >= 4:
+                raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        made = run.GroupedDPOTrainer
+        patch.setattr(
+            run, "GroupedDPOTrainer", lambda callbacks, **kwargs: made(callbacks=[*callbacks, Stop()], **kwargs)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            run.train_arm(pairs_table(), "perso_weighted", policy, folder, profile=profile, key="k")
+    return sorted(folder.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "trainer_state.json", "model.safetensors", "rng_state.pth"])
+def test_a_damaged_checkpoint_is_set_aside(tmp_path, policy, profile, trained, name, capsys):
+    folder = tmp_path / "perso_weighted"
+    _, newest = interrupted(policy, profile, folder)
+    (newest / name).write_bytes((newest / name).read_bytes()[:-40])
+    made = run.train_arm(pairs_table(), "perso_weighted", policy, folder, profile=profile, key="k")
+    assert "checkpoint-4 is damaged" in capsys.readouterr().out
+    pd.testing.assert_frame_equal(made.log, trained[1].log)
+    assert run.is_trained(folder, "k")
+    assert not list(folder.glob("*checkpoint*"))
+
+
+def test_training_begins_anew_where_every_checkpoint_is_damaged(tmp_path, policy, profile, trained):
+    folder = tmp_path / "perso_weighted"
+    for checkpoint in interrupted(policy, profile, folder):
+        (checkpoint / "trainer_state.json").write_text("{")
+    made = run.train_arm(pairs_table(), "perso_weighted", policy, folder, profile=profile, key="k")
+    pd.testing.assert_frame_equal(made.log, trained[1].log)
+
+
+def test_a_learning_rate_that_is_too_high_leaves_no_arm(tmp_path, policy):
+    profile = load_profile("release", [*OVERRIDES, "training.learning_rate=1000", "training.epochs=20"])
+    with pytest.raises(PersodpoError, match=r"not a number|loss is"):
+        run.train_arm(pairs_table(), "perso", policy, tmp_path / "perso", profile=profile, key="k")
+    assert not run.is_trained(tmp_path / "perso", "k")
+    assert not (tmp_path / "perso" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_a_folder_of_adapters_is_trained_on_from_where_they_were(tmp_path, policy, rank, capsys):
+    """The first round's weights are the second round's reference, and stay in what is saved."""
+    quick = [*OVERRIDES, "training.epochs=1"]
+    profile = load_profile("release", [*quick, "training.lora_rank=2", "training.learning_rate=0.05"])
+    first = tmp_path / "first"
+    run.train_arm(pairs_table(), "perso", policy, first, profile=profile, key="k")
+    merged, tokenizer = load_policy(first)
+    assert "merged into their base" in capsys.readouterr().out
+    base = load_policy(policy)[0]
+    ids = torch.tensor([tokenizer("User1: hello")["input_ids"]])
+    with torch.no_grad():
+        logits = [model(ids).logits for model in (base, merged)]
+        logits.append(PeftModel.from_pretrained(base, str(first))(ids).logits)
+    assert not torch.allclose(logits[1], logits[0], atol=1e-3)
+    assert torch.allclose(logits[1], logits[2], atol=1e-5)
+    again = load_profile("release", [*quick, f"training.lora_rank={rank or 'null'}"])
+    made = run.train_arm(pairs_table(), "perso", first, tmp_path / "second", profile=again, key="k")
+    train = made.log.query("kind == 'train'")
+    assert train["loss"].iloc[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert train["logps_chosen"].iloc[0] != pytest.approx(
+        run.train_arm(pairs_table(), "perso", policy, tmp_path / "other", profile=again, key="k")
+        .log.query("kind == 'train'")["logps_chosen"].iloc[0], abs=1e-3,
+    )  # fmt: skip
 
 
 def test_an_unknown_arm_is_one_sentence(tmp_path, capsys):

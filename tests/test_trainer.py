@@ -7,16 +7,19 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from safetensors.torch import load_file
 from tiny import TINY, tiny_model, tiny_pairs, tiny_tokenizer
+from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from persodpo.artifacts import PROJECT
+from persodpo.artifacts import PROJECT, versions
 from persodpo.errors import PersodpoError
 from persodpo.training.trainer import GroupedDPOConfig, GroupedDPOTrainer
 
@@ -198,6 +201,171 @@ def test_evaluation_is_stock_trls(tmp_path):
     assert logs(ours, "eval_rewards/margins") == pytest.approx(logs(theirs, "eval_rewards/margins"), abs=1e-3)
 
 
+def uneven(*counts: int) -> Dataset:
+    """Prompts with so many pairs each."""
+    return Dataset.from_list([row for seed, count in enumerate(counts) for row in tiny_pairs(1, 1, count, seed=seed)])
+
+
+def test_evaluation_is_the_mean_over_pairs_under_the_name_that_was_asked_for(tmp_path):
+    """Prompts with 1, 12 and 2 pairs, one a batch; named sets; another prefix."""
+    sets = {"a": uneven(1, 12, 2), "b": tiny_pairs(5, seed=3)}
+    ours = grouped(tmp_path / "a", eval_dataset=sets, per_device_eval_batch_size=1, max_steps=3)
+    theirs = stock(tmp_path / "b", eval_dataset=sets, per_device_eval_batch_size=15, max_steps=3)
+    ours.train()
+    theirs.train()
+    one = ours.evaluate()
+    assert one["eval_a_loss"] == pytest.approx(theirs.evaluate()["eval_a_loss"], abs=1e-4)
+    assert "eval_loss" not in one
+    assert one["eval_a_loss"] != pytest.approx(one["eval_b_loss"], abs=1e-3)
+    named = ours.evaluate(ours.eval_dataset["a"], metric_key_prefix="test")
+    assert named["test_loss"] == one["eval_a_loss"]
+    assert not {key for key in named if key.startswith("eval")}
+
+
+def test_the_best_model_is_chosen_by_the_set_that_was_named(tmp_path):
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 6,
+                "load_best_model_at_end": True, "metric_for_best_model": "a_loss", "learning_rate": 0.02}  # fmt: skip
+    trainer = grouped(tmp_path, eval_dataset={"a": uneven(1, 12, 2), "b": tiny_pairs(5, seed=3)}, **settings)
+    trainer.train()
+    losses = dict(zip((2, 4, 6), logs(trainer, "eval_a_loss"), strict=True))
+    best = min(losses, key=losses.get)
+    assert trainer.state.best_metric == losses[best]
+    assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
+    assert trainer.evaluate()["eval_a_loss"] == pytest.approx(losses[best], abs=1e-6)
+
+
+def test_a_new_dataset_is_evaluated_while_its_reference_can_be_had(tmp_path):
+    new = tiny_pairs(4, seed=8)
+    kept = grouped(tmp_path / "a", ref_model=tiny_model(), max_steps=2)
+    whole = grouped(tmp_path / "b", eval_dataset=new, max_steps=2)
+    lora = grouped(tmp_path / "c", peft_config=LoraConfig(r=4, target_modules=["q_proj"]), max_steps=2)
+    assert whole.evaluate(new)["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+    for trainer in (kept, whole, lora):
+        trainer.train()
+    assert kept.evaluate(new)["eval_loss"] == pytest.approx(whole.evaluate()["eval_loss"], abs=1e-5)
+    assert lora.evaluate(new)["eval_loss"] != pytest.approx(math.log(2), abs=1e-6)
+    with pytest.raises(PersodpoError, match="ref_model"):
+        whole.evaluate(new)
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf, None])
+def test_a_score_that_is_no_number_is_refused_with_its_row(tmp_path, score):
+    dataset = tiny_pairs()
+    broken = scored(
+        dataset, [*dataset["score_chosen"][:5], score, *dataset["score_chosen"][6:]], dataset["score_rejected"]
+    )
+    with pytest.raises(PersodpoError, match=rf"score_chosen of row 5 .* {score}"):
+        grouped(tmp_path, broken, weighting="sigmoid")
+
+
+def test_weights_have_mean_one_over_the_pairs_that_are_trained(tmp_path):
+    """Pairs of equal sides, which are left out, weigh 0.5; the others 0.73."""
+    rows = tiny_pairs(4).to_list()
+    for number, row in enumerate(rows):
+        row |= {"score_chosen": 1.0, "score_rejected": 0.0}
+        if number % 2:
+            row |= {"rejected": row["chosen"], "score_chosen": 0.0}
+    with pytest.warns(UserWarning, match=r"train dataset, left out pairs: 12 \(chosen equals rejected\); 12 stay"):
+        trainer = grouped(tmp_path, Dataset.from_list(rows), weighting="sigmoid", scale_weights=True, max_steps=1)
+    assert [weight for row in trainer.train_dataset["weights"] for weight in row] == pytest.approx([1.0] * 12)
+    trainer.train()
+    assert logs(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_a_group_larger_than_the_budget_is_split_and_trains_the_same(tmp_path):
+    dataset = tiny_pairs(3, 5, 6)
+    trainers = [grouped(tmp_path / str(budget), dataset, token_budget=budget, max_steps=4, per_device_train_batch_size=3)
+                for budget in (1000, 40)]  # fmt: skip
+    for trainer in trainers:
+        trainer.train()
+    batch = next(iter(trainers[1].get_train_dataloader()))["batch"]
+    assert max(rows.input_ids.numel() for rows in batch.rows) <= 40
+    assert batch.pairs == 90
+    assert logs(trainers[1]) == pytest.approx(logs(trainers[0]), abs=1e-5)
+    assert logs(trainers[1], "grad_norm") == pytest.approx(logs(trainers[0], "grad_norm"), rel=1e-4)
+    assert drift(trainers[1].model, trainers[0].model) < 2e-3
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 12, "max_grad_norm": 0.0}
+    trainer = grouped(tmp_path / "a", learning_rate=1e3, optim="sgd", **settings)
+    with pytest.raises(PersodpoError, match=r"(loss is (nan|inf)|weight is not a number) .*step \d+"):
+        trainer.train()
+    saved = sorted((tmp_path / "a").glob("checkpoint-*"))
+    weights = [load_file(folder / "model.safetensors") for folder in saved]
+    assert all(torch.isfinite(weight).all() for tensors in weights for weight in tensors.values())
+    assert all(math.isfinite(loss) for loss in logs(trainer))
+    damaged = tiny_model()
+    damaged.model.layers[0].mlp.up_proj.weight.data[0, 0] = math.nan
+    with pytest.raises(PersodpoError):
+        grouped(tmp_path / "b", model=damaged, max_steps=1)
+
+
+def test_a_folder_of_adapters_is_no_model_to_train(tmp_path):
+    first = grouped(tmp_path / "a", peft_config=LoraConfig(r=4, target_modules=["q_proj"]), max_steps=1)
+    tiny_model().save_pretrained(tmp_path / "base")
+    first.model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    first.save_model(str(tmp_path / "adapters"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapters")
+    for extra in ({}, {"peft_config": LoraConfig(r=2, target_modules=["q_proj"])}):
+        with pytest.raises(PersodpoError, match="merge them into their base first"):
+            grouped(tmp_path / "b", model=loaded, **extra)
+
+
+def test_the_reference_cache_knows_the_config(tmp_path):
+    """The same weights with another rope_theta are another model."""
+    cache = {"reference_cache": str(tmp_path / "cache"), "max_steps": 1}
+    grouped(tmp_path / "a", **cache).train()
+    other = tiny_model()
+    other = type(other)(type(other.config)(**(other.config.to_dict() | {"rope_parameters": None, "rope_theta": 10.0})))
+    other.load_state_dict(tiny_model().state_dict())
+    trainer = grouped(tmp_path / "b", model=other, **cache)
+    trainer.train()
+    assert logs(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2
+
+
+def test_the_users_own_config_is_taken_and_left_as_it_was(tmp_path):
+    @dataclass
+    class Mine(DPOConfig):
+        mine: int = 3
+        weighting: str = "sigmoid"
+
+    args = Mine(str(tmp_path), **(TINY | {"max_steps": 1}))
+    before = dict(vars(args))
+    seen = []
+
+    class Reads(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append(args.mine)
+
+    with pytest.warns(UserWarning, match="precompute_ref_log_probs=False has no effect"):
+        trainer = GroupedDPOTrainer(
+            model=tiny_model(), args=args, train_dataset=tiny_pairs(4), processing_class=tiny_tokenizer(),
+            callbacks=[Reads()],
+        )  # fmt: skip
+    trainer.train()
+    assert seen == [3]
+    assert dict(vars(args)) == before
+    assert logs(trainer, "weights")[0] != 1.0
+
+
+def test_what_has_no_effect_is_said(tmp_path):
+    with pytest.warns(UserWarning, match="precompute_ref_batch_size=3 has no effect"):
+        grouped(tmp_path, precompute_ref_batch_size=3)
+
+
+def test_the_card_says_what_trl_does_not_know(tmp_path):
+    rows = tiny_pairs(4).to_list()
+    rows[0]["rejected"] = rows[0]["chosen"]
+    trainer = grouped(tmp_path, Dataset.from_list(rows), weighting="sigmoid", scale_weights=True, max_steps=1)
+    trainer.create_model_card("mine")
+    card = (tmp_path / "README.md").read_text()
+    for part in (versions()["persodpo"], "all responses of a prompt in one row", "sigmoid, scaled to mean 1",
+                 "1 (chosen equals rejected)"):  # fmt: skip
+        assert part in card
+
+
 def test_resuming_is_bit_identical(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8, "train_sampling_strategy": "random"}
     whole = grouped(tmp_path / "a", **settings)
@@ -254,41 +422,91 @@ def test_bf16_stays_near_fp32(tmp_path):
     assert logs(half) != logs(full)
 
 
-TWO = """
-import sys
+SCRIPT = """
+import json, os, sys
 sys.path.insert(0, {tests!r})
-from tiny import TINY, tiny_model, tiny_pairs, tiny_tokenizer
-import json, torch
-torch.set_num_threads(1)
+import torch
+from accelerate.state import AcceleratorState, DistributedType
+from tiny import TINY, tiny_pairs, tiny_tokenizer
+from transformers import AutoModelForCausalLM
 from persodpo.training.trainer import GroupedDPOConfig, GroupedDPOTrainer
-folder, batch = sys.argv[1], int(sys.argv[2])
-args = GroupedDPOConfig(folder, **(TINY | {{"per_device_train_batch_size": batch, "max_steps": 6, "token_budget": 150,
-                                           "weighting": "sigmoid", "ddp_backend": sys.argv[3] or None}}))
-trainer = GroupedDPOTrainer(model=tiny_model(), args=args, train_dataset=tiny_pairs(), processing_class=tiny_tokenizer())
+
+torch.set_num_threads(1)
+folder, model, way = sys.argv[1:]
+batch = 4 if way == "one" else 2
+extra = {{}} if way == "one" else {{"ddp_backend": "gloo"}}
+if way == "fsdp":
+    # accelerate shards on accelerators alone; torch shards on CPUs, too.
+    init = AcceleratorState.__init__
+
+    def sharded(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        plugin = kwargs.get("fsdp_plugin") or self.__dict__.get("fsdp_plugin")
+        if plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
+
+    AcceleratorState.__init__ = sharded
+    extra |= {{"fsdp": True, "fsdp_config": {{"transformer_layer_cls_to_wrap": ["Qwen2DecoderLayer"]}}}}
+args = GroupedDPOConfig(folder, **(TINY | {{
+    "per_device_train_batch_size": batch, "per_device_eval_batch_size": batch, "max_steps": 6, "token_budget": 70,
+    "weighting": "sigmoid", "eval_on_start": True}} | extra))
+wrapped = set()
+
+class Trainer(GroupedDPOTrainer):
+    def training_step(self, model, *args):
+        wrapped.add(type(model).__name__)
+        return super().training_step(model, *args)
+
+trainer = Trainer(
+    model=AutoModelForCausalLM.from_pretrained(model, attn_implementation="sdpa"), args=args,
+    train_dataset=tiny_pairs(), eval_dataset=tiny_pairs(7, seed=9), processing_class=tiny_tokenizer())
+if way == "early":
+    trainer.evaluate()
 trainer.train()
+after = trainer.evaluate()
+trainer.save_model(folder)
+history = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
 if trainer.accelerator.is_main_process:
-    history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    print("RESULT" + json.dumps([[e["loss"], e["grad_norm"], e["rewards/margins"]] for e in history]))
+    print("RESULT" + json.dumps({{
+        "wrapped": [*wrapped],
+        "steps": [[e["loss"], e["grad_norm"], e["rewards/margins"], e["num_tokens"]] for e in history],
+        "eval": [after["eval_loss"], after["eval_rewards/margins"]],
+        "before": next(e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e)}}))
 """
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(tmp_path):
-    """Accelerate launch with two gloo processes, half the prompts each."""
+def test_two_processes_give_what_one_gives(tmp_path):
+    """Two gloo processes, half the prompts each: steps, evaluation with a last batch that is filled up, saved weights."""
     script = tmp_path / "train.py"
-    script.write_text(TWO.format(tests=str(Path(__file__).parent)))
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    tiny_model().save_pretrained(tmp_path / "model")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    results = []
-    for start, batch, backend in (([sys.executable], 4, ""), (launch, 2, "gloo")):
-        command = [*start, str(script), str(tmp_path / (backend or "one")), str(batch), backend]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+    ways = {"one": "Qwen2ForCausalLM", "ddp": "DistributedDataParallel", "fsdp": "FSDPQwen2ForCausalLM", "early": ""}
+    results, weights = {}, {}
+    for way in ways:
+        command = [*([sys.executable] if way == "one" else launch), str(script), str(tmp_path / way)]
+        done = subprocess.run(
+            [*command, str(tmp_path / "model"), way], capture_output=True, text=True, timeout=300, check=False,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
         lines = [line for line in done.stdout.splitlines() if "RESULT" in line]
-        assert lines, done.stderr[-2000:]
-        results.append(json.loads(lines[-1].split("RESULT")[1]))
-    assert len(results[0]) == 6
-    for one, two in zip(*results, strict=True):
-        assert two == pytest.approx(one, rel=1e-4, abs=1e-5)
+        if way == "early":
+            # Transformers then leaves the model without a wrapper, and each process would train by itself.
+            assert "eval_on_start" in done.stderr
+            continue
+        assert lines, done.stderr[-3000:]
+        results[way] = json.loads(lines[-1].split("RESULT")[1])
+        weights[way] = load_file(tmp_path / way / "model.safetensors")
+    one = results["one"]
+    assert len(one["steps"]) == 6
+    for way in results:
+        assert results[way]["wrapped"] == [ways[way]]
+        for mine, theirs in zip(results[way]["steps"], one["steps"], strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+        assert results[way]["eval"] == pytest.approx(one["eval"], abs=1e-5)
+        assert results[way]["before"] == pytest.approx(one["before"], abs=1e-6)
+        assert all(torch.allclose(weights[way][name], weight, atol=1e-4) for name, weight in weights["one"].items())
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,7 @@ def load_policy(
             model = PeftModel.from_pretrained(
                 model, str(name), revision=revision, use_safetensors=True
             ).merge_and_unload()
+            model.requires_grad_(requires_grad=True)
             tqdm.write(f"{name}: adapters, merged into their base {base}")
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         said = (str(error).strip().splitlines() or [""])[0][:200]

@@ -27,6 +27,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
@@ -236,8 +237,13 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         """Run forward and backward a micro-batch at a time; gradients are reduced over ranks with the last one only.
 
         Raises:
-            PersodpoError: The loss is not a number.
+            PersodpoError: The loss is not a number, or nothing would keep several processes together.
         """
+        if self.args.world_size > 1 and not (self.is_fsdp_enabled or isinstance(model, DistributedDataParallel)):
+            raise PersodpoError(
+                "Each process would train by itself: evaluate() before train() leaves the model without its wrapper; set "
+                "eval_on_start=True instead."
+            )
         batch: Batch = inputs["batch"]
         total = torch.zeros((), device=self.accelerator.device)
         for rows, real, last in self._rounds(batch):
@@ -369,7 +375,7 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         weighting, scaled = option(self.args, "weighting"), option(self.args, "scale_weights")
         lines = [
             "", "## Grouped training", "",
-            f"- persodpo {versions()['persodpo']}, `GroupedDPOTrainer`: {rows}; gradients are those of DPO on all pairs.",
+            f"- persodpo {versions().get('persodpo', '')}, `GroupedDPOTrainer`: {rows}, gradients of DPO on all pairs.",
             f"- Weight of a pair: {weighting}{', scaled to mean 1' if scaled and weighting != 'none' else ''}.",
             f"- {skipped}.", "",
         ]  # fmt: skip

@@ -1,0 +1,256 @@
+"""Packed rows on architectures that read a row otherwise than Llama does: right, or said not to be."""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from test_training_math import plain_log_probs
+from tiny import TINY, tiny_model, tiny_pairs, tiny_tokenizer
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from trl import DPOConfig, DPOTrainer
+
+from persodpo.errors import PersodpoError
+from persodpo.training.guard import check_packing, longest_window
+from persodpo.training.packing import Group, Layout, pack
+from persodpo.training.trainer import GroupedDPOConfig, GroupedDPOTrainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+#: Model type, attention, what its config adds -> grouped, or one response per row.
+ARCHITECTURES = {
+    "eager, an added mask": ("qwen2", "eager", {}, True),
+    "scaled logits": ("granite", "sdpa", {"logits_scaling": 8.0}, True),
+    "scaled logits, nested config": ("cohere2", "sdpa", {"logit_scale": 0.3, "sliding_window": 8}, True),
+    "soft caps, window, eager": ("gemma2", "eager", {"sliding_window": 8, "head_dim": 8}, True),
+    "window in every layer": ("mistral", "sdpa", {"sliding_window": 8}, True),
+    "window in every layer, eager": ("mistral", "eager", {"sliding_window": 8}, True),
+    "window by layer": (
+        "gemma3_text", "sdpa",
+        {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 8}, True,
+    ),
+    "sinks": ("gpt_oss", "eager", {"sliding_window": 8, "num_local_experts": 4, "head_dim": 8}, True),
+    "experts": ("mixtral", "sdpa", {"num_local_experts": 4}, True),
+    "convolution": ("lfm2", "sdpa", {"layer_types": ["conv", "full_attention"]}, False),
+    "linear attention": (
+        "qwen3_5_text", "sdpa", {"layer_types": ["linear_attention", "full_attention"], "head_dim": 8}, False,
+    ),
+    "recurrence": ("mamba", "eager", {"state_size": 4}, False),
+    "positions from columns": ("mpt", "eager", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 256}, False),
+    "ALiBi": ("bloom", "eager", {"n_head": 4, "n_layer": 2}, False),
+    "a decoder of bart": ("bart", "eager", {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4}, False),
+}  # fmt: skip
+
+
+def architecture(kind: str, attention: str, extra: dict) -> torch.nn.Module:
+    """The probe of the cases: a tiny model with matrices of standard deviation 0.2."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 2, "eos_token_id": 1, "bos_token_id": 0,
+    }  # fmt: skip
+    config = AutoConfig.for_model(kind, **(sizes | extra))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.2)
+    return model
+
+
+GROUPS = [
+    Group(list(range(3, 17)), [list(range(20, 29)), list(range(30, 36)), list(range(40, 51))]),
+    Group(list(range(50, 55)), [list(range(20, 22)), list(range(9, 17))]),
+]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_log_probs_are_those_of_plain_forward_passes(name):
+    kind, attention, extra, grouped = ARCHITECTURES[name]
+    model = architecture(kind, attention, extra)
+    with torch.no_grad():
+        plain = torch.cat([plain_log_probs(model, group) for group in GROUPS])
+        verdict = check_packing(model, max_length=64, token_budget=256)
+        packed = model(packed=pack(GROUPS, Layout(grouped=verdict.grouped, pad_token_id=2)))
+    assert verdict.grouped is grouped
+    assert bool(verdict.reason) is not grouped
+    assert torch.allclose(packed, plain, atol=1e-3)
+    again = model(input_ids=torch.tensor([GROUPS[0].prompt])).logits
+    assert torch.isfinite(again).all(), "other calls stay what they were"
+
+
+def trained(cls, folder, model, **changes):
+    """Train three steps of four prompts with six pairs each; return the trainer."""
+    config, batch = (GroupedDPOConfig, 4) if cls is GroupedDPOTrainer else (DPOConfig, 24)
+    settings = TINY | {"per_device_train_batch_size": batch, "max_steps": 3, "precompute_ref_log_probs": True} | changes
+    trainer = cls(
+        model=model, args=config(str(folder), **settings), train_dataset=tiny_pairs(12),
+        processing_class=tiny_tokenizer(),
+    )  # fmt: skip
+    trainer.train()
+    return trainer
+
+
+def logs(trainer, key: str) -> list[float]:
+    return [entry[key] for entry in trainer.state.log_history if "grad_norm" in entry]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["eager, an added mask", "soft caps, window, eager", "window by layer", "scaled logits", "experts", "convolution",
+     "positions from columns"],
+)  # fmt: skip
+def test_steps_are_stock_trls(name, tmp_path):
+    """Losses, gradients and the auxiliary loss of experts, which TRL adds by default."""
+    kind, attention, extra, grouped = ARCHITECTURES[name]
+    extra = extra | ({"router_aux_loss_coef": 0.5} if name == "experts" else {})
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        ours = trained(GroupedDPOTrainer, tmp_path / "a", architecture(kind, attention, extra))
+    theirs = trained(DPOTrainer, tmp_path / "b", architecture(kind, attention, extra))
+    for key in ["loss", "grad_norm", *(["aux_loss"] if name == "experts" else [])]:
+        assert logs(ours, key) == pytest.approx(logs(theirs, key), rel=2e-4, abs=1e-5), key
+    assert logs(ours, "num_tokens") == logs(theirs, "num_tokens")
+    told = [str(warning.message) for warning in said if "one response per row" in str(warning.message)]
+    assert len(told) == (0 if grouped else 1)
+    assert grouped or (type(ours.model).__name__ in told[0] and attention in told[0])
+
+
+def test_the_guarantees_hold_with_one_response_per_row(tmp_path):
+    """LoRA, checkpointing, a small budget, resuming bit by bit."""
+
+    def model():
+        return architecture(*ARCHITECTURES["convolution"][:3])
+
+    plain = trained(GroupedDPOTrainer, tmp_path / "a", model())
+    small = trained(GroupedDPOTrainer, tmp_path / "b", model(), token_budget=60, gradient_checkpointing=True)
+    assert not plain.packing.grouped
+    assert logs(small, "loss") == pytest.approx(logs(plain, "loss"), abs=1e-5)
+    assert logs(small, "grad_norm") == pytest.approx(logs(plain, "grad_norm"), rel=1e-4)
+    assert logs(plain, "loss")[0] == pytest.approx(math.log(2), abs=1e-6)
+    half = trained(GroupedDPOTrainer, tmp_path / "c", model(), bf16=True)
+    assert logs(half, "loss") == pytest.approx(logs(plain, "loss"), abs=0.05)
+
+
+def test_a_model_whose_head_is_its_own_computes_its_own_logits():
+    model = architecture("qwen2", "sdpa", {})
+    plain = type(model).forward
+
+    class Own(type(model)):
+        """A head that no rule knows: logits of words are moved after the projection."""
+
+        def forward(self, *args, **kwargs):
+            outputs = plain(self, *args, **kwargs)
+            outputs.logits = outputs.logits * torch.linspace(0.2, 2.0, outputs.logits.shape[-1])
+            return outputs
+
+    model.__class__ = Own
+    verdict = check_packing(model, max_length=64)
+    assert (verdict.grouped, verdict.own_head) == (True, True)
+    with torch.no_grad():
+        expected = torch.cat([plain_log_probs(model, group) for group in GROUPS])
+        assert torch.allclose(model(packed=pack(GROUPS)), expected, atol=1e-3)
+
+
+def test_a_model_that_is_wrong_in_every_layout_is_refused_by_name():
+    model = architecture("qwen2", "sdpa", {})
+    plain = type(model).forward
+
+    class Whole(type(model)):
+        """Each position sees how long its row is."""
+
+        def forward(self, *args, **kwargs):
+            outputs = plain(self, *args, **kwargs)
+            length = outputs.logits.shape[1]
+            outputs.logits = outputs.logits * (1 + length / 10)
+            return outputs
+
+    model.__class__ = Whole
+    with pytest.raises(PersodpoError, match=r"Whole under attention 'sdpa' .* nats per token apart"):
+        check_packing(model, max_length=64)
+
+
+def test_the_guard_sees_what_a_new_adapter_hides():
+    """LoRA begins at zero; an adapter that is lost in packed rows must be noticed before it is trained."""
+    model = get_peft_model(architecture("qwen2", "sdpa", {}), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    assert check_packing(model, max_length=64).grouped
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    forward = model.base_model.model.forward
+
+    def without_adapter(*args, packed=None, **kwargs):
+        if packed is None:
+            return forward(*args, **kwargs)
+        with model.disable_adapter():
+            return forward(*args, packed=packed, **kwargs)
+
+    without_adapter.takes_packed = True
+    model.base_model.model.forward = without_adapter
+    with pytest.raises(PersodpoError):
+        check_packing(model, max_length=64)
+
+
+def test_windows_are_found_wherever_a_config_keeps_them():
+    assert longest_window(architecture("mistral", "sdpa", {"sliding_window": 8}), 64) == 8
+    assert longest_window(architecture("mistral", "sdpa", {"sliding_window": 80}), 64) == 0
+    nested = architecture("gemma3_text", "sdpa", {"sliding_window": 16, "head_dim": 8})
+    nested.config.inner = AutoConfig.for_model("llama4_text", attention_chunk_size=24)
+    assert longest_window(nested, 64) == 24
+
+
+def test_a_window_longer_than_the_probe_is_still_reached(monkeypatch):
+    """A model of a window of 40 that forgets it in packed rows is noticed, as the group is made longer."""
+    model = architecture("mistral", "sdpa", {"sliding_window": 40})
+    assert check_packing(model, max_length=128).grouped
+    monkeypatch.setattr(
+        "persodpo.training.packing.PackedRows.mask", lambda self, window=None, dtype=None: self.attention_mask
+    )
+    assert not check_packing(model, max_length=128).grouped
+
+
+def test_the_guard_leaves_everything_as_it_was():
+    model = tiny_model().train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    check_packing(model, max_length=64)
+    assert torch.equal(torch.rand(3), expected)
+    assert [module.training for module in model.modules()] == modes
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [(PromptTuningConfig, {}), (PrefixTuningConfig, {}), (PromptEncoderConfig, {"encoder_hidden_size": 32})],
+)
+def test_virtual_tokens_are_refused_by_name(tmp_path, kind, arguments):
+    config = kind(task_type="CAUSAL_LM", num_virtual_tokens=4, **arguments)
+    with pytest.raises(PersodpoError, match=kind.__name__):
+        GroupedDPOTrainer(
+            model=tiny_model(), args=GroupedDPOConfig(str(tmp_path), **TINY), train_dataset=tiny_pairs(4),
+            processing_class=tiny_tokenizer(), peft_config=config,
+        )  # fmt: skip
+    with pytest.raises(PersodpoError, match=kind.__name__):
+        check_packing(get_peft_model(tiny_model(), config))
+
+
+def test_attention_without_masks_trains_one_response_per_row():
+    """As flash attention: a kernel that is told only that rows are causal."""
+
+    def causal(module, query, key, value, attention_mask, **kwargs):
+        return sdpa_attention_forward(module, query, key, value, None, **kwargs | {"is_causal": True})
+
+    AttentionInterface.register("maskless", causal)
+    model = tiny_model()
+    model.set_attn_implementation("maskless")
+    verdict = check_packing(model, max_length=64)
+    assert not verdict.grouped
+    assert "sdpa" in verdict.reason
+    with torch.no_grad():
+        expected = torch.cat([plain_log_probs(model, group) for group in GROUPS])
+        assert torch.allclose(model(packed=pack(GROUPS, Layout(grouped=False))), expected, atol=1e-3)
