@@ -60,7 +60,9 @@ BOUNDS = {"trl": 20.0, "pairs": 6.0}
 PRODUCTS = {1: (1, 1), 2: (1, 2), 4: (2, 2), 8: (2, 4), 16: (4, 4)}
 #: Pairs per prompt -> least factor of `grouped` against TRL with a precomputed reference.
 STEP_BOUNDS = {1: 3.5, 16: 18.0}
-PROMPT_TOKENS, RESPONSE_TOKENS, TIMED_STEPS = 300, 60, 2
+PROMPT_TOKENS, RESPONSE_TOKENS = 300, 60
+#: Optimiser steps of a timed run, by the kind of rung.
+TIMED_STEPS = {"slow": 1, "fast": 6}
 
 
 def partition(counts: list[int], target: int) -> list[list[int]]:
@@ -160,8 +162,8 @@ def product(folder: Path, count: int) -> None:
             (asked + "\n", chosen + " <|end|>", rejected + " <|end|>") for chosen in sides[0] for rejected in sides[1]
         ]
 
-    steps = [[prompt() for _ in range(STEP_PAIRS // count)] for _ in range(TIMED_STEPS)]
-    for kind in ("slow", "fast"):
+    for kind, number in TIMED_STEPS.items():
+        steps = [[prompt() for _ in range(STEP_PAIRS // count)] for _ in range(number)]
         (folder / f"steps-{kind}.json").write_text(json.dumps(steps))
 
 
@@ -283,7 +285,8 @@ def by_pairs_per_prompt(repeats: int, folder: Path) -> dict[int, dict[str, Any]]
                 print(count, name, measured[-1], file=sys.stderr, flush=True)
         entry: dict[str, Any] = {"runs": runs}
         for name, measured in runs.items():
-            entry[name] = statistics.median(each["seconds"] for each in measured) / TIMED_STEPS
+            number = TIMED_STEPS["fast" if name in FAST else "slow"]
+            entry[name] = statistics.median(each["seconds"] for each in measured) / number
             entry[f"{name} GiB"] = max(each["gib"] for each in measured)
         for name in ("trl", "trl-tuned"):
             entry[f"against {name}"] = entry[name] / entry["grouped"]
@@ -303,8 +306,8 @@ def step_table(steps: dict[int, dict[str, Any]], repeats: int) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     note = (
         f"Prompts of {PROMPT_TOKENS} tokens, responses of {RESPONSE_TOKENS}, {STEP_PAIRS} pairs a step, the same model; "
-        f"medians of {repeats} runs of {TIMED_STEPS} steps each, without the reference pass. Memory is the peak of the "
-        "whole process."
+        f"medians of {repeats} runs of {TIMED_STEPS['slow']} step (grouped: {TIMED_STEPS['fast']}), without the reference pass. "
+        "Memory is the peak of the whole process."
     )
     return "\n".join([*lines, "", note])
 

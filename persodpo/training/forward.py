@@ -100,21 +100,25 @@ def text_config(model: Any) -> Any:
     return base_model(model).config.get_text_config()
 
 
-def install_packed_forward(model: Any, *, own_head: bool = False) -> None:
+def install_packed_forward(model: Any, *, grouped: bool = True, own_head: bool = False) -> None:
     """Let ``model(packed=rows)`` return the log-probability of each response; any other call stays what it was.
 
     With ``aux_loss=True`` it returns the auxiliary loss of a mixture of experts, too. Going through the model's own forward
     is what makes wrappers work: DistributedDataParallel sees the call and reduces gradients, accelerate's mixed precision
-    applies, and PEFT's adapters are on or off as set. Attention becomes that of `PACKED_ATTENTION` where the model hands
-    extra arguments down to it.
+    applies, and PEFT's adapters are on or off as set.
 
     Args:
-        model: A causal language model, PEFT-wrapped or not. A second call changes ``own_head`` alone.
+        model: A causal language model, PEFT-wrapped or not. A second call changes the options alone.
+        grouped: Rows hold several responses, so attention becomes that of `PACKED_ATTENTION`; else it is the model's own.
         own_head: Let the model's own forward make the logits of all positions, for heads that are not a projection with a
             scale and a cap; costs memory.
     """
     base = base_model(model)
     base.packed_own_head = own_head
+    plain_name = attention_of(base)
+    name = PACKED_ATTENTION.get(plain_name, plain_name) if grouped else plain_name
+    if name != base.config._attn_implementation and _hands_arguments_down(base):
+        base.set_attn_implementation(name)
     plain = base.forward
     if getattr(plain, "takes_packed", False):
         return
@@ -127,9 +131,6 @@ def install_packed_forward(model: Any, *, own_head: bool = False) -> None:
 
     forward.takes_packed = True  # type: ignore[attr-defined]
     base.forward = forward
-    name = PACKED_ATTENTION.get(base.config._attn_implementation)
-    if name and _hands_arguments_down(base.base_model) and base._can_set_attn_implementation():
-        base.set_attn_implementation(name)
 
 
 def attention_of(model: Any) -> str:
@@ -138,9 +139,10 @@ def attention_of(model: Any) -> str:
     return {packed: plain for plain, packed in PACKED_ATTENTION.items()}.get(name, name)
 
 
-def _hands_arguments_down(decoder: nn.Module) -> bool:
-    parameters = inspect.signature(decoder.forward).parameters.values()
-    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+def _hands_arguments_down(base: Any) -> bool:
+    """Tell whether attention can be set, and be told of the rows."""
+    parameters = inspect.signature(base.base_model.forward).parameters.values()
+    return bool(base._can_set_attn_implementation()) and any(one.kind is one.VAR_KEYWORD for one in parameters)
 
 
 def response_log_probs(model: Any, rows: PackedRows) -> Tensor:

@@ -32,6 +32,8 @@ from persodpo.training.packing import Group, Layout, pack
 ROUNDING = {torch.float64: 1e-7, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.2}
 #: The same as a share of what another prompt does to the log-probabilities.
 SHARE = 0.01
+#: Parts of the names of config entries that hold a length from which on a model computes otherwise.
+LENGTHS = ("window", "chunk", "local", "original_max", "topk", "top_k", "block", "span", "segment")
 #: Tokens of the responses, and of the prompt where no window is longer.
 RESPONSES, PROMPT = (9, 6, 11), 14
 #: What a packed pass through an architecture that cannot be packed may raise.
@@ -86,26 +88,35 @@ def check_packing(model: Any, max_length: int | None = 1024, token_budget: int =
             plain forward passes, or those fail.
     """
     refuse_prompt_learning(model)
-    name, attention = type(base_model(model)).__name__, attention_of(model)
     groups = _random_groups(model, max_length, token_budget)
-    with _as_it_was(model), torch.no_grad():
+    try:
+        return _verdict(model, groups, exact=True)
+    except torch.OutOfMemoryError:
+        return _verdict(model, groups, exact=False)
+
+
+def _verdict(model: Any, groups: list[Group], *, exact: bool) -> Verdict:
+    """Return the fastest layout that gives what plain passes give; ``exact`` computes half precision in float32."""
+    name, attention = type(base_model(model)).__name__, attention_of(model)
+    grouped = attention in PACKED_ATTENTION
+    reason = "" if grouped else f"attention '{attention}' takes no mask of ours; load the model with 'sdpa' to group"
+    worst = math.inf
+    with _as_it_was(model, exact=exact), torch.no_grad():
+        install_packed_forward(model, grouped=False)
         try:
             plain = [_plain_log_probs(model, group) for group in groups]
+        except torch.OutOfMemoryError:
+            raise
         except FAULTS as error:
             raise PersodpoError(
                 f"{name} fails on plain text under attention '{attention}' ({type(error).__name__}: {_first_line(error)}); "
                 "it cannot be trained here."
             ) from error
         tolerance = _tolerance(model, *plain)
-        grouped = attention in PACKED_ATTENTION
-        reason = (
-            "" if grouped else f"attention '{attention}' takes no mask of ours; load the model with 'sdpa' to group"
-        )
-        worst = math.inf
         for layout in [True, False][not grouped :]:
             for own_head in (False, True):
-                install_packed_forward(model, own_head=own_head)
-                difference, why = _difference(model, groups, torch.cat(plain), grouped=layout)
+                install_packed_forward(model, grouped=layout, own_head=own_head)
+                difference, why = _difference(model, groups, plain, grouped=layout)
                 if difference <= tolerance:
                     return Verdict(layout, own_head, difference, tolerance, reason)
                 worst = min(worst, difference)
@@ -195,7 +206,7 @@ def longest_window(model: Any, limit: int) -> int:
                 pending.append(value)
             elif isinstance(value, dict):
                 windows.append(int(value.get("original_max_position_embeddings") or 0))
-            elif isinstance(value, int) and any(part in name for part in ("window", "chunk", "local", "original_max")):
+            elif isinstance(value, int) and any(part in name for part in LENGTHS):
                 windows.append(value)
     return max(window for window in windows if window < limit)
 
@@ -235,27 +246,31 @@ def _plain_ids(model: Any) -> Tensor:
 
 
 def _plain_log_probs(model: Any, group: Group) -> Tensor:
-    """Run one forward pass over prompt and response alone for each response."""
-    sums = []
+    """Run one forward pass over prompt and response alone for each response; nats per token."""
+    means = []
     for response in group.responses:
         ids = torch.tensor([group.prompt + response], device=model.device)
         logits = model(input_ids=ids, use_cache=False).logits[0, len(group.prompt) - 1 : -1]
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        sums.append(torch.log_softmax(wide, -1).gather(-1, ids[0, len(group.prompt) :, None]).sum() / len(response))
-    return torch.stack(sums)
+        means.append(torch.log_softmax(wide, -1).gather(-1, ids[0, len(group.prompt) :, None]).mean())
+    return torch.stack(means)
 
 
-def _difference(model: Any, groups: list[Group], plain: Tensor, *, grouped: bool) -> tuple[float, str]:
+def _difference(model: Any, groups: list[Group], plain: list[Tensor], *, grouped: bool) -> tuple[float, str]:
     """Return how far packed log-probabilities are from plain ones, in nats per token, and in words."""
     lengths = torch.tensor([len(response) for group in groups for response in group.responses])
+    one = Group(groups[0].prompt, groups[0].responses[:1])
     try:
         packed = model(packed=pack(groups, Layout(grouped=grouped)).to(model.device))
+        # Attention is another now; whoever generates with it must not notice.
+        again = _plain_log_probs(model, one) - plain[0][:1] if grouped else plain[0].new_zeros(1)
     except torch.OutOfMemoryError:
         raise
     except FAULTS as error:
         return math.inf, f"a packed pass ends with {type(error).__name__}: {_first_line(error)}"
-    difference = float((packed / lengths.to(packed.device) - plain).abs().max())
-    return difference if math.isfinite(difference) else math.inf, f"log-probabilities differ by {difference:.2g} nats"
+    apart = torch.cat([packed / lengths.to(packed.device) - torch.cat(plain), again]).abs().max()
+    difference = float(apart) if apart.isfinite() else math.inf
+    return difference, f"log-probabilities differ by {difference:.2g} nats per token"
 
 
 def _tolerance(model: Any, long: Tensor, short: Tensor) -> float:
@@ -274,21 +289,32 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _as_it_was(model: Any) -> Iterator[None]:
-    """Switch to evaluation, outside mixed precision, new adapters awake; put back modes, adapters and random state."""
+def _as_it_was(model: Any, *, exact: bool) -> Iterator[None]:
+    """Put back each module's mode, new adapters, half precision and the random state afterwards.
+
+    Meanwhile the model is in evaluation mode, outside mixed precision, and in float32 where it was in half precision and
+    ``exact``: nothing else tells a leak from rounding. New adapters begin at zero and would hide what they do, so they are
+    filled.
+    """
     modes = [(module, module.training) for module in model.modules()]
     devices = [model.device] if model.device.type == "cuda" else []
-    # New adapters begin at zero and would hide what they do.
+    halves = [
+        (t, t.dtype) for t in (*model.parameters(), *model.buffers()) if t.dtype in {torch.float16, torch.bfloat16}
+    ]
     asleep = [p for p in model.parameters() if p.requires_grad and isinstance(model, PeftModel) and not p.any()]
     model.train(mode=False)
     try:
         with torch.random.fork_rng(devices=devices), torch.autocast(model.device.type, enabled=False):
             torch.manual_seed(0)
+            for tensor, _ in halves if exact else []:
+                tensor.data = tensor.data.float()
             for parameter in asleep:
                 parameter.data.normal_(0, 0.02)
             yield
     finally:
         for parameter in asleep:
             parameter.data.zero_()
+        for tensor, dtype in halves:
+            tensor.data = tensor.data.to(dtype)
         for module, mode in modes:
             module.training = mode
