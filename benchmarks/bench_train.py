@@ -306,8 +306,8 @@ def step_table(steps: dict[int, dict[str, Any]], repeats: int) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     note = (
         f"Prompts of {PROMPT_TOKENS} tokens, responses of {RESPONSE_TOKENS}, {STEP_PAIRS} pairs a step, the same model; "
-        f"medians of {repeats} runs of {TIMED_STEPS['slow']} step (grouped: {TIMED_STEPS['fast']}), without the reference pass. "
-        "Memory is the peak of the whole process."
+        f"medians of {repeats} runs of {TIMED_STEPS['slow']} step (grouped: {TIMED_STEPS['fast']}), without the reference "
+        "pass. Memory is the peak of the whole process."
     )
     return "\n".join([*lines, "", note])
 

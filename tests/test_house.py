@@ -203,6 +203,18 @@ def test_readme_shows_the_measured_trainer():
     assert grouped["against_pairs"] >= 6
     assert grouped["gib"] < measured["rungs"]["trl"]["gib"]
     assert max(measured["losses_apart"].values()) < 1e-4
+    steps = measured["pairs_per_prompt"]
+    assert steps["1"]["against trl-tuned"] >= 3.5
+    assert steps["16"]["against trl-tuned"] >= 18
+    assert all(step["grouped GiB"] < step["trl GiB"] for step in steps.values())
+
+
+def test_readme_shows_the_checked_architectures():
+    results = PROJECT / "benchmarks" / "results"
+    assert (results / "architectures.md").read_text().split("\n\n")[0] in README
+    outcomes = [case["outcome"] for case in json.loads((results / "architectures.json").read_text())["cases"]]
+    assert outcomes.count("grouped") > 200
+    assert "wrong" not in outcomes
 
 
 def test_readme_shows_the_measured_scoring():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -51,7 +51,7 @@ def reference_log_probs(
         share: This process's number and how many there are; each takes its share of the micro-batches.
 
     Returns:
-        Number of a part of a group (see `whole_groups`) -> one value per response, for this process's share.
+        Number of a part of a group -> one value per response, for this process's share.
     """
     number, count = share
     parts = [part for group in groups for part in split_responses(group, token_budget, layout)]
@@ -69,9 +69,9 @@ def reference_log_probs(
     return values
 
 
-def whole_groups(parts: dict[int, list[float]], groups: Sequence[Group]) -> list[list[float]]:
-    """Return one list per group from the values of all its parts."""
-    rest = chain.from_iterable(parts[place] for place in sorted(parts))
+def by_group(values: Iterable[float], groups: Sequence[Group]) -> list[list[float]]:
+    """Return one list per group from the values of all responses in order."""
+    rest = iter(values)
     return [[next(rest) for _ in group.responses] for group in groups]
 
 
@@ -81,10 +81,7 @@ def load_reference(path: Path, groups: Sequence[Group]) -> list[list[float]] | N
         values = load_file(path)["log_probs"].tolist()
     except (OSError, SafetensorError, KeyError):
         return None
-    if len(values) != sum(len(group.responses) for group in groups):
-        return None
-    rest = iter(values)
-    return [[next(rest) for _ in group.responses] for group in groups]
+    return by_group(values, groups) if len(values) == sum(len(group.responses) for group in groups) else None
 
 
 def save_reference(path: Path, values: Sequence[Sequence[float]], **settings: object) -> None:

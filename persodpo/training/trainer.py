@@ -52,11 +52,11 @@ from persodpo.training.guard import Verdict, check_models, refuse_prompt_learnin
 from persodpo.training.loss import LossSettings, Pairs, Weighting, pair_losses
 from persodpo.training.packing import Group, Layout, PackedRows
 from persodpo.training.reference import (
+    by_group,
     load_reference,
     reference_key,
     reference_log_probs,
     save_reference,
-    whole_groups,
 )
 
 __all__ = ["GroupedDPOConfig", "GroupedDPOTrainer"]
@@ -211,7 +211,7 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
             )
         model.train(training)
         merged = {place: values for share in gather_object([parts]) for place, values in share.items()}
-        values = whole_groups(merged, groups)
+        values = by_group((value for place in sorted(merged) for value in merged[place]), groups)
         if not all(math.isfinite(value) for group in values for value in group):
             raise PersodpoError("A reference log-probability is not a number; the model's weights are damaged.")
         return values
