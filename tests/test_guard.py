@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
+from contextlib import suppress
 
 import pytest
 import torch
@@ -188,7 +190,7 @@ def test_the_guard_sees_what_a_new_adapter_hides():
         with model.disable_adapter():
             return forward(*args, packed=packed, **kwargs)
 
-    without_adapter.takes_packed = True
+    without_adapter.packs_for = model.base_model.model
     model.base_model.model.forward = without_adapter
     with pytest.raises(PersodpoError):
         check_packing(model, max_length=64)
@@ -254,3 +256,61 @@ def test_attention_without_masks_trains_one_response_per_row():
     with torch.no_grad():
         expected = torch.cat([plain_log_probs(model, group) for group in GROUPS])
         assert torch.allclose(model(packed=pack(GROUPS, Layout(grouped=False))), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["convolution", "linear attention", "recurrence", "positions from columns"])
+@pytest.mark.parametrize("deviation", [0.02, 0.2])
+def test_half_precision_and_small_weights_hide_no_leak(name, deviation):
+    """In bf16 a leak is no larger than rounding, and where weights are small hardly anything moves anything."""
+    kind, attention, extra, _ = ARCHITECTURES[name]
+    model = architecture(kind, attention, extra)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(deviation / 0.2)
+    weights = {key: value.clone() for key, value in model.to(torch.bfloat16).state_dict().items()}
+    assert not check_packing(model, max_length=64).grouped
+    for key, value in model.state_dict().items():
+        assert value.dtype == weights[key].dtype, "put back"
+        assert torch.equal(value, weights[key])
+    assert check_packing(tiny_model().to(torch.bfloat16), max_length=64).grouped
+
+
+def test_attention_that_another_name_changes_is_left_alone():
+    """DeepSeek's sparse attention picks the best keys under the names 'eager' and 'sdpa' alone."""
+    extra = {
+        "index_topk": 40, "index_n_heads": 2, "index_head_dim": 8, "kv_lora_rank": 8, "q_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4, "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+        "topk_group": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1, "num_key_value_heads": 4,
+    }  # fmt: skip
+    model = architecture("deepseek_v32", "sdpa", extra)
+    group = Group([number % 50 + 3 for number in range(60)], GROUPS[0].responses)
+    with torch.no_grad():
+        plain = plain_log_probs(model, group)
+        # Its selection of keys has ties that tokens behind a response can turn; then it is refused.
+        with suppress(PersodpoError):
+            assert not check_packing(model, max_length=128).grouped
+        assert torch.equal(plain_log_probs(model, group), plain), "who generates notices nothing"
+
+
+def test_what_changes_after_the_guard_is_noticed(tmp_path):
+    trainer = GroupedDPOTrainer(
+        model=architecture("mistral", "sdpa", {"sliding_window": 8}), args=GroupedDPOConfig(str(tmp_path), **TINY),
+        train_dataset=tiny_pairs(4), processing_class=tiny_tokenizer(),
+    )  # fmt: skip
+    copied = copy.deepcopy(trainer.model)
+    with pytest.raises(PersodpoError, match="copy"):
+        check_packing(copied)
+    trainer.model.set_attn_implementation("sdpa")
+    with pytest.raises(PersodpoError, match="Attention was set to 'sdpa'"):
+        trainer.train()
+
+
+def test_invocation_tokens_are_refused(tmp_path):
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[10, 11])
+    with pytest.raises(PersodpoError, match="LoraConfig"):
+        GroupedDPOTrainer(
+            model=tiny_model(), args=GroupedDPOConfig(str(tmp_path), **TINY), train_dataset=tiny_pairs(4),
+            processing_class=tiny_tokenizer(), peft_config=config,
+        )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import TINY, tiny_model, tiny_pairs, tiny_tokenizer
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -325,6 +326,54 @@ def test_the_reference_cache_knows_the_config(tmp_path):
     assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2
 
 
+def test_the_reference_cache_knows_what_parameters_do_not_tell(tmp_path):
+    """The same weights and config under another scale of attention."""
+    cache = {"reference_cache": str(tmp_path / "cache"), "max_steps": 1}
+    grouped(tmp_path / "a", **cache)
+    other = tiny_model()
+    for layer in other.model.layers:
+        layer.self_attn.scaling *= 0.5
+    trainer = grouped(tmp_path / "b", model=other, **cache)
+    trainer.train()
+    assert logs(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_an_adapter_as_reference_stays_on(tmp_path):
+    """Policy: base with merged adapter. Reference: the same, unmerged."""
+    adapter = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    torch.manual_seed(1)
+    reference = get_peft_model(tiny_model(), adapter)
+    merged = copy.deepcopy(reference).merge_and_unload().requires_grad_(True)
+    trainer = grouped(tmp_path, model=merged, ref_model=reference, max_steps=1)
+    trainer.train()
+    assert logs(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_a_reference_that_was_trained_is_neither_used_nor_cached(tmp_path):
+    """Weights beside the adapters are trained, so that without adapters the model is no longer what it was."""
+    cache = {"reference_cache": str(tmp_path / "cache"), "max_steps": 2}
+    new = tiny_pairs(4, seed=8)
+    trainer = grouped(tmp_path / "a", peft_config=LoraConfig(r=4, target_modules=["q_proj"], bias="all"), **cache)
+    trainer.train()
+    files = len(list((tmp_path / "cache").glob("*")))
+    with pytest.raises(PersodpoError, match="ref_model"):
+        trainer.evaluate(new)
+    assert len(list((tmp_path / "cache").glob("*"))) == files
+
+
+def test_a_dataset_of_another_trainer_is_refused(tmp_path):
+    first = grouped(tmp_path / "a", max_steps=1)
+    with pytest.raises(PersodpoError, match="grouped by another trainer"):
+        grouped(tmp_path / "b", first.train_dataset)
+
+
+def test_tokens_without_an_embedding_are_refused(tmp_path):
+    small = tiny_model()
+    small.resize_token_embeddings(40)
+    with pytest.raises(PersodpoError, match="has no embedding"):
+        grouped(tmp_path, model=small)
+
+
 def test_the_users_own_config_is_taken_and_left_as_it_was(tmp_path):
     @dataclass
     class Mine(DPOConfig):
@@ -351,8 +400,9 @@ def test_the_users_own_config_is_taken_and_left_as_it_was(tmp_path):
 
 
 def test_what_has_no_effect_is_said(tmp_path):
-    with pytest.warns(UserWarning, match="precompute_ref_batch_size=3 has no effect"):
-        grouped(tmp_path, precompute_ref_batch_size=3)
+    for name, value in (("precompute_ref_batch_size", 3), ("disable_dropout", False)):
+        with pytest.warns(UserWarning, match=f"{name}={value}"):
+            grouped(tmp_path, **{name: value})
 
 
 def test_the_card_says_what_trl_does_not_know(tmp_path):
@@ -516,6 +566,10 @@ def test_two_processes_give_what_one_gives(tmp_path):
         ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3]}, "One loss is trained"),
         ({"f_divergence_type": "js_divergence"}, "f_divergence_type='js_divergence' cannot be grouped"),
         ({"torch_compile": True}, "torch_compile=True cannot be grouped"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0 cannot be grouped"),
+        ({"weighting": "Sigmoid"}, "'Sigmoid'"),
+        ({"token_budget": 0}, "token_budget is 0"),
+        ({"train_sampling_strategy": "group_by_length"}, "group_by_length"),
         ({"ld_alpha": 0.5}, "ld_alpha=0.5 cannot be grouped"),
         ({"use_weighting": True}, "use_weighting=True cannot be grouped"),
         ({"truncation_mode": "keep_end"}, "truncation_mode='keep_end'"),

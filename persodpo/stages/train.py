@@ -96,7 +96,7 @@ def train_on(
         What was done.
     """
     # Torch is slow to load.
-    from persodpo.training import forward, groups, guard, health, loss, packing, reference, trainer  # noqa: PLC0415
+    from persodpo.training import checks, config, forward, groups, guard, health, loss, packing, reference, trainer  # noqa: PLC0415
     from persodpo.training import run as training  # noqa: PLC0415
 
     start = start_policy(run)
@@ -123,7 +123,20 @@ def train_on(
         inputs=inputs,
         settings=settings,
         outputs=outputs,
-        code=[training, trainer, forward, groups, guard, packing, reference, loss, health, persodpo.training.arms],
+        code=[
+            training,
+            trainer,
+            checks,
+            config,
+            forward,
+            groups,
+            guard,
+            packing,
+            reference,
+            loss,
+            health,
+            persodpo.training.arms,
+        ],
         build=build,
         overwrite=overwrite or not training.is_trained(folder, key),
     )

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
 from trl import DPOConfig
 
 from persodpo.errors import PersodpoError
 from persodpo.training.loss import Weighting
 
-#: Arguments that look at a response's partner, change the reference or split a row, with the only value that can be grouped.
+#: Arguments that look at a response's partner, change the reference, split a row or draw noise per row, with the only value
+#: that can be grouped.
 UNGROUPED = {
     "ld_alpha": None, "use_weighting": False, "sync_ref_model": False, "truncation_mode": "keep_start",
     "f_divergence_type": "reverse_kl", "torch_compile": False, "parallelism_config": None, "deepspeed": None,
-    "deepspeed_plugin": None,
+    "deepspeed_plugin": None, "neftune_noise_alpha": None,
 }  # fmt: skip
 #: Arguments that say what is done otherwise here, with the value that keeps still about it.
 OTHERWISE = {
-    "precompute_ref_log_probs": (True, "reference log-probabilities are always computed before training"),
-    "precompute_ref_batch_size": (None, "token_budget bounds the reference pass, too"),
+    "precompute_ref_log_probs": (True, "has no effect, reference log-probabilities are computed before training"),
+    "precompute_ref_batch_size": (None, "has no effect, token_budget bounds the reference pass"),
+    "disable_dropout": (
+        True,
+        "lets the responses of a prompt share its dropout, which TRL draws for each side of a pair",
+    ),
 }
 
 
@@ -51,6 +56,12 @@ def check_arguments(args: DPOConfig) -> None:
     Raises:
         PersodpoError: An argument cannot be honoured.
     """
+    if option(args, "weighting") not in get_args(Weighting):
+        raise PersodpoError(f"weighting is one of {', '.join(get_args(Weighting))}, not {option(args, 'weighting')!r}.")
+    if option(args, "token_budget") < 1:
+        raise PersodpoError(f"token_budget is {option(args, 'token_budget')}; it needs at least 1 position.")
+    if args.train_sampling_strategy == "group_by_length":
+        raise PersodpoError("train_sampling_strategy='group_by_length' has no use: batches are sorted anyway.")
     for name, allowed in UNGROUPED.items():
         if getattr(args, name, allowed) != allowed:
             raise PersodpoError(
@@ -58,7 +69,7 @@ def check_arguments(args: DPOConfig) -> None:
             )
     for name, (value, sentence) in OTHERWISE.items():
         if getattr(args, name) != value:
-            warnings.warn(f"{name}={getattr(args, name)!r} has no effect: {sentence}.", stacklevel=3)
+            warnings.warn(f"{name}={getattr(args, name)!r} {sentence}.", stacklevel=3)
 
 
 def only_loss(args: DPOConfig) -> str:

@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
+from persodpo.errors import PersodpoError
 from persodpo.training.packing import PackedRows
 
 #: transformers' attention -> name under which the same attention on packed rows is registered with transformers.
@@ -119,8 +120,14 @@ def install_packed_forward(model: Any, *, grouped: bool = True, own_head: bool =
     name = PACKED_ATTENTION.get(plain_name, plain_name) if grouped else plain_name
     if name != base.config._attn_implementation and _hands_arguments_down(base):
         base.set_attn_implementation(name)
+    base.packed_attention = base.config._attn_implementation
     plain = base.forward
-    if getattr(plain, "takes_packed", False):
+    if hasattr(plain, "packs_for"):
+        if plain.packs_for is not base:
+            raise PersodpoError(
+                "The model is a copy of one that a trainer has, and its forward pass is still that of the original; load it "
+                "anew instead."
+            )
         return
 
     @wraps(plain)
@@ -129,7 +136,7 @@ def install_packed_forward(model: Any, *, grouped: bool = True, own_head: bool =
             return plain(*args, **kwargs)
         return (log_probs_and_auxiliary_loss if aux_loss else response_log_probs)(base, packed)
 
-    forward.takes_packed = True  # type: ignore[attr-defined]
+    forward.packs_for = base  # type: ignore[attr-defined]
     base.forward = forward
 
 
@@ -161,6 +168,10 @@ def response_log_probs(model: Any, rows: PackedRows) -> Tensor:
 def _log_probs_and_outputs(base: Any, rows: PackedRows, **inputs: Any) -> tuple[Tensor, Any]:
     inputs |= {"input_ids": rows.input_ids, "use_cache": False}
     if rows.grouped:
+        if base.config._attn_implementation != getattr(base, "packed_attention", base.config._attn_implementation):
+            raise PersodpoError(
+                f"Attention was set to '{base.config._attn_implementation}' after the trainer was made; set it before."
+            )
         eager = attention_of(base) == "eager"
         inputs |= {"position_ids": rows.position_ids, "attention_mask": rows.mask(dtype=base.dtype if eager else None)}
         if base.config._attn_implementation in PACKED_ATTENTION.values():

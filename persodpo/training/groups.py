@@ -246,7 +246,7 @@ def check_scores(dataset: Dataset, weighting: str, dataset_name: str) -> None:
         )
     for name in SCORES:
         for row, score in enumerate(dataset[name]):
-            if score is None or not math.isfinite(score):
+            if not isinstance(score, int | float) or not math.isfinite(score):
                 raise PersodpoError(
                     f"{name} of row {row} of the {dataset_name} dataset is {score}; every pair needs a score."
                 )

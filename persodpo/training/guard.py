@@ -8,14 +8,13 @@ log-probabilities differ by more than rounding, one response per row is tried, a
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftMixedModel, PeftModel
 from torch import Tensor
 
 from persodpo.errors import PersodpoError
@@ -29,11 +28,13 @@ from persodpo.training.forward import (
 from persodpo.training.packing import Group, Layout, pack
 
 #: Nats per token that rounding may explain, by the type of the weights.
-ROUNDING = {torch.float64: 1e-7, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.2}
+ROUNDING = {torch.float64: 2e-6, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.2}
+#: Share of it by which a response may move others of its row beyond what those of another row do.
+LEAK = 1e-3
 #: The same as a share of what another prompt does to the log-probabilities.
 SHARE = 0.01
 #: Parts of the names of config entries that hold a length from which on a model computes otherwise.
-LENGTHS = ("window", "chunk", "local", "original_max", "topk", "top_k", "block", "span", "segment")
+LENGTHS = ("window", "chunk", "local", "original_max", "topk", "top_k", "block", "span", "segment", "floor")
 #: Tokens of the responses, and of the prompt where no window is longer.
 RESPONSES, PROMPT = (9, 6, 11), 14
 #: What a packed pass through an architecture that cannot be packed may raise.
@@ -60,6 +61,7 @@ class Verdict:
         difference: Largest difference between packed and plain log-probabilities, nats per token.
         tolerance: What rounding explains, nats per token.
         reason: Why rows are not grouped, or the head is the model's own; empty otherwise.
+        probe: What the model makes of the random group, rounded; another model or other code makes something else.
     """
 
     grouped: bool
@@ -67,6 +69,7 @@ class Verdict:
     difference: float
     tolerance: float
     reason: str = ""
+    probe: str = ""
 
 
 def check_packing(model: Any, max_length: int | None = 1024, token_budget: int = 4096) -> Verdict:
@@ -98,8 +101,10 @@ def check_packing(model: Any, max_length: int | None = 1024, token_budget: int =
 def _verdict(model: Any, groups: list[Group], *, exact: bool) -> Verdict:
     """Return the fastest layout that gives what plain passes give; ``exact`` computes half precision in float32."""
     name, attention = type(base_model(model)).__name__, attention_of(model)
-    grouped = attention in PACKED_ATTENTION
-    reason = "" if grouped else f"attention '{attention}' takes no mask of ours; load the model with 'sdpa' to group"
+    grouped = attention in PACKED_ATTENTION and exact
+    reason = "" if grouped else "there is no memory to hold half precision against float32"
+    if attention not in PACKED_ATTENTION:
+        reason = f"attention '{attention}' takes no mask of ours; load the model with 'sdpa' to group"
     worst = math.inf
     with _as_it_was(model, exact=exact), torch.no_grad():
         install_packed_forward(model, grouped=False)
@@ -109,7 +114,7 @@ def _verdict(model: Any, groups: list[Group], *, exact: bool) -> Verdict:
             raise
         except FAULTS as error:
             raise PersodpoError(
-                f"{name} fails on plain text under attention '{attention}' ({type(error).__name__}: {_first_line(error)}); "
+                f"{name} fails on plain text under attention '{attention}' ({type(error).__name__}: {first_line(error)}); "
                 "it cannot be trained here."
             ) from error
         tolerance = _tolerance(model, *plain)
@@ -118,82 +123,35 @@ def _verdict(model: Any, groups: list[Group], *, exact: bool) -> Verdict:
                 install_packed_forward(model, grouped=layout, own_head=own_head)
                 difference, why = _difference(model, groups, plain, grouped=layout)
                 if difference <= tolerance:
-                    return Verdict(layout, own_head, difference, tolerance, reason)
+                    probe = " ".join(f"{value:.3f}" for value in torch.cat(plain).tolist())
+                    return Verdict(layout, own_head, difference, tolerance, reason, probe)
                 worst = min(worst, difference)
                 reason = reason or why
+        install_packed_forward(model, grouped=False)
     raise PersodpoError(
         f"{name} under attention '{attention}' gives other log-probabilities in rows of ours than in plain forward passes "
         f"({worst:.2g} nats per token apart, rounding explains {tolerance:.2g}); `trl dpo` trains it on the same pairs."
     )
 
 
-def check_models(model: Any, reference: Any, *, max_length: int | None, token_budget: int, aux_loss: bool) -> Verdict:
-    """Find out how a policy and its reference are trained together.
-
-    Args:
-        model: The policy.
-        reference: A reference model of its own, or None.
-        max_length: See `check_packing`.
-        token_budget: See `check_packing`.
-        aux_loss: Whether the policy's load-balancing loss is trained, too.
-
-    Returns:
-        The verdict that holds for both.
-
-    Raises:
-        PersodpoError: One of them cannot be trained here, or would be trained in part only.
-    """
-    name = type(base_model(model)).__name__
-    if getattr(base_model(model), "_hf_peft_config_loaded", False):
-        raise PersodpoError(
-            "The model was loaded from a folder of adapters; merge them into their base first (peft: "
-            "AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload()), or their training would be lost."
-        )
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise PersodpoError(f"No weight of {name} can be trained; load adapters with is_trainable=True.")
-    if getattr(model, "is_loaded_in_4bit", False) and model.device.type == "cpu":
-        raise PersodpoError(
-            "4-bit weights on a CPU cannot be trained: bitsandbytes packs them at the first evaluation, and no gradient "
-            "passes them from then on; load the model on a GPU, or without quantisation."
-        )
-    verdicts = [check_packing(one, max_length, token_budget) for one in (model, reference) if one is not None]
-    verdict = next((one for one in verdicts if not one.grouped), verdicts[0])
-    if aux_loss:
-        group = Group([3, 4], [[5], [6]], [0], [1], [1.0], [0])
-        rows = pack([group], Layout(grouped=verdict.grouped, closed=True)).to(model.device)
-        try:
-            with torch.no_grad():
-                loss = float(model(packed=rows, aux_loss=True)[1])
-        except FAULTS as error:
-            raise PersodpoError(
-                f"The auxiliary loss of {name} cannot be computed ({type(error).__name__}: {_first_line(error)}); set "
-                "router_aux_loss_coef=0."
-            ) from error
-        if not math.isfinite(loss):
-            raise PersodpoError(f"The auxiliary loss of {name} is {loss}; its weights are damaged.")
-    if verdict.reason:
-        layout = "grouped rows, with the logits of all positions" if verdict.grouped else "one response per row"
-        warnings.warn(
-            f"{name} under attention '{attention_of(model)}' is trained on {layout} ({verdict.reason}): the same losses, "
-            "but slower and with more memory.",
-            stacklevel=2,
-        )
-    return verdict
-
-
 def refuse_prompt_learning(model: Any) -> None:
-    """Refuse adapters that put tokens of their own before the prompt, on a model or as a config.
+    """Refuse adapters that read a sequence as a whole (virtual tokens, invocation tokens), on a model or as a config.
 
     Raises:
         PersodpoError: The model has such an adapter.
     """
     configs = model.peft_config if hasattr(model, "peft_config") else model
     for config in configs.values() if isinstance(configs, dict) else [configs]:
-        if getattr(config, "is_prompt_learning", False):
+        whole = getattr(config, "is_prompt_learning", False) or getattr(config, "alora_invocation_tokens", None)
+        if whole or "XLORA" in str(getattr(config, "peft_type", "")):
             raise PersodpoError(
-                f"{type(config).__name__} cannot be trained on packed rows, as its virtual tokens stand before each "
-                "sequence; use LoRA, or `trl dpo` on the same pairs."
+                f"{type(config).__name__} with {config.peft_type} cannot be trained on packed rows, as it needs to see each "
+                "sequence by itself; use plain LoRA, or `trl dpo` on the same pairs."
             )
+    if isinstance(model, PeftMixedModel):
+        raise PersodpoError(
+            "A PeftMixedModel has no reference to fall back on; use a PeftModel with one kind of adapter."
+        )
 
 
 def longest_window(model: Any, limit: int) -> int:
@@ -201,27 +159,27 @@ def longest_window(model: Any, limit: int) -> int:
     pending, windows = [base_model(model).config], [0]
     while pending:
         config = pending.pop()
-        for name, value in vars(config).items():
-            if hasattr(value, "to_dict"):
-                pending.append(value)
-            elif isinstance(value, dict):
-                windows.append(int(value.get("original_max_position_embeddings") or 0))
-            elif isinstance(value, int) and any(part in name for part in LENGTHS):
-                windows.append(value)
+        entries = config if isinstance(config, dict) else vars(config)
+        pending.extend(value for value in entries.values() if hasattr(value, "to_dict") or isinstance(value, dict))
+        windows.extend(
+            value for name, value in entries.items()
+            if isinstance(value, int) and isinstance(name, str) and any(part in name for part in LENGTHS)
+        )  # fmt: skip
+        if entries.get("rope_type") == "dynamic":
+            windows.append(getattr(text_config(model), "max_position_embeddings", 0))
     return max(window for window in windows if window < limit)
 
 
 def _random_groups(model: Any, max_length: int | None, token_budget: int) -> list[Group]:
-    """Return a group longer than the model's windows, and a shorter one with the same responses."""
-    positions = getattr(text_config(model), "max_position_embeddings", None) or math.inf
-    longest = int(min(max_length or math.inf, positions, token_budget if math.isinf(positions) else positions))
-    window = longest_window(model, max(longest, token_budget))
-    room = max(2, min(longest, window + sum(RESPONSES)) if window else PROMPT + max(RESPONSES))
+    """Return a group longer than the model's windows, and shorter ones with the same responses."""
+    positions = getattr(text_config(model), "max_position_embeddings", None) or token_budget
+    longest = min(max_length or positions, positions)
+    window = longest_window(model, max(max_length or 0, longest, token_budget))
+    if window == positions:
+        longest = min(max_length or math.inf, 2 * positions)
+    room = int(max(2, min(longest, window + sum(RESPONSES)) if window else PROMPT + max(RESPONSES)))
     lengths = [min(length, max(1, room // 2)) for length in RESPONSES]
     prompt = max(1, room - max(lengths))
-    # A window that no sequence reaches may still be shorter than a row.
-    while prompt + sum(lengths) <= window:
-        lengths.append(max(lengths))
     source = torch.Generator().manual_seed(0)
     ids = _plain_ids(model)
 
@@ -231,7 +189,13 @@ def _random_groups(model: Any, max_length: int | None, token_budget: int) -> lis
     responses = [draw(length) for length in lengths]
     # A response that begins as another shows a leak most clearly in a model that has learned to repeat.
     responses[2][: min(lengths)] = responses[0][: min(lengths)]
-    return [Group(draw(prompt), responses), Group(draw(max(1, min(prompt // 2, PROMPT))), responses[:3])]
+    short = [Group(draw(tokens), responses) for tokens in (max(1, min(prompt // 2, PROMPT)), 1)]
+    # A window that no sequence reaches may still be shorter than a row: fill the row up in the middle.
+    lacking = window + 1 - prompt - sum(lengths)
+    filler = (
+        [draw(max(1, room - prompt)) for _ in range(math.ceil(lacking / max(1, room - prompt)))] if lacking > 0 else []
+    )
+    return [Group(draw(prompt), [*responses[:1], *filler, *responses[1:]]), *short]
 
 
 def _plain_ids(model: Any) -> Tensor:
@@ -245,10 +209,15 @@ def _plain_ids(model: Any) -> Tensor:
     return torch.tensor([number for number in range(config.vocab_size) if number not in special])
 
 
+def _compared(group: Group) -> list[list[int]]:
+    """Return the responses that are compared: the first and the last two; between them stands what fills a row."""
+    return [group.responses[0], *group.responses[-2:]]
+
+
 def _plain_log_probs(model: Any, group: Group) -> Tensor:
     """Run one forward pass over prompt and response alone for each response; nats per token."""
     means = []
-    for response in group.responses:
+    for response in _compared(group):
         ids = torch.tensor([group.prompt + response], device=model.device)
         logits = model(input_ids=ids, use_cache=False).logits[0, len(group.prompt) - 1 : -1]
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -258,33 +227,72 @@ def _plain_log_probs(model: Any, group: Group) -> Tensor:
 
 def _difference(model: Any, groups: list[Group], plain: list[Tensor], *, grouped: bool) -> tuple[float, str]:
     """Return how far packed log-probabilities are from plain ones, in nats per token, and in words."""
-    lengths = torch.tensor([len(response) for group in groups for response in group.responses])
-    one = Group(groups[0].prompt, groups[0].responses[:1])
     try:
-        packed = model(packed=pack(groups, Layout(grouped=grouped)).to(model.device))
+        packed = _packed_log_probs(model, groups, grouped=grouped)
         # Attention is another now; whoever generates with it must not notice.
-        again = _plain_log_probs(model, one) - plain[0][:1] if grouped else plain[0].new_zeros(1)
+        again = _plain_log_probs(model, groups[0]) - plain[0] if grouped else plain[0].new_zeros(1)
+        # Other tokens in a response move nothing in the rest of its row, or no more than those of another row do: experts
+        # compute tokens together, so that even other rows move by rounding.
+        *rest, last = (replace(group, responses=_other_first(group)) for group in groups)
+        moved, by_rows = (
+            float((_packed_log_probs(model, changed, grouped=grouped) - packed)[-2:].abs().max())
+            for changed in ([*groups[:-1], last], [*rest, groups[-1]])
+        )
     except torch.OutOfMemoryError:
         raise
     except FAULTS as error:
-        return math.inf, f"a packed pass ends with {type(error).__name__}: {_first_line(error)}"
-    apart = torch.cat([packed / lengths.to(packed.device) - torch.cat(plain), again]).abs().max()
+        return math.inf, f"a packed pass ends with {type(error).__name__}: {first_line(error)}"
+    apart = torch.cat([packed - torch.cat(plain), again]).abs().max()
     difference = float(apart) if apart.isfinite() else math.inf
+    if difference < math.inf and moved > LEAK * ROUNDING[_precision(model)] + 10 * by_rows:
+        return math.inf, f"a response moves others of its row by {moved:.2g} nats per token"
     return difference, f"log-probabilities differ by {difference:.2g} nats per token"
 
 
-def _tolerance(model: Any, long: Tensor, short: Tensor) -> float:
+def _other_first(group: Group) -> list[list[int]]:
+    """Return the responses with other tokens in the first."""
+    first, last = group.responses[0], group.responses[-1][::-1]
+    return [(last * len(first))[: len(first)], *group.responses[1:]]
+
+
+def _packed_log_probs(model: Any, groups: list[Group], *, grouped: bool) -> Tensor:
+    """Return the log-probabilities of the compared responses, nats per token."""
+    values = model(packed=pack(groups, Layout(grouped=grouped)).to(model.device))
+    parts = torch.split(values, [len(group.responses) for group in groups])
+    lengths = torch.tensor([len(response) for group in groups for response in _compared(group)], device=values.device)
+    return torch.cat([part[[0, -2, -1]] for part in parts]) / lengths
+
+
+def _precision(model: Any) -> torch.dtype:
+    """Return the coarsest type that a model computes in."""
+    halves = {weight.dtype for weight in model.parameters()} & {torch.float16, torch.bfloat16}
+    if getattr(model, "is_quantized", False) or getattr(model, "is_loaded_in_4bit", False) or torch.bfloat16 in halves:
+        return torch.bfloat16
+    if halves or (model.device.type == "cuda" and model.dtype == torch.float32 and _tf32()):
+        return torch.float16
+    return torch.float64 if model.dtype == torch.float64 else torch.float32
+
+
+def _tf32() -> bool:
+    try:
+        return bool(torch.backends.cuda.matmul.allow_tf32)
+    except RuntimeError:  # set by torch's newer names
+        return True
+
+
+def _tolerance(model: Any, long: Tensor, short: Tensor, *_: Tensor) -> float:
     """Return what rounding explains, nats per token: never more than a small share of what the prompt does."""
-    dtype = model.dtype
-    if dtype == torch.float32 and model.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
-        dtype = torch.float16
-    effect = float((long[: len(short)] - short).square().mean().sqrt())
-    if dtype in {torch.float32, torch.float64}:
-        return min(ROUNDING[dtype], max(SHARE * effect, ROUNDING[dtype] / 100))
-    return ROUNDING[dtype]
+    rounding = ROUNDING[_precision(model)]
+    effect = float((long - short).square().mean().sqrt())
+    return (
+        rounding
+        if _precision(model) in {torch.float16, torch.bfloat16}
+        else min(rounding, max(SHARE * effect, rounding / 100))
+    )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says."""
     return (str(error).strip().splitlines() or [""])[0][:160]
 
 

@@ -8,18 +8,37 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
+import peft
 import torch
+import transformers
+import trl
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from persodpo.artifacts import write_atomically
+from persodpo.artifacts import source_digest, write_atomically
+from persodpo.training import forward, groups, packing
+from persodpo.training.forward import attention_of, base_model
 from persodpo.training.groups import micro_batches, split_responses
+from persodpo.training.guard import Verdict
 from persodpo.training.packing import Group, Layout, PackedRows, pack
 
 Forward = Callable[[PackedRows], Tensor]
+
+
+def describe(model: Any, verdict: Verdict) -> dict[str, object]:
+    """Return what else than weights a model's log-probabilities depend on, without where they came from."""
+    config = base_model(model).config.to_dict() | {"_name_or_path": None, "transformers_version": None}
+    return {
+        "config": json.dumps(config, sort_keys=True, default=str),
+        "adapters": {name: str(adapter) for name, adapter in getattr(model, "peft_config", {}).items()},
+        "dtype": model.dtype, "attention": attention_of(model), "grouped": verdict.grouped, "probe": verdict.probe,
+        "code": source_digest([sys.modules[__name__], forward, groups, packing]),
+        "versions": [module.__version__ for module in (torch, transformers, peft, trl)],
+    }  # fmt: skip
 
 
 def reference_key(groups: Sequence[Group], **settings: object) -> str:
@@ -39,13 +58,13 @@ def reference_key(groups: Sequence[Group], **settings: object) -> str:
 
 
 def reference_log_probs(
-    forward: Forward, groups: Sequence[Group], *, token_budget: int, layout: Layout, share: tuple[int, int] = (0, 1)
+    compute: Forward, rows: Sequence[Group], *, token_budget: int, layout: Layout, share: tuple[int, int] = (0, 1)
 ) -> dict[int, list[float]]:
     """Compute the log-probability of each response.
 
     Args:
-        forward: Packed rows to log-probabilities, [responses].
-        groups: What to compute it for.
+        compute: Packed rows to log-probabilities, [responses].
+        rows: What to compute it for.
         token_budget: Most positions of a micro-batch; a larger group is split.
         layout: How groups become rows.
         share: This process's number and how many there are; each takes its share of the micro-batches.
@@ -54,7 +73,7 @@ def reference_log_probs(
         Number of a part of a group -> one value per response, for this process's share.
     """
     number, count = share
-    parts = [part for group in groups for part in split_responses(group, token_budget, layout)]
+    parts = [part for group in rows for part in split_responses(group, token_budget, layout)]
     values: dict[int, list[float]] = {}
     batches = list(micro_batches(parts, token_budget, layout))
     # Sharded models gather weights in each pass, so every process makes as many.
@@ -64,7 +83,7 @@ def reference_log_probs(
     )
     for places in mine:
         with torch.no_grad():
-            log_probs = iter(forward(pack([parts[place] for place in places], layout)).float().tolist())
+            log_probs = iter(compute(pack([parts[place] for place in places], layout)).float().tolist())
         values |= {place: [next(log_probs) for _ in parts[place].responses] for place in places}
     return values
 

@@ -10,7 +10,6 @@ times log 2. Before that `persodpo.training.guard.check_packing` decides whether
 from __future__ import annotations
 
 import copy
-import json
 import math
 import warnings
 from collections.abc import Iterator
@@ -19,10 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peft
 import torch
-import transformers
-import trl
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
@@ -32,12 +28,10 @@ from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
-from persodpo.artifacts import source_digest, versions
+from persodpo.artifacts import versions
 from persodpo.errors import PersodpoError
-from persodpo.training import forward as forward_module
-from persodpo.training import packing
+from persodpo.training.checks import check_models, check_vocabulary, trains_adapters_alone
 from persodpo.training.config import GroupedDPOConfig, check_arguments, only_loss, option
-from persodpo.training.forward import attention_of, base_model
 from persodpo.training.groups import (
     GROUP_COLUMNS,
     Batch,
@@ -48,11 +42,12 @@ from persodpo.training.groups import (
     to_group,
     token_pairs,
 )
-from persodpo.training.guard import Verdict, check_models, refuse_prompt_learning
+from persodpo.training.guard import Verdict, refuse_prompt_learning
 from persodpo.training.loss import LossSettings, Pairs, Weighting, pair_losses
 from persodpo.training.packing import Group, Layout, PackedRows
 from persodpo.training.reference import (
     by_group,
+    describe,
     load_reference,
     reference_key,
     reference_log_probs,
@@ -136,7 +131,9 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
                 f"The {dataset_name} dataset is a stream; grouping needs all pairs of a prompt at hand."
             )
         if set(GROUP_COLUMNS) <= set(dataset.column_names):
-            return dataset
+            raise PersodpoError(
+                f"The {dataset_name} dataset was grouped by another trainer; pass the pairs themselves."
+            )
         weighting: Weighting = option(args, "weighting")
         if weighting != "none":
             check_scores(dataset, weighting, dataset_name)
@@ -155,15 +152,13 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
                 weights = [weight for group in groups for weight in group.weights]
                 self._mean_weight = sum(weights) / len(weights)
             for group in groups:
-                group.weights = [weight / self._mean_weight for weight in group.weights]
+                group.weights = [weight / (self._mean_weight or 1.0) for weight in group.weights]
         return Dataset.from_dict(
             {name: [getattr(group, field) for group in groups] for name, field in GROUP_COLUMNS.items()}
         )
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """Add the reference log-probability of each distinct response, from the cache or computed once."""
-        if "reference" in dataset.column_names:
-            return dataset
         if self.packing is None:
             self.packing = check_models(
                 self.model,
@@ -174,20 +169,20 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
             )
         model = self.ref_model or self.model
         groups = [to_group(example) for example in dataset]
-        described = {
-            "model": self._precompute_model_hash, "config": _config_text(model), "dtype": model.dtype,
-            "attention": attention_of(model), "autocast": self.accelerator.mixed_precision,
-            "max_length": self.args.max_length, "grouped": self.packing.grouped,
-            "code": source_digest([forward_module, packing]),
-            "versions": [module.__version__ for module in (torch, transformers, peft, trl)],
+        described = describe(model, self.packing) | {
+            "weights": self._precompute_model_hash, "autocast": self.accelerator.mixed_precision,
+            "max_length": self.args.max_length,
         }  # fmt: skip
         folder = Path(option(self.args, "reference_cache") or Path(self.args.output_dir) / "reference")
         path = folder / f"{reference_key(groups, **described)}.safetensors"
-        values = load_reference(path, groups)
+        check_vocabulary(model, groups)
+        # After training the model's hash is that of its start.
+        started = self.state.global_step > 0
+        values = None if started else load_reference(path, groups)
         # One process may have read the file while another found none.
         if any(gather_object([values is None])) or values is None:
             values = self._reference_values(model, groups)
-            if self.accelerator.is_main_process:
+            if self.accelerator.is_main_process and not started:
                 save_reference(path, values, **described)
         return dataset.add_column("reference", values)
 
@@ -201,7 +196,7 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
                 log_probs: Tensor = model(packed=rows.to(self.accelerator.device))
             return log_probs
 
-        with disable_gradient_checkpointing(model, self.args.gradient_checkpointing_kwargs), _adapters_off(model):
+        with disable_gradient_checkpointing(model, self.args.gradient_checkpointing_kwargs), self._adapters_off():
             parts = reference_log_probs(
                 forward,
                 groups,
@@ -215,6 +210,15 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         if not all(math.isfinite(value) for group in values for value in group):
             raise PersodpoError("A reference log-probability is not a number; the model's weights are damaged.")
         return values
+
+    def _adapters_off(self) -> AbstractContextManager[Any]:
+        """Return a context in which a PEFT policy is its own reference; nothing where another model is."""
+        if self.ref_model is not None or not isinstance(self.model, PeftModel):
+            return nullcontext()
+        context: AbstractContextManager[Any] = use_adapter(
+            self.model, "ref" if "ref" in self.model.peft_config else None
+        )
+        return context
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Batch]], device: torch.device) -> Tensor:
         """Count the pairs of the optimiser step over all ranks."""
@@ -326,12 +330,13 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
             PersodpoError: The reference of a new dataset is gone, as all weights were trained.
         """
         parts = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
-        raw = [part for part in parts if isinstance(part, Dataset) and "reference" not in part.column_names]
-        if not raw:
+        sets = list(self.eval_dataset.values()) if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        own = {id(one) for one in (self.train_dataset, *sets)}
+        if all(id(part) in own or not isinstance(part, Dataset) for part in parts):
             return super(DPOTrainer, self).evaluate(eval_dataset, *args, **kwargs)  # type: ignore[no-any-return]
-        if self.ref_model is None and not isinstance(self.model, PeftModel) and self.state.global_step > 0:
+        if self.ref_model is None and not trains_adapters_alone(self.model) and self.state.global_step > 0:
             raise PersodpoError(
-                "The reference of this dataset cannot be computed any more, as all weights were trained; pass ref_model (a "
+                "The reference of this dataset cannot be computed any more, as its weights were trained; pass ref_model (a "
                 "copy of the starting policy), or name the dataset as eval_dataset from the start."
             )
         return super().evaluate(eval_dataset, *args, **kwargs)  # type: ignore[no-any-return]
@@ -380,18 +385,3 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
             f"- {skipped}.", "",
         ]  # fmt: skip
         path.write_text(path.read_text(encoding="utf-8") + "\n".join(lines), encoding="utf-8")
-
-
-def _config_text(model: Any) -> str:
-    """Return a model's config and those of its adapters, without where they came from."""
-    content = base_model(model).config.to_dict() | {"_name_or_path": None, "transformers_version": None}
-    adapters = {name: str(config) for name, config in getattr(model, "peft_config", {}).items()}
-    return json.dumps([content, adapters], sort_keys=True, default=str)
-
-
-def _adapters_off(model: Any) -> AbstractContextManager[Any]:
-    """Return a context in which a PEFT model is its own reference; nothing for other models."""
-    if not isinstance(model, PeftModel):
-        return nullcontext()
-    context: AbstractContextManager[Any] = use_adapter(model, "ref" if "ref" in model.peft_config else None)
-    return context

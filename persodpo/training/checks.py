@@ -1,0 +1,92 @@
+"""What of a policy, its reference and its tokens is refused before anything is trained."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from persodpo.errors import PersodpoError
+from persodpo.training.forward import attention_of, base_model
+from persodpo.training.guard import FAULTS, Verdict, check_packing, first_line
+from persodpo.training.packing import Group, Layout, pack
+
+
+def check_models(model: Any, reference: Any, *, max_length: int | None, token_budget: int, aux_loss: bool) -> Verdict:
+    """Find out how a policy and its reference are trained together.
+
+    Args:
+        model: The policy.
+        reference: A reference model of its own, or None.
+        max_length: See `check_packing`.
+        token_budget: See `check_packing`.
+        aux_loss: Whether the policy's load-balancing loss is trained, too.
+
+    Returns:
+        The verdict that holds for both.
+
+    Raises:
+        PersodpoError: One of them cannot be trained here, or would be trained in part only.
+    """
+    name = type(base_model(model)).__name__
+    if getattr(base_model(model), "_hf_peft_config_loaded", False):
+        raise PersodpoError(
+            "The model was loaded from a folder of adapters; merge them into their base first (peft: "
+            "AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload()), or their training would be lost."
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise PersodpoError(f"No weight of {name} can be trained; load adapters with is_trainable=True.")
+    if getattr(model, "is_loaded_in_4bit", False) and model.device.type == "cpu":
+        raise PersodpoError(
+            "4-bit weights on a CPU cannot be trained: bitsandbytes packs them at the first evaluation, and no gradient "
+            "passes them from then on; load the model on a GPU, or without quantisation."
+        )
+    verdicts = [check_packing(one, max_length, token_budget) for one in (model, reference) if one is not None]
+    verdict = next((one for one in verdicts if not one.grouped), verdicts[0])
+    if aux_loss:
+        group = Group([3, 4], [[5], [6]], [0], [1], [1.0], [0])
+        rows = pack([group], Layout(grouped=verdict.grouped, closed=True)).to(model.device)
+        try:
+            with torch.no_grad():
+                loss = float(model(packed=rows, aux_loss=True)[1])
+        except FAULTS as error:
+            raise PersodpoError(
+                f"The auxiliary loss of {name} cannot be computed ({type(error).__name__}: {first_line(error)}); set "
+                "router_aux_loss_coef=0."
+            ) from error
+        if not math.isfinite(loss):
+            raise PersodpoError(f"The auxiliary loss of {name} is {loss}; its weights are damaged.")
+    if verdict.reason:
+        layout = "grouped rows, with the logits of all positions" if verdict.grouped else "one response per row"
+        warnings.warn(
+            f"{name} under attention '{attention_of(model)}' is trained on {layout} ({verdict.reason}): the same losses, "
+            "but slower and with more memory.",
+            stacklevel=2,
+        )
+    return verdict
+
+
+def check_vocabulary(model: Any, groups: Sequence[Group]) -> None:
+    """Refuse tokens that a model has no embedding for.
+
+    Raises:
+        PersodpoError: There is one.
+    """
+    largest = max(token for group in groups for ids in (group.prompt, *group.responses) for token in ids)
+    embeddings = getattr(model.get_input_embeddings(), "num_embeddings", math.inf)
+    if largest >= embeddings:
+        raise PersodpoError(
+            f"Token {largest} has no embedding in {type(base_model(model)).__name__}, which has {embeddings}."
+        )
+
+
+def trains_adapters_alone(model: Any) -> bool:
+    """Tell whether a model without its adapters is still what it was before training."""
+    if not isinstance(model, PeftModel):
+        return False
+    own = (getattr(model.base_model, "prefix", "lora_"), "modules_to_save", "trainable_tokens")
+    return all(any(part in name for part in own) for name, weight in model.named_parameters() if weight.requires_grad)
