@@ -29,6 +29,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -323,11 +324,15 @@ def main() -> None:
         return work(*asked.worker, train=not asked.no_train)
     start = time.perf_counter()
     cases = [Case(kind, *rest) for kind in asked.types for rest in itertools.product(ATTENTION, tiny.VARIANTS)]
-    rows = run(cases, train=not asked.no_train)
+    count = os.cpu_count() or 1
+    shares = [[case for case in cases if asked.types.index(case.kind) % count == number] for number in range(count)]
+    with ThreadPoolExecutor(count) as pool:
+        rows = list(itertools.chain(*pool.map(partial(run, train=not asked.no_train), shares)))
+    rows.sort(key=lambda row: asked.types.index(row["kind"]))
     table, counts = summarise(rows), Counter(row["outcome"] for row in rows)
-    machine = {"device": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": 1}
+    machine = {"device": platform.processor() or platform.machine(), "cores": count, "threads": 1}
     note = (
-        f"{machine['device']}, {machine['cores']} cores, one thread, torch {torch.__version__}, transformers "
+        f"{machine['device']}, {machine['cores']} cores, a process on each, torch {torch.__version__}, transformers "
         f"{transformers.__version__}; random weights, each case once, {(time.perf_counter() - start) / 60:.0f} minutes. "
         "Log-probabilities in float64 (float32 where a plain pass fails in it), training in float32."
     )
