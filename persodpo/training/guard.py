@@ -165,18 +165,18 @@ def longest_window(model: Any, limit: int) -> int:
             value for name, value in entries.items()
             if isinstance(value, int) and isinstance(name, str) and any(part in name for part in LENGTHS)
         )  # fmt: skip
-        if entries.get("rope_type") == "dynamic":
-            windows.append(getattr(text_config(model), "max_position_embeddings", 0))
     return max(window for window in windows if window < limit)
 
 
 def _random_groups(model: Any, max_length: int | None, token_budget: int) -> list[Group]:
     """Return a group longer than the model's windows, and shorter ones with the same responses."""
-    positions = getattr(text_config(model), "max_position_embeddings", None) or token_budget
-    longest = min(max_length or positions, positions)
-    window = longest_window(model, max(max_length or 0, longest, token_budget))
-    if window == positions:
-        longest = min(max_length or math.inf, 2 * positions)
+    config = text_config(model)
+    positions = getattr(config, "max_position_embeddings", None) or token_budget
+    # Dynamic rope computes otherwise from there on, and other models cannot go there.
+    dynamic = "'dynamic'" in str(getattr(config, "rope_parameters", None))
+    longest = max_length or positions if dynamic else min(max_length or positions, positions)
+    limit = max(longest, token_budget)
+    window = max(longest_window(model, limit), positions if dynamic and positions < limit else 0)
     room = int(max(2, min(longest, window + sum(RESPONSES)) if window else PROMPT + max(RESPONSES)))
     lengths = [min(length, max(1, room // 2)) for length in RESPONSES]
     prompt = max(1, room - max(lengths))
@@ -191,10 +191,8 @@ def _random_groups(model: Any, max_length: int | None, token_budget: int) -> lis
     responses[2][: min(lengths)] = responses[0][: min(lengths)]
     short = [Group(draw(tokens), responses) for tokens in (max(1, min(prompt // 2, PROMPT)), 1)]
     # A window that no sequence reaches may still be shorter than a row: fill the row up in the middle.
-    lacking = window + 1 - prompt - sum(lengths)
-    filler = (
-        [draw(max(1, room - prompt)) for _ in range(math.ceil(lacking / max(1, room - prompt)))] if lacking > 0 else []
-    )
+    lacking, each = max(0, window + 1 - prompt - sum(lengths)), max(1, room - prompt)
+    filler = [draw(each) for _ in range(math.ceil(lacking / each))]
     return [Group(draw(prompt), [*responses[:1], *filler, *responses[1:]]), *short]
 
 
@@ -282,13 +280,10 @@ def _tf32() -> bool:
 
 def _tolerance(model: Any, long: Tensor, short: Tensor, *_: Tensor) -> float:
     """Return what rounding explains, nats per token: never more than a small share of what the prompt does."""
-    rounding = ROUNDING[_precision(model)]
+    precision = _precision(model)
+    least, most = ROUNDING[precision] / 100, ROUNDING[precision]
     effect = float((long - short).square().mean().sqrt())
-    return (
-        rounding
-        if _precision(model) in {torch.float16, torch.bfloat16}
-        else min(rounding, max(SHARE * effect, rounding / 100))
-    )
+    return most if precision.itemsize == 2 else min(most, max(least, SHARE * effect))
 
 
 def first_line(error: Exception) -> str:
