@@ -167,7 +167,7 @@ def product(folder: Path, count: int) -> None:
         (folder / f"steps-{kind}.json").write_text(json.dumps(steps))
 
 
-def one(name: str, folder: Path, *, check: bool) -> None:
+def one(name: str, folder: Path, *, check: bool, times: int) -> None:
     """Print one measurement, or the losses of a check, as JSON."""
     torch.set_num_threads(2)
     rung = Rung(name, folder, check=check)
@@ -176,11 +176,11 @@ def one(name: str, folder: Path, *, check: bool) -> None:
     if check:
         print(json.dumps({"losses": losses}))
         return
-    seconds = rung.train()
+    seconds = [rung.train() for _ in range(times)]
     floor = sum(len(group.prompt) + sum(map(len, group.responses)) for group in rung.groups)
     gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps({"seconds": seconds, "reference_seconds": reference, "tokens": rung.tokens(), "floor": floor,
-                      "gib": gib, "parameters": rung.model.num_parameters()}))  # fmt: skip
+    print(json.dumps({"seconds": seconds[0], "all_seconds": seconds, "reference_seconds": reference,
+                      "tokens": rung.tokens(), "floor": floor, "gib": gib, "parameters": rung.model.num_parameters()}))  # fmt: skip
 
 
 def run(name: str, folder: Path, *flags: str) -> dict[str, Any]:
@@ -278,16 +278,14 @@ def by_pairs_per_prompt(repeats: int, folder: Path) -> dict[int, dict[str, Any]]
     found: dict[int, dict[str, Any]] = {}
     for count in PRODUCTS:
         product(folder / str(count), count)
-        runs: dict[str, list[dict[str, Any]]] = {"trl": [], "trl-tuned": [], "grouped": []}
-        for _ in range(repeats):
-            for name, measured in runs.items():
-                measured.append(run(name, folder / str(count)))
-                print(count, name, measured[-1], file=sys.stderr, flush=True)
-        entry: dict[str, Any] = {"runs": runs}
-        for name, measured in runs.items():
+        entry: dict[str, Any] = {}
+        for name in ("trl", "trl-tuned", "grouped"):
+            measured = run(name, folder / str(count), "--times", str(repeats))
+            print(count, name, measured, file=sys.stderr, flush=True)
             number = TIMED_STEPS["fast" if name in FAST else "slow"]
-            entry[name] = statistics.median(each["seconds"] for each in measured) / number
-            entry[f"{name} GiB"] = max(each["gib"] for each in measured)
+            entry[name] = statistics.median(measured["all_seconds"]) / number
+            entry[f"{name} GiB"] = measured["gib"]
+            entry[f"{name} run"] = measured
         for name in ("trl", "trl-tuned"):
             entry[f"against {name}"] = entry[name] / entry["grouped"]
         found[count] = entry
@@ -306,8 +304,8 @@ def step_table(steps: dict[int, dict[str, Any]], repeats: int) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     note = (
         f"Prompts of {PROMPT_TOKENS} tokens, responses of {RESPONSE_TOKENS}, {STEP_PAIRS} pairs a step, the same model; "
-        f"medians of {repeats} runs of {TIMED_STEPS['slow']} step (grouped: {TIMED_STEPS['fast']}), without the reference "
-        "pass. Memory is the peak of the whole process."
+        f"medians of {repeats} runs in a row of {TIMED_STEPS['slow']} step (grouped: {TIMED_STEPS['fast']}), without the "
+        "reference pass. Memory is the peak of the whole process."
     )
     return "\n".join([*lines, "", note])
 
@@ -342,9 +340,10 @@ def main() -> None:
     parser.add_argument("--one", choices=RUNGS, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--times", type=int, default=1, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        one(arguments.one, arguments.work, check=arguments.check)
+        one(arguments.one, arguments.work, check=arguments.check, times=arguments.times)
     else:
         bench(arguments)
 
