@@ -179,8 +179,8 @@ def one(name: str, folder: Path, *, check: bool, times: int) -> None:
     seconds = [rung.train() for _ in range(times)]
     floor = sum(len(group.prompt) + sum(map(len, group.responses)) for group in rung.groups)
     gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps({"seconds": seconds[0], "all_seconds": seconds, "reference_seconds": reference,
-                      "tokens": rung.tokens(), "floor": floor, "gib": gib, "parameters": rung.model.num_parameters()}))  # fmt: skip
+    found = {"seconds": seconds[0], "all_seconds": seconds, "reference_seconds": reference, "tokens": rung.tokens()}
+    print(json.dumps(found | {"floor": floor, "gib": gib, "parameters": rung.model.num_parameters()}))
 
 
 def run(name: str, folder: Path, *flags: str) -> dict[str, Any]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 
 import pandas as pd
 
-import persodpo.training.arms
+import persodpo.training
+from persodpo import completions
 from persodpo.artifacts import RunFolder, StageReport, digest_of, sha256
 from persodpo.cards import write_model_card
 from persodpo.config import with_overrides
@@ -95,9 +99,7 @@ def train_on(
     Returns:
         What was done.
     """
-    # Torch is slow to load.
-    from persodpo.training import checks, config, forward, groups, guard, health, loss, packing, reference, trainer  # noqa: PLC0415
-    from persodpo.training import run as training  # noqa: PLC0415
+    from persodpo.training import run as training  # noqa: PLC0415 - torch is slow to load
 
     start = start_policy(run)
     outputs = [f"training/{label}/{name}" for name in ("log", "health", "generations")]
@@ -123,23 +125,16 @@ def train_on(
         inputs=inputs,
         settings=settings,
         outputs=outputs,
-        code=[
-            training,
-            trainer,
-            checks,
-            config,
-            forward,
-            groups,
-            guard,
-            packing,
-            reference,
-            loss,
-            health,
-            persodpo.training.arms,
-        ],
+        code=[completions, *_modules()],
         build=build,
         overwrite=overwrite or not training.is_trained(folder, key),
     )
+
+
+def _modules() -> list[ModuleType]:
+    """Return every module of the training."""
+    names = sorted(module.name for module in pkgutil.iter_modules(persodpo.training.__path__))
+    return [importlib.import_module(f"persodpo.training.{name}") for name in names]
 
 
 def _weights(policy: str | Path) -> dict[str, Path]:
