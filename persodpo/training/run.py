@@ -107,7 +107,7 @@ def train_arm(
             callbacks=[health, _CheckpointRecord()],
         )
         trainer.remove_callback(PrinterCallback)
-        tqdm.write(f"{arm}: {described}; {len(train):,} pairs, {len(held_out):,} held out; {trainer.skipped['train']}")
+        tqdm.write(f"{arm}: {described}; {len(train):,} pairs, {len(held_out):,} held out; {_left_out(trainer)}")
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if not any(log.get("step") == trainer.state.global_step and "eval_loss" in log for log in _history(trainer)):
             trainer.evaluate()
@@ -127,13 +127,18 @@ def train_arm(
 
 @contextmanager
 def _without_chatter() -> Iterator[None]:
-    """Leave out progress bars where nobody watches, and what TRL's own code is warned of."""
+    """Leave out progress bars where nobody watches, and warnings that TRL's code is to heed or `train_arm` prints."""
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     with warnings.catch_warnings():
         # TRL 1.16 reads attributes that transformers 5 is renaming.
         warnings.filterwarnings("ignore", r"`\w*gradient_checkpointing\w*` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", r".* dataset, left out pairs")
         yield
+
+
+def _left_out(trainer: GroupedDPOTrainer) -> str:
+    return "; ".join(f"{name}: {skipped}" for name, skipped in trainer.skipped.items() if skipped) or "none left out"
 
 
 def describe(policy: str | Path, parameters: int) -> str:
