@@ -314,3 +314,89 @@ def test_invocation_tokens_are_refused(tmp_path):
             model=tiny_model(), args=GroupedDPOConfig(str(tmp_path), **TINY), train_dataset=tiny_pairs(4),
             processing_class=tiny_tokenizer(), peft_config=config,
         )  # fmt: skip
+
+
+def assert_right(model, group: Group, **limits) -> bool:
+    """Packed log-probabilities are those of plain passes, or the model is refused; tell which."""
+    with torch.no_grad():
+        plain = plain_log_probs(model, group)
+    try:
+        verdict = check_packing(model, **limits)
+    except PersodpoError:
+        return False
+    with torch.no_grad():
+        packed = model(packed=pack([group], Layout(grouped=verdict.grouped, pad_token_id=2)))
+    assert torch.allclose(packed, plain, atol=1e-3)
+    return True
+
+
+LONG = Group([3 + n % 60 for n in range(90)], [list(range(20, 29)), list(range(30, 36)), list(range(40, 51))])
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra", "limits"),
+    [
+        (
+            "llama4_text",
+            {"attention_chunk_size": 40, "max_position_embeddings": 32, "head_dim": 8},
+            {"max_length": 128},
+        ),
+        (
+            "llama4_text",
+            {"attention_chunk_size": 40, "max_position_embeddings": 32, "head_dim": 8},
+            {"max_length": None},
+        ),
+        (
+            "llama",
+            {
+                "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+                "max_position_embeddings": 64,
+            },
+            {"max_length": None},
+        ),
+        (
+            "minimax_m3_vl_text",
+            {
+                "index_topk_blocks": 4,
+                "index_block_size": 16,
+                "index_local_blocks": 1,
+                "head_dim": 8,
+                "num_local_experts": 4,
+            },
+            {"max_length": 128},
+        ),
+    ],
+)
+def test_lengths_from_which_on_a_model_computes_otherwise_are_reached(kind, extra, limits):
+    """Chunks longer than the positions, angles that change beyond them, a window that is a product of two entries."""
+    assert_right(architecture(kind, "sdpa", extra), LONG, **limits)
+
+
+def test_blocks_that_begin_at_zero_are_seen():
+    model = architecture("lfm2", "sdpa", {"layer_types": ["conv", "full_attention"]})
+    weights = [weight for name, weight in model.named_parameters() if "conv.out_proj" in name]
+    for weight in weights:
+        weight.data.zero_()
+    assert not check_packing(model, max_length=64).grouped
+    assert not any(weight.any() for weight in weights)
+
+
+def test_tied_half_precision_stays_tied():
+    model = tiny_model().to(torch.bfloat16)
+    model.lm_head.weight = torch.nn.Parameter(model.model.embed_tokens.weight.data)
+    before = model.lm_head.weight.clone()
+    check_packing(model, max_length=64)
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    assert torch.equal(model.lm_head.weight, before)
+
+
+def test_a_row_that_moves_other_rows_is_refused():
+    class OverTheBatch(torch.nn.Linear):
+        def forward(self, states):
+            return super().forward(states) + 0.1 * states.mean()
+
+    model = tiny_model()
+    own = model.model.layers[0].mlp.down_proj
+    model.model.layers[0].mlp.down_proj = OverTheBatch(own.in_features, own.out_features, bias=False)
+    with pytest.raises(PersodpoError, match="other log-probabilities"):
+        check_packing(model, max_length=64)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import TINY, tiny_model, tiny_pairs, tiny_tokenizer
@@ -637,3 +637,57 @@ def test_four_bits_on_a_cpu_are_refused(tmp_path):
             model=model, args=GroupedDPOConfig(str(tmp_path), **TINY), train_dataset=tiny_pairs(4),
             processing_class=tiny_tokenizer(),
         )  # fmt: skip
+
+
+def test_a_beta_that_a_callback_changes_reaches_the_loss(tmp_path):
+    class Rising(TrainerCallback):
+        trainer = None
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            self.trainer.beta = 0.1 * (1 + state.global_step)
+
+    trainers = [grouped(tmp_path / "a", max_steps=4), stock(tmp_path / "b", max_steps=4)]
+    for trainer in trainers:
+        rising = Rising()
+        rising.trainer = trainer
+        trainer.add_callback(rising)
+        trainer.train()
+    assert logs(trainers[0]) == pytest.approx(logs(trainers[1]), abs=1e-5)
+
+
+def test_large_scores_are_subtracted_before_they_are_rounded(tmp_path):
+    dataset, count = tiny_pairs(), len(tiny_pairs())
+    trainer = grouped(tmp_path, scored(dataset, [1e9 + 0.5] * count, [1e9] * count), weighting="sigmoid", max_steps=1)
+    assert trainer.train_dataset[0]["weights"] == pytest.approx([1 / (1 + math.exp(-0.5))] * PAIRS_A_PROMPT)
+
+
+def test_a_reference_with_another_active_adapter_has_a_cache_of_its_own(tmp_path):
+    def reference(active: str):
+        torch.manual_seed(1)
+        model = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+        model.add_adapter("b", LoraConfig(r=4, target_modules=["v_proj"], init_lora_weights=False))
+        model.set_adapter(active)
+        return model
+
+    values = [
+        grouped(tmp_path, ref_model=reference(name)).train_dataset["reference"]
+        for name in ("default", "b")
+    ]  # fmt: skip
+    assert values[0] != values[1]
+
+
+def test_joined_datasets_are_evaluated_whole(tmp_path):
+    sets = {"one": tiny_pairs(4, seed=1), "two": tiny_pairs(3, seed=2)}
+    trainer = grouped(tmp_path, eval_dataset=sets)
+    apart = [trainer.evaluate(trainer.eval_dataset[name])["eval_loss"] for name in sets]
+    trainer.eval_dataset = concatenate_datasets(list(trainer.eval_dataset.values()))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx((4 * apart[0] + 3 * apart[1]) / 7, abs=1e-6)
+    twice = trainer.eval_dataset.select([0, 0, 0, 1])
+    losses = [trainer.predict(trainer.eval_dataset.select([row])).metrics["test_loss"] for row in (0, 1)]
+    assert trainer.predict(twice).metrics["test_loss"] == pytest.approx((3 * losses[0] + losses[1]) / 4, abs=1e-6)
+    with pytest.raises(PersodpoError, match="predict takes a dataset of this trainer"):
+        trainer.predict(sets["one"])
+
+
+def test_datasets_in_torch_format_are_grouped(tmp_path):
+    assert len(grouped(tmp_path, tiny_pairs().with_format("torch")).train_dataset) == 24

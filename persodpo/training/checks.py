@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from peft import PeftModel
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from persodpo.errors import PersodpoError
 from persodpo.training.forward import attention_of, base_model
@@ -40,6 +42,8 @@ def check_models(model: Any, reference: Any, *, max_length: int | None, token_bu
         )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise PersodpoError(f"No weight of {name} can be trained; load adapters with is_trainable=True.")
+    if any(isinstance(module, _BatchNorm) for module in model.modules()):
+        raise PersodpoError(f"{name} normalises over the batch, so the loss of a pair depends on its neighbours.")
     if getattr(model, "is_loaded_in_4bit", False) and model.device.type == "cpu":
         raise PersodpoError(
             "4-bit weights on a CPU cannot be trained: bitsandbytes packs them at the first evaluation, and no gradient "
@@ -47,6 +51,8 @@ def check_models(model: Any, reference: Any, *, max_length: int | None, token_bu
         )
     verdicts = [check_packing(one, max_length, token_budget) for one in (model, reference) if one is not None]
     verdict = next((one for one in verdicts if not one.grouped), verdicts[0])
+    # The reference's own probe is the last: active adapters and the like show in no weight.
+    verdict = replace(verdict, probe=verdicts[-1].probe)
     if aux_loss:
         group = Group([3, 4], [[5], [6]], [0], [1], [1.0], [0])
         rows = pack([group], Layout(grouped=verdict.grouped, closed=True)).to(model.device)

@@ -16,7 +16,7 @@ from persodpo.training.loss import Weighting
 UNGROUPED = {
     "ld_alpha": None, "use_weighting": False, "sync_ref_model": False, "truncation_mode": "keep_start",
     "f_divergence_type": "reverse_kl", "torch_compile": False, "parallelism_config": None, "deepspeed": None,
-    "deepspeed_plugin": None, "neftune_noise_alpha": None,
+    "deepspeed_plugin": None, "neftune_noise_alpha": None, "ddp_static_graph": None,
 }  # fmt: skip
 #: Arguments that say what is done otherwise here, with the value that keeps still about it.
 OTHERWISE = {
@@ -60,8 +60,15 @@ def check_arguments(args: DPOConfig) -> None:
         raise PersodpoError(f"weighting is one of {', '.join(get_args(Weighting))}, not {option(args, 'weighting')!r}.")
     if option(args, "token_budget") < 1:
         raise PersodpoError(f"token_budget is {option(args, 'token_budget')}; it needs at least 1 position.")
-    if args.train_sampling_strategy == "group_by_length":
-        raise PersodpoError("train_sampling_strategy='group_by_length' has no use: batches are sorted anyway.")
+    if args.train_sampling_strategy not in {"random", "sequential"}:
+        raise PersodpoError(
+            f"train_sampling_strategy='{args.train_sampling_strategy}' has no use, as batches are sorted anyway; leave it "
+            "out."
+        )
+    if any(part in str(args.optim).lower() for part in ("layerwise", "lomo")):
+        raise PersodpoError(f"optim={str(args.optim)!r} steps in each backward pass, and a step has several here.")
+    if getattr(args.accelerator_config, "dispatch_batches", None):
+        raise PersodpoError("dispatch_batches=True cannot send packed rows to other processes; leave it out.")
     for name, allowed in UNGROUPED.items():
         if getattr(args, name, allowed) != allowed:
             raise PersodpoError(

@@ -71,13 +71,14 @@ class TokenPair:
     weight: float = 1.0
 
 
-def group_pairs(pairs: Sequence[TokenPair], max_length: int | None) -> tuple[list[Group], Skipped]:
+def group_pairs(pairs: Sequence[TokenPair], max_length: int | None, first: int = 0) -> tuple[list[Group], Skipped]:
     """Group pairs by prompt and keep each distinct response once.
 
     Args:
         pairs: Tokenised pairs, in any order.
         max_length: Tokens of prompt and response together; a longer response is cut at its end, as TRL's
             ``keep_start`` does. None: no limit.
+        first: Number of the first pair.
 
     Returns:
         Groups in the order of their first pair, and what was left out. Pairs are numbered as they stand in the groups.
@@ -111,7 +112,6 @@ def group_pairs(pairs: Sequence[TokenPair], max_length: int | None) -> tuple[lis
                 group.responses.append(list(side))
             indices.append(numbers[side])
         group.weights.append(pair.weight)
-    first = 0
     for group in groups.values():
         group.pair_ids = list(range(first, first + len(group.weights)))
         first += len(group.weights)
@@ -248,7 +248,7 @@ def check_scores(dataset: Dataset, weighting: str, dataset_name: str) -> None:
         for row, score in enumerate(dataset[name]):
             if not isinstance(score, int | float) or not math.isfinite(score):
                 raise PersodpoError(
-                    f"{name} of row {row} of the {dataset_name} dataset is {score}; every pair needs a score."
+                    f"{name} of row {row} of the {dataset_name} dataset is {score!r}; every pair needs a number."
                 )
 
 
@@ -256,7 +256,7 @@ def token_pairs(dataset: Dataset, weighting: Weighting) -> list[TokenPair]:
     """Attach its weight to each tokenised pair."""
     weights = torch.ones(len(dataset))
     if weighting != "none":
-        chosen, rejected = (torch.tensor(dataset[name], dtype=torch.float32) for name in SCORES)
+        chosen, rejected = (torch.tensor(dataset[name], dtype=torch.float64) for name in SCORES)
         weights = pair_weights(chosen, rejected, weighting)
     columns = (*(dataset[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")), weights.tolist())
     return [TokenPair(*row) for row in zip(*columns, strict=True)]

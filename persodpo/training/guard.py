@@ -7,6 +7,7 @@ log-probabilities differ by more than rounding, one response per row is tried, a
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from peft import PeftMixedModel, PeftModel
+from peft import PeftMixedModel
 from torch import Tensor
 
 from persodpo.errors import PersodpoError
@@ -33,10 +34,27 @@ ROUNDING = {torch.float64: 2e-6, torch.float32: 1e-3, torch.float16: 0.03, torch
 LEAK = 1e-3
 #: The same as a share of what another prompt does to the log-probabilities.
 SHARE = 0.01
+#: Up to this length of training the random group is as long as a row may be, whatever the config names.
+WHOLE = 1024
 #: Parts of the names of config entries that hold a length from which on a model computes otherwise.
-LENGTHS = ("window", "chunk", "local", "original_max", "topk", "top_k", "block", "span", "segment", "floor")
-#: Tokens of the responses, and of the prompt where no window is longer.
+LENGTHS = (
+    "window",
+    "chunk",
+    "local",
+    "original_max",
+    "topk",
+    "top_k",
+    "block",
+    "span",
+    "segment",
+    "floor",
+    "budget",
+    "compress",
+)
+#: Tokens of the responses, and of the prompts of the shorter rows at most.
 RESPONSES, PROMPT = (9, 6, 11), 14
+#: Adapters whose router takes means over a sequence or a batch, or that draw noise.
+WHOLE_BATCH = ("XLORA", "LILY", "PVERA")
 #: What a packed pass through an architecture that cannot be packed may raise.
 FAULTS = (
     TypeError,
@@ -75,8 +93,9 @@ class Verdict:
 def check_packing(model: Any, max_length: int | None = 1024, token_budget: int = 4096) -> Verdict:
     """Find out how a model may be trained, and install its packed forward pass.
 
-    The random group has three or more responses of unequal length, stands beside a shorter row, and is longer than every
-    window that any config inside the model's config names and that a row can reach.
+    The random group has three or more responses of unequal length and stands beside shorter rows. It is as long as a
+    sequence can be in training up to `WHOLE` tokens; beyond that, longer than every window that any config inside the
+    model's config names and that a row can reach.
 
     Args:
         model: A causal language model of transformers, PEFT-wrapped or not.
@@ -135,7 +154,7 @@ def _verdict(model: Any, groups: list[Group], *, exact: bool) -> Verdict:
 
 
 def refuse_prompt_learning(model: Any) -> None:
-    """Refuse adapters that read a sequence as a whole (virtual tokens, invocation tokens), on a model or as a config.
+    """Refuse adapters that read a sequence or a batch as a whole, or draw noise, on a model or as a config.
 
     Raises:
         PersodpoError: The model has such an adapter.
@@ -143,7 +162,7 @@ def refuse_prompt_learning(model: Any) -> None:
     configs = model.peft_config if hasattr(model, "peft_config") else model
     for config in configs.values() if isinstance(configs, dict) else [configs]:
         whole = getattr(config, "is_prompt_learning", False) or getattr(config, "alora_invocation_tokens", None)
-        if whole or "XLORA" in str(getattr(config, "peft_type", "")):
+        if whole or any(name in str(getattr(config, "peft_type", "")) for name in WHOLE_BATCH):
             raise PersodpoError(
                 f"{type(config).__name__} with {config.peft_type} cannot be trained on packed rows, as it needs to see each "
                 "sequence by itself; use plain LoRA, or `trl dpo` on the same pairs."
@@ -155,16 +174,20 @@ def refuse_prompt_learning(model: Any) -> None:
 
 
 def longest_window(model: Any, limit: int) -> int:
-    """Return the longest window below ``limit`` that any config inside a model's config names, 0 for none."""
+    """Return the longest window below ``limit`` that any config inside a model's config names, 0 for none.
+
+    A window may be a product of two entries (blocks to look at, and their size).
+    """
     pending, windows = [base_model(model).config], [0]
     while pending:
         config = pending.pop()
         entries = config if isinstance(config, dict) else vars(config)
         pending.extend(value for value in entries.values() if hasattr(value, "to_dict") or isinstance(value, dict))
-        windows.extend(
+        named = [
             value for name, value in entries.items()
             if isinstance(value, int) and isinstance(name, str) and any(part in name for part in LENGTHS)
-        )  # fmt: skip
+        ]  # fmt: skip
+        windows.extend([*named, *(one * other for one, other in itertools.combinations(named, 2))])
     return max(window for window in windows if window < limit)
 
 
@@ -172,12 +195,13 @@ def _random_groups(model: Any, max_length: int | None, token_budget: int) -> lis
     """Return a group longer than the model's windows, and shorter ones with the same responses."""
     config = text_config(model)
     positions = getattr(config, "max_position_embeddings", None) or token_budget
-    # Dynamic rope computes otherwise from there on, and other models cannot go there.
-    dynamic = "'dynamic'" in str(getattr(config, "rope_parameters", None))
-    longest = max_length or positions if dynamic else min(max_length or positions, positions)
+    rope = getattr(config, "rope_parameters", None)
+    # A model with rope goes on beyond its positions, with other angles under some; others cannot go there.
+    longest = (max_length or positions + token_budget) if rope else min(max_length or positions, positions)
     limit = max(longest, token_budget)
-    window = max(longest_window(model, limit), positions if dynamic and positions < limit else 0)
-    room = int(max(2, min(longest, window + sum(RESPONSES)) if window else PROMPT + max(RESPONSES)))
+    changing = positions if "dynamic" in str(rope) or "longrope" in str(rope) else 0
+    window = max(longest_window(model, limit), changing if changing < limit else 0)
+    room = int(max(2, min(longest, max(window + sum(RESPONSES), WHOLE))))
     lengths = [min(length, max(1, room // 2)) for length in RESPONSES]
     prompt = max(1, room - max(lengths))
     source = torch.Generator().manual_seed(0)
@@ -242,8 +266,11 @@ def _difference(model: Any, groups: list[Group], plain: list[Tensor], *, grouped
         return math.inf, f"a packed pass ends with {type(error).__name__}: {first_line(error)}"
     apart = torch.cat([packed - torch.cat(plain), again]).abs().max()
     difference = float(apart) if apart.isfinite() else math.inf
-    if difference < math.inf and moved > LEAK * ROUNDING[_precision(model)] + 10 * by_rows:
+    rounding = ROUNDING[_precision(model)]
+    if difference < math.inf and moved > LEAK * rounding + 10 * by_rows:
         return math.inf, f"a response moves others of its row by {moved:.2g} nats per token"
+    if difference < math.inf and by_rows > SHARE * rounding:
+        return math.inf, f"a row moves other rows by {by_rows:.2g} nats per token"
     return difference, f"log-probabilities differ by {difference:.2g} nats per token"
 
 
@@ -263,8 +290,9 @@ def _packed_log_probs(model: Any, groups: list[Group], *, grouped: bool) -> Tens
 
 def _precision(model: Any) -> torch.dtype:
     """Return the coarsest type that a model computes in."""
-    halves = {weight.dtype for weight in model.parameters()} & {torch.float16, torch.bfloat16}
-    if getattr(model, "is_quantized", False) or getattr(model, "is_loaded_in_4bit", False) or torch.bfloat16 in halves:
+    halves = {tensor.dtype for tensor in (*model.parameters(), *model.buffers())} & {torch.float16, torch.bfloat16}
+    packed = any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
+    if packed or torch.bfloat16 in halves:
         return torch.bfloat16
     if halves or (model.device.type == "cuda" and model.dtype == torch.float32 and _tf32()):
         return torch.float16
@@ -293,31 +321,39 @@ def first_line(error: Exception) -> str:
 
 @contextmanager
 def _as_it_was(model: Any, *, exact: bool) -> Iterator[None]:
-    """Put back each module's mode, new adapters, half precision and the random state afterwards.
+    """Put back each module's mode, weights that begin at zero, half precision and the random state afterwards.
 
     Meanwhile the model is in evaluation mode, outside mixed precision, and in float32 where it was in half precision and
-    ``exact``: nothing else tells a leak from rounding. New adapters begin at zero and would hide what they do, so they are
-    filled.
+    ``exact``: nothing else tells a leak from rounding. New adapters and blocks begin at zero and would hide what they do,
+    so they are filled.
     """
     modes = [(module, module.training) for module in model.modules()]
     devices = [model.device] if model.device.type == "cuda" else []
-    halves = [
-        (t, t.dtype) for t in (*model.parameters(), *model.buffers()) if t.dtype in {torch.float16, torch.bfloat16}
-    ]
-    asleep = [p for p in model.parameters() if p.requires_grad and isinstance(model, PeftModel) and not p.any()]
+    halves: dict[tuple[int, torch.Size, torch.dtype], list[Tensor]] = {}
+    for tensor in (*model.parameters(), *model.buffers()) if exact else ():
+        if tensor.dtype in {torch.float16, torch.bfloat16}:
+            halves.setdefault((tensor.data_ptr(), tensor.shape, tensor.dtype), []).append(tensor)
+    asleep = [p for p in model.parameters() if p.requires_grad and p.is_floating_point() and not p.any()]
     model.train(mode=False)
     try:
         with torch.random.fork_rng(devices=devices), torch.autocast(model.device.type, enabled=False):
             torch.manual_seed(0)
-            for tensor, _ in halves if exact else []:
-                tensor.data = tensor.data.float()
+            for tied in halves.values():
+                _convert(tied, torch.float32)
             for parameter in asleep:
                 parameter.data.normal_(0, 0.02)
             yield
     finally:
         for parameter in asleep:
             parameter.data.zero_()
-        for tensor, dtype in halves:
-            tensor.data = tensor.data.to(dtype)
+        for (_, _, dtype), tied in halves.items():
+            _convert(tied, dtype)
         for module, mode in modes:
             module.training = mode
+
+
+def _convert(tied: list[Tensor], dtype: torch.dtype) -> None:
+    """Convert tensors that share their storage, so that they still do."""
+    data = tied[0].data.to(dtype)
+    for tensor in tied:
+        tensor.data = data

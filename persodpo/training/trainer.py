@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
+from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -96,12 +97,13 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
             raise PersodpoError("data_collator and compute_metrics cannot be used with grouped rows; leave them out.")
         check_arguments(args)
         refuse_prompt_learning(kwargs.get("peft_config"))
-        self.loss_settings = LossSettings(only_loss(args), args.beta, args.label_smoothing)
+        LossSettings(only_loss(args), args.beta, args.label_smoothing)  # refuses other losses before anything is loaded
         self.skipped: dict[str, Skipped] = {}
         self.packing: Verdict | None = None
         self._mean_weight: float | None = None
         self._sums: dict[str, Tensor] = {}
         self._evaluated: list[tuple[Tensor, Tensor]] = []
+        self._numbered = 0
         args.precompute_ref_log_probs = True
         args.remove_unused_columns = False
         # Transformers would log a loss that is not a number as 0; here it ends the run.
@@ -137,8 +139,10 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         weighting: Weighting = option(args, "weighting")
         if weighting != "none":
             check_scores(dataset, weighting, dataset_name)
-        tokenised = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
-        groups, skipped = group_pairs(token_pairs(tokenised, weighting), args.max_length)
+        tokenised = super()._prepare_dataset(dataset.with_format(None), processing_class, args, dataset_name)
+        groups, skipped = group_pairs(token_pairs(tokenised, weighting), args.max_length, self._numbered)
+        # No two pairs of a trainer have one number, so that datasets can be joined.
+        self._numbered += sum(len(group.weights) for group in groups)
         too_long = skipped.long_prompt + len(dataset) - len(tokenised)
         skipped = self.skipped[dataset_name] = Skipped(too_long, skipped.empty, skipped.identical)
         if not groups:
@@ -249,6 +253,12 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
                 "eval_on_start=True instead."
             )
         batch: Batch = inputs["batch"]
+        if self.aux_loss_enabled and len(batch.rows) > 1:
+            warnings.warn(
+                "The auxiliary loss balances the experts within each micro-batch, as TRL's does within each batch of a "
+                "device; raise token_budget until a step is one micro-batch for the balance of the whole step.",
+                stacklevel=2,
+            )
         total = torch.zeros((), device=self.accelerator.device)
         for rows, real, last in self._rounds(batch):
             with nullcontext() if last else self.accelerator.no_sync(model):
@@ -283,7 +293,8 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
             log_probs = model(packed=rows)
         ratio = log_probs - rows.reference
         pairs = Pairs(ratio[rows.chosen], ratio[rows.rejected], rows.lengths[rows.chosen], rows.lengths[rows.rejected])
-        losses = rows.weights * pair_losses(pairs, self.loss_settings)
+        settings = LossSettings(self.loss_types[0], self.beta, self.label_smoothing)
+        losses = rows.weights * pair_losses(pairs, settings)
         chosen, rejected = self.beta * pairs.chosen.detach(), self.beta * pairs.rejected.detach()
         values = {
             "loss": losses, "pairs": torch.ones_like(chosen), "rewards/chosen": chosen, "rewards/rejected": rejected,
@@ -316,12 +327,21 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         self._evaluated = []
         output = super().evaluation_loop(*args, **kwargs)
         ids, values = (torch.cat(parts) for parts in zip(*gather_object(self._evaluated), strict=True))
-        # The last batch of several processes is filled up with rows that were evaluated before.
-        _, once = np.unique(ids.numpy(), return_index=True)
-        means = dict(zip(self._eval_names, values[once].double().mean(0).tolist(), strict=True))
+        kept = _without_filling(ids.numpy(), (args[0] if args else kwargs["dataloader"]).dataset["pair_ids"])
+        means = dict(zip(self._eval_names, values[kept].double().mean(0).tolist(), strict=True))
         prefix = kwargs.get("metric_key_prefix", "eval")
         output.metrics.update({f"{prefix}_{name}": mean for name, mean in means.items() if name != "pairs"})
         return output
+
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate as transformers' trainer does, on a dataset of this trainer.
+
+        Raises:
+            PersodpoError: The dataset was not grouped by it.
+        """
+        if not set(GROUP_COLUMNS) <= set(test_dataset.column_names):
+            raise PersodpoError("predict takes a dataset of this trainer, such as trainer.eval_dataset; use evaluate.")
+        return super().predict(test_dataset, *args, **kwargs)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate as TRL's trainer; a dataset that is new is grouped first.
@@ -385,3 +405,18 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
             f"- {skipped}.", "",
         ]  # fmt: skip
         path.write_text(path.read_text(encoding="utf-8") + "\n".join(lines), encoding="utf-8")
+
+
+def _without_filling(ids: NDArray[np.int64], dataset: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+    """Return which evaluated pairs count: each as often as the dataset holds it.
+
+    Several processes fill the last batch up with rows that were evaluated before.
+
+    Args:
+        ids: Number of each evaluated pair.
+        dataset: Numbers of the pairs of each row.
+    """
+    numbers, counts = np.unique(np.concatenate([np.asarray(row) for row in dataset]), return_counts=True)
+    order = np.argsort(ids, kind="stable")
+    ranks = np.arange(len(ids)) - np.searchsorted(ids[order], ids[order])
+    return order[ranks < counts[np.searchsorted(numbers, ids[order])]]
