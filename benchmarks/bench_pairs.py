@@ -7,6 +7,7 @@ extrapolated (a scan costs the same for every prompt), which the table says.
 
 The metric values are generated, one Parquet file a size, written model after model as generation writes them: 28 % of
 responses failed (worst-case values), scores with the levels and ties of the published ones, seven models a prompt.
+Dialogues are numbers, pairs are row numbers: no text is read or written.
 """
 
 from __future__ import annotations
@@ -23,53 +24,63 @@ import tempfile
 import time
 from pathlib import Path
 
-import duckdb
 import numpy as np
 import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from persodpo.artifacts import PROJECT, versions
 from persodpo.config import load_profile
-from persodpo.pairs import index_pairs
-from persodpo.scoring.quality import connect
+from persodpo.method import METRICS, measure_scale, perso_pairs, rate, thresholds
 
 RESULTS = PROJECT / "benchmarks" / "results"
 MODELS = 7
 REPEATS = 3
 RELEASED_SECONDS = 60.0
 #: Responses -> the bounds that must hold: seconds and GiB.
-BOUNDS = {10_000_000: (10.0, 1.5), 100_000_000: (150.0, 4.0)}
-#: DuckDB's memory limit for a size; the process holds a little more than that.
-LIMIT_GIB = {10_000_000: 1.0, 100_000_000: 2.5}
+BOUNDS = {10_000_000: (5.0, 1.0), 100_000_000: (90.0, 5.0)}
+#: Rows of a group of the generated file.
+GROUP = 1_000_000
 
 
 def generate(responses: int, target: Path) -> None:
-    """Write a table of metric values."""
-    prompts = responses // MODELS
-    unit = "(hash(i * 16 + {n}) % 1000003) / 1000003.0::DOUBLE AS u{n}"
-    units = ", ".join(unit.format(n=n) for n in range(5))
-    with duckdb.connect() as connection:
-        connection.execute("SET threads = 2; SET memory_limit = '6GiB'")
-        connection.execute(f"""
-            COPY (
-                SELECT format('dialogue-{{:09d}}', i % {prompts}) AS dialogue_id, 'model-' || i // {prompts} AS model,
-                    CASE WHEN u0 < 0.28 THEN 0e0 ELSE 1e0 - 0.2e0 * u1 * u1 * u1 END AS coherence,
-                    CASE WHEN u0 < 0.28 OR u2 < 0.03 THEN -1e0 WHEN u2 < 0.42 THEN 0e0 ELSE 1e0 END AS c_score,
-                    CASE WHEN u0 < 0.28 OR u3 < 0.76 THEN 0e0 WHEN u3 < 0.88 THEN 1e0 ELSE 2e0 END AS ue_score,
-                    CASE WHEN u0 < 0.28 THEN 0e0 ELSE 0.2e0 + 0.6e0 * u4 END AS persona_distance,
-                    (18 + 70 * u1 * u4)::BIGINT AS words, u0 >= 0.28 AS one_object
-                FROM (SELECT i, {units} FROM range({prompts * MODELS}) t(i))
-            ) TO '{target}' (FORMAT parquet)""")
+    """Write a table of metric values, a group of rows at a time."""
+    prompts, random = responses // MODELS, np.random.default_rng(0)
+    writer = None
+    for first in range(0, prompts * MODELS, GROUP):
+        rows = np.arange(first, min(first + GROUP, prompts * MODELS))
+        failed, drawn = random.random(len(rows)) < 0.28, random.random((4, len(rows)))
+        levels = {
+            "coherence": 1 - 0.2 * drawn[0] ** 3, "c_score": np.digitize(drawn[1], [0.03, 0.42]) - 1.0,
+            "ue_score": np.digitize(drawn[2], [0.76, 0.88]) * 1.0, "persona_distance": 0.2 + 0.6 * drawn[3],
+        }  # fmt: skip
+        worst = {"c_score": -1.0}
+        table = pa.table({
+            "dialogue_id": (rows % prompts).astype(np.uint32),
+            **{name: np.where(failed, worst.get(name, 0.0), values) for name, values in levels.items()},
+            "words": (18 + 70 * drawn[0] * drawn[3]).astype(np.int64), "one_object": ~failed,
+        })  # fmt: skip
+        writer = writer or pq.ParquetWriter(target, table.schema)
+        writer.write_table(table)
+    if writer:
+        writer.close()
 
 
-def run_ours(responses: int, source: Path) -> dict[str, float]:
-    """Time `persodpo.pairs.index_pairs`."""
-    profile = load_profile("release")
-    engine = profile.engine.model_copy(update={"threads": 2, "memory_gib": LIMIT_GIB.get(responses, 1.0)})
-    with tempfile.TemporaryDirectory(dir=source.parent) as spill:
-        connection = connect(engine, spill)
-        started = time.perf_counter()
-        made = index_pairs(connection, source, Path(spill) / "pairs.parquet", profile.scoring, profile.pairs)
-        return {"seconds": time.perf_counter() - started, "pairs": made.pairs}
+def run_ours(_: int, source: Path) -> dict[str, float]:
+    """Time `persodpo.method` on the file, as a query that streams it."""
+    weights = load_profile("release").scoring.weights.model_dump()
+    target = source.with_name("pairs.parquet")
+    started = time.perf_counter()
+    rows = pl.scan_parquet(source)
+    scale = measure_scale(rows)
+    rated = rate(rows.with_row_index("row"), scale, weights).select("dialogue_id", "row", "quality")
+    pairs = perso_pairs(rated, *thresholds(rated, 0.4, 0.6))
+    pairs.select("dialogue_id", "row_chosen", "row_rejected").sink_parquet(target)
+    seconds = time.perf_counter() - started
+    count = pq.ParquetFile(target).metadata.num_rows
+    target.unlink()
+    return {"seconds": seconds, "pairs": count}
 
 
 def run_released(_: int, source: Path) -> dict[str, float]:
@@ -80,7 +91,7 @@ def run_released(_: int, source: Path) -> dict[str, float]:
     length = int(frame["words"].mean())
     frame["compliance"] = np.maximum(0, 1 - ((frame["words"] - length) / length) ** 2).round(3)
     quality = 0.0
-    for metric in ("coherence", "c_score", "ue_score", "persona_distance"):
+    for metric in METRICS:
         low, high = frame[metric].min(), frame[metric].max()
         quality = quality + getattr(weights, metric) * (frame[metric] - low) / (high - low)
     frame["quality"] = quality + weights.compliance * frame["compliance"]
@@ -172,7 +183,12 @@ def main() -> None:
     print(header)
     with tempfile.TemporaryDirectory(dir=PROJECT / "runs" if (PROJECT / "runs").is_dir() else None) as folder:
         rows = bench(arguments.sizes, Path(folder))
-    machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": 2, **versions()}
+    machine = {
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": pl.thread_pool_size(),
+        **versions(),
+    }
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "pairs.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
     lines = "\n".join(table_line(row) for row in rows)

@@ -38,6 +38,7 @@ import torch
 from persodpo import stages
 from persodpo.artifacts import PROJECT, RunFolder, git_commit, versions, write_json
 from persodpo.config import load_profile
+from persodpo.method import METRICS
 from persodpo.release.findings.scores import scored_response
 from persodpo.release.loops import WINDOW, windowed
 from persodpo.scoring import inference
@@ -46,7 +47,6 @@ from persodpo.scoring.checkpoints import Checkpoint
 from persodpo.scoring.coherence import QUESTIONS, CoherenceScorer
 from persodpo.scoring.computed import Readable, computed_metrics, make_scorer
 from persodpo.scoring.engine import Asked, score_items
-from persodpo.scoring.quality import METRICS
 from persodpo.scoring.scorers import Scorer
 from persodpo.scoring.stop_words import STOP_WORDS
 from persodpo.stages.score import small_scorers

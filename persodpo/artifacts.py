@@ -115,7 +115,7 @@ def source_digest(modules: Sequence[ModuleType]) -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that shape results."""
-    packages = ["persodpo", "duckdb", "pyarrow", "pandas", "numpy", "scikit-learn", "torch", "transformers", "trl"]
+    packages = ["persodpo", "polars", "pyarrow", "pandas", "numpy", "scikit-learn", "torch", "transformers", "trl"]
     found = {"python": sys.version.split()[0]}
     for package in packages:
         with suppress(importlib.metadata.PackageNotFoundError):

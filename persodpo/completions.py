@@ -12,6 +12,8 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
+import pandas as pd
+
 KEY = "response"
 
 #: Outcome classes. ``api_error`` is set by generation, ``unknown`` where a failure's completion was not published.
@@ -80,6 +82,18 @@ def _read_strictly(text: str) -> Reading:
     if is_loop(answer.response) or (found.rest and is_loop(text)):
         return Reading(answer.response, "loop")
     return Reading(answer.response, "malformed" if found.rest else "ok")
+
+
+def read_completions(frame: pd.DataFrame, reading: Literal["as_released", "strict"]) -> pd.DataFrame:
+    """Return ``frame`` with response and outcome as read from its completion column."""
+    readings = [read_completion(text, reading) for text in frame["completion"]]
+    response = pd.Series([reading.response for reading in readings], index=frame.index, dtype=object)
+    return frame.assign(response=response, outcome=[reading.outcome for reading in readings])
+
+
+def count_words(text: str) -> int:
+    """Count words as the released method does: what white space separates."""
+    return len(text.split())
 
 
 def is_one_object(completion: str | None) -> bool:

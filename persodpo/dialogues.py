@@ -167,3 +167,9 @@ def _focus_dialogue(item: Any, number: int, path: Path, split: Split) -> dict[st
 def clean(text: str) -> str:
     r"""Remove the markers ``**``, ``\r`` and ``'``, as the authors did."""
     return text.replace("**", "").replace("\r", "").replace("'", "")
+
+
+def overlaps(train: pd.DataFrame, held_out: pd.DataFrame) -> pd.Series[bool]:
+    """Mark train dialogues whose context, or whose whole set of personas, stands in the held-out dialogues."""
+    known = set(held_out["personas"].map(tuple))
+    return train["context"].isin(held_out["context"]) | train["personas"].map(lambda p: tuple(p) in known)

@@ -33,29 +33,24 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def disk_errors(target: Path) -> Iterator[None]:
-    """Turn a full or read-only disk under ``target``, or an engine out of memory, into one sentence.
+    """Turn a full or read-only disk under ``target`` into one sentence.
 
     Args:
         target: The file or folder being written; named in the message.
 
     Raises:
-        PersodpoError: The disk is full, the place cannot be written, or DuckDB can neither hold nor spill its data.
+        PersodpoError: The disk is full, or the place cannot be written.
     """
     try:
         yield
     except PersodpoError:
         raise
     except Exception as error:
-        # DuckDB and pyarrow report the system's errors under types of their own, but keep its words.
+        # Polars and pyarrow report the system's errors under types of their own, but keep its words.
         number = error.errno if isinstance(error, OSError) else None
         if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
             raise PersodpoError(
                 f"The disk holding {target} is full; free some space and run again, what was there is untouched."
-            ) from error
-        if "Out of Memory Error" in str(error):
-            raise PersodpoError(
-                f"The table engine has neither memory nor room to spill left under {target}; raise engine.memory_gib or "
-                "free some disk space and run again, what was there is untouched."
             ) from error
         if number in (errno.EROFS, errno.EACCES, errno.EPERM):
             raise PersodpoError(

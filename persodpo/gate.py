@@ -14,10 +14,8 @@ from numpy.typing import NDArray
 from sklearn.model_selection import GroupKFold
 from sklearn.tree import DecisionTreeClassifier
 
-from persodpo.completions import is_one_object, read_completion
-from persodpo.dialogues import Split
-from persodpo.pairs import overlaps
-from persodpo.scoring.compliance import count_words
+from persodpo.completions import count_words, is_one_object, read_completion
+from persodpo.dialogues import Split, overlaps
 
 FOLDS = 5
 #: Size of the tree: fine enough for a length or a handful of names, coarse enough not to learn single responses.

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from persodpo.completions import read_completions
 from persodpo.dialogues import COLUMNS, SPEAKERS
 from persodpo.errors import PersodpoError
-from persodpo.generation.published import read_completions
 from persodpo.settings import Completions
 
 DIALOGUES = ("dialogue_id", "split", "personas", "context")
@@ -108,7 +108,7 @@ def read_responses(path: Path, dialogues: pd.DataFrame, settings: Completions) -
             )
         found.append((*key, row[text]))
     table = pd.DataFrame(found, columns=RESPONSES)
-    table = _as_answers(table) if plain else read_completions(table, settings)
+    table = _as_answers(table) if plain else read_completions(table, settings.reading)
     if not table["outcome"].eq("ok").any():
         raise PersodpoError(
             f'{path}: no completion holds its answer as {{"response": "..."}}; if these are plain answers, call the column '

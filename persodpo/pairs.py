@@ -1,97 +1,168 @@
-"""Responses and scores in, chosen/rejected pairs out.
-
-``simple`` pairs set every parsed completion of a prompt against every failed one, as generated. ``perso`` pairs set
-every response at or above the high threshold of quality against every one at or below the low threshold. Both are a
-prompt's cross product. Everything runs in DuckDB over Parquet and spills to disk, so a hundred million responses fit
-a laptop.
-"""
+"""Responses and metric values in, scores and pairs tables out: `persodpo.method` under a profile's settings."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal
 
-import duckdb
+import numpy as np
 import pandas as pd
+import polars as pl
 
+from persodpo import method
+from persodpo.completions import count_words, is_one_object, read_completions
+from persodpo.dialogues import overlaps
+from persodpo.errors import PersodpoError
+from persodpo.method import METRICS, Scale
 from persodpo.prompts import load_template, render
-from persodpo.scoring.quality import measure_scale, one_row, rate_sql, thresholds
-from persodpo.settings import Pairs, Profile, Scoring
+from persodpo.settings import MetricValues, Pairs, Profile, Scoring
+from persodpo.tables import with_none
 
-#: A response that can stand in a pair: read or recovered text, with a quality.
-_USABLE = "quality IS NOT NULL AND response IS NOT NULL"
+PairSet = Literal["simple", "perso"]
+#: Dialogue, chosen model and rejected model of each pair.
+PairKeys = set[tuple[str, str, str]]
 
 
 @dataclass(frozen=True)
-class IndexedPairs:
-    """What `index_pairs` wrote.
+class Ranking:
+    """Rated responses.
 
     Attributes:
-        pairs: Number of pairs.
-        responses: Number of scored responses.
+        scores: Metric values with compliance and quality.
+        scale: What quality was measured against.
         low: Threshold at or below which a response may be rejected.
         high: Threshold at or above which it may be chosen.
     """
 
-    pairs: int
-    responses: int
+    scores: pd.DataFrame
+    scale: Scale
     low: float
     high: float
 
 
-def perso_condition(low: float, high: float) -> str:
-    """Return the condition under which response ``c`` is chosen over response ``r`` of the same dialogue.
+@dataclass(frozen=True)
+class Variant:
+    """What other settings make of the same responses.
 
-    The last part only matters where both thresholds are equal: a response never stands against itself or its equal.
+    Attributes:
+        ranking: Scores, scale and thresholds.
+        pairs: A pairs table.
     """
-    return f"c.quality >= {high!r}::DOUBLE AND r.quality <= {low!r}::DOUBLE AND c.quality > r.quality"
+
+    ranking: Ranking
+    pairs: pd.DataFrame
 
 
-SIMPLE_CONDITION = "c.outcome = 'ok' AND r.outcome <> 'ok'"
-
-
-def index_pairs(
-    connection: duckdb.DuckDBPyConnection, source: Path, target: Path, scoring: Scoring, pairs: Pairs
-) -> IndexedPairs:
-    """Go from a table of metric values to ``perso`` pairs in index form, without touching any text.
+def impute(responses: pd.DataFrame, metrics: pd.DataFrame, worst: MetricValues, *, unread: bool) -> pd.DataFrame:
+    """Give failed responses the worst-case metric values, and unscored ones none.
 
     Args:
-        connection: An open DuckDB (see `persodpo.scoring.quality.connect`); what exceeds its memory spills.
-        source: Parquet file with dialogue_id, the four metrics (null: not scored), words and one_object.
-        target: Parquet file to write: dialogue_id, chosen and rejected (row numbers of ``source``, from 0).
-        scoring: Weights, normalisation and compliance settings.
-        pairs: The two quantiles.
+        responses: Responses table.
+        metrics: dialogue_id, model, the four metrics, and parsed: the text that was scored.
+        worst: Values for failed responses.
+        unread: Whether failures without any text are given them too (results tables count every failure, the pool of
+            pairs leaves those out).
 
     Returns:
-        Counts and thresholds.
+        One row per response, in the order of ``responses``: dialogue_id, model, the four metrics (NaN: not scored),
+        words, one_object and imputed. A response that reads well but whose text nobody scored is not scored.
+    """
+    frame = with_none(responses).merge(metrics, on=["dialogue_id", "model"], how="left", validate="one_to_one")
+    failed = frame["outcome"] != "ok"
+    imputed = failed if unread else failed & frame["response"].notna()
+    scored = ~failed & (frame["parsed"] == frame["response"])
+    for metric in METRICS:
+        frame[metric] = np.where(imputed, getattr(worst, metric), frame[metric].where(scored))
+    frame["imputed"] = imputed
+    frame["words"] = [count_words(text or "") for text in frame["response"]]
+    frame["one_object"] = [is_one_object(text) for text in frame["completion"]]
+    return frame[["dialogue_id", "model", *METRICS, "words", "one_object", "imputed"]]
+
+
+def effective_weights(settings: Scoring) -> dict[str, float]:
+    """Return the weights that act.
+
+    With ``coherence: corrected`` the scrambled coherence column (audit A1) is left out and its weight shared by the
+    others in proportion.
 
     Raises:
-        PersodpoError: No response is scored, or a score is not finite.
+        PersodpoError: Coherence has all the weight and is left out.
     """
-    relation = f"read_parquet('{_quoted(source)}', file_row_number = true)"
-    scale = measure_scale(connection, relation, scoring)
-    connection.execute("SET preserve_insertion_order = false")
-    rated = rate_sql(relation, scale, scoring, keep="dialogue_id, file_row_number")
-    columns = "dialogue_id, file_row_number::UINTEGER AS row, quality"
-    connection.execute(f"CREATE OR REPLACE TEMP TABLE rated AS SELECT {columns} FROM ({rated})")
-    low, high = thresholds(connection, "rated", (pairs.low_quantile, pairs.high_quantile))
-    written = one_row(
-        connection,
-        f"COPY (SELECT dialogue_id, c.row AS chosen, r.row AS rejected FROM rated c JOIN rated r USING (dialogue_id) "
-        f"WHERE {perso_condition(low, high)}) TO '{_quoted(target)}' (FORMAT parquet)",
-    )[0]
-    connection.execute("DROP TABLE rated")
-    return IndexedPairs(written, scale.responses, low, high)
+    weights: dict[str, float] = settings.weights.model_dump()
+    if settings.coherence == "corrected" and settings.source == "published":
+        dropped = weights.pop("coherence")
+        if dropped >= 1.0:
+            raise PersodpoError("scoring.coherence: corrected leaves coherence out, but it has all the weight.")
+        weights = {"coherence": 0.0} | {signal: weight / (1.0 - dropped) for signal, weight in weights.items()}
+    return weights
 
 
-def _quoted(path: Path) -> str:
-    """Escape a path for a SQL string."""
-    return str(path).replace("'", "''")
+def scale_of(scores: pd.DataFrame, settings: Scoring) -> Scale:
+    """Measure the scale on a table with metrics and words, as the settings say."""
+    frame = pl.from_pandas(scores[[*METRICS, "words"]])
+    return method.measure_scale(
+        frame, target_words=settings.target_words, declared=settings.normalisation == "declared"
+    )
+
+
+def rate(values: pd.DataFrame, scale: Scale, settings: Scoring) -> pd.DataFrame:
+    """Add compliance and quality to metric values from `impute`, in their order.
+
+    With ``format_check: as_released`` the check for one JSON object reads text that was already taken out of its JSON, so
+    its bonus never comes (audit A3).
+    """
+    bonus = settings.format_bonus if settings.format_check == "corrected" else 0.0
+    rated = method.rate(pl.from_pandas(values), scale, effective_weights(settings), bonus)
+    return values.assign(**{name: rated[name].to_numpy() for name in ("compliance", "quality")})
+
+
+def rank(pool: pd.DataFrame, scoring: Scoring, pairs: Pairs) -> Ranking:
+    """Measure the scale on a pool of metric values from `impute`, rate it, and find the two thresholds."""
+    scale = scale_of(pool, scoring)
+    scores = rate(pool, scale, scoring)
+    low, high = method.thresholds(pl.from_pandas(scores[["quality"]]), pairs.low_quantile, pairs.high_quantile)
+    return Ranking(scores, scale, low, high)
+
+
+def answers_of(
+    pair_set: PairSet, responses: pd.DataFrame, scores: pd.DataFrame, prompts: pd.DataFrame, profile: Profile
+) -> pl.DataFrame:
+    """Return the responses that can stand in a pair, with the text that stands there.
+
+    Args:
+        pair_set: As generated, a failed completion stays broken; in ``perso`` pairs ``as_released`` it is written anew, as
+            valid JSON like the chosen one (audit A4).
+        responses: Responses table.
+        scores: Scores table; joined on dialogue_id and model.
+        prompts: From `prompt_table`.
+        profile: Pair settings.
+
+    Returns:
+        dialogue_id, model, outcome, quality and text, of scored train responses with some text.
+    """
+    frame = responses[responses["split"].eq("train") & responses["response"].notna()]
+    frame = frame.merge(scores[scores["quality"].notna()], on=["dialogue_id", "model"], validate="one_to_one")
+    frame = frame[frame["dialogue_id"].isin(prompts["dialogue_id"])]
+    rewritten = pair_set == "perso" and profile.pairs.serialisation == "as_released"
+    texts = [as_json(text) for text in frame["response"]] if rewritten else frame["completion"]
+    kinds = {
+        "dialogue_id": pl.String,
+        "model": pl.String,
+        "outcome": pl.String,
+        "quality": pl.Float64,
+        "text": pl.String,
+    }
+    return pl.from_pandas(frame.assign(text=texts)[list(kinds)], schema_overrides=kinds)
+
+
+def as_json(response: str) -> str:
+    """Return a response as the one JSON object that a prompt asks for."""
+    return json.dumps({"response": response}, ensure_ascii=False)
 
 
 def build_pairs(
-    connection: duckdb.DuckDBPyConnection,
-    pair_set: str,
+    pair_set: PairSet,
     *,
     responses: pd.DataFrame,
     scores: pd.DataFrame,
@@ -102,36 +173,30 @@ def build_pairs(
     """Build one pair set with its texts.
 
     Args:
-        connection: An open DuckDB.
         pair_set: ``simple`` or ``perso``.
         responses: Responses table.
-        scores: Scores table; joined on dialogue_id and model.
+        scores: Scores table.
         dialogues: Dialogues table, all splits.
         limits: Low and high threshold of quality.
         profile: Prompt and pair settings.
 
     Returns:
-        A pairs table ordered by dialogue, chosen and rejected model; scores rounded to three decimals. Pairs whose two
-        sides are the same text are left out.
+        A pairs table ordered by dialogue, chosen and rejected model; scores rounded to three decimals.
     """
     prompts = prompt_table(dialogues, profile)
-    for name, frame in (("responses", responses), ("scores", scores), ("prompts", prompts)):
-        connection.register(name, frame)
-    low, high = limits
-    # As generated, a failed completion stays broken; re-written, it becomes valid JSON like the chosen one (A4).
-    rewritten = pair_set == "perso" and profile.pairs.serialisation == "as_released"
-    side = "'{\"response\": ' || to_json(response)::VARCHAR || '}'" if rewritten else "completion"
-    connection.execute(
-        f"CREATE OR REPLACE TEMP TABLE answers AS SELECT dialogue_id, model, outcome, quality, {side} AS text "
-        f"FROM responses JOIN scores USING (dialogue_id, model) WHERE split = 'train' AND {_USABLE}"
+    answers = answers_of(pair_set, responses, scores, prompts, profile)
+    pairs = method.simple_pairs(answers) if pair_set == "simple" else method.perso_pairs(answers, *limits)
+    table = pairs.join(pl.from_pandas(prompts), on="dialogue_id").select(
+        "prompt",
+        "dialogue_id",
+        *(pl.col(f"text_{side}").alias(side) for side in ("chosen", "rejected")),
+        *(
+            pl.col(f"quality_{side}").round(3, mode="half_to_even").alias(f"score_{side}")
+            for side in ("chosen", "rejected")
+        ),
+        *(pl.col(f"model_{side}").alias(f"{side}_model") for side in ("chosen", "rejected")),
     )
-    condition = SIMPLE_CONDITION if pair_set == "simple" else perso_condition(low, high)
-    return connection.execute(
-        f"SELECT prompt, c.text AS chosen, r.text AS rejected, round_even(c.quality, 3) AS score_chosen, "
-        f"round_even(r.quality, 3) AS score_rejected, dialogue_id, c.model AS chosen_model, r.model AS rejected_model "
-        f"FROM answers c JOIN answers r USING (dialogue_id) JOIN prompts USING (dialogue_id) "
-        f"WHERE {condition} AND c.text <> r.text ORDER BY dialogue_id, chosen_model, rejected_model"
-    ).df()
+    return table.sort("dialogue_id", "chosen_model", "rejected_model").to_pandas()
 
 
 def prompt_table(dialogues: pd.DataFrame, profile: Profile) -> pd.DataFrame:
@@ -156,7 +221,53 @@ def prompt_table(dialogues: pd.DataFrame, profile: Profile) -> pd.DataFrame:
     return pd.DataFrame({"dialogue_id": train["dialogue_id"].to_numpy(), "prompt": texts})
 
 
-def overlaps(train: pd.DataFrame, held_out: pd.DataFrame) -> pd.Series[bool]:
-    """Mark train dialogues whose context, or whose whole set of personas, stands in the held-out dialogues."""
-    known = set(held_out["personas"].map(tuple))
-    return train["context"].isin(held_out["context"]) | train["personas"].map(lambda p: tuple(p) in known)
+def rebuild(
+    responses: pd.DataFrame,
+    metrics: pd.DataFrame,
+    dialogues: pd.DataFrame,
+    profile: Profile,
+    pair_set: PairSet = "perso",
+) -> Variant:
+    """Read, rate and pair responses anew under other settings; nothing is asked or written.
+
+    Args:
+        responses: Responses table; only its completions are read.
+        metrics: Metric values of parsed responses, see `impute`.
+        dialogues: Dialogues table, all splits.
+        profile: The settings.
+        pair_set: Which pairs.
+
+    Returns:
+        Ranking and pairs.
+    """
+    read = read_completions(responses, profile.completions.reading)
+    ranking = rank(impute(read, metrics, profile.scoring.worst_case, unread=False), profile.scoring, profile.pairs)
+    pairs = build_pairs(
+        pair_set,
+        responses=read,
+        scores=ranking.scores,
+        dialogues=dialogues,
+        limits=(ranking.low, ranking.high),
+        profile=profile,
+    )
+    return Variant(ranking, pairs)
+
+
+def pair_keys(pairs: pd.DataFrame) -> PairKeys:
+    """Return the keys of a pairs table."""
+    return set(zip(pairs["dialogue_id"], pairs["chosen_model"], pairs["rejected_model"], strict=True))
+
+
+def measured(responses: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
+    """Return the metric values in a scores table that were measured and not given to failures.
+
+    Args:
+        responses: Responses table.
+        scores: Scores table of the same responses.
+
+    Returns:
+        Columns dialogue_id, model, the four metrics, and parsed: the text that was scored.
+    """
+    known = scores[~scores["imputed"] & scores["quality"].notna()]
+    texts = responses[["dialogue_id", "model", "response"]].rename(columns={"response": "parsed"})
+    return known[["dialogue_id", "model", *METRICS]].merge(texts, on=["dialogue_id", "model"], validate="one_to_one")

@@ -37,10 +37,8 @@ class Paths(Section):
 
 
 class Engine(Section):
-    """Limits of the table engine (DuckDB), and where scorers run; they change speed and memory, never results."""
+    """Where scorers run; it changes speed and memory, never results."""
 
-    threads: Count | None
-    memory_gib: Positive
     scorers: Literal["local", "ray"]
     ray_workers: Count
 

@@ -20,9 +20,9 @@ from persodpo import stages
 from persodpo.artifacts import PROJECT, RELEASE_VARIABLE, RunFolder
 from persodpo.config import load_profile, with_overrides
 from persodpo.explore.moving import moved
+from persodpo.method import SIGNALS
+from persodpo.pairs import measured, rebuild
 from persodpo.reproduce import notebook_files
-from persodpo.scoring.quality import SIGNALS
-from persodpo.variants import measured, rebuild
 
 pytestmark = pytest.mark.browser
 START = "00_start_here.ipynb"

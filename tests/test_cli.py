@@ -32,9 +32,9 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def test_profile_shows_what_overrides_resolve_to():
-    done = run("profile", "--set", "pairs.low_quantile=0.25", "-s", "engine.threads=2")
+    done = run("profile", "--set", "pairs.low_quantile=0.25", "-s", "engine.ray_workers=3")
     shown = yaml.safe_load(done.stdout)
-    assert (done.returncode, shown["pairs"]["low_quantile"], shown["engine"]["threads"]) == (0, 0.25, 2)
+    assert (done.returncode, shown["pairs"]["low_quantile"], shown["engine"]["ray_workers"]) == (0, 0.25, 3)
 
 
 @pytest.mark.parametrize(

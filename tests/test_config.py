@@ -62,8 +62,8 @@ def test_impossible_settings_are_refused_by_path_and_remedy(override, words):
 
 
 def test_overrides_are_typed_and_the_profile_is_frozen():
-    changed = load_profile("release", ["pairs.low_quantile=0.3", "pairs.sets=[perso]", "engine.threads=2"])
-    assert (changed.pairs.low_quantile, changed.pairs.sets, changed.engine.threads) == (0.3, ("perso",), 2)
+    changed = load_profile("release", ["pairs.low_quantile=0.3", "pairs.sets=[perso]", "engine.ray_workers=3"])
+    assert (changed.pairs.low_quantile, changed.pairs.sets, changed.engine.ray_workers) == (0.3, ("perso",), 3)
     assert (
         with_overrides(changed, ["pairs.low_quantile=0.4", "pairs.sets=[simple, perso]"]).pairs == load_profile().pairs
     )
@@ -73,7 +73,7 @@ def test_overrides_are_typed_and_the_profile_is_frozen():
 
 def test_digest_follows_results_not_places():
     base = load_profile("release")
-    assert load_profile("release", ["paths.runs=/elsewhere", "engine.memory_gib=1"]).digest() == base.digest()
+    assert load_profile("release", ["paths.runs=/elsewhere", "engine.ray_workers=1"]).digest() == base.digest()
     assert load_profile("release", ["pairs.high_quantile=0.7"]).digest() != base.digest()
 
 

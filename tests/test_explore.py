@@ -18,7 +18,7 @@ from IPython.display import Image
 
 from persodpo import explore
 from persodpo.artifacts import PROJECT, RunFolder
-from persodpo.completions import is_one_object
+from persodpo.completions import is_one_object, read_completions
 from persodpo.config import load_profile, with_overrides
 from persodpo.errors import PersodpoError
 from persodpo.evaluation.bootstrap import Resampling
@@ -29,14 +29,12 @@ from persodpo.explore.curves_picture import smoothed
 from persodpo.explore.moving import Pool, Setting, moved
 from persodpo.explore.panel import WIDTH
 from persodpo.gate import inspect_pairs
-from persodpo.generation.published import read_completions
+from persodpo.method import METRICS, SIGNALS
+from persodpo.pairs import impute, measured, pair_keys, rank, rebuild
 from persodpo.report.notebooks import notebook_pages
 from persodpo.reproduce import NOTEBOOKS, run_notebook
-from persodpo.scoring.quality import METRICS, SIGNALS, connect
-from persodpo.scoring.run import impute, rank
 from persodpo.stages.heldout import arms_of
 from persodpo.tables import schema_of, write_table
-from persodpo.variants import measured, pair_keys, rebuild
 
 MODELS = ("m1", "m2", "m3", "m4")
 SCRIPT = '<img src=x onerror="alert(1)"> & <script>'
@@ -67,7 +65,7 @@ def save(run: RunFolder, **tables: pd.DataFrame) -> None:
 @pytest.fixture(scope="module")
 def tables():
     """Sixty dialogues with four answers each, some broken, some alike, scored at random but for ties."""
-    profile, generator = load_profile("release", ["engine.threads=1"]), np.random.default_rng(0)
+    profile, generator = load_profile("release"), np.random.default_rng(0)
     dialogues = full("dialogues", [
         {"dialogue_id": f"d{number:02}", "split": "train" if number < 60 else "valid", "dataset": "x",
          "personas": PERSONAS, "context": f"User1: Where is castle {number}? {SCRIPT}", "reference": "r"}
@@ -78,13 +76,13 @@ def tables():
         {"dialogue_id": f"d{d:02}", "split": "train", "model": MODELS[m], "completion": completion(d, m)}
         for d, m in answered
     ])  # fmt: skip
-    responses = read_completions(responses, profile.completions)
+    responses = read_completions(responses, profile.completions.reading)
     metrics = responses[["dialogue_id", "model"]].assign(parsed=responses["response"])
     for metric in METRICS:
         metrics[metric] = np.round(generator.random(len(metrics)), 2)
     metrics.loc[metrics["dialogue_id"] == "d07", list(METRICS)] = 0.5
     pool = impute(responses, metrics, profile.scoring.worst_case, unread=False)
-    scores = rank(connect(profile.engine, ""), pool, profile.scoring, profile.pairs).scores
+    scores = rank(pool, profile.scoring, profile.pairs).scores
     return responses, scores, dialogues
 
 
@@ -105,11 +103,11 @@ def evaluated(run, tables):
     answered = [(d, m, name) for d in range(60, 84) for m, name in enumerate(names["model"])]
     known = {"split": "valid", "response_time": 0.1}
     rows = [{"dialogue_id": f"d{d}", "model": name, "completion": completion(d, m), **known} for d, m, name in answered]
-    responses = read_completions(full("evaluation/responses", rows), profile.completions)
+    responses = read_completions(full("evaluation/responses", rows), profile.completions.reading)
     metrics = responses[["dialogue_id", "model"]].assign(parsed=responses["response"])
     metrics = metrics.assign(**{metric: generator.random(len(metrics)) for metric in METRICS})
     pool = impute(responses, metrics, profile.scoring.worst_case, unread=True)
-    scores = rank(connect(profile.engine, ""), pool, profile.scoring, profile.pairs).scores
+    scores = rank(pool, profile.scoring, profile.pairs).scores
     pairs = [("perso", "base"), ("simple", "base"), ("perso", "simple")]
     compared = compare(observe(responses, scores, names), pairs, sampling=Resampling(2000, 1))
     save(made, evaluation__responses=responses, evaluation__scores=scores, evaluation__comparisons=compared)
@@ -117,7 +115,7 @@ def evaluated(run, tables):
 
 
 WEIGHTS = st.lists(st.integers(0, 8), min_size=5, max_size=5).filter(any)
-RELEASE = load_profile("release", ["engine.threads=1"])
+RELEASE = load_profile("release")
 
 
 def overrides(setting: Setting) -> list[str]:
@@ -137,7 +135,7 @@ def assert_same(pool: Pool, setting: Setting, tables, profile) -> None:
     known = expected.ranking.scores.dropna(subset="quality")
     assert (outcome.low, outcome.high) == (expected.ranking.low, expected.ranking.high)
     assert sorted(outcome.quality) == sorted(known["quality"])
-    assert pool.keys(outcome) == pair_keys(expected.pairs)
+    assert outcome.keys == pair_keys(expected.pairs)
     assert outcome.pairs == len(expected.pairs) == outcome.sources.sum()
     counts = expected.pairs.groupby(["chosen_model", "rejected_model"]).size()
     assert all(
@@ -515,6 +513,7 @@ def test_every_control_has_a_label_and_fits(door, evaluated):
 NOTEBOOK = """
 from persodpo import explore
 from persodpo.artifacts import PROJECT, RunFolder
+from persodpo.completions import read_completions
 from persodpo.config import load_profile
 run = RunFolder(load_profile(profile))
 """

@@ -12,11 +12,11 @@ from torch.nn.functional import logsigmoid
 from trl import DPOConfig, DPOTrainer
 
 from persodpo.config import with_overrides
+from persodpo.pairs import measured, rebuild
 from persodpo.tables import SCHEMAS
 from persodpo.training.arms import ARMS
 from persodpo.training.run import arguments
 from persodpo.training.trainer import GroupedDPOTrainer
-from persodpo.variants import measured, rebuild
 
 
 def digest(rows) -> str:

@@ -6,17 +6,19 @@ import json
 
 import numpy as np
 import pandas as pd
+import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from persodpo.completions import is_one_object
 from persodpo.config import load_profile
+from persodpo.dialogues import overlaps
 from persodpo.gate import inspect_pairs, label_accuracy
-from persodpo.pairs import build_pairs, index_pairs, overlaps
-from persodpo.scoring.quality import connect
+from persodpo.method import METRICS, measure_scale, perso_pairs, rate, thresholds
+from persodpo.pairs import build_pairs
 
-PROFILE = load_profile("release", ["engine.threads=1"])
+PROFILE = load_profile("release")
 
 ANSWER = st.tuples(
     st.integers(0, 3),
@@ -51,7 +53,7 @@ def tables(answers) -> dict[str, pd.DataFrame]:
 
 
 def built(made, pair_set: str, limits=(0.4, 0.6), profile=PROFILE) -> pd.DataFrame:
-    return build_pairs(connect(profile.engine, ""), pair_set, limits=limits, profile=profile, **made)
+    return build_pairs(pair_set, limits=limits, profile=profile, **made)
 
 
 @pytest.mark.slow
@@ -115,21 +117,23 @@ def metric_values(count: int, seed: int = 0) -> pd.DataFrame:
     })  # fmt: skip
 
 
-def test_index_pairs_are_the_pairs_of_a_scan(tmp_path):
-    """The bench's two ways agree: row numbers, not only counts."""
+def test_lazy_pairs_of_a_file_are_those_of_a_scan(tmp_path):
+    """As the benchmark goes: from a Parquet file to row numbers, beside a scan of all rows for each prompt."""
     frame = metric_values(700)
-    frame.loc[5, ["coherence", "c_score", "ue_score", "persona_distance"]] = np.nan
-    source, target = tmp_path / "it's.parquet", tmp_path / "pairs.parquet"
-    frame.to_parquet(source)
-    connection = connect(PROFILE.engine, str(tmp_path))
-    made = index_pairs(connection, source, target, PROFILE.scoring, PROFILE.pairs)
-    pairs = pd.read_parquet(target)
+    frame.loc[5, list(METRICS)] = np.nan
+    frame.to_parquet(tmp_path / "metrics.parquet")
+    rows = pl.scan_parquet(tmp_path / "metrics.parquet").with_columns(pl.col(METRICS).fill_nan(None))
+    weights = PROFILE.scoring.weights.model_dump()
+    scale = measure_scale(rows)
+    rated = rate(rows.with_row_index("row"), scale, weights).select("dialogue_id", "row", "quality")
+    limits = thresholds(rated, 0.4, 0.6)
+    pairs = perso_pairs(rated, *limits).collect(engine="streaming")
     scored = frame.drop(index=5)
     length = int(scored["words"].mean())
     quality = 0.0
-    for metric in ("coherence", "c_score", "ue_score", "persona_distance"):
+    for metric in METRICS:
         low, high = scored[metric].min(), scored[metric].max()
-        quality = quality + getattr(PROFILE.scoring.weights, metric) * (scored[metric] - low) / (high - low)
+        quality = quality + weights[metric] * (scored[metric] - low) / (high - low)
     quality = quality + 0.32 * np.maximum(0, 1 - ((scored["words"] - length) / length) ** 2).round(3)
     low, high = quality.quantile(0.4), quality.quantile(0.6)
     expected = {
@@ -138,9 +142,10 @@ def test_index_pairs_are_the_pairs_of_a_scan(tmp_path):
         for chosen in group.index[group >= high]
         for rejected in group.index[group <= low]
     }
-    assert set(pairs[["dialogue_id", "chosen", "rejected"]].itertuples(index=False, name=None)) == expected
-    assert (made.pairs, made.responses, made.low, made.high) == (len(expected), 699, low, high)
-    assert len(pairs) == len(expected)
+    found = pairs.select("dialogue_id", "row_chosen", "row_rejected").rows()
+    assert set(found) == expected
+    assert len(found) == len(expected)
+    assert (scale.responses, *limits) == (699, low, high)
 
 
 def pairs_frame(chosen: list[str], rejected: list[str], **columns) -> pd.DataFrame:

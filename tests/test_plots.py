@@ -456,7 +456,7 @@ def test_plots_import_neither_torch_nor_a_stage():
     modules = sorted(path.stem for path in (PROJECT / "persodpo" / "plots").glob("*.py") if path.stem != "__init__")
     program = (
         f"import importlib, sys\nfor name in {modules}: importlib.import_module('persodpo.plots.' + name)\n"
-        "heavy = {'torch', 'transformers', 'trl', 'datasets', 'duckdb'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'trl', 'datasets'} & set(sys.modules)\n"
         "stages = {name for name in sys.modules if name.startswith('persodpo.')} - "
         "{'persodpo.errors', 'persodpo.settings', 'persodpo.sections', 'persodpo.scoring_settings', "
         "'persodpo.evaluation_settings', 'persodpo.config', 'persodpo.tables', 'persodpo.artifacts'}\n"

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
+import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from persodpo.config import load_profile
 from persodpo.errors import PersodpoError
-from persodpo.scoring.quality import METRICS, connect, measure_scale, rate_sql, thresholds
-from persodpo.scoring.run import impute, rank
+from persodpo.method import METRICS, measure_scale, thresholds
+from persodpo.pairs import impute, rank, rate, scale_of
 from persodpo.settings import Scoring
 
-PROFILE = load_profile("release", ["engine.threads=1"])
+PROFILE = load_profile("release")
 ROWS = pd.DataFrame({
     "coherence": [0.0, 0.5, 1.0, 0.9],
     "c_score": [-1.0, 0.0, 1.0, 1.0],
@@ -30,10 +31,7 @@ def scoring(*overrides: str) -> Scoring:
 
 
 def rated(frame: pd.DataFrame, settings_: Scoring = PROFILE.scoring) -> pd.DataFrame:
-    connection = connect(PROFILE.engine, "")
-    connection.register("rows_", frame)
-    scale = measure_scale(connection, "rows_", settings_)
-    return connection.execute(rate_sql("rows_", scale, settings_)).df()
+    return rate(frame, scale_of(frame, settings_), settings_)
 
 
 def test_hand_computed_quality():
@@ -50,10 +48,9 @@ def test_hand_computed_quality():
 
 
 def test_mean_length_is_truncated_and_can_be_set():
-    connection = connect(PROFILE.engine, "")
-    connection.register("rows_", ROWS.assign(words=[10, 40, 60, 93]))
-    assert measure_scale(connection, "rows_", PROFILE.scoring).target_words == 50  # mean 50.75
-    assert measure_scale(connection, "rows_", scoring("target_words=110")).target_words == 110
+    frame = pl.from_pandas(ROWS.assign(words=[10, 40, 60, 93]))
+    assert measure_scale(frame).target_words == 50  # mean 50.75
+    assert measure_scale(frame, target_words=110).target_words == 110
 
 
 def test_compliance_never_falls_below_zero():
@@ -101,13 +98,11 @@ def test_nothing_to_rank_and_broken_values():
 VALUES = st.lists(st.one_of(st.floats(0, 1), st.sampled_from([0.0, 0.25, 0.5, 1.0])), min_size=1, max_size=60)
 
 
-@pytest.mark.slow
 @settings(max_examples=200)
-@given(VALUES, st.lists(st.floats(0, 1), min_size=1, max_size=4))
+@given(VALUES, st.tuples(st.floats(0, 1), st.floats(0, 1)))
 def test_thresholds_are_numpys_to_the_last_bit(values, quantiles):
-    connection = connect(PROFILE.engine, "")
-    connection.register("rows_", pd.DataFrame({"quality": values}))
-    assert thresholds(connection, "rows_", quantiles) == [float(np.quantile(values, q)) for q in quantiles]
+    frame = pl.DataFrame({"quality": [*values, None]})
+    assert thresholds(frame, *quantiles) == tuple(float(np.quantile(values, q)) for q in quantiles)
 
 
 @settings(max_examples=100)
@@ -142,7 +137,7 @@ def test_imputation_by_outcome():
 
 
 def test_rank_gives_scores_scale_and_thresholds():
-    ranking = rank(connect(PROFILE.engine, ""), ROWS, PROFILE.scoring, PROFILE.pairs)
+    ranking = rank(ROWS, PROFILE.scoring, PROFILE.pairs)
     quality = ranking.scores["quality"]
     assert (ranking.low, ranking.high) == (np.quantile(quality, 0.4), np.quantile(quality, 0.6))
     assert ranking.scale.responses == 4

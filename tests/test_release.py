@@ -144,9 +144,9 @@ def test_settings_named_by_findings_exist_and_act(release_run):
 
 
 def test_a_corrected_profile_is_audited_as_released(release_run):
-    corrected = with_overrides(release_run.profile, ["completions.reading=strict", "engine.threads=1"])
+    corrected = with_overrides(release_run.profile, ["completions.reading=strict", "engine.ray_workers=1"])
     twin = as_released(corrected)
-    assert (twin.name, twin.completions.reading, twin.engine.threads) == ("release-as-released", "as_released", 1)
+    assert (twin.name, twin.completions.reading, twin.engine.ray_workers) == ("release-as-released", "as_released", 1)
     assert as_released(release_run.profile) is release_run.profile
 
 

@@ -21,11 +21,11 @@ from scoring_fakes import Letters, ask, small_world, write_run
 from persodpo.artifacts import RunFolder
 from persodpo.config import load_profile
 from persodpo.errors import PersodpoError
+from persodpo.method import METRICS
 from persodpo.scoring.cache import ScoreCache, text_key
 from persodpo.scoring.coherence import write_input
 from persodpo.scoring.computed import computed_metrics
 from persodpo.scoring.engine import fingerprint, score_items
-from persodpo.scoring.quality import METRICS
 from persodpo.scoring.scorers import Scored
 from persodpo.stages.score import CACHE, run_computed, run_extras
 

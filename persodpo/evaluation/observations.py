@@ -14,7 +14,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from persodpo.errors import PersodpoError
-from persodpo.scoring.quality import SIGNALS
+from persodpo.method import SIGNALS
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from persodpo.scoring.quality import METRICS
+from persodpo.method import METRICS
 
 #: Rows of the results table, in the order of the published columns.
 RESULT_METRICS = ("response_time", *METRICS, "failure_ratio")

@@ -12,9 +12,9 @@ from typing import Any
 import pandas as pd
 
 from persodpo.completions import KEY
+from persodpo.method import SIGNALS
 from persodpo.plots.metrics import metric_label
 from persodpo.plots.style import SKY, VERMILLION
-from persodpo.scoring.quality import SIGNALS
 from persodpo.scoring.stop_words import STOP_WORDS
 
 _WORD = re.compile(r"\w+")

@@ -1,30 +1,27 @@
 """Scored responses in, what other weights and thresholds make of them out: the arithmetic of `persodpo.explore.quality`.
 
-Everything that a move leaves as it is (texts, scaled signals, which responses may stand against each other) is worked out
-once and kept in arrays, so that a setting takes milliseconds. The numbers are those of `persodpo.variants.rebuild`.
+The texts are prepared once; a setting then goes through `persodpo.method` as in the stages, in milliseconds.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import polars as pl
 from numpy.typing import NDArray
 
+from persodpo import method
 from persodpo.errors import PersodpoError
 from persodpo.gate import FEATURES, label_accuracy
-from persodpo.pairs import prompt_table
-from persodpo.scoring.quality import METRICS, SIGNALS, Scale, connect, effective_weights, measure_scale
+from persodpo.pairs import PairKeys, answers_of, effective_weights, pair_keys, prompt_table, scale_of
 from persodpo.scoring_settings import Weights
-from persodpo.settings import Profile, Scoring
+from persodpo.settings import Profile
 
 Floats = NDArray[np.float64]
 Whole = NDArray[np.int64]
-Bools = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ class Outcome:
         quality: Quality of every scored response.
         low: Threshold at or below which a response may be rejected.
         high: Threshold at or above which it may be chosen.
-        kept: Which of `Pool.candidates` are pairs.
+        keys: Dialogue, chosen model and rejected model of each pair.
         sources: Pairs by chosen model (rows) and rejected model (columns), in the order of `Pool.models`.
         means: Mean quality of each model, in that order.
         prompts: Dialogues with a pair.
@@ -61,7 +58,7 @@ class Outcome:
     quality: Floats
     low: float
     high: float
-    kept: Bools
+    keys: PairKeys
     sources: Whole
     means: Floats
     prompts: int
@@ -71,7 +68,7 @@ class Outcome:
     @property
     def pairs(self) -> int:
         """Number of pairs."""
-        return int(self.kept.sum())
+        return len(self.keys)
 
     @property
     def ranks(self) -> Whole:
@@ -104,14 +101,13 @@ class Pool:
 
     Attributes:
         models: The models, sorted by name.
-        candidates: Rows of the chosen and of the rejected side, [2, candidates], of all that could be a pair.
         own: The profile's setting.
     """
 
     def __init__(
         self, responses: pd.DataFrame, scores: pd.DataFrame, dialogues: pd.DataFrame, profile: Profile
     ) -> None:
-        """Work out what no move changes.
+        """Prepare what no move changes.
 
         Args:
             responses: Responses table.
@@ -122,28 +118,21 @@ class Pool:
         Raises:
             PersodpoError: No response is scored, or a score is not finite.
         """
-        self._scoring: Scoring = profile.scoring
-        self._seed = profile.seed
+        self._scoring, self._seed = profile.scoring, profile.seed
         self.own = Setting(
             profile.scoring.weights.model_dump(), profile.pairs.low_quantile, profile.pairs.high_quantile
         )
-        scored = scores[scores[list(METRICS)].notna().all(axis=1)]
-        frame = scored.merge(responses, on=["dialogue_id", "model"], validate="one_to_one")
-        frame = frame.sort_values(["dialogue_id", "model"], ignore_index=True)
-        scale = _scale(frame, profile)
-        self._signals = _scaled(frame, scale)
-        codes, models = pd.factorize(frame["model"], sort=True)
-        self.models = list(models)
-        self._model: Whole = codes.astype(np.int64)
-        self._dialogue: Whole = pd.factorize(frame["dialogue_id"], sort=True)[0].astype(np.int64)
-        self._keys = frame[["dialogue_id", "model"]]
-        texts = _texts(frame, profile)
-        prompts = prompt_table(dialogues, profile)["dialogue_id"]
-        usable = texts.notna() & frame["response"].notna() & frame["split"].eq("train")
-        self.candidates = _candidates(self._dialogue, texts, (usable & frame["dialogue_id"].isin(prompts)).to_numpy())
+        self._scale = scale_of(scores, profile.scoring)
+        # Compliance knows no weights, so the table's own is right.
+        scored = scores[scores["quality"].notna()].sort_values(["dialogue_id", "model"], ignore_index=True)
+        self._scored = pl.from_pandas(scored.drop(columns="quality"))
+        self.models = sorted(scored["model"].unique())
+        answers = answers_of("perso", responses, scored, prompt_table(dialogues, profile), profile)
         length = FEATURES["length"]
-        self._length = np.array([float(length(text, "")) if text is not None else np.nan for text in texts])
-        self._own_kept = self._pairs(self.quality(self.own.weights), self.own)[2]
+        self._answers = answers.drop("quality", "outcome").with_columns(
+            pl.col("text").map_elements(lambda text: float(length(text, "")), return_dtype=pl.Float64).alias("length")
+        )
+        self._own_keys = self._pairs(self.own)[3]
 
     def quality(self, weights: Mapping[str, float]) -> Floats:
         """Return the quality of every scored response, by dialogue and model.
@@ -151,12 +140,20 @@ class Pool:
         Raises:
             PersodpoError: All the weight is on a coherence column that the profile leaves out.
         """
+        return self._rated(weights)["quality"].to_numpy()
+
+    def _rated(self, weights: Mapping[str, float]) -> pl.DataFrame:
         scoring = self._scoring.model_copy(update={"weights": Weights(**weights)})
-        effective = effective_weights(scoring)
-        quality = np.zeros(len(self._model))
-        for signal in SIGNALS:  # in this order, the sum agrees with the package's to the last bit
-            quality = quality + effective[signal] * self._signals[signal]
-        return quality
+        return self._scored.with_columns(method.quality(self._scale, effective_weights(scoring)).alias("quality"))
+
+    def _pairs(self, setting: Setting) -> tuple[pl.DataFrame, tuple[float, float], pd.DataFrame, PairKeys]:
+        """Return the rated responses, both thresholds, the pairs and their keys."""
+        rated = self._rated(setting.weights)
+        limits = method.thresholds(rated, setting.low, setting.high)
+        answers = self._answers.join(rated.select("dialogue_id", "model", "quality"), on=["dialogue_id", "model"])
+        pairs = method.perso_pairs(answers, *limits).sort("dialogue_id", "model_chosen", "model_rejected").to_pandas()
+        named = pairs.rename(columns={"model_chosen": "chosen_model", "model_rejected": "rejected_model"})
+        return rated, limits, named, pair_keys(named)
 
     def at(self, setting: Setting) -> Outcome:
         """Rate and pair all responses under a setting.
@@ -168,86 +165,23 @@ class Pool:
             raise PersodpoError(
                 f"Quantiles must rise within 0 and 1, they are {setting.low} and {setting.high}; choose others."
             )
-        quality = self.quality(setting.weights)
-        low, high, kept = self._pairs(quality, setting)
-        chosen, rejected = self.candidates[:, kept]
-        count = len(self.models)
-        cells = self._model[chosen] * count + self._model[rejected]
-        sources = np.bincount(cells, minlength=count**2).reshape(count, count)
-        both, either = (kept & self._own_kept).sum(), (kept | self._own_kept).sum()
+        rated, (low, high), pairs, keys = self._pairs(setting)
+        sources = pd.crosstab(
+            pd.Categorical(pairs["chosen_model"], self.models), pd.Categorical(pairs["rejected_model"], self.models),
+            dropna=False,
+        )  # fmt: skip
+        either = len(keys | self._own_keys)
         return Outcome(
-            quality,
+            rated["quality"].to_numpy(),
             low,
             high,
-            kept,
-            sources,
-            np.bincount(self._model, quality) / np.bincount(self._model),
-            len(np.unique(self._dialogue[chosen])),
-            float(1.0 - both / either) if either else 0.0,
-            label_accuracy(self._length[chosen], self._length[rejected], self._dialogue[chosen], self._seed),
-        )
-
-    def keys(self, outcome: Outcome) -> set[tuple[str, str, str]]:
-        """Return dialogue, chosen model and rejected model of each pair."""
-        chosen, rejected = (self._keys.iloc[side] for side in self.candidates[:, outcome.kept])
-        return set(zip(chosen["dialogue_id"], chosen["model"], rejected["model"], strict=True))
-
-    def _pairs(self, quality: Floats, setting: Setting) -> tuple[float, float, Bools]:
-        """Return both thresholds and which candidates are pairs."""
-        low, high = _quantiles(quality, setting)
-        chosen, rejected = quality[self.candidates]
-        return low, high, (chosen >= high) & (rejected <= low) & (chosen > rejected)
-
-
-def _scale(frame: pd.DataFrame, profile: Profile) -> Scale:
-    connection = connect(profile.engine, "")
-    try:
-        connection.register("pool", frame[[*METRICS, "words"]])
-        return measure_scale(connection, "pool", profile.scoring)
-    finally:
-        connection.close()
-
-
-def _scaled(frame: pd.DataFrame, scale: Scale) -> dict[str, Floats]:
-    """Return each signal as it enters the sum; compliance knows no weights, so the table's own is right."""
-    low, high = scale.low.model_dump(), scale.high.model_dump()
-    signals = {"compliance": frame["compliance"].to_numpy(dtype=float)}
-    for metric in METRICS:
-        width = high[metric] - low[metric]
-        values = frame[metric].to_numpy(dtype=float)
-        signals[metric] = (values - low[metric]) / width if width else np.zeros(len(values))
-    return signals
-
-
-def _texts(frame: pd.DataFrame, profile: Profile) -> pd.Series[str]:
-    """Return a side's text as perso pairs hold it, None where there is none."""
-    if profile.pairs.serialisation == "corrected":
-        return frame["completion"].astype(object)
-    texts = [
-        None if response is None else json.dumps({"response": response}, ensure_ascii=False)
-        for response in frame["response"]
-    ]
-    return pd.Series(texts, index=frame.index, dtype=object)
-
-
-def _candidates(dialogue: Whole, texts: pd.Series[str], usable: Bools) -> Whole:
-    """Return every two rows of a dialogue with unlike texts, in the order of the package's pairs."""
-    rows = pd.DataFrame({"dialogue": dialogue, "row": np.arange(len(dialogue)), "text": texts})[usable]
-    both = rows.merge(rows, on="dialogue", suffixes=("_chosen", "_rejected"))
-    both = both[both["text_chosen"] != both["text_rejected"]].sort_values(["row_chosen", "row_rejected"])
-    return both[["row_chosen", "row_rejected"]].to_numpy(dtype=np.int64).T.copy()
-
-
-def _quantiles(quality: Floats, setting: Setting) -> tuple[float, float]:
-    """Return exact quantiles, interpolated from the same two order statistics as `persodpo.scoring.quality.thresholds`."""
-    last = len(quality) - 1
-    positions = [setting.low * last, setting.high * last]
-    ranks = sorted(
-        {min(rank, last) for position in positions for rank in (math.floor(position), math.floor(position) + 1)}
-    )
-    ordered = np.partition(quality, ranks)
-    low, high = (
-        float(np.quantile([ordered[math.floor(at)], ordered[min(math.floor(at) + 1, last)]], at - math.floor(at)))
-        for at in positions
-    )
-    return low, high
+            keys,
+            sources.to_numpy(),
+            rated.group_by("model").agg(pl.col("quality").mean()).sort("model")["quality"].to_numpy(),
+            pairs["dialogue_id"].nunique(),
+            1.0 - len(keys & self._own_keys) / either if either else 0.0,
+            label_accuracy(
+                pairs["length_chosen"].to_numpy(), pairs["length_rejected"].to_numpy(), pairs["dialogue_id"].to_numpy(),
+                self._seed,
+            ),
+        )  # fmt: skip

@@ -13,8 +13,8 @@ from persodpo.artifacts import RunFolder
 from persodpo.explore.moving import Outcome, Pool, Setting, moved
 from persodpo.explore.panel import Panel, labelled, or_sentence
 from persodpo.explore.quality_picture import QualityPicture
+from persodpo.method import SIGNALS
 from persodpo.plots.metrics import metric_label
-from persodpo.scoring.quality import SIGNALS
 from persodpo.settings import Profile
 from persodpo.show import text_table
 

@@ -6,7 +6,7 @@ In: a table with one row a way of scoring and model, of which are used
     model      name; see `persodpo.plots.style.MODEL_STYLES`
     quality    mean quality of the model's responses, comparable within a way only
 
-Source: `persodpo.scoring.run.rank` under different settings.
+Source: `persodpo.pairs.rank` under different settings.
 """
 
 from __future__ import annotations

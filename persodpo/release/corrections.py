@@ -5,12 +5,11 @@ from __future__ import annotations
 import pandas as pd
 
 from persodpo.config import with_overrides
+from persodpo.pairs import PairKeys, pair_keys, rebuild
 from persodpo.release.audit import FINDINGS
 from persodpo.release.findings.base import Material
-from persodpo.release.published import TRAIN_SETS, PublishedSet
-from persodpo.scoring.run import published_metrics
+from persodpo.release.published import TRAIN_SETS, PublishedSet, published_metrics
 from persodpo.settings import Profile
-from persodpo.variants import PairKeys, pair_keys, rebuild
 
 
 def correction_settings() -> dict[str, list[str]]:

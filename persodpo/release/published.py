@@ -8,6 +8,7 @@ the user and never committed.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from persodpo.artifacts import DATA
+from persodpo.completions import read_completions
 from persodpo.errors import PersodpoError
 from persodpo.tables import with_none
 
@@ -168,3 +170,64 @@ def counts() -> dict[str, Any]:
     """Return the published counts, thresholds, weights and run times as one nested object."""
     content: dict[str, Any] = json.loads((DATA / "published" / "published_counts.json").read_text(encoding="utf-8"))
     return content
+
+
+def published_responses(
+    files: dict[str, Path],
+    sets: Iterable[PublishedSet],
+    dialogues: pd.DataFrame,
+    reading: Literal["as_released", "strict"],
+) -> pd.DataFrame:
+    """Read published completions.
+
+    Args:
+        files: Manifest path -> local file.
+        sets: Which published sets.
+        dialogues: Dialogues table; a set answers its split's dialogues in their order.
+        reading: How completions are read.
+
+    Returns:
+        A responses table, a dialogue's answers side by side. Where no completion was published, the published response
+        stands alone and a failure's outcome is ``unknown``.
+
+    Raises:
+        PersodpoError: A set has another number of rows than its split.
+    """
+    frames = []
+    for which in sets:
+        frame = read_set(files, which)
+        ids = dialogues.loc[dialogues["split"] == which.split, "dialogue_id"].to_numpy()
+        if len(ids) != len(frame):
+            raise PersodpoError(
+                f"{which.label} has {len(frame)} responses for {len(ids)} {which.split} dialogues; fetch both again."
+            )
+        if which.raw:
+            frame = read_completions(frame, reading)
+        else:
+            outcome = frame["parsed"].map(lambda text: "ok" if text else "unknown")
+            frame = frame.assign(response=frame["parsed"], outcome=outcome)
+        # The authors asked one prompt at a time; on what machine is not published.
+        known = {"split": which.split, "model": which.model, "finish_reason": None, "batch_size": 1, "hardware": None}
+        frames.append(frame.assign(dialogue_id=ids, **known))
+    table = pd.concat(frames, ignore_index=True)
+    return table.sort_values("dialogue_id", kind="stable", ignore_index=True)
+
+
+def published_metrics(files: dict[str, Path], sets: Iterable[PublishedSet], responses: pd.DataFrame) -> pd.DataFrame:
+    """Read the published scores of parsed responses.
+
+    Args:
+        files: Manifest path -> local file.
+        sets: Which published sets.
+        responses: Responses table; gives the dialogue ids.
+
+    Returns:
+        dialogue_id, model, the four metrics and parsed, the text that was scored (None where the published parse
+        failed; its metrics are then the release's own worst-case values).
+    """
+    frames = []
+    for which in sets:
+        frame = read_set(files, which)
+        ids = responses.loc[responses["model"] == which.model, "dialogue_id"].to_numpy()
+        frames.append(frame.assign(dialogue_id=ids, model=which.model))
+    return pd.concat(frames, ignore_index=True)[["dialogue_id", "model", "parsed", *METRICS.values()]]

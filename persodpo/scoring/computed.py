@@ -11,9 +11,9 @@ from pathlib import Path
 import pandas as pd
 
 from persodpo.errors import PersodpoError
+from persodpo.method import METRICS
 from persodpo.scoring.cache import ScoreCache
 from persodpo.scoring.engine import LOCAL, Asked, Backend, Tally, score_items
-from persodpo.scoring.quality import METRICS
 from persodpo.scoring.scorers import Item, Scorer
 from persodpo.settings import Compute
 
@@ -119,7 +119,7 @@ def computed_metrics(
     """Score the readable responses of a table.
 
     A response that could not be read has no text to score; what it is given instead is decided by
-    `persodpo.scoring.run.impute`.
+    `persodpo.pairs.impute`.
 
     Args:
         responses: Responses table.
@@ -130,7 +130,7 @@ def computed_metrics(
         progress: Show progress bars, on a terminal.
 
     Returns:
-        Metrics as `persodpo.scoring.run.published_metrics` gives them; what there is to report, columns scorer,
+        Metrics as `persodpo.release.published.published_metrics` gives them; what there is to report, columns scorer,
         quantity and value; and each scorer's tally.
 
     Raises:

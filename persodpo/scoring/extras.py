@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
-from persodpo.scoring.compliance import count_words
+from persodpo.completions import count_words
 
 COLUMNS = ("rouge_l", "distinct_1", "distinct_2", "words", "repetition")
 #: Length of the word sequences whose return counts as repetition.

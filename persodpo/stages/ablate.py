@@ -14,20 +14,20 @@ import pandas as pd
 import persodpo.evaluation.bootstrap
 import persodpo.evaluation.observations
 import persodpo.evaluation.statistics
-import persodpo.variants
+import persodpo.pairs
 from persodpo.artifacts import RunFolder, StageReport
 from persodpo.config import with_overrides
 from persodpo.evaluation.bootstrap import Resampling
 from persodpo.evaluation.observations import observe
 from persodpo.evaluation.statistics import estimates
 from persodpo.evaluation_settings import Ablation
+from persodpo.pairs import Variant, measured, pair_keys, rebuild
 from persodpo.settings import Profile
 from persodpo.stages.base import Reports, Targets, alone
 from persodpo.stages.heldout import answer_held_out, run_heldout, score_held_out
 from persodpo.stages.train import arm_folder, train_on
 from persodpo.tables import write_table
 from persodpo.training.arms import ARMS
-from persodpo.variants import Variant, measured, pair_keys, rebuild
 
 _TABLES = ("ablations/pairs", "ablations/responses", "ablations/scores", "ablations/estimates")
 
@@ -104,7 +104,7 @@ def _pairs(run: RunFolder, overwrite: bool) -> StageReport:
 
     settings = profile.model_dump(mode="json", include={"prompts", "completions", "scoring", "pairs", "evaluation"})
     return run.stage(
-        "pairs of ablations", inputs=_inputs(run), settings=settings, outputs=[table], code=[persodpo.variants],
+        "pairs of ablations", inputs=_inputs(run), settings=settings, outputs=[table], code=[persodpo.pairs],
         build=build, overwrite=overwrite,
     )  # fmt: skip
 

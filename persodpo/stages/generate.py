@@ -12,7 +12,6 @@ import pandas as pd
 
 import persodpo.completions
 import persodpo.generation.asking
-import persodpo.generation.published
 import persodpo.own_data
 from persodpo.artifacts import PROJECT, RunFolder, StageReport
 from persodpo.errors import PersodpoError
@@ -130,7 +129,7 @@ def _published(profile: Profile, overwrite: bool) -> Reports:
     def build(targets: Targets) -> None:
         dialogues = run.read("dialogues")
         for table, sets in tables.items():
-            frame = persodpo.generation.published.published_responses(files, sets, dialogues, profile.completions)
+            frame = published.published_responses(files, sets, dialogues, profile.completions.reading)
             write_table(targets[table], table, frame)
 
     report = run.stage(
@@ -143,7 +142,7 @@ def _published(profile: Profile, overwrite: bool) -> Reports:
             "reading": profile.completions.reading,
         },
         outputs=list(tables),
-        code=[persodpo.generation.published, persodpo.completions, published],
+        code=[persodpo.completions, published],
         build=build,
         overwrite=overwrite,
     )

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pandas as pd
 
-import persodpo.scoring.compliance
-import persodpo.scoring.run as scoring
+import persodpo.method
+from persodpo import pairs
 from persodpo.artifacts import RunFolder, StageReport
 from persodpo.errors import PersodpoError
 from persodpo.generation.asking import backend_for, job_for, stored_answers
 from persodpo.generation.engine import Job, generate_all
 from persodpo.generation.store import Store
-from persodpo.scoring import computed, engine, quality
+from persodpo.scoring import computed, engine
 from persodpo.scoring.cache import ScoreCache
 from persodpo.settings import Profile, TransformersModel
 from persodpo.stages import score
@@ -136,18 +136,16 @@ def score_held_out(run: RunFolder, answers: str, table: str, *, overwrite: bool 
         responses, ranked = run.read(answers), run.read("scores")
         with ScoreCache(score.score_cache(run)) as cache, score.backend_of(profile, small) as backend:
             metrics, _, _ = computed.computed_metrics(responses, run.read("dialogues"), scorers, cache, backend=backend)
-        connection = quality.connect(profile.engine, str(targets[table].parent))
-        connection.register("ranked", ranked)
-        scale = quality.measure_scale(connection, "ranked", profile.scoring)
-        values = scoring.impute(responses, metrics, profile.scoring.worst_case, unread=True)
-        write_table(targets[table], table, scoring.rate(connection, values, scale, profile.scoring))
+        values = pairs.impute(responses, metrics, profile.scoring.worst_case, unread=True)
+        scale = pairs.scale_of(ranked, profile.scoring)
+        write_table(targets[table], table, pairs.rate(values, scale, profile.scoring))
 
     return run.stage(
         f"score {answers}",
         inputs={name: run.path(name) for name in names} | computed.model_files(profile.scoring.compute, small),
         settings=score.score_settings(profile) | {"scorers": {one.name: dict(one.identity()) for one in scorers}},
         outputs=[table],
-        code=[scoring, quality, persodpo.scoring.compliance, computed, engine],
+        code=[pairs, persodpo.method, computed, engine],
         build=build,
         overwrite=overwrite,
     )

@@ -9,16 +9,13 @@ import pandas as pd
 import persodpo.completions
 import persodpo.dialogues
 import persodpo.gate
-import persodpo.generation.published
+import persodpo.method
 import persodpo.pairs
 import persodpo.prompts
-import persodpo.scoring.compliance
-import persodpo.scoring.run as scoring
 from persodpo.artifacts import RunFolder
 from persodpo.cards import write_dataset_card
 from persodpo.errors import PersodpoError
 from persodpo.release import published
-from persodpo.scoring import quality
 from persodpo.settings import Profile
 from persodpo.stages import score
 from persodpo.stages.base import Reports, Targets, alone, published_files
@@ -48,7 +45,7 @@ def run_score(profile: Profile, overwrite: bool = False) -> Reports:
 
     def build(targets: Targets) -> None:
         tables = {table: run.read(name) for table, name in answers.items()}
-        metrics = {table: scoring.published_metrics(files, sets, tables[table]) for table, sets in wanted.items()}
+        metrics = {table: published.published_metrics(files, sets, tables[table]) for table, sets in wanted.items()}
         score.write_scores(profile, targets, tables, metrics)
         for left in ("probes", "scorers"):
             run.forget(left)
@@ -59,7 +56,7 @@ def run_score(profile: Profile, overwrite: bool = False) -> Reports:
         | set_files(files, [which for sets in wanted.values() for which in sets]),
         settings=score.score_settings(profile),
         outputs=["scores", "thresholds", *list(wanted)[1:]],
-        code=[scoring, quality, persodpo.scoring.compliance, persodpo.completions, published],
+        code=[persodpo.pairs, persodpo.method, persodpo.completions, published],
         build=build,
         overwrite=overwrite,
     )
@@ -74,13 +71,11 @@ def run_pairs(profile: Profile, overwrite: bool = False) -> Reports:
     names = [f"pairs/{pair_set}" for pair_set in profile.pairs.sets]
 
     def build(targets: Targets) -> None:
-        connection = quality.connect(profile.engine, str(targets[names[0]].parent))
         responses, scores, dialogues = (run.read(name) for name in ("responses", "scores", "dialogues"))
         cuts = limits(run)
         gate = []
         for pair_set, name in zip(profile.pairs.sets, names, strict=True):
             pairs = persodpo.pairs.build_pairs(
-                connection,
                 pair_set,
                 responses=responses,
                 scores=scores,
@@ -108,7 +103,7 @@ def run_pairs(profile: Profile, overwrite: bool = False) -> Reports:
             "seed": profile.seed,
         },
         outputs=[*names, "pairs/gate"],
-        code=[persodpo.pairs, persodpo.gate, persodpo.prompts, quality],
+        code=[persodpo.pairs, persodpo.method, persodpo.gate, persodpo.prompts],
         build=build,
         overwrite=overwrite,
     )

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pandas as pd
 
-import persodpo.scoring.compliance
-import persodpo.scoring.run as scoring
+import persodpo.method
+from persodpo import pairs
 from persodpo.artifacts import RunFolder, StageReport
-from persodpo.scoring import computed, engine, extras, probes, quality
+from persodpo.scoring import computed, engine, extras, probes
 from persodpo.scoring.cache import ScoreCache
 from persodpo.scoring.engine import Backend
 from persodpo.scoring.scorers import Scorer
@@ -57,15 +57,14 @@ def write_scores(
         metrics: Metric values of parsed responses, by the same names.
     """
     settings = profile.scoring
-    connection = quality.connect(profile.engine, str(targets["scores"].parent))
     values = {
-        table: scoring.impute(responses[table], metrics[table], settings.worst_case, unread=table != "scores")
+        table: pairs.impute(responses[table], metrics[table], settings.worst_case, unread=table != "scores")
         for table in responses
     }
-    ranking = scoring.rank(connection, values["scores"], settings, profile.pairs)
+    ranking = pairs.rank(values["scores"], settings, profile.pairs)
     write_table(targets["scores"], "scores", ranking.scores)
     for table in [table for table in responses if table != "scores"]:
-        write_table(targets[table], table, scoring.rate(connection, values[table], ranking.scale, settings))
+        write_table(targets[table], table, pairs.rate(values[table], ranking.scale, settings))
     scale = ranking.scale
     named = {
         "low": ranking.low, "high": ranking.high, "target_words": scale.target_words, "mean_words": scale.mean_words,
@@ -85,7 +84,7 @@ def run_extras(profile: Profile, overwrite: bool = False) -> StageReport:
         inputs={name: run.path(name) for name in ("dialogues", "responses")},
         settings={},
         outputs=["extras"],
-        code=[extras, persodpo.scoring.compliance],
+        code=[extras],
         build=build,
         overwrite=overwrite,
     )
@@ -125,7 +124,7 @@ def run_computed(profile: Profile, overwrite: bool = False) -> StageReport:
         | computed.model_files(profile.scoring.compute, small),
         settings=score_settings(profile) | {"scorers": {one.name: dict(one.identity()) for one in scorers}},
         outputs=[*answers, "thresholds", "probes", "scorers"],
-        code=[scoring, quality, persodpo.scoring.compliance, computed, engine, probes],
+        code=[pairs, persodpo.method, computed, engine, probes],
         build=build,
         overwrite=overwrite,
     )
@@ -135,7 +134,7 @@ def run_computed(profile: Profile, overwrite: bool = False) -> StageReport:
 
 def _warnings(profile: Profile, found: Sequence[probes.Verdict]) -> list[str]:
     accepted = profile.scoring.compute.accept_failed_probes
-    return probes.admit(found, quality.effective_weights(profile.scoring), accepted)
+    return probes.admit(found, pairs.effective_weights(profile.scoring), accepted)
 
 
 def profile_scorers(profile: Profile) -> list[Scorer]:
@@ -144,7 +143,7 @@ def profile_scorers(profile: Profile) -> list[Scorer]:
 
 
 def _scorers(profile: Profile, small: Mapping[str, str]) -> list[Scorer]:
-    return [computed.make_scorer(metric, profile.scoring.compute, small) for metric in quality.METRICS]
+    return [computed.make_scorer(metric, profile.scoring.compute, small) for metric in persodpo.method.METRICS]
 
 
 def score_cache(run: RunFolder) -> Path:

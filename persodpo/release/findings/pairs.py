@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from persodpo.completions import is_one_object
-from persodpo.pairs import overlaps
+from persodpo.dialogues import overlaps
 from persodpo.release.findings.base import Evidence, Finding, Material, evidence
 
 

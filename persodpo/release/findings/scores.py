@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from persodpo.completions import is_echo, is_one_object, read_completion
+from persodpo.completions import count_words, is_echo, is_one_object, read_completion
+from persodpo.method import SIGNALS
 from persodpo.prompts import FIELDS
 from persodpo.release.findings.base import (
     CONFIRMED,
@@ -16,8 +17,6 @@ from persodpo.release.findings.base import (
     Material,
     evidence,
 )
-from persodpo.scoring.compliance import count_words
-from persodpo.scoring.quality import SIGNALS
 
 #: Equal up to the noise of batched float32 inference.
 COHERENCE_TOLERANCE = 1e-5
