@@ -221,7 +221,7 @@ def show_profile(profile: ProfileOption = DEFAULT_PROFILE, set_: SetOption = Non
 
 @app.command()
 def report(profile: ProfileOption = DEFAULT_PROFILE, set_: SetOption = None) -> None:
-    """Write what the run folder holds as one HTML page, report/index.html; nothing is computed."""
+    """Write the executed notebooks of a run as HTML pages, report/index.html first; nothing is computed."""
     from persodpo.artifacts import RunFolder  # noqa: PLC0415
     from persodpo.report import write_report  # noqa: PLC0415
 
