@@ -200,15 +200,13 @@ def fetch(
 
 @app.command()
 def doctor(profile: ProfileOption = DEFAULT_PROFILE, set_: SetOption = None) -> None:
-    """Say what this machine lacks for a profile, and what the run would take; exit status 1 if anything is missing."""
-    from persodpo.doctor import diagnose, estimates  # noqa: PLC0415
+    """Say what this machine lacks for a profile, and what asking would take; exit status 1 if anything is missing."""
+    from persodpo.doctor import diagnose  # noqa: PLC0415
 
-    chosen, lost = load_profile(profile, set_ or ()), 0
-    for finding in diagnose(chosen):
-        print(finding, flush=True)
+    lost = 0
+    for finding in diagnose(load_profile(profile, set_ or ())):
+        print(f"{finding.state:<8} {finding.sentence}", flush=True)
         lost += finding.state == "missing"
-    for sentence in estimates(chosen):
-        print(f"estimate {sentence}", flush=True)
     if lost:
         sys.exit(1)
 
@@ -221,7 +219,7 @@ def show_profile(profile: ProfileOption = DEFAULT_PROFILE, set_: SetOption = Non
 
 @app.command()
 def report(profile: ProfileOption = DEFAULT_PROFILE, set_: SetOption = None) -> None:
-    """Write what the run folder holds as one HTML page, report/index.html; nothing is computed."""
+    """Write the executed notebooks of a run as HTML pages, report/index.html first; nothing is computed."""
     from persodpo.artifacts import RunFolder  # noqa: PLC0415
     from persodpo.report import write_report  # noqa: PLC0415
 

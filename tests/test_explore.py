@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from persodpo.explore.panel import WIDTH
 from persodpo.gate import inspect_pairs
 from persodpo.method import METRICS, SIGNALS
 from persodpo.pairs import impute, measured, pair_keys, rank, rebuild
-from persodpo.report.notebooks import notebook_pages
+from persodpo.report import write_report
 from persodpo.reproduce import NOTEBOOKS, run_notebook
 from persodpo.stages.heldout import arms_of
 from persodpo.tables import schema_of, write_table
@@ -567,9 +568,12 @@ def test_the_first_notebook_runs_on_whatever_is_there(there, evaluated, tmp_path
     assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted([*before, done.copy])
     text = done.copy.read_text()
     assert ("make it with `persodpo score" in text or "make it with `persodpo generate" in text) == (not there)
-    (page,) = notebook_pages([done.copy])
-    assert page.body.count("data:image/png") == (4 if there else 2)
-    assert "<script" not in page.body
+    run = RunFolder(with_overrides(evaluated.profile, [f"paths.runs={tmp_path / 'shown'}"]))
+    run.notebooks.mkdir(parents=True)
+    shutil.copy(done.copy, run.notebooks / "00_start_here.ipynb")
+    page = write_report(run).with_name("00_start_here.html").read_text()
+    assert page.count("data:image/png") == (4 if there else 2)
+    assert "<script" not in page
 
 
 def test_the_published_responses_move_at_once(release_run):

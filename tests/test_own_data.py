@@ -149,7 +149,7 @@ def test_files_of_a_spreadsheet_are_read(tmp_path):
     )
     response = RunFolder(profile).read("responses").iloc[0]
     assert (response["model"], response["response"], response["outcome"]) == ("a", "Hello, you like art.", "ok")
-    assert any("gives 1 of 1 models" in str(finding) for finding in diagnose(profile))
+    assert any(finding.state == "ok" and "1 responses" in finding.sentence for finding in diagnose(profile))
 
 
 def test_plain_answers_need_no_json(tmp_path):
@@ -199,7 +199,7 @@ def test_what_is_wrong_with_dialogues_is_one_sentence(tmp_path, content, words):
     with pytest.raises(PersodpoError, match=re.escape(words)) as caught:
         stages.run_dialogues(profile)
     assert str(profile.dialogues.csv_file) in str(caught.value)
-    assert any(words in str(finding) for finding in diagnose(profile) if finding.state == "missing")
+    assert any(words in finding.sentence for finding in diagnose(profile) if finding.state == "missing")
 
 
 @pytest.mark.parametrize(

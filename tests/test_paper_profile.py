@@ -14,7 +14,7 @@ from talker import CHATML, SETTINGS, in_chatml
 from persodpo import dialogues, stages
 from persodpo.artifacts import RunFolder, read_json
 from persodpo.config import load_profile
-from persodpo.doctor import diagnose, estimates
+from persodpo.doctor import diagnose
 from persodpo.prompts import load_template, render
 from persodpo.training.policy import load_policy, make_small_policy
 
@@ -61,7 +61,7 @@ def test_the_paper_profile_with_small_models_trains_an_arm(tmp_path, monkeypatch
             tmp_path, weights, scorers, talkers["whole"], server.url, training__arms="[perso_weighted]",
             evaluation__seeds="[44]", evaluation__pairs="[[perso_weighted, base]]", evaluation__ablations="[]",
         )  # fmt: skip
-        assert not [str(finding) for finding in diagnose(profile) if finding.state == "missing"]
+        assert not [finding for finding in diagnose(profile) if finding.state == "missing"]
         reports = stages.run_train(profile, arms=["perso_weighted"])
         asked = len(server.received())
         again = stages.run_train(profile, arms=["perso_weighted"])
@@ -88,9 +88,10 @@ def test_the_paper_profile_with_small_models_trains_an_arm(tmp_path, monkeypatch
     held_out = run.read("evaluation/responses")
     assert held_out.groupby("model").size().to_dict() == {"base": 4, "perso_weighted": 4}
     assert held_out[["batch_size", "response_time"]].notna().all(axis=None), "response times are a published metric"
-    outlook = [one for one in estimates(profile) if one.startswith("Asking")]
-    assert sum("0 of 10 requests to ask" in one for one in outlook) == 3
-    assert sum("from 10 stored answers" in one for one in outlook) == 7
+    asking = [found.sentence for found in diagnose(profile) if found.sentence.startswith("Asking")]
+    assert (
+        sum("0 of 10 requests to ask" in sentence and "from 10 stored answers" in sentence for sentence in asking) == 7
+    )
     arm = run.root / "training" / "perso_weighted"
     record = read_json(arm / "arm.json")
     assert record["steps"] == len(run.read("training/perso_weighted/log").query("kind == 'train'")) > 2

@@ -19,7 +19,7 @@ from persodpo.explore.runs import runs_beside
 
 #: The command of each stage, in order, and what is there afterwards.
 STAGES = {
-    "doctor": "what this machine lacks, and what a run would take",
+    "doctor": "what this machine lacks, and what asking would take",
     "dialogues": "personas and contexts",
     "generate": "every model's answers",
     "score": "five signals, quality, both thresholds",

@@ -10,12 +10,14 @@ import pandas as pd
 import persodpo.dialogues
 import persodpo.own_data
 from persodpo.artifacts import PROJECT, RunFolder
+from persodpo.errors import PersodpoError
 from persodpo.miniature.world import write_world
 from persodpo.release import published
 from persodpo.settings import Profile
 from persodpo.stages.base import Reports, Targets, alone, published_files
 from persodpo.tables import write_table
 
+FOCUS = "https://github.com/pkchat-focus/FoCus"
 _DATASETS = {"blended_skill_talk": "Blended Skill Talk", "it_convai2": "IT-ConvAI2"}
 
 
@@ -67,6 +69,12 @@ def _dialogue_files(run: RunFolder) -> dict[str, Path]:
         return dict(zip(("train", "valid"), paths, strict=True))
     if settings.source == "focus_json":
         given = {"train": settings.train_file, "valid": settings.valid_file}
+        lost = [path for path in given.values() if path and not path.is_file()]
+        if lost:
+            raise PersodpoError(
+                f"{lost[0]} is not there; get the FoCus files from {FOCUS}, or name others in dialogues.train_file and "
+                "dialogues.valid_file."
+            )
         return {split: path for split, path in given.items() if path}
     if settings.source == "csv" and settings.csv_file:
         return {"csv": PROJECT / settings.csv_file}

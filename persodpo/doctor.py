@@ -1,0 +1,119 @@
+"""A profile in, what this machine lacks for it out; no model is loaded, and nothing is sent, fetched or left behind."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+from persodpo import stages
+from persodpo.artifacts import DATA, PROJECT, RunFolder, read_json, sha256
+from persodpo.config import with_overrides
+from persodpo.errors import PersodpoError
+from persodpo.generation.endpoint import api_key
+from persodpo.release.fetch import release_files
+from persodpo.scoring.checkpoints import device_name
+from persodpo.scoring.computed import SMALL
+from persodpo.settings import OpenAIModel, Profile, ServedModel, TransformersModel
+from persodpo.stages.policy import PREFIX, miniature_folder, policy_folder
+
+PUBLISHED = {"published", "published_focus", "blended_skill_talk", "it_convai2"}
+
+
+class Finding(NamedTuple):
+    """State ``ok``, ``missing`` (a run would stop or download) or ``note``; the sentence holds a remedy and no secret."""
+
+    state: str
+    sentence: str
+
+
+def diagnose(profile: Profile) -> Iterator[Finding]:
+    """Yield findings on files, what asking would take, keys, models, packages, the GPU and disks, in this order."""
+    try:
+        yield from _files(profile)
+    except PersodpoError as error:
+        yield Finding("missing", str(error))
+    asked = profile.generation.models if profile.generation.source == "models" else ()
+    models: list[tuple[str, str, str | None]] = [("the policy", profile.policy.model, None)]
+    for entry in profile.generation.backends:
+        if entry.model in asked and isinstance(entry, OpenAIModel):
+            yield _key(entry, profile.generation.budget_usd is not None)
+        elif entry.model in asked and isinstance(entry, TransformersModel | ServedModel):
+            name = str(PROJECT / entry.weights) if (PROJECT / entry.weights).is_dir() else entry.weights
+            models.append((entry.model, name, getattr(entry, "revision", None)))
+            models.append((f"{entry.model}'s adapter", str(getattr(entry, "adapter", None) or SMALL), None))
+    scorers = profile.scoring.compute.models.model_dump() if profile.scoring.source == "compute" else {}
+    for use, name, revision in [*models, *((scorer, name, None) for scorer, name in scorers.items())]:
+        if name not in {SMALL, "policy"} and not name.startswith(PREFIX):  # those are made by the run
+            yield _model(use, name, revision)
+    vectors = Path(scorers.get("persona_distance", SMALL))
+    optional = {"ray": bool(scorers) and profile.engine.scorers == "ray"}
+    optional["sentence_transformers"] = vectors.name != SMALL and vectors.suffix not in {".bin", ".gz", ".txt", ".vec"}
+    for module in filter(optional.get, optional):
+        there = importlib.util.find_spec(module)
+        yield Finding("ok" if there else "missing", f"Package {module}: pip install 'persodpo[ray,sentences]'")
+    yield from _machine(profile)
+
+
+def _files(profile: Profile) -> Iterator[Finding]:
+    """Run the stages that read files in a scratch folder that sees the run's stored answers and its small models."""
+    run, source = RunFolder(profile), profile.generation.source
+    if PUBLISHED & {profile.dialogues.source, source, profile.scoring.source, profile.evaluation.source}:
+        found = release_files(run.release)
+        for file in read_json(DATA / "release_manifest.json")["files"]:  # a stage would fetch what is not right
+            if sha256(found[file["path"]]) != file["sha256"]:
+                raise PersodpoError(f"{found[file['path']]} is not as published; run `persodpo fetch release`.")
+        yield Finding("ok", f"Files: all {len(found)} published ones are in {run.release}.")
+    with TemporaryDirectory(prefix="persodpo-doctor-") as scratch:
+        shadow = with_overrides(profile, [f"paths.runs={scratch}"])
+        RunFolder(shadow).root.mkdir()
+        for path in filter(Path.exists, (run.answers, policy_folder(run), miniature_folder(run))):
+            (Path(scratch) / path.relative_to(run.root.parent)).symlink_to(path)
+        for report in stages.run_generate(shadow) if source == "csv" else stages.run_dialogues(shadow):
+            yield Finding("ok", "Files: " + ", ".join(f"{rows:,} {table}" for table, rows in report.rows.items()))
+        if source == "models":
+            lines = stages.forecast_report(shadow, stages.Scope(profile.generation.models, ("train",)))
+            yield from (Finding("note", f"Asking {line}") for line in lines)
+
+
+def _key(entry: OpenAIModel, has_budget: bool) -> Finding:
+    try:
+        key = f"{entry.api_key_env} is set" if api_key(entry) else "none is needed"
+    except PersodpoError as error:
+        return Finding("missing", str(error))
+    if has_budget and entry.prices is None:
+        return Finding("missing", f"Model {entry.model} has no prices, which the budget needs; set them or no budget.")
+    return Finding("ok", f"Key of {entry.model}: {key}; `persodpo generate --limit 1 -m {entry.model}` tries it.")
+
+
+def _model(use: str, name: str, revision: str | None) -> Finding:
+    """Look for a file of word vectors, or for weights in a folder or in the Hub's cache."""
+    place = Path(name)
+    with suppress(HFValidationError, LocalEntryNotFoundError):
+        place = place if place.exists() else Path(snapshot_download(name, revision=revision, local_files_only=True))
+    if place.is_file() or any(place.glob("*.safetensors")):
+        return Finding("ok", f"Model of {use}: {name} is on this machine.")
+    return Finding("missing", f"Model of {use}: {name} is not here or not in safetensors; make it or `hf download` it.")
+
+
+def _machine(profile: Profile) -> Iterator[Finding]:
+    if device_name() == "cuda":
+        import torch  # noqa: PLC0415 - slow to load
+
+        gpu = torch.cuda.get_device_properties(0)
+        yield Finding("ok", f"GPU: {gpu.name} with {gpu.total_memory / 2**30:,.0f} GiB.")
+    else:
+        state = "missing" if profile.training.bf16 else "note"
+        yield Finding(state, "GPU: there is none; a CPU takes long with large models, and training.bf16 must be false.")
+    for place in (RunFolder(profile).root, Path(constants.HF_HUB_CACHE)):
+        there = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())
+        free = shutil.disk_usage(there).free / 2**30
+        state = "note" if free >= 1 else "missing"
+        yield Finding(state, f"Disk: {free:,.1f} GiB are free for {place}; mini takes 1, paper 100 and more.")
