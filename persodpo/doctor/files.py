@@ -1,4 +1,4 @@
-"""The files that a profile reads: dialogues, published files, templates, recordings."""
+"""The files that a profile reads: dialogues, published files, templates."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from typing import Any
 
 from persodpo.artifacts import DATA, PROJECT, RunFolder, read_json, sha256
 from persodpo.dialogues import Split, focus_json
-from persodpo.doctor.findings import Finding, gib, missing, ok
+from persodpo.doctor.findings import Finding, missing, ok
 from persodpo.errors import PersodpoError
-from persodpo.generation.asking import backend_for
-from persodpo.generation.store import Store
 from persodpo.own_data import read_dialogues, read_responses
 from persodpo.prompts import load_system, load_template
 from persodpo.release.fetch import release_files
-from persodpo.settings import AskedModel, Profile, ReplayModel
+from persodpo.settings import AskedModel, Profile
 
 PUBLISHED_DIALOGUES = ("published_focus", "blended_skill_talk", "it_convai2")
 FOCUS = "https://github.com/pkchat-focus/FoCus"
@@ -34,9 +32,6 @@ def files(profile: Profile) -> Iterator[Finding]:
     if uses := needs_published(profile):
         yield _published(RunFolder(profile).release, uses)
     yield from _templates(profile)
-    for entry in asked(profile):
-        if isinstance(entry, ReplayModel):
-            yield _recording(entry, profile)
 
 
 def _dialogues(profile: Profile) -> Iterator[Finding]:
@@ -124,13 +119,3 @@ def _templates(profile: Profile) -> Iterator[Finding]:
             load_system(profile.prompts.system, profile.prompts)
     except PersodpoError as error:
         yield missing(f"Prompts: {error}")
-
-
-def _recording(entry: ReplayModel, profile: Profile) -> Finding:
-    try:
-        with Store(Path(":memory:")) as store:
-            backend_for(entry, profile, "", store)
-    except PersodpoError as error:
-        return missing(f"Recorded responses: {error}")
-    size = entry.responses.stat().st_size
-    return ok(f"Recorded responses of {entry.model}: {entry.responses} is there ({gib(size)}).")

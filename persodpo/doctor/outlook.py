@@ -21,9 +21,9 @@ from persodpo.errors import PersodpoError
 from persodpo.generation.asking import backend_for, job_for
 from persodpo.generation.budget import Purse
 from persodpo.generation.forecast import Forecast, forecast
-from persodpo.generation.requests import Backend, Limits, Request
+from persodpo.generation.requests import Backend, Limits
 from persodpo.generation.store import Store
-from persodpo.settings import AskedModel, OpenAIModel, Prices, Profile, ReplayModel, ServedModel, TransformersModel
+from persodpo.settings import AskedModel, OpenAIModel, Prices, Profile, TransformersModel
 
 #: Tokens a second that one model writes on a GPU, one prompt at a time; and prompts at a time together gain about tenfold.
 ALONE, TOGETHER = (15, 60), (150, 600)
@@ -43,7 +43,7 @@ class _Local:
     limits: Limits = field(default_factory=Limits)
     local: bool = True
 
-    def identity(self, request: Request) -> dict[str, object]:
+    def identity(self) -> dict[str, object]:
         """Return nothing that any stored answer was made with."""
         return {"kind": "forecast"}
 
@@ -69,9 +69,6 @@ def estimates(profile: Profile) -> Iterator[str]:
         yield "Asking: no model is asked, responses are read; it costs nothing."
     else:
         for entry in asked(profile):
-            if isinstance(entry, ReplayModel):
-                yield f"Asking {entry.model}: nothing, its recorded answers are read."
-                continue
             try:
                 found.append(_forecast(profile, entry, train))
                 yield _asking(entry, found[-1])
@@ -114,9 +111,7 @@ def _dialogues(profile: Profile) -> pd.DataFrame:
         return RunFolder(shadow).read("dialogues")
 
 
-def _forecast(
-    profile: Profile, entry: OpenAIModel | TransformersModel | ServedModel, dialogues: pd.DataFrame
-) -> Forecast:
+def _forecast(profile: Profile, entry: AskedModel, dialogues: pd.DataFrame) -> Forecast:
     """Return the forecast of one model.
 
     Raises:
