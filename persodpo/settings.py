@@ -48,7 +48,7 @@ class Engine(Section):
 class Dialogues(Section):
     """Which persona-grounded dialogues are answered."""
 
-    source: Literal["miniature", "published_focus", "focus_json", "blended_skill_talk", "it_convai2", "csv"]
+    source: Literal["miniature", "published_focus", "focus_json", "csv"]
     train_file: Path | None
     valid_file: Path | None
     csv_file: Path | None

@@ -15,7 +15,6 @@ from persodpo.prompts import load_system, load_template
 from persodpo.release.fetch import release_files
 from persodpo.settings import AskedModel, Profile
 
-PUBLISHED_DIALOGUES = ("published_focus", "blended_skill_talk", "it_convai2")
 FOCUS = "https://github.com/pkchat-focus/FoCus"
 
 
@@ -78,7 +77,7 @@ def _focus(split: Split, path: Path, **drawn: Any) -> Finding:
 def needs_published(profile: Profile) -> list[str]:
     """Return the settings under which the profile reads published files."""
     sources = {
-        "dialogues": profile.dialogues.source in PUBLISHED_DIALOGUES,
+        "dialogues": profile.dialogues.source == "published_focus",
         "generation": profile.generation.source == "published",
         "scoring": profile.scoring.source == "published",
         "evaluation": profile.evaluation.source == "published",

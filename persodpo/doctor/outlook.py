@@ -15,7 +15,7 @@ from persodpo import stages
 from persodpo.artifacts import RunFolder
 from persodpo.config import with_overrides
 from persodpo.doctor import machine
-from persodpo.doctor.files import PUBLISHED_DIALOGUES, asked, check_published
+from persodpo.doctor.files import asked, check_published
 from persodpo.doctor.sizes import Sizes
 from persodpo.errors import PersodpoError
 from persodpo.generation.asking import backend_for, job_for
@@ -103,7 +103,7 @@ def _dialogues(profile: Profile) -> pd.DataFrame:
     lost = [path for path in paths if path and not path.is_file()]
     if lost:
         raise PersodpoError(f"{lost[0]} is not there; look again when it is.")
-    if settings.source in PUBLISHED_DIALOGUES:
+    if settings.source == "published_focus":
         check_published(RunFolder(profile).release)  # otherwise the stage would fetch them
     with TemporaryDirectory(prefix="persodpo-doctor-") as scratch:
         shadow = with_overrides(profile, [f"paths.runs={scratch}"])
