@@ -44,7 +44,7 @@ from persodpo.release.loops import WINDOW, windowed
 from persodpo.scoring import inference
 from persodpo.scoring.cache import ScoreCache
 from persodpo.scoring.checkpoints import Checkpoint
-from persodpo.scoring.coherence import QUESTIONS, CoherenceScorer
+from persodpo.scoring.coherence import CoherenceScorer
 from persodpo.scoring.computed import Readable, computed_metrics, make_scorer
 from persodpo.scoring.engine import Asked, score_items
 from persodpo.scoring.scorers import Scorer
@@ -64,6 +64,16 @@ SIZES = {
     "coherence": (1_000, 10_000, 100_000),
     "c_score": (1_000, 10_000, 100_000),
 }
+#: UniEval's inputs of a response, its history and the persona as fact, for the dimensions that the released loop computes
+#: and does not keep: all but coherence. The last is asked sentence by sentence.
+DROPPED = (
+    "question: Is this a natural response in the dialogue? </s> response: {0}",
+    "question: Is this an understandable response in the dialogue? </s> response: {0}",
+    "question: Is this response consistent with knowledge in the fact? </s> response: {0} </s> fact: {2}\n",
+    "question: Is this an engaging and informative response according to the dialogue history and fact? </s> response: {0} "
+    "</s> dialogue history: {1}\n\n </s> fact: {2}\n",
+)
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 #: As the released method reads its models, so that its loops can be compared row by row.
 RELEASED = [f"scoring.compute.{setting}=as_released" for setting in ("truncation", "nli", "words")]
 TOLERANCE = 1e-5
@@ -101,14 +111,26 @@ def ours(scorers: Sequence[Scorer], asked: Sequence[Asked], repeats: int = REPEA
 
 def released_coherence(scorer: CoherenceScorer, asked: Sequence[Asked]) -> tuple[float, float, np.ndarray]:
     """Run windows of the released loop; returns seconds of the whole loop, the share run, and the rows it keeps."""
-    dimensions = [CoherenceScorer(scorer.checkpoint, dimension=name, truncation="as_released") for name in QUESTIONS]
     loaded = inference.load_yes_no(scorer.checkpoint)
-    for dimension in dimensions:
-        dimension._loaded = loaded
+    scorer._loaded = loaded
+    start = loaded.model.config.decoder_start_token_id
+
+    def forward(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        first = torch.full((len(batch["input_ids"]), 1), start, device=loaded.model.device)
+        logits: torch.Tensor = loaded.model(**batch, decoder_input_ids=first, use_cache=False).logits
+        return logits[:, 0]
+
+    def drop(template: str, said: Sequence[tuple[str, str, str]]) -> None:
+        texts = list(dict.fromkeys(template.format(*given) for given in said))
+        rows = [{"input_ids": ids[: scorer.max_length]} for ids in loaded.tokenizer(texts, verbose=False)["input_ids"]]
+        inference.run(loaded, rows, scorer.batch_tokens, forward)
 
     def evaluate(window: Sequence[Asked]) -> list[float]:
-        scored = {one.name: one.score([one.texts(each.item) for each in window]) for one in dimensions}
-        return [float(value) for value in scored["coherence"][0]]
+        said = [(one.item.response, one.item.context, "\n".join(one.item.personas)) for one in window]
+        for template in DROPPED[:-1]:
+            drop(template, said)
+        drop(DROPPED[-1], [(part, *rest) for text, *rest in said for part in SENTENCE_END.split(text.strip())])
+        return [float(value) for value in scorer.score([scorer.texts(one.item) for one in window])[0]]
 
     windows = min(WINDOWS, len(asked))
     started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""FoCus, Blended Skill Talk and IT-ConvAI2 files in, dialogues table out.
+"""FoCus files in, dialogues table out.
 
 A dialogue is five or so persona sentences about User1, the turns so far (one a line, led by ``User1: `` or ``User2: ``)
 and the reference: the turn of User2 that people wrote next, without its speaker.
@@ -19,13 +19,12 @@ COLUMNS = ["dialogue_id", "split", "dataset", "personas", "context", "reference"
 SPEAKERS = ("User1: ", "User2: ")
 FOCUS_SENTENCES = 5
 
-Split = Literal["train", "valid", "test"]
+Split = Literal["train", "valid"]
 
 # A sentence ends at its mark when text follows at once; not inside U.S.A. or S.p.A. (single letters), nor in a quote.
 _SENTENCE_END = re.compile(r"(?<=[.!?])(?=[^\s.!?\"')])(?!(?<=\b[A-Za-z]\.)[A-Za-z]\.)(?!(?<=\b[A-Z]\.)[A-HJ-Z]\b)")
 # Where an author typed a comma or nothing: "...history,I enjoy", "...interestingI live". Used only to reach five.
 _MISSED_END = re.compile(r"(?<=[^\sA-Z])(?=I(?:m|ve|d)? )")
-_QUOTED = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"")
 
 
 def split_personas(joined: str, expected: int | None = None) -> list[str]:
@@ -56,28 +55,8 @@ def published_focus(path: Path, split: Split) -> pd.DataFrame:
         A dialogues table in the file's order.
 
     Raises:
-        PersodpoError: The file cannot be read or lacks a column.
+        PersodpoError: The file cannot be read or lacks a column, or a dialogue has no persona sentence.
     """
-    frame = _read_csv(path)
-    personas = [split_personas(p, FOCUS_SENTENCES) for p in frame["personas"]]
-    return _table("FoCus", split, personas, frame)
-
-
-def it_convai2(path: Path) -> pd.DataFrame:
-    """Read the released IT-ConvAI2 file (sentences joined by bare dots); returns and raises as `published_focus`."""
-    frame = _read_csv(path)
-    personas = [[s.strip() for s in re.split(r"\.(?=\S)", p) if s.strip()] for p in frame["personas"]]
-    return _table("IT-ConvAI2", "test", personas, frame)
-
-
-def blended_skill_talk(path: Path) -> pd.DataFrame:
-    """Read the released Blended Skill Talk file (personas as a printed array); as `published_focus`."""
-    frame = _read_csv(path)
-    personas = [[a or b for a, b in _QUOTED.findall(p)] for p in frame["personas"]]
-    return _table("Blended Skill Talk", "test", personas, frame)
-
-
-def _read_csv(path: Path) -> pd.DataFrame:
     try:
         frame = pd.read_csv(path, dtype=str, keep_default_na=False)
     except (OSError, ValueError) as error:
@@ -85,19 +64,15 @@ def _read_csv(path: Path) -> pd.DataFrame:
     missing = {"personas", "context", "act_response"} - set(frame.columns)
     if missing:
         raise PersodpoError(f"{path} lacks the column {', '.join(sorted(missing))}; it must hold dialogues.")
-    return frame
-
-
-def _table(dataset: str, split: Split, personas: list[list[str]], frame: pd.DataFrame) -> pd.DataFrame:
+    personas = [split_personas(joined, FOCUS_SENTENCES) for joined in frame["personas"]]
     empty = [row for row, sentences in enumerate(personas) if not sentences]
     if empty:
-        raise PersodpoError(f"{dataset}: row {empty[0] + 2} has no persona sentence; every dialogue needs one.")
-    slug = dataset.lower().replace(" ", "-")
+        raise PersodpoError(f"FoCus: row {empty[0] + 2} has no persona sentence; every dialogue needs one.")
     width = max(4, len(str(len(frame))))
     return pd.DataFrame({
-        "dialogue_id": [f"{slug}-{split}-{row:0{width}d}" for row in range(len(frame))],
+        "dialogue_id": [f"focus-{split}-{row:0{width}d}" for row in range(len(frame))],
         "split": split,
-        "dataset": dataset,
+        "dataset": "FoCus",
         "personas": personas,
         "context": frame["context"],
         "reference": frame["act_response"].str.removeprefix(SPEAKERS[1]),

@@ -24,7 +24,7 @@ from persodpo.scoring.computed import SMALL
 from persodpo.settings import OpenAIModel, Profile, ServedModel, TransformersModel
 from persodpo.stages.policy import PREFIX, miniature_folder, policy_folder
 
-PUBLISHED = {"published", "published_focus", "blended_skill_talk", "it_convai2"}
+PUBLISHED = {"published", "published_focus"}
 
 
 class Finding(NamedTuple):

@@ -15,12 +15,11 @@ from sklearn.model_selection import GroupKFold
 from sklearn.tree import DecisionTreeClassifier
 
 from persodpo.completions import count_words, is_one_object, read_completion
-from persodpo.dialogues import Split, overlaps
+from persodpo.dialogues import overlaps
 
 FOLDS = 5
 #: Size of the tree: fine enough for a length or a handful of names, coarse enough not to learn single responses.
 LEAVES, LEAF_SIZE = 32, 20
-HELD_OUT: tuple[Split, ...] = ("valid", "test")
 
 
 def inspect_pairs(pairs: pd.DataFrame, dialogues: pd.DataFrame, seed: int) -> pd.DataFrame:
@@ -64,7 +63,7 @@ def _contradictions(pairs: pd.DataFrame) -> int:
 
 def _leakage(pairs: pd.DataFrame, dialogues: pd.DataFrame) -> list[tuple[str, float, str]]:
     used = dialogues[dialogues["dialogue_id"].isin(pairs["dialogue_id"])]
-    held_out = dialogues[dialogues["split"].isin(HELD_OUT)]
+    held_out = dialogues[dialogues["split"] == "valid"]
     leaked = used.loc[overlaps(used, held_out), "dialogue_id"]
     share = pairs["dialogue_id"].isin(leaked).sum()
     return [

@@ -102,7 +102,6 @@ class Compute(Section):
     batch_tokens: Count
     truncation: Correction
     nli: Correction
-    nli_aggregation: Literal["contradiction_first", "mean"]
     words: Correction
     small: SmallScorers
     accept_failed_probes: Annotated[tuple[ScorerName, ...], AfterValidator(distinct)]

@@ -23,7 +23,7 @@ from persodpo.sections import Correction, Count, Fraction, Positive, Section, di
 __all__ = [
     "Ablation", "ArmName", "AskedModel", "Completions", "Compute", "Correction", "Dialogues", "Engine", "Evaluation",
     "Generation", "MetricValues", "Miniature", "OpenAIModel", "Pairs", "Paths", "Policy", "Prices", "Profile", "Prompts",
-    "ReplayModel", "Scoring", "Section", "ServedModel", "SmallModel", "SmallPolicy", "SmallScorers", "SmallVectors",
+    "Scoring", "Section", "ServedModel", "SmallModel", "SmallPolicy", "SmallScorers", "SmallVectors",
     "Training", "TransformersModel",
 ]  # fmt: skip
 
@@ -46,7 +46,7 @@ class Engine(Section):
 class Dialogues(Section):
     """Which persona-grounded dialogues are answered."""
 
-    source: Literal["miniature", "published_focus", "focus_json", "blended_skill_talk", "it_convai2", "csv"]
+    source: Literal["miniature", "published_focus", "focus_json", "csv"]
     train_file: Path | None
     valid_file: Path | None
     csv_file: Path | None
@@ -209,21 +209,7 @@ class ServedModel(_Model):
     startup_seconds: Positive = 120.0
 
 
-class ReplayModel(_Model):
-    """Recorded answers of a model.
-
-    Attributes:
-        kind: ``replay``.
-        responses: A responses or answers table (Parquet).
-        recorded_as: The model's name in that table; None: the same.
-    """
-
-    kind: Literal["replay"]
-    responses: Path
-    recorded_as: str | None = None
-
-
-AskedModel = Annotated[OpenAIModel | TransformersModel | ServedModel | ReplayModel, Field(discriminator="kind")]
+AskedModel = Annotated[OpenAIModel | TransformersModel | ServedModel, Field(discriminator="kind")]
 
 
 class Generation(Section):

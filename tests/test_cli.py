@@ -45,7 +45,7 @@ def test_profile_shows_what_overrides_resolve_to():
         (["fetch", "weights"], "Nothing called 'weights' can be fetched"),
         (["fetch", "release", "--source", "/nonexistent/folder"], "/nonexistent/folder"),
         (["score", "-p", "release", "--set", "generation.models=[gpt-9]"], "gpt-9"),
-        (["generate", "-p", "release", "--set", "dialogues.source=it_convai2"], "set dialogues.source=published_focus"),
+        (["generate", "-p", "release", "--set", "dialogues.source=miniature"], "set dialogues.source=published_focus"),
     ],
 )
 def test_errors_are_one_sentence_without_a_traceback(arguments, words, tmp_path):
@@ -68,21 +68,6 @@ def test_errors_are_one_sentence_without_a_traceback(arguments, words, tmp_path)
 def test_an_unknown_command_or_option_is_a_usage_error():
     assert run("trane").returncode == 2
     assert "No such option" in run("pairs", "--profil", "release").stderr
-
-
-@pytest.mark.slow
-def test_other_datasets_become_tables(tmp_path):
-    if not os.environ.get(RELEASE_VARIABLE):
-        pytest.skip(f"{RELEASE_VARIABLE} is not set: the published files are not at hand")
-    for source, rows in (("it_convai2", "1,183"), ("blended_skill_talk", "980")):
-        places = [
-            f"paths.runs={tmp_path / source}",
-            f"paths.release={tmp_path / 'release'}",
-            f"dialogues.source={source}",
-        ]
-        given = [part for place in places for part in ("--set", place)]
-        done = run("dialogues", *given, **{RELEASE_VARIABLE: os.environ[RELEASE_VARIABLE]})
-        assert f"dialogues ({rows} rows)" in done.stdout, done.stderr
 
 
 @pytest.mark.slow

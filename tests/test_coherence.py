@@ -20,7 +20,7 @@ from persodpo.artifacts import PROJECT
 from persodpo.errors import PersodpoError
 from persodpo.scoring import inference
 from persodpo.scoring.checkpoints import Checkpoint
-from persodpo.scoring.coherence import QUESTIONS, CoherenceScorer, write_input
+from persodpo.scoring.coherence import CoherenceScorer, write_input
 from persodpo.scoring.scorers import Item
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -64,38 +64,12 @@ def test_the_share_of_yes_is_the_one_computed_by_hand(counting):
 
 
 def test_the_input_is_the_published_checkpoints():
-    text, history = write_input("coherence", ("a reply", "User1: hi\nUser2: ho"))
+    text, history = write_input("a reply", "User1: hi\nUser2: ho")
     assert text == (
         "question: Is this a coherent response given the dialogue history? </s> response: a reply </s> dialogue history: "
         "User1: hi\nUser2: ho\n\n"
     )
     assert text[history.start : history.stop] == "User1: hi\nUser2: ho"
-    text, history = write_input("engagingness", ("r", "h", "f"))
-    assert text.endswith("</s> response: r </s> dialogue history: h\n\n </s> fact: f\n")
-    assert text[history.start : history.stop] == "h"
-    assert write_input("groundedness", ("r", "f"))[0].endswith("in the fact? </s> response: r </s> fact: f\n")
-    for alone in ("naturalness", "understandability"):
-        assert write_input(alone, ("r",))[0].endswith("in the dialogue? </s> response: r")
-
-
-def test_other_dimensions_depend_on_what_they_show(counting):
-    shown = {name: CoherenceScorer(counting, dimension=name).texts(ITEM) for name in QUESTIONS}
-    facts = "I like x.\nI have x."
-    assert shown["naturalness"] == shown["understandability"] == ("good x",)
-    assert shown["groundedness"] == ("good x", facts)
-    assert shown["engagingness"] == ("good x", ITEM.context, facts)
-    with pytest.raises(PersodpoError, match="no dialogue dimension 'fluency'; it has coherence, naturalness"):
-        CoherenceScorer(counting, dimension="fluency")
-
-
-def test_engagingness_sums_over_sentences(counting):
-    scorer = CoherenceScorer(counting, dimension="engagingness")
-    both, first, second = (
-        scorer.score([scorer.texts(ITEM._replace(response=text))]).values[0]
-        for text in ("good x. good good x! ", "good x.", "good good x!")
-    )
-    assert both == pytest.approx(first + second, abs=1e-6)
-    assert scorer.name == "engagingness"
 
 
 def released_way(checkpoint: Checkpoint, text: str) -> float:
@@ -122,7 +96,7 @@ def made_up(count: int, seed: int = 0) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("batch_tokens", [1, 300, 10**6])
 def test_scores_follow_their_texts_whatever_the_order_batch_and_padding(trained, batch_tokens):
     texts = made_up(24)
-    alone = [released_way(trained, write_input("coherence", given)[0]) for given in texts]
+    alone = [released_way(trained, write_input(*given)[0]) for given in texts]
     assert np.ptp(alone) > 0.01
     order = random.Random(1).sample(range(len(texts)), len(texts))
     scorer = CoherenceScorer(trained, batch_tokens=batch_tokens)
@@ -234,7 +208,7 @@ def test_identity_follows_the_files_and_settings_and_nothing_beside_them(tmp_pat
     assert before == CoherenceScorer(Checkpoint(second)).identity()
     assert before["dtype"] == "float32"
     json.dumps(before)
-    for change in ({"max_length": 9}, {"truncation": "as_released"}, {"dimension": "naturalness"}):
+    for change in ({"max_length": 9}, {"truncation": "as_released"}):
         assert CoherenceScorer(Checkpoint(first), **change).identity() != before
     assert CoherenceScorer(Checkpoint(first), batch_tokens=7).identity() == before
     config = tmp_path / "second" / "config.json"

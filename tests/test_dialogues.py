@@ -96,20 +96,6 @@ def test_splitting_loses_nothing(joined, expected):
     assert "".join(dialogues.split_personas(joined, expected)) == joined
 
 
-def test_other_datasets_as_released(tmp_path):
-    convai = tmp_path / "it.csv"
-    pd.DataFrame({"personas": ["i sing.im 9.i cook"], "context": ["User1: hi"], "act_response": ["User2: yo"]}).to_csv(
-        convai
-    )
-    table = dialogues.it_convai2(convai)
-    assert table.loc[0, "personas"] == ["i sing", "im 9", "i cook"]
-    assert (table.loc[0, "reference"], table.loc[0, "dialogue_id"]) == ("yo", "it-convai2-test-0000")
-    blended = tmp_path / "bst.csv"
-    personas = """[User 1 persona]: ['i sing.' "i don't cook."]"""
-    pd.DataFrame({"personas": [personas], "context": ["User1: hi"], "act_response": ["yo"]}).to_csv(blended)
-    assert dialogues.blended_skill_talk(blended).loc[0, "personas"] == ["i sing.", "i don't cook."]
-
-
 def test_files_that_hold_no_dialogues(tmp_path):
     path = tmp_path / "x.csv"
     path.write_text("personas,context\n1,2\n")
@@ -123,13 +109,10 @@ def test_files_that_hold_no_dialogues(tmp_path):
 
 
 @pytest.mark.skipif(not os.environ.get(RELEASE_VARIABLE), reason=f"{RELEASE_VARIABLE} is not set: no published files")
-def test_published_files_of_all_three_datasets():
+def test_published_files():
     folder = Path(os.environ[RELEASE_VARIABLE])
     for split, count in (("train", 1500), ("valid", 1000)):
         table = dialogues.published_focus(folder / f"Prompts/FoCus-{split}.csv", split)
         assert len(table) == count
         assert (table["personas"].map(len) == 5).all()
         assert not table["reference"].str.startswith("User2").any()
-    assert len(dialogues.it_convai2(folder / "datasets/IT-ConvAI2/ds_cleaned.csv")) == 1183
-    blended = dialogues.blended_skill_talk(folder / "datasets/Blended Skill Talk/ds_cleaned.csv")
-    assert (len(blended), set(blended["personas"].map(len))) == (980, {2})

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pandas as pd
 import pytest
 import yaml
 from asking import Server, serving
@@ -113,23 +112,6 @@ def test_all_kinds_of_models_become_one_table(server: Server, tmp_path: Path, on
     again = stages.run_generate(profile)
     assert all(report.skipped for report in again)
     assert len(prompts_at(server)) == asked
-
-
-def test_recorded_answers_are_replayed(server: Server, tmp_path: Path) -> None:
-    profile = profile_of(tmp_path, endpoint(server))
-    stages.run_generate(profile)
-    recorded = RunFolder(profile).path("responses")
-    asked = len(prompts_at(server))
-    replay = {"model": "again", "kind": "replay", "responses": str(recorded), "recorded_as": "api"}
-    second = profile_of(tmp_path, replay, name="second")
-    stages.run_generate(second)
-    columns = ["dialogue_id", "completion", "response", "outcome", "finish_reason", "response_time"]
-    first_table, second_table = (RunFolder(one).read("responses")[columns] for one in (profile, second))
-    pd.testing.assert_frame_equal(first_table, second_table)
-    assert len(prompts_at(server)) == asked
-    wrong = profile_of(tmp_path, {**replay, "recorded_as": "nobody"}, name="third")
-    with pytest.raises(PersodpoError, match=r"holds no completion of 'nobody'; set recorded_as to one of: api"):
-        stages.run_generate(wrong)
 
 
 def test_what_is_missing_is_said_and_asked_by_the_next_run(server: Server, tmp_path: Path) -> None:

@@ -40,7 +40,6 @@ from persodpo.generation.faults import FAILURES_IN_A_ROW, Redactor
 from persodpo.generation.forecast import forecast
 from persodpo.generation.openai_api import OpenAIBackend
 from persodpo.generation.pacing import Pace
-from persodpo.generation.replay import Recorded, ReplayBackend
 from persodpo.generation.requests import FAILURES, Answer, Limits, Request, request_key
 from persodpo.generation.store import Store
 from persodpo.generation.summary import Summary
@@ -385,7 +384,7 @@ def test_failures_in_a_row_stop_the_model(server: Server, store: Store) -> None:
 
 
 def test_an_error_of_one_backend_is_raised_after_the_others_are_done(slow: Server, store: Store) -> None:
-    class Broken(ReplayBackend):
+    class Broken(OpenAIBackend):
         @asynccontextmanager
         async def open(self, purse):
             async def answer(request):
@@ -393,9 +392,10 @@ def test_an_error_of_one_backend_is_raised_after_the_others_are_done(slow: Serve
 
             yield answer
 
+    broken = Broken(backend(slow.url, model="broken").settings)
     texts = [f"beside {number}" for number in range(20)]
     with pytest.raises(ZeroDivisionError):
-        generate_all([Job(chats(texts), Broken("broken", {})), Job(chats(texts), backend(slow.url))], store)
+        generate_all([Job(chats(texts), broken), Job(chats(texts), backend(slow.url))], store)
     assert generate(chats(texts), backend(slow.url), store).skipped == 20
 
 
@@ -614,22 +614,6 @@ def test_a_forecast_before_and_after_a_sample(server: Server, store: Store) -> N
     assert "cost unknown" in str(paced)
     tokens = forecast(chats(texts), backend(server.url, model="other", tokens_per_minute=1000), store)
     assert tokens.seconds == pytest.approx(60 * (tokens.prompt_tokens + 3000) / 1000)
-
-
-# -------------------------------------------------------------------------------------------------------- replay
-
-
-def test_a_recording_is_replayed_at_no_cost(store: Store) -> None:
-    recorded = {"a": Recorded("one", "stop", 0.5), "b": Recorded("two", "length")}
-    replayed = ReplayBackend("recorded", recorded)
-    requests = [replace(chat("same prompt"), dialogue_id=dialogue) for dialogue in "abc"]
-    found = generate(requests, replayed, store, budget_usd=0.0)
-    assert (found.answered, found.failed, found.truncated, found.cost) == (2, {"not_recorded": 1}, 1, 0)
-    answers = [found.answer for _, found in store.entries(request_key(request, replayed) for request in requests)]
-    assert [(a.completion, a.finish_reason, a.latency) for a in answers] == [
-        ("one", "stop", 0.5), ("two", "length", 0.0), (None, None, 0.0),
-    ]  # fmt: skip
-    assert answers[2].error == "There is no recorded answer of recorded to dialogue 'c'."
 
 
 # ------------------------------------------------------------------------------------- interruptions and processes

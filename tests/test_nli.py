@@ -57,12 +57,6 @@ def test_c_score_looks_at_each_persona_sentence(counting):
     assert one(scorer, item(("x",), "deny"), item(("agree",), "deny")) == [-1, 0]
 
 
-def test_aggregations_differ_as_named(counting):
-    mean = CScorer(model(counting), aggregation="mean")
-    assert one(mean, item(("agree", "deny")), item(("agree", "x", "x", "agree")), item(("deny", "x"))) == [0, 0.5, -0.5]
-    assert mean.identity() != CScorer(model(counting)).identity()
-
-
 def test_as_released_joins_persona_and_response_into_one_text(counting, monkeypatch):
     seen = []
     values = NliModel.values

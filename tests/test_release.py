@@ -198,32 +198,6 @@ def test_results_follow_from_the_metric_files(release_run):
     assert np.isnan(results["Qwen2-0.5B-Instruct/perso-raw", "coherence"])
 
 
-def test_the_readme_counts_what_the_parity_table_counts(parity):
-    readme = (PROJECT / "README.md").read_text()
-    groups = {"preparation": "preparation", "responses": "responses", "quality": "quality score", "pairs": "pairs",
-              "training log": "training logs", "results table": "results table", "figure 2a": "Figure 2a"}  # fmt: skip
-    assert f"sets {len(parity)} published numbers beside ours" in readme
-    for group, name in groups.items():
-        verdicts = parity.loc[parity["group"].str.startswith(group), "verdict"]
-        counts = [int((verdicts == verdict).sum()) for verdict in ("reproduced", "differs", "not derivable")]
-        line = next(line for line in readme.splitlines() if line.startswith(f"| {name}"))
-        assert [int(cell) for cell in line.split("|")[2:5]] == counts, name
-
-
-def test_the_readme_quotes_the_findings_evidence(release_run):
-    readme = (PROJECT / "README.md").read_text()
-    evidence = " ".join(release_run.read("audit/findings")["evidence"])
-    for number in ("2,984", "2,979", "3,137", "1,300", "7,363"):
-        assert number in readme
-        assert number in evidence
-    gate = release_run.read("pairs/gate").set_index(["pair_set", "check"])["value"]
-    length, source = (gate["perso", f"{name}_alone"] for name in ("length", "source_model"))
-    assert f"Length alone predicts {length:.0%}".replace("%", " %") in readme
-    assert f"the source model alone {source:.0%}".replace("%", " %") in readme
-    assert "0.34 over the 7,363 measured" in evidence
-    assert "0.34 measured, 0.76 with failures imputed" in readme
-
-
 @pytest.mark.slow
 def test_arms_train_on_the_published_pairs_and_are_skipped_when_nothing_changed(release_run, tmp_path):
     places = [f"paths.{name}={tmp_path / name}" for name in ("runs", "figures")]

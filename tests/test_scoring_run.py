@@ -279,7 +279,7 @@ def test_the_stage_computes_imputes_and_ranks(computed_run):
     assert np.isnan(unread["quality"])
     assert scores["quality"].notna().sum() == 11
     # one "good" among the 17 other tokens of question, response, history and end mark: see `counting_t5`
-    text, _ = write_input("coherence", ("agree good x", "User1: agree x w0"))
+    text, _ = write_input("agree good x", "User1: agree x w0")
     others = sum(word != "good" for word in text.split()) + 1
     share = 1 / (1 + np.exp(-np.sqrt(2) / np.hypot(1, others)))
     assert scores.loc[("d0", "m1"), "coherence"] == pytest.approx(share, abs=1e-6)

@@ -8,19 +8,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from persodpo.artifacts import sha256
 from persodpo.completions import read_completion
 from persodpo.errors import PersodpoError
 from persodpo.generation.engine import Job
-from persodpo.generation.replay import Recorded, ReplayBackend
 from persodpo.generation.requests import Backend, Message, Request, request_key
 from persodpo.generation.store import Store
 from persodpo.generation.summary import outcome_of
 from persodpo.prompts import answer_keys, load_system, load_template, render, template_digest, token_budget
-from persodpo.settings import AskedModel, Profile, ReplayModel, ServedModel, TransformersModel
+from persodpo.settings import AskedModel, Profile, ServedModel, TransformersModel
 from persodpo.tables import schema_of, with_none
 
 #: What leads a turn; a context of nothing else says nothing.
@@ -82,14 +78,12 @@ def backend_for(settings: AskedModel, profile: Profile, weights: str | Path, sto
         The backend; nothing is connected or loaded yet.
 
     Raises:
-        PersodpoError: An address is none, or a recording cannot be read.
+        PersodpoError: An address is none.
     """
     if isinstance(settings, TransformersModel):
         from persodpo.generation.local import TransformersBackend  # noqa: PLC0415 - each backend loads only what it needs
 
         return TransformersBackend(settings, weights)
-    if isinstance(settings, ReplayModel):
-        return _recording(settings)
     if isinstance(settings, ServedModel):
         from persodpo.generation.serving import ServedBackend  # noqa: PLC0415
 
@@ -99,29 +93,6 @@ def backend_for(settings: AskedModel, profile: Profile, weights: str | Path, sto
 
     keys = answer_keys(load_template(profile.prompts.template)) if settings.structured_output else ()
     return OpenAIBatchBackend(settings, keys, store) if settings.batch else OpenAIBackend(settings, keys)
-
-
-def _recording(settings: ReplayModel) -> ReplayBackend:
-    """Read a model's answers from a responses or answers table."""
-    columns = ["dialogue_id", "model", "completion", "finish_reason", "response_time", "batch_size", "hardware"]
-    name = settings.recorded_as or settings.model
-    try:
-        table = with_none(pq.read_table(settings.responses, columns=columns).to_pandas())
-    except (OSError, pa.ArrowException) as error:
-        raise PersodpoError(
-            f"The recorded responses of {settings.model} cannot be read from {settings.responses}; name a responses or "
-            "answers table in Parquet."
-        ) from error
-    rows = table[(table["model"] == name) & table["completion"].notna()]
-    if rows.empty:
-        models = ", ".join(sorted(table["model"].unique()))
-        raise PersodpoError(
-            f"{settings.responses} holds no completion of '{name}'; set recorded_as to one of: {models}."
-        )
-    sizes = rows["batch_size"].astype(object).where(rows["batch_size"].notna(), None)
-    fields = zip(rows["completion"], rows["finish_reason"], rows["response_time"], sizes, rows["hardware"], strict=True)
-    recorded = dict(zip(rows["dialogue_id"], (Recorded(*values) for values in fields), strict=True))
-    return ReplayBackend(settings.model, recorded, sha256(settings.responses))
 
 
 def stored_answers(store: Store, jobs: Iterable[tuple[Job, Sequence[str]]], profile: Profile) -> pd.DataFrame:

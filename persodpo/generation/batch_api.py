@@ -63,7 +63,7 @@ class OpenAIBatchBackend:
         self.local = False
         self._batches = Batches(store, settings.model, settings.base_url)
 
-    def identity(self, request: Request) -> Mapping[str, object]:
+    def identity(self) -> Mapping[str, object]:
         """Name the served model, the schema and the way, for a batch's times are no response times."""
         served = self.settings.served_as or self.model
         return {"kind": "openai", "served_as": served, "json_keys": list(self.json_keys), "batch": True}

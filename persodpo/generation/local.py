@@ -47,7 +47,7 @@ class TransformersBackend:
         self.limits = Limits()
         self.local = True
 
-    def identity(self, request: Request) -> Mapping[str, object]:
+    def identity(self) -> Mapping[str, object]:
         """Name the weights by their content, and the mode, for times of different modes are different measurements."""
         return {
             "kind": "transformers",

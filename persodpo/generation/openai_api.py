@@ -52,7 +52,7 @@ class OpenAIBackend:
         self.limits = Limits(settings.requests_per_minute, settings.tokens_per_minute)
         self.local = False
 
-    def identity(self, request: Request) -> Mapping[str, object]:
+    def identity(self) -> Mapping[str, object]:
         """Name the served model and the enforced schema; the address may change."""
         served = self.settings.served_as or self.model
         return {"kind": "openai", "served_as": served, "json_keys": list(self.json_keys)}

@@ -21,7 +21,7 @@ from persodpo.settings import Prices
 #: Why a request was not answered. The first two lie with the prompt, the others with the call.
 FAILURES = (
     "context_too_long", "rejected", "rate_limited", "server_error", "timeout", "connection_cut", "invalid_body",
-    "no_choice", "unreachable", "not_recorded",
+    "no_choice", "unreachable",
 )  # fmt: skip
 
 
@@ -155,8 +155,8 @@ class Backend(Protocol):
     def local(self) -> bool:
         """True for a model of this machine, which is asked when no other is, so that its times are its own."""
 
-    def identity(self, request: Request) -> Mapping[str, object]:
-        """Return, as JSON-like content, what shapes the answer to ``request`` besides the request itself."""
+    def identity(self) -> Mapping[str, object]:
+        """Return, as JSON-like content, what shapes an answer besides its request."""
 
     def open(self, purse: Purse) -> AbstractAsyncContextManager[AnswerRequest]:
         """Connect or load the model; gives the function that answers one request, called `concurrency` times at once.
@@ -172,6 +172,6 @@ def request_key(request: Request, backend: Backend) -> str:
     content = {
         "model": backend.model, "prompt": request.prompt, "max_new_tokens": request.max_new_tokens,
         "temperature": request.temperature, "seed": request.seed, "template": request.template,
-        "backend": backend.identity(request),
+        "backend": backend.identity(),
     }  # fmt: skip
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -23,7 +23,7 @@ from persodpo.errors import PersodpoError
 from persodpo.generation.budget import Purse
 from persodpo.generation.local import folder_digest
 from persodpo.generation.openai_api import OpenAIBackend
-from persodpo.generation.requests import AnswerRequest, Limits, Request
+from persodpo.generation.requests import AnswerRequest, Limits
 from persodpo.settings import OpenAIModel, Prices, ServedModel
 
 HOST = "127.0.0.1"
@@ -49,7 +49,7 @@ class ServedBackend:
         self.limits = Limits()
         self.local = True
 
-    def identity(self, request: Request) -> Mapping[str, object]:
+    def identity(self) -> Mapping[str, object]:
         """Name the weights by their content; the port is of no matter."""
         return {"kind": "served", "weights": self._digest}
 

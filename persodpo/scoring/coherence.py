@@ -1,18 +1,17 @@
 """Coherence: how surely an encoder-decoder model answers Yes when asked whether a response fits its dialogue.
 
-The questions, the order of the parts and the marks between them are the interface of the published checkpoint
+The question, the order of the parts and the marks between them are the interface of the published checkpoint
 ``MingZhong/unieval-dialog`` (UniEval, Zhong et al. 2022, github.com/maszhongming/UniEval: ``add_question``, task
-dialogue): it was trained on exactly these. A turn of the dialogue history ends with a line end, the history with two;
-a fact ends with one. The score is P(Yes) / (P(Yes) + P(No)) of the first decoded token.
+dialogue): it was trained on exactly these. A turn of the dialogue history ends with a line end, the history with two.
+The score is P(Yes) / (P(Yes) + P(No)) of the first decoded token.
 
-Only the dimension that is asked for is computed. The released method computed five to keep one.
+Of UniEval's five dimensions of dialogues this one alone is computed. The released method computed five to keep one.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,52 +25,24 @@ if TYPE_CHECKING:
 
     from persodpo.scoring.inference import Loaded
 
-Dimension = Literal["coherence", "naturalness", "engagingness", "groundedness", "understandability"]
-
-
-class Question(NamedTuple):
-    """What is asked in a dimension.
-
-    Attributes:
-        text: The question.
-        history: Whether the dialogue history is shown.
-        fact: Whether the fact is shown; here the persona sentences are the fact.
-        by_sentence: Whether each sentence of the response is asked about, and the answers summed.
-    """
-
-    text: str
-    history: bool
-    fact: bool
-    by_sentence: bool = False
-
-
-QUESTIONS: dict[Dimension, Question] = {
-    "coherence": Question("Is this a coherent response given the dialogue history?", True, False),
-    "naturalness": Question("Is this a natural response in the dialogue?", False, False),
-    "engagingness": Question(
-        "Is this an engaging and informative response according to the dialogue history and fact?", True, True, True
-    ),
-    "groundedness": Question("Is this response consistent with knowledge in the fact?", False, True),
-    "understandability": Question("Is this an understandable response in the dialogue?", False, False),
-}
+QUESTION = "Is this a coherent response given the dialogue history?"
 YES, NO = "Yes", "No"
-
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
 class CoherenceScorer:
-    """UniEval's dialogue coherence, or another of its dimensions.
+    """UniEval's dialogue coherence.
 
     An input longer than ``max_length`` tokens is cut. ``as_released`` cuts its end, and so the turns that the response
-    answers; ``corrected`` cuts the oldest turns and keeps question, response, the latest turns and the fact. Only where
-    those alone are too long does the end go too. Cut inputs are counted.
+    answers; ``corrected`` cuts the oldest turns and keeps question, response and the latest turns. Only where those
+    alone are too long does the end go too. Cut inputs are counted.
     """
+
+    name = "coherence"
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         *,
-        dimension: Dimension = "coherence",
         max_length: int = 1024,
         truncation: Correction = "corrected",
         batch_tokens: int = 8192,
@@ -79,36 +50,23 @@ class CoherenceScorer:
         """Name the model; it is loaded when something is scored.
 
         Args:
-            checkpoint: An encoder-decoder model that was trained on `QUESTIONS`.
-            dimension: What is asked.
+            checkpoint: An encoder-decoder model that was trained on `QUESTION`.
             max_length: Longest input, tokens; 1,024 in the published method.
             truncation: Which end of a longer input is cut.
             batch_tokens: Tokens of a batch, padding included; it changes speed and memory, never scores.
-
-        Raises:
-            PersodpoError: There is no such dimension.
         """
-        if dimension not in QUESTIONS:
-            raise PersodpoError(f"UniEval has no dialogue dimension '{dimension}'; it has {', '.join(QUESTIONS)}.")
-        self.checkpoint, self.dimension, self.max_length = checkpoint, dimension, max_length
+        self.checkpoint, self.max_length = checkpoint, max_length
         self.truncation, self.batch_tokens = truncation, batch_tokens
         self._loaded: Loaded | None = None
 
-    @property
-    def name(self) -> str:
-        """The dimension: coherence is a column of the scores table."""
-        return self.dimension
-
     def identity(self) -> Mapping[str, object]:
         """Return kind, checkpoint, settings and type of number."""
-        settings = {"dimension": self.dimension, "max_length": self.max_length, "truncation": self.truncation}
+        settings = {"max_length": self.max_length, "truncation": self.truncation}
         return {"kind": "unieval", **self.checkpoint.identity(), **settings}
 
     def texts(self, item: Item) -> tuple[str, ...]:
-        """Return the response and what of history and personas the question shows."""
-        question = QUESTIONS[self.dimension]
-        history = [item.context] if question.history else []
-        return (item.response, *history, *(["\n".join(item.personas)] if question.fact else []))
+        """Return the response and the dialogue history."""
+        return (item.response, item.context)
 
     def score(self, texts: Sequence[tuple[str, ...]]) -> Scored:
         """Score response and context, each distinct input once.
@@ -117,7 +75,7 @@ class CoherenceScorer:
             texts: From `texts`.
 
         Returns:
-            Values in 0..1; for engagingness the sum over the response's sentences.
+            Values in 0..1.
 
         Raises:
             PersodpoError: The model cannot be loaded, its tokenizer has no single tokens for Yes and No, or it gives
@@ -125,17 +83,10 @@ class CoherenceScorer:
         """
         if not texts:
             return Scored(np.empty(0), 0, {})
-        parts = [self._sentences(given) for given in texts]
-        distinct = {given: place for place, given in enumerate(dict.fromkeys(p for group in parts for p in group))}
+        distinct = {given: place for place, given in enumerate(dict.fromkeys(texts))}
         shares, cut = self._yes_shares(list(distinct))
-        values = np.array([sum(shares[distinct[part]] for part in group) for group in parts], dtype=np.float64)
-        return Scored(values, sum(any(cut[distinct[part]] for part in group) for group in parts), {})
-
-    def _sentences(self, given: tuple[str, ...]) -> list[tuple[str, ...]]:
-        if not QUESTIONS[self.dimension].by_sentence:
-            return [given]
-        response, *rest = given
-        return [(sentence, *rest) for sentence in _SENTENCE_END.split(response.strip())]
+        places = [distinct[given] for given in texts]
+        return Scored(shares[places], sum(cut[place] for place in places), {})
 
     def _yes_shares(self, inputs: Sequence[tuple[str, ...]]) -> tuple[np.ndarray, list[bool]]:
         """Return P(Yes) / (P(Yes) + P(No)) of each input, and whether it was cut."""
@@ -147,7 +98,7 @@ class CoherenceScorer:
             self._loaded = inference.load_yes_no(self.checkpoint)
         loaded = self._loaded
         answers = yes_no_tokens(loaded.tokenizer, self.checkpoint.name)
-        rows, cut = encode(self.dimension, inputs, loaded.tokenizer, self.max_length, self.truncation)
+        rows, cut = encode(inputs, loaded.tokenizer, self.max_length, self.truncation)
         start = loaded.model.config.decoder_start_token_id
 
         def forward(batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -161,7 +112,6 @@ class CoherenceScorer:
 
 
 def encode(
-    dimension: Dimension,
     inputs: Sequence[Sequence[str]],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
@@ -170,8 +120,7 @@ def encode(
     """Write, tokenise and cut model inputs.
 
     Args:
-        dimension: What is asked.
-        inputs: As in `write_input`.
+        inputs: Response and history of each.
         tokenizer: A fast one.
         max_length: Longest input, tokens.
         truncation: Which end of a longer input is cut, see `CoherenceScorer`.
@@ -179,7 +128,7 @@ def encode(
     Returns:
         The rows, and whether each was cut.
     """
-    written = [write_input(dimension, given) for given in inputs]
+    written = [write_input(response, history) for response, history in inputs]
     encoded = tokenizer([text for text, _ in written], return_offsets_mapping=True, verbose=False)
     rows, cut = [], []
     for (_, history), all_ids, offsets in zip(written, encoded["input_ids"], encoded["offset_mapping"], strict=True):
@@ -194,27 +143,10 @@ def encode(
     return rows, cut
 
 
-def write_input(dimension: Dimension, given: Sequence[str]) -> tuple[str, range]:
-    """Write the input of UniEval's dialogue checkpoint.
-
-    Args:
-        dimension: What is asked.
-        given: The response, then the history and the fact where the dimension shows them.
-
-    Returns:
-        The input, and the places of its characters that are the history's.
-    """
-    question = QUESTIONS[dimension]
-    response, *rest = given
-    text = f"question: {question.text} </s> response: {response}"
-    history = range(0)
-    if question.history:
-        text += " </s> dialogue history: "
-        history = range(len(text), len(text) + len(rest[0]))
-        text += f"{rest[0]}\n\n"
-    if question.fact:
-        text += f" </s> fact: {rest[-1]}\n"
-    return text, history
+def write_input(response: str, history: str) -> tuple[str, range]:
+    """Write the input of UniEval's dialogue checkpoint; returns it and the places of the history's characters."""
+    text = f"question: {QUESTION} </s> response: {response} </s> dialogue history: "
+    return f"{text}{history}\n\n", range(len(text), len(text) + len(history))
 
 
 def yes_no_tokens(tokenizer: PreTrainedTokenizerBase, checkpoint: str) -> list[int]:

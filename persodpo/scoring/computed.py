@@ -54,7 +54,7 @@ def make_scorer(name: str, settings: Compute, small: Mapping[str, str]) -> Score
         max_length=settings.nli_tokens, batch_tokens=settings.batch_tokens,
     )  # fmt: skip
     if name == "c_score":
-        return CScorer(classifier, settings.nli, settings.nli_aggregation)
+        return CScorer(classifier, settings.nli)
     return UEScorer(classifier, settings.nli)
 
 

@@ -164,7 +164,7 @@ def _task(loaded: Loaded, settings: FineTuning) -> _Task:
         tokens = {coherence.YES: yes, coherence.NO: no}
         return _Task(
             labels=(coherence.YES, coherence.NO),
-            encode=lambda inputs: coherence.encode("coherence", inputs, tokenizer, settings.max_length, "corrected"),
+            encode=lambda inputs: coherence.encode(inputs, tokenizer, settings.max_length, "corrected"),
             target=lambda label: [tokens[label]],
             collator=DataCollatorForSeq2Seq(tokenizer, model),
             answers=lambda logits: (logits if isinstance(logits, torch.Tensor) else logits[0])[:, 0, [yes, no]],

@@ -9,7 +9,6 @@ by itself, and about the last turn of the user.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
 
 import numpy as np
 
@@ -18,31 +17,25 @@ from persodpo.scoring.nli_model import NliModel
 from persodpo.scoring.scorers import Item, Scored
 from persodpo.settings import Correction
 
-Aggregation = Literal["contradiction_first", "mean"]
-
 
 class CScorer:
     """C score: 1 if the response follows from the persona, -1 if it contradicts it, else 0.
 
     ``as_released`` classifies one text: the persona sentences without a space between them, a space, the response.
-    ``corrected`` classifies each persona sentence with the response and brings the values together:
-    ``contradiction_first`` gives -1 if one sentence is contradicted, else 1 if one is entailed, else 0; ``mean`` their
-    mean (the sum of Madotto et al. 2019, which defined the score, over the number of sentences). Without a persona
-    sentence nothing is asked: the value is 0 and such responses are reported as ``without_persona``.
+    ``corrected`` classifies each persona sentence with the response; contradiction comes first: -1 if one sentence is
+    contradicted, else 1 if one is entailed, else 0. Without a persona sentence nothing is asked: the value is 0 and such
+    responses are reported as ``without_persona``.
     """
 
     name = "c_score"
 
-    def __init__(
-        self, model: NliModel, method: Correction = "corrected", aggregation: Aggregation = "contradiction_first"
-    ) -> None:
-        """Name the classifier, the method, and what brings together the values of several sentences."""
-        self.model, self.method, self.aggregation = model, method, aggregation
+    def __init__(self, model: NliModel, method: Correction = "corrected") -> None:
+        """Name the classifier and the method."""
+        self.model, self.method = model, method
 
     def identity(self) -> Mapping[str, object]:
         """Return kind, checkpoint, settings and type of number."""
-        settings = {"method": self.method} | ({"aggregation": self.aggregation} if self.method == "corrected" else {})
-        return {"kind": "nli", "score": self.name, **self.model.identity(), **settings}
+        return {"kind": "nli", "score": self.name, **self.model.identity(), "method": self.method}
 
     def texts(self, item: Item) -> tuple[str, ...]:
         """Return the response and the persona sentences, joined in ``as_released``."""
@@ -66,15 +59,8 @@ class CScorer:
         else:
             asked = [[(sentence, response) for sentence in sentences] for response, *sentences in texts]
         found, truncated = _ask(self.model, asked)
-        values = np.array([self._together(group) for group in found], dtype=np.float64)
+        values = np.array([_together(group) for group in found], dtype=np.float64)
         return Scored(values, truncated, {"without_persona": _share(not any(given[1:]) for given in texts)})
-
-    def _together(self, values: np.ndarray) -> float:
-        if not len(values):
-            return 0.0
-        if self.aggregation == "mean" and self.method == "corrected":
-            return float(values.mean())
-        return float(values.min() if values.min() < 0 else values.max())
 
 
 class UEScorer:
@@ -131,6 +117,13 @@ class UEScorer:
             "without_query": _share(not given[1].strip() for given in texts),
         }
         return Scored(values, truncated, notes)
+
+
+def _together(values: np.ndarray) -> float:
+    """Return one value for those of several persona sentences, contradiction first; 0 if there are none."""
+    if not len(values):
+        return 0.0
+    return float(values.min() if values.min() < 0 else values.max())
 
 
 def last_user_turn(context: str) -> str:

@@ -38,7 +38,7 @@ BERT_MARKS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 
 def coherence_marks() -> tuple[str, str]:
     """Return what stands before the response and before the history in an input of coherence."""
-    text, history = write_input("coherence", ("\0", "\0"))
+    text, history = write_input("\0", "\0")
     return text[: text.index(" \0")], text[text.index("\0") + 2 : history.start - 1]
 
 

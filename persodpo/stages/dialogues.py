@@ -18,7 +18,6 @@ from persodpo.stages.base import Reports, Targets, alone, published_files
 from persodpo.tables import write_table
 
 FOCUS = "https://github.com/pkchat-focus/FoCus"
-_DATASETS = {"blended_skill_talk": "Blended Skill Talk", "it_convai2": "IT-ConvAI2"}
 
 
 @alone
@@ -37,15 +36,13 @@ def run_dialogues(profile: Profile, overwrite: bool = False) -> Reports:
                 frames.append(persodpo.dialogues.focus_json(path, split).assign(dataset="miniature"))
             elif settings.source == "csv":
                 frames.append(persodpo.own_data.read_dialogues(path))
-            elif settings.source == "focus_json":
+            else:
                 drawn: dict[str, Any] = {
                     "size": settings.train_size,
                     "seed": settings.sample_seed,
                     "max_reference_words": settings.max_reference_words,
                 }
                 frames.append(persodpo.dialogues.focus_json(path, split, **(drawn if split == "train" else {})))
-            else:
-                frames.append(getattr(persodpo.dialogues, settings.source)(path))
         write_table(targets["dialogues"], "dialogues", pd.concat(frames, ignore_index=True))
 
     report = run.stage(
@@ -79,7 +76,4 @@ def _dialogue_files(run: RunFolder) -> dict[str, Path]:
     if settings.source == "csv" and settings.csv_file:
         return {"csv": PROJECT / settings.csv_file}
     files = published_files(run)
-    if settings.source == "published_focus":
-        return {name: files[name] for name in (published.prompts_file("train"), published.prompts_file("valid"))}
-    name = f"datasets/{_DATASETS[settings.source]}/ds_cleaned.csv"
-    return {name: files[name]}
+    return {name: files[name] for name in (published.prompts_file("train"), published.prompts_file("valid"))}
