@@ -30,35 +30,23 @@ PACKAGE = PROJECT / "persodpo"
 README = (PROJECT / "README.md").read_text()
 MODULES = sorted(path.relative_to(PROJECT) for path in PACKAGE.rglob("*.py"))
 
-#: Layers from the bottom up; a module imports from its own layer or below.
-LAYERS = [
-    ["errors", "settings", "scoring_settings", "evaluation_settings", "sections"],
-    ["config", "sqlite", "tables"],
-    ["artifacts", "folders"],
-    [
-        "cards",
-        "completions",
-        "dialogues",
-        "prompts",
-        "scoring",
-        "pairs",
-        "gate",
-        "evaluation",
-        "generation",
-        "miniature",
-        "own_data",
-        "release",
-        "plots",
-        "show",
-        "training",
-        "variants",
-    ],
-    ["figures"],
-    ["stages", "report", "explore"],
-    ["reproduce", "doctor"],
+#: Levels from the bottom up; a module imports from its own level or below.
+MIDDLE = ["cards", "evaluation", "generation", "miniature", "plots", "release", "scoring", "training"]
+LEVELS = [
+    ["artifacts", "config", "errors", "evaluation_settings", "folders", "scoring_settings", "sections", "settings", "sqlite",
+     "tables"],
+    ["completions", "dialogues", "gate", "method", "own_data", "pairs", "prompts", "show"],
+    MIDDLE,
+    ["figures", "stages"],
+    ["doctor", "explore", "report", "reproduce"],
     ["cli"],
-]
-RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+]  # fmt: skip
+RANK = {name: rank for rank, names in enumerate(LEVELS) for name in names}
+#: Packages of the middle level that still import one another, with the issue that ends it.
+STILL = {
+    ("generation", "training"): 18, ("miniature", "training"): 17, ("evaluation", "plots"): 19, ("cards", "evaluation"): 19,
+    ("cards", "release"): 19, ("cards", "training"): 19,
+}  # fmt: skip
 
 
 def imported(module) -> set[str]:
@@ -78,17 +66,20 @@ def part(name: str) -> str:
     return name.split(".")[1] if name.count(".") else ""
 
 
-@pytest.mark.parametrize("module", MODULES, ids=str)
-def test_imports_point_down(module):
-    own = module.with_suffix("").parts[1]
-    if own == "__init__":
-        return
-    for name in imported(module):
-        if name.startswith("persodpo.") and part(name) in RANK:
-            assert RANK[part(name)] <= RANK[own], f"{module} imports {name}"
+def test_imports_point_down_and_packages_of_the_middle_stand_apart():
+    across = set()
+    for module in MODULES:
+        own = module.with_suffix("").parts[1]
+        for name in imported(module) if own != "__init__" else ():
+            other = part(name) if name.startswith("persodpo.") else own
+            if other in RANK:
+                assert RANK[other] <= RANK[own], f"{module} imports {name}"
+                if other != own and {own, other} <= set(MIDDLE):
+                    across.add((own, other))
+    assert across == set(STILL)
 
 
-def test_every_module_has_a_layer_and_none_is_called_utils():
+def test_every_module_has_a_level_and_none_is_called_utils():
     parts = {module.with_suffix("").parts[1] for module in MODULES} - {"__init__"}
     assert parts == set(RANK)
     assert not any(re.search("util|helper|misc", str(module)) for module in MODULES)
