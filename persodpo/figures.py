@@ -13,15 +13,13 @@ import pandas as pd
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from persodpo.artifacts import RunFolder, file_is_current, sha256, source_digest
+from persodpo.artifacts import RunFolder, code_of, file_is_current, sha256
 from persodpo.errors import NothingToShowError, PersodpoError
 from persodpo.plots import (
     ablations,
     failure_classes,
     forest,
-    intervals,
     metric_correlation,
-    metrics,
     overview,
     pair_sources,
     response_time,
@@ -270,11 +268,6 @@ FIGURES: dict[str, FigureSpec] = {
     ),
 }
 
-_CODE = (
-    ablations, failure_classes, forest, intervals, metric_correlation, metrics, overview, pair_sources, response_time,
-    score_distributions, style, time_distribution, training_curves, sys.modules[__name__],
-)  # fmt: skip
-
 
 @dataclass(frozen=True)
 class FigureReport:
@@ -359,7 +352,7 @@ def save_figure(run: RunFolder, name: str, *, overwrite: bool = False) -> Figure
     if name not in FIGURES:
         raise PersodpoError(f"There is no figure '{name}'; there are {', '.join(FIGURES)}.")
     started = time.perf_counter()
-    inputs = {table: sha256(_source(run, table)) for table in _tables(run, name)} | {"code": source_digest(_CODE)}
+    inputs = {table: sha256(_source(run, table)) for table in _tables(run, name)} | {"code": code_of(__name__)}
     files = tuple(run.figures / f"{name}.{suffix}" for suffix in ("pdf", "png", "json"))
     if not overwrite and file_is_current(files[-1], inputs):
         return FigureReport(name, True, files, 0.0)

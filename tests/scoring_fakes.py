@@ -65,7 +65,7 @@ def write_run(run: RunFolder, dialogues: pd.DataFrame, responses: pd.DataFrame) 
         for name, frame in tables.items():
             write_table(targets[name], name, frame.reindex(columns=schema_of(name).names))
 
-    run.stage("given", inputs={}, settings={}, outputs=list(tables), code=[], build=build)
+    run.stage("given", inputs={}, settings={}, outputs=list(tables), code=__name__, build=build)
 
 
 def small_world(dialogues: int = 4) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -17,8 +17,6 @@ import pyarrow.parquet as pq
 import pytest
 from pandas.testing import assert_frame_equal
 
-import persodpo.gate
-import persodpo.prompts
 from persodpo import artifacts
 from persodpo.artifacts import RunFolder, provenance_path
 from persodpo.errors import PersodpoError
@@ -36,7 +34,7 @@ def make(run: RunFolder, table: pd.DataFrame = THRESHOLDS, **changes):
         "inputs": {"text": source},
         "settings": {"a": (1, 2)},
         "outputs": ["thresholds"],
-        "code": [persodpo.gate],
+        "code": "persodpo.gate",
         "build": lambda targets: write_table(targets["thresholds"], "thresholds", table),
     }
     return run.stage("score", **(arguments | changes))
@@ -52,7 +50,7 @@ def test_a_stage_runs_once_and_says_so(profile):
 
 
 @pytest.mark.parametrize(
-    "change", [{"content": "other"}, {"settings": {"a": (1, 3)}}, {"code": [persodpo.prompts]}, {"overwrite": True}]
+    "change", [{"content": "other"}, {"settings": {"a": (1, 3)}}, {"code": "persodpo.prompts"}, {"overwrite": True}]
 )
 def test_a_stage_runs_again_when_anything_it_depends_on_changed(profile, change):
     run = RunFolder(profile)
@@ -254,3 +252,40 @@ def test_a_folder_that_cannot_be_is_one_sentence(profile):
     run.root.parent.write_text("a file where the folder should be")
     with pytest.raises(PersodpoError, match=r"cannot be created .* choose another folder"), run.locked():
         pass
+
+
+STAGES = ("dialogues", "generate", "score", "pairs", "train", "heldout", "ablate", "report")
+#: A module, and the stages that run again when it changes: what lists kept by hand once forgot.
+RUN_AGAIN = {
+    "training.arms": {"train", "heldout", "ablate", "report"},
+    "completions": set(STAGES),
+    "method": set(STAGES) - {"dialogues"},
+    "gate": {"pairs", "report"},
+    "plots.intervals": {"ablate", "report"},
+    "scoring.nli_model": {"score", "pairs", "heldout", "ablate", "report"},
+    "generation.local": {"generate", "pairs", "heldout", "ablate", "report"},
+    "cards.arms": set(),
+    "cli": set(),
+}
+
+
+def test_a_changed_module_runs_the_stages_again_that_import_it(monkeypatch):
+    """Every module of the package is touched in turn; the digest of a stage changes where its imports lead there."""
+    stages = [f"persodpo.stages.{name}" for name in STAGES]
+    digest, source = artifacts.code_of.__wrapped__, artifacts._source
+    before = {stage: digest(stage) for stage in stages}
+    touched, again = [], {}
+    monkeypatch.setattr(artifacts, "_source", lambda name: f"{source(name)}#" if name in touched else source(name))
+    package = artifacts.PROJECT / "persodpo"
+    for path in sorted(package.rglob("*.py")):
+        name = ".".join(path.relative_to(artifacts.PROJECT).with_suffix("").parts)
+        touched[:] = [name]
+        again[name] = {stage for stage in stages if digest(stage) != before[stage]}
+        assert again[name] == {stage for stage in stages if name in artifacts.imported_modules(stage)}
+    for name, expected in RUN_AGAIN.items():
+        assert {stage.rpartition(".")[2] for stage in again[f"persodpo.{name}"]} == expected, name
+    idle = {name.removeprefix("persodpo.") for name, rerun in again.items() if not rerun and "__init__" not in name}
+    assert {name for name in idle if not name.startswith(("cards.", "explore."))} == {
+        "cli", "doctor", "plots.attention_mask", "plots.model_ranks", "plots.scrambled", "plots.token_budget",
+        "release.loops", "report", "reproduce", "show", "stages.cards",
+    }  # fmt: skip

@@ -68,7 +68,7 @@ def run_of(profile: Profile, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     scored = score_settings(profile)
     for name, settings in {"dialogues": {}, "responses": asked, "scores": scored, "thresholds": scored}.items():
         run.stage(
-            name, inputs={}, settings=settings, outputs=[name], code=[],
+            name, inputs={}, settings=settings, outputs=[name], code=__name__,
             build=lambda targets, name=name: write_table(targets[name], name, made[name]),
         )  # fmt: skip
     monkeypatch.setattr("persodpo.stages.pairs.run_score", lambda _: [])

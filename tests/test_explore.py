@@ -60,7 +60,7 @@ def save(run: RunFolder, **tables: pd.DataFrame) -> None:
         for name, table in named.items():
             write_table(targets[name], name, table)
 
-    run.stage("made", inputs={}, settings={}, outputs=list(named), code=[], build=build, overwrite=True)
+    run.stage("made", inputs={}, settings={}, outputs=list(named), code=__name__, build=build, overwrite=True)
 
 
 @pytest.fixture(scope="module")

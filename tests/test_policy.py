@@ -95,7 +95,7 @@ def test_any_change_trains_again(tmp_path, monkeypatch, change):
     elif change == "setting":
         settings = settings.model_copy(update={"seed": 4})
     elif change == "code":
-        monkeypatch.setattr(policy, "source_digest", lambda _: "other")
+        monkeypatch.setattr(policy, "code_of", lambda *_: "other")
     elif change == "damage":
         (folder / WEIGHTS).write_bytes(b"\0" * 9)
     else:

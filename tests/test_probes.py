@@ -187,7 +187,7 @@ def test_probes_run_once_for_a_scorer(tmp_path, monkeypatch):
         assert first.asked
         assert not second.asked
         probe_once(Letters(checkpoint="other"), cache)
-        monkeypatch.setattr(probes, "source_digest", lambda _: "other code")
+        monkeypatch.setattr(probes, "code_of", lambda *_: "other code")
         probe_once(second, cache)
         assert second.asked
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from scorer_models import counting_bert, counting_t5
 from scoring_fakes import Letters, ask, small_world, write_run
 
-from persodpo.artifacts import RunFolder
+from persodpo.artifacts import RunFolder, imported_modules
 from persodpo.config import load_profile
 from persodpo.errors import PersodpoError
 from persodpo.method import METRICS
@@ -96,12 +96,10 @@ def test_the_fingerprint_holds_the_code_that_a_scorer_runs():
     vectors = Path(__file__).with_name("conftest.py")  # any file has a hash
     scorer = persona_distance(str(vectors))
     before = fingerprint(scorer)
-    from persodpo.scoring import engine
-
-    sources = engine._sources(type(scorer).__module__, {})
-    assert {f"persodpo.scoring.{name}" for name in ("persona_distance", "word_vectors", "stop_words")} <= set(sources)
-    nli = engine._sources("persodpo.scoring.nli", {})
-    assert {f"persodpo.scoring.{name}" for name in ("nli", "nli_model", "inference", "checkpoints")} <= set(nli)
+    sources = imported_modules(type(scorer).__module__, "persodpo.scoring")
+    assert {f"persodpo.scoring.{name}" for name in ("persona_distance", "word_vectors", "stop_words")} <= sources
+    nli = imported_modules("persodpo.scoring.nli", "persodpo.scoring")
+    assert {f"persodpo.scoring.{name}" for name in ("nli", "nli_model", "inference", "checkpoints")} <= nli
     assert (
         before
         == fingerprint(persona_distance(str(vectors)))

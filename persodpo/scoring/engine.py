@@ -7,21 +7,17 @@ run that is killed loses at most the batch under way.
 
 from __future__ import annotations
 
-import ast
-import importlib
-import inspect
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from functools import cache
 from itertools import islice
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from tqdm import tqdm
 
-from persodpo.artifacts import digest_of
+from persodpo.artifacts import code_of, digest_of
 from persodpo.errors import PersodpoError
 from persodpo.scoring.cache import ScoreCache, text_key
 from persodpo.scoring.scorers import Item, Scored, Scorer
@@ -109,30 +105,8 @@ class Tally:
 
 def fingerprint(scorer: Scorer) -> str:
     """Return the digest of all that shapes a scorer's values: what it says of itself, and the source it runs."""
-    code = _source_digest(type(scorer).__module__)
+    code = code_of(type(scorer).__module__, __package__)
     return digest_of({"name": scorer.name, "identity": dict(scorer.identity()), "code": code})
-
-
-@cache
-def _source_digest(module: str) -> str:
-    return digest_of(_sources(module, {}))
-
-
-def _sources(name: str, found: dict[str, str]) -> dict[str, str]:
-    """Add the source of a module, and of the modules of this package's folder that it imports, now or later."""
-    if name in found:
-        return found
-    found[name] = ""
-    try:
-        found[name] = inspect.getsource(importlib.import_module(name))
-    except (OSError, TypeError, ImportError):  # typed into a notebook or a terminal, or a name that is no module
-        return found
-    for node in ast.walk(ast.parse(found[name])):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(__package__):
-            inside = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == __package__ else []
-            for imported in inside or [str(node.module)]:
-                _sources(imported, found)
-    return found
 
 
 def score_items(

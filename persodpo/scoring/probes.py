@@ -9,13 +9,12 @@ the second kind.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from persodpo.artifacts import source_digest
+from persodpo.artifacts import code_of
 from persodpo.errors import PersodpoError
 from persodpo.scoring import probe_cases
 from persodpo.scoring.cache import ScoreCache
@@ -206,7 +205,7 @@ def probe(scorer: Scorer) -> list[Verdict]:
 def probe_once(scorer: Scorer, cache: ScoreCache) -> list[Verdict]:
     """Return what `probe` finds, from the cache if the same scorer was probed by the same code."""
     number = cache.scorer(scorer.name, fingerprint(scorer))
-    code = source_digest([sys.modules[__name__], probe_cases])
+    code = code_of(__name__, "persodpo.scoring")
     kept = cache.verdicts(number, code)
     if kept is not None:
         return [Verdict(**verdict) for verdict in kept]

@@ -22,10 +22,10 @@ from gensim.models import KeyedVectors, Word2Vec
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from tqdm import tqdm
 
-from persodpo.artifacts import digest_of, source_digest
+from persodpo.artifacts import code_of, digest_of
 from persodpo.errors import PersodpoError, make_folder
 from persodpo.folders import made_once
-from persodpo.scoring import coherence, finetune_scorer, nli_model, small_examples, small_models
+from persodpo.scoring import small_examples, small_models
 from persodpo.scoring.finetune_scorer import RECORD, finetune
 from persodpo.scoring.inference import Loaded, one_thread
 from persodpo.scoring.nli_data import Examples
@@ -84,12 +84,11 @@ def make_small_scorers(
     }
     make_folder(folder)
     silent = not (progress and sys.stderr.isatty())
-    modules = [sys.modules[__name__], small_examples, small_models, finetune_scorer, coherence, nli_model]
     for name in tqdm(makers, desc="small scorers", disable=silent, leave=False):
         section, needs, make = makers[name]
         basis = {
             "scorer": name, "settings": section.model_dump(mode="json"), "held_out_share": settings.held_out,
-            "seed": settings.seed, "texts": texts, "code": source_digest(modules),
+            "seed": settings.seed, "texts": texts, "code": code_of(__name__, "persodpo.scoring"),
         }  # fmt: skip
         with one_thread():
             made_once(folder / name, RECORD, basis, make, what="a small scorer", needs=needs)

@@ -11,10 +11,6 @@ from pathlib import Path
 
 import pandas as pd
 
-import persodpo.evaluation.bootstrap
-import persodpo.evaluation.observations
-import persodpo.evaluation.statistics
-import persodpo.pairs
 from persodpo.artifacts import RunFolder, StageReport
 from persodpo.config import with_overrides
 from persodpo.evaluation.bootstrap import Resampling
@@ -104,7 +100,7 @@ def _pairs(run: RunFolder, overwrite: bool) -> StageReport:
 
     settings = profile.model_dump(mode="json", include={"prompts", "completions", "scoring", "pairs", "evaluation"})
     return run.stage(
-        "pairs of ablations", inputs=_inputs(run), settings=settings, outputs=[table], code=[persodpo.pairs],
+        "pairs of ablations", inputs=_inputs(run), settings=settings, outputs=[table], code=__name__,
         build=build, overwrite=overwrite,
     )  # fmt: skip
 
@@ -128,7 +124,7 @@ def _estimates(run: RunFolder, overwrite: bool) -> StageReport:
         inputs={name: run.path(name) for name in names},
         settings={"ablated": settings.ablated, "resamples": settings.resamples, "seed": run.profile.seed},
         outputs=[table],
-        code=[persodpo.evaluation.observations, persodpo.evaluation.bootstrap, persodpo.evaluation.statistics],
+        code=__name__,
         build=build,
         overwrite=overwrite,
     )

@@ -50,7 +50,7 @@ def run_dialogues(profile: Profile, overwrite: bool = False) -> Reports:
         inputs=inputs,
         settings=settings.model_dump(mode="json"),
         outputs=["dialogues"],
-        code=[persodpo.dialogues, *([persodpo.own_data] if settings.source == "csv" else [])],
+        code=__name__,
         build=build,
         overwrite=overwrite,
     )

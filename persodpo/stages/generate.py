@@ -94,7 +94,7 @@ def _own(profile: Profile, path: Path, overwrite: bool) -> Reports:
         inputs={"dialogues": run.path("dialogues"), "csv": path},
         settings={"source": "csv", "reading": profile.completions.reading},
         outputs=["responses"],
-        code=[persodpo.own_data, persodpo.completions],
+        code=__name__,
         build=build,
         overwrite=overwrite,
     )
@@ -142,7 +142,7 @@ def _published(profile: Profile, overwrite: bool) -> Reports:
             "reading": profile.completions.reading,
         },
         outputs=list(tables),
-        code=[persodpo.completions, published],
+        code=__name__,
         build=build,
         overwrite=overwrite,
     )
@@ -333,7 +333,7 @@ def write_answers(run: RunFolder, name: str, frame: pd.DataFrame, *, overwrite: 
             inputs={"dialogues": run.path("dialogues")},
             settings={"generation": generation, "answers": content, "reading": run.profile.completions.reading},
             outputs=[name],
-            code=[persodpo.generation.asking, persodpo.completions],
+            code=__name__,
             build=lambda targets: write_table(targets[name], name, frame),
             overwrite=overwrite,
         )

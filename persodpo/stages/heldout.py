@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pandas as pd
 
-import persodpo.method
 from persodpo import pairs
 from persodpo.artifacts import RunFolder, StageReport
 from persodpo.errors import PersodpoError
 from persodpo.generation.asking import backend_for, job_for, stored_answers
 from persodpo.generation.engine import Job, generate_all
 from persodpo.generation.store import Store
-from persodpo.scoring import computed, engine
+from persodpo.scoring import computed
 from persodpo.scoring.cache import ScoreCache
 from persodpo.settings import Profile, TransformersModel
 from persodpo.stages import score
@@ -145,7 +144,7 @@ def score_held_out(run: RunFolder, answers: str, table: str, *, overwrite: bool 
         inputs={name: run.path(name) for name in names} | computed.model_files(profile.scoring.compute, small),
         settings=score.score_settings(profile) | {"scorers": {one.name: dict(one.identity()) for one in scorers}},
         outputs=[table],
-        code=[pairs, persodpo.method, computed, engine],
+        code=__name__,
         build=build,
         overwrite=overwrite,
     )

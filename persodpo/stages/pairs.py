@@ -13,12 +13,12 @@ import persodpo.method
 import persodpo.pairs
 import persodpo.prompts
 from persodpo.artifacts import RunFolder
-from persodpo.cards import write_dataset_card
 from persodpo.errors import PersodpoError
 from persodpo.release import published
 from persodpo.settings import Profile
 from persodpo.stages import score
 from persodpo.stages.base import Reports, Targets, alone, published_files
+from persodpo.stages.cards import run_dataset_card
 from persodpo.stages.generate import ranked_sets, run_generate, set_files
 from persodpo.tables import write_table
 
@@ -56,7 +56,7 @@ def run_score(profile: Profile, overwrite: bool = False) -> Reports:
         | set_files(files, [which for sets in wanted.values() for which in sets]),
         settings=score.score_settings(profile),
         outputs=["scores", "thresholds", *list(wanted)[1:]],
-        code=[persodpo.pairs, persodpo.method, persodpo.completions, published],
+        code=__name__,
         build=build,
         overwrite=overwrite,
     )
@@ -103,11 +103,11 @@ def run_pairs(profile: Profile, overwrite: bool = False) -> Reports:
             "seed": profile.seed,
         },
         outputs=[*names, "pairs/gate"],
-        code=[persodpo.pairs, persodpo.method, persodpo.gate, persodpo.prompts],
+        code=__name__,
         build=build,
         overwrite=overwrite,
     )
-    card = write_dataset_card(run)
+    card = run_dataset_card(run)
     return [*reports, replace(report, notes=(f"what they would teach, and what to mind: {card}",))]
 
 

@@ -17,7 +17,7 @@ from persodpo.evaluation.exports import write_exports
 from persodpo.evaluation.observations import IMPUTED, SUCCESSES, observe
 from persodpo.evaluation.statistics import estimates
 from persodpo.figures import FigureReport, save_figures
-from persodpo.release import audit, corrections, findings, parity, published
+from persodpo.release import audit, corrections, parity, published
 from persodpo.release.findings.base import Material
 from persodpo.settings import Profile
 from persodpo.stages.ablate import run_ablate
@@ -58,10 +58,7 @@ def run_evaluate(profile: Profile, overwrite: bool = False) -> Reports:
         inputs={name: run.path(name) for name in tables},
         settings=settings.model_dump(mode="json") | {"seed": profile.seed, "arms": list(profile.training.arms)},
         outputs=["evaluation/results", "evaluation/estimates", "evaluation/comparisons"],
-        code=[
-            persodpo.evaluation.results, persodpo.evaluation.observations, persodpo.evaluation.bootstrap,
-            persodpo.evaluation.significance, persodpo.evaluation.statistics, persodpo.evaluation.comparisons,
-        ],
+        code=__name__,
         build=build,
         overwrite=overwrite,
     )  # fmt: skip
@@ -117,7 +114,7 @@ def run_audit(profile: Profile, overwrite: bool = False) -> Reports:
         inputs={name: run.path(name) for name in names} | files | published.fact_files(),
         settings=profile.model_dump(mode="json", exclude={"paths", "engine", "miniature", *_NO_CONCERN}),
         outputs=["audit/parity", "audit/findings", "audit/corrections"],
-        code=[audit, parity, corrections, findings.base, findings.scores, findings.pairs, findings.results, published],
+        code=__name__,
         build=build,
         overwrite=overwrite,
     )

@@ -84,7 +84,7 @@ def run_extras(profile: Profile, overwrite: bool = False) -> StageReport:
         inputs={name: run.path(name) for name in ("dialogues", "responses")},
         settings={},
         outputs=["extras"],
-        code=[extras],
+        code=__name__,
         build=build,
         overwrite=overwrite,
     )
@@ -124,7 +124,7 @@ def run_computed(profile: Profile, overwrite: bool = False) -> StageReport:
         | computed.model_files(profile.scoring.compute, small),
         settings=score_settings(profile) | {"scorers": {one.name: dict(one.identity()) for one in scorers}},
         outputs=[*answers, "thresholds", "probes", "scorers"],
-        code=[pairs, persodpo.method, computed, engine, probes],
+        code=__name__,
         build=build,
         overwrite=overwrite,
     )

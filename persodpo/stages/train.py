@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
 
 import pandas as pd
 
-import persodpo.training
-from persodpo import completions
 from persodpo.artifacts import RunFolder, StageReport, digest_of, sha256
-from persodpo.cards import write_model_card
 from persodpo.config import with_overrides
 from persodpo.errors import PersodpoError
 from persodpo.release import corrections
 from persodpo.settings import ArmName, Profile
 from persodpo.stages.base import Reports, Targets, alone
+from persodpo.stages.cards import run_model_card
 from persodpo.stages.pairs import run_pairs
 from persodpo.stages.policy import start_policy
 from persodpo.tables import write_table
@@ -69,7 +64,7 @@ def _train(run: RunFolder, source: RunFolder, arm: ArmName, seed: int, overwrite
     seeded = run.profile.model_copy(update={"seed": seed})
     inputs = {table: source.path(table)}
     report = train_on(run, arm, label, lambda: source.read(table), inputs=inputs, profile=seeded, overwrite=overwrite)
-    write_model_card(run, label, source)
+    run_model_card(run, label, source)
     return report
 
 
@@ -125,16 +120,10 @@ def train_on(
         inputs=inputs,
         settings=settings,
         outputs=outputs,
-        code=[completions, *_modules()],
+        code=__name__,
         build=build,
         overwrite=overwrite or not training.is_trained(folder, key),
     )
-
-
-def _modules() -> list[ModuleType]:
-    """Return every module of the training."""
-    names = sorted(module.name for module in pkgutil.iter_modules(persodpo.training.__path__))
-    return [importlib.import_module(f"persodpo.training.{name}") for name in names]
 
 
 def _weights(policy: str | Path) -> dict[str, Path]:

@@ -34,11 +34,10 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from persodpo.artifacts import sha256, source_digest
+from persodpo.artifacts import code_of, sha256
 from persodpo.errors import PersodpoError
 from persodpo.folders import made_once
 from persodpo.settings import SmallPolicy
-from persodpo.training import forward, groups, packing
 from persodpo.training.forward import response_log_probs
 from persodpo.training.groups import micro_batches
 from persodpo.training.packing import Group, pack
@@ -82,7 +81,7 @@ def make_small_policy(
         "settings": settings.model_dump(mode="json"),
         "texts": hashlib.sha256(json.dumps(list(examples)).encode()).hexdigest(),
         "start": sha256(start / WEIGHTS) if start else None,
-        "code": source_digest([sys.modules[__name__], forward, groups, packing]),
+        "code": code_of(__name__, "persodpo.training"),
     }
     return made_once(
         folder,

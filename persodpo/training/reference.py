@@ -19,8 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from persodpo.artifacts import source_digest, write_atomically
-from persodpo.training import forward, groups, packing
+from persodpo.artifacts import code_of, write_atomically
 from persodpo.training.forward import attention_of, base_model
 from persodpo.training.groups import micro_batches, split_responses
 from persodpo.training.guard import Verdict
@@ -36,7 +35,7 @@ def describe(model: Any, verdict: Verdict) -> dict[str, object]:
         "config": json.dumps(config, sort_keys=True, default=str),
         "adapters": {name: str(adapter) for name, adapter in getattr(model, "peft_config", {}).items()},
         "dtype": model.dtype, "attention": attention_of(model), "grouped": verdict.grouped, "probe": verdict.probe,
-        "code": source_digest([sys.modules[__name__], forward, groups, packing]),
+        "code": code_of(__name__, "persodpo.training"),
         "versions": [module.__version__ for module in (torch, transformers, peft, trl)],
     }  # fmt: skip
 
