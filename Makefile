@@ -2,6 +2,7 @@
 PYTHON  ?= python3
 PROFILE ?= mini
 SET     ?=
+LAB     ?=
 VENV    := .venv
 BIN     := $(VENV)/bin
 LOCKED  := $(VENV)/.built-from-lock
@@ -48,8 +49,8 @@ format: $(STAMP)
 figures: $(STAMP)  ## redraw every figure from the run folder's tables
 	$(BIN)/persodpo figures --profile $(PROFILE) --overwrite
 
-lab: $(STAMP)  ## open the notebooks at the start page
-	$(BIN)/jupyter lab --notebook-dir=notebooks --LabApp.default_url=/lab/tree/00_start_here.ipynb
+lab: $(STAMP)  ## open the notebooks at the start page; make lab LAB="--allow-root --port 8890"
+	$(BIN)/jupyter lab --notebook-dir=notebooks --LabApp.default_url=/lab/tree/00_start_here.ipynb $(LAB)
 
 bench-mini: $(STAMP)  ## the miniature from nothing: time, memory, findings
 	$(BIN)/python benchmarks/bench_mini.py

@@ -229,7 +229,7 @@ class RunFolder:
             raise PersodpoError(f"Table {name} is missing ({path}); make it with {command}.")
         check_table(path, name)
         provenance = read_json(provenance_path(path))
-        if provenance.get("sha256") != sha256(path):
+        if provenance.get("table") != name or provenance.get("sha256") != sha256(path):
             raise PersodpoError(
                 f"Table {name} does not match its provenance file ({path}): it was edited or its stage was "
                 f"interrupted; make it again with {command}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -31,6 +32,8 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Run even if 
 
 def main() -> None:
     """Run the command; what the user can mend is one sentence on stderr and exit status 1."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell sets it for what runs in its background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         app()
     except PersodpoError as error:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import papermill
@@ -107,16 +108,17 @@ def run_notebook(notebook: Path, copy: Path, parameters: Mapping[str, Any]) -> E
     make_folder(copy.parent)
     started = time.perf_counter()
     try:
-        papermill.execute_notebook(
-            str(notebook),
-            str(copy),
-            parameters=dict(parameters),
-            kernel_name="python3",
-            cwd=str(notebook.parent),
-            # Messages between notebook and kernel stay in files that only this user can open, and off the network.
-            config=Config({"KernelManager": {"transport": "ipc"}}),
-            progress_bar={"desc": notebook.name, "leave": False} if sys.stderr.isatty() else False,
-        )
+        # Messages between notebook and kernel stay off the network, in files of this kernel that only this user can open.
+        with TemporaryDirectory(prefix="persodpo-") as sockets:
+            papermill.execute_notebook(
+                # Papermill takes braces in a path for parameters.
+                *(str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, copy)),
+                parameters=dict(parameters),
+                kernel_name="python3",
+                cwd=str(notebook.parent),
+                config=Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}}),
+                progress_bar={"desc": notebook.name, "leave": False} if sys.stderr.isatty() else False,
+            )
     except PapermillExecutionError as error:
         raise PersodpoError(_explain(notebook, copy, error)) from error
     except DeadKernelError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,9 @@ from persodpo import stages
 from persodpo.artifacts import RELEASE_VARIABLE, RunFolder
 from persodpo.config import load_profile
 from persodpo.settings import Profile
+
+# A shell that starts the tests in its background has interrupts ignored, in them and in what they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("persodpo", derandomize=True, deadline=None, database=None)
 settings.load_profile("persodpo")

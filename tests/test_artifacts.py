@@ -58,6 +58,18 @@ def test_a_stage_runs_again_when_anything_it_depends_on_changed(profile, change)
     assert not make(run, **change).skipped
 
 
+def test_a_table_and_its_record_under_another_name_are_refused(profile):
+    run = RunFolder(profile)
+    make(run)
+    gate = pd.DataFrame({"pair_set": ["perso"], "check": ["pairs"], "value": [1.0], "meaning": ["rows"]})
+    run.path("pairs/gate").parent.mkdir()
+    write_table(run.path("pairs/gate"), "pairs/gate", gate)
+    record = run.provenance("thresholds") | {"sha256": artifacts.sha256(run.path("pairs/gate"))}
+    provenance_path(run.path("pairs/gate")).write_text(json.dumps(record))
+    with pytest.raises(PersodpoError, match="does not match its provenance file"):
+        run.read("pairs/gate")
+
+
 def test_provenance_says_what_made_the_table(profile):
     run = RunFolder(profile)
     make(run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -90,3 +91,19 @@ def test_focus_json_becomes_a_table(tmp_path):
     assert (table["split"] == "valid").sum() == 4
     too_many = run("dialogues", *given, "--set", "dialogues.train_size=30")
     assert "lower train_size" in too_many.stderr
+
+
+def test_an_interrupt_ends_a_command_whose_parent_ignores_it(tmp_path):
+    """As under nohup, or in the background of a shell."""
+    code = "import signal, subprocess, sys; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    code += "print(subprocess.Popen(sys.argv[1:], stdout=sys.stderr).pid, flush=True)"
+    hang = (
+        "import time; from persodpo import cli; cli.app = lambda: (print('up', flush=True), time.sleep(60)); cli.main()"
+    )
+    started = subprocess.Popen(
+        [sys.executable, "-c", code, sys.executable, "-c", hang], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )  # fmt: skip
+    child = int(started.stdout.readline())
+    assert started.stderr.readline() == "up\n"
+    os.kill(child, signal.SIGINT)
+    assert "KeyboardInterrupt" in started.stderr.read()

@@ -41,6 +41,25 @@ def test_parameters_reach_the_notebook_and_the_source_stays(tmp_path):
     assert done.seconds > 0
 
 
+def test_braces_spaces_and_letters_in_a_path(tmp_path):
+    folder = tmp_path / "a {b} ü"
+    folder.mkdir()
+    notebook = write(folder / "n.ipynb", 'profile = ""', "print(profile)")
+    done = reproduce.run_notebook(notebook, folder / "copies {0}" / "n.ipynb", {"profile": "mine"})
+    assert outputs(done.copy) == "mine\n"
+
+
+def test_two_notebooks_run_at_once(tmp_path):
+    """Each kernel has sockets of its own; with names in common one would die of the other's signatures."""
+    notebook = write(tmp_path / "n.ipynb", 'profile = ""', "import time; time.sleep(2); print(profile)")
+    code = "import sys; from pathlib import Path; from persodpo.reproduce import run_notebook\n"
+    code += "run_notebook(Path(sys.argv[1]), Path(sys.argv[2]), {'profile': sys.argv[2]})"
+    copies = [tmp_path / f"copy{number}.ipynb" for number in range(2)]
+    running = [subprocess.Popen([sys.executable, "-c", code, notebook, copy], cwd=PROJECT) for copy in copies]
+    assert [process.wait(timeout=120) for process in running] == [0, 0]
+    assert [outputs(copy) for copy in copies] == [f"{copy}\n" for copy in copies]
+
+
 def test_a_misspelt_parameter_is_an_error(tmp_path):
     notebook = write(tmp_path / "n.ipynb", 'profile = "release"', "1")
     with pytest.raises(PersodpoError, match=r"no parameter 'profil'; its parameters cell sets profile"):

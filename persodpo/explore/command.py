@@ -55,10 +55,10 @@ class Command:
         return None if self._reader.is_alive() else self._process.wait()
 
     def stop(self) -> None:
-        """Interrupt it as Ctrl-C does; what was done stays done."""
+        """Interrupt it as Ctrl-C does, and end it if that is asked a second time; what was done stays done."""
         if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGTERM if self.stopped else signal.SIGINT)
             self.stopped = True
-            os.killpg(self._process.pid, signal.SIGINT)
 
     def _read(self) -> None:
         for line in self._process.stdout or ():
