@@ -8,12 +8,9 @@ comes last, so a table without a matching one was interrupted or edited, and is 
 
 from __future__ import annotations
 
-import ast
 import fcntl
-import functools
 import hashlib
 import importlib.metadata
-import inspect
 import json
 import os
 import shutil
@@ -32,6 +29,7 @@ import pyarrow.parquet as pq
 
 from persodpo.config import profile_names
 from persodpo.errors import PersodpoError, disk_errors, make_folder
+from persodpo.imports import code_of
 from persodpo.settings import Profile
 from persodpo.tables import check_table, schema_of, with_none
 
@@ -104,55 +102,6 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-
-
-@functools.cache
-def imported_modules(module: str, within: str = "persodpo") -> frozenset[str]:
-    """Return a module and every module below ``within`` that it imports, directly or not, at its top or in a function.
-
-    A function called ``run_...`` that comes from a module of the stages is a stage of its own: what it does shows in the
-    tables it makes, so its module is not followed for it.
-    """
-    found, pending = set(), [module]
-    while pending:
-        name = pending.pop()
-        source = None if name in found else _source(name)
-        if source is None:
-            continue
-        found.add(name)
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.Import):
-                names = {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                stage = node.module.startswith("persodpo.stages")
-                names = {alias.name for alias in node.names if not (stage and alias.name.startswith("run_"))}
-                names = {inner if _source(inner := f"{node.module}.{name}") else node.module for name in names}
-            else:
-                continue
-            pending.extend(name for name in names if name == within or name.startswith(f"{within}."))
-    return frozenset(found)
-
-
-@functools.cache
-def code_of(module: str, within: str = "persodpo") -> str:
-    """Return the sha256 of the source of `imported_modules`, so that changed code runs again."""
-    digest = hashlib.sha256()
-    for name in sorted(imported_modules(module, within)):
-        digest.update(f"{name}\n{_source(name)}\n".encode())
-    return digest.hexdigest()
-
-
-@functools.cache
-def _source(module: str) -> str | None:
-    """Return a module's source; None for a name that is no module, or one that was typed into a notebook."""
-    place = PROJECT.joinpath(*module.split("."))
-    for file in (place.with_suffix(".py"), place / "__init__.py"):
-        if module.startswith("persodpo") and file.is_file():
-            return file.read_text(encoding="utf-8")
-    try:
-        return inspect.getsource(sys.modules[module])
-    except (KeyError, OSError, TypeError):
-        return None
 
 
 def versions() -> dict[str, str]:
@@ -272,7 +221,7 @@ class RunFolder:
             settings: JSON-like settings it depends on.
             outputs: Tables it makes.
             code: Name of the stage's module; the stage runs again if its source or that of a module which it imports has
-                changed, see `imported_modules`.
+                changed, see `persodpo.imports`.
             build: Called with a temporary path for each output, which it must fill.
             overwrite: Run even if nothing changed.
 

@@ -13,8 +13,9 @@ import pandas as pd
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from persodpo.artifacts import RunFolder, code_of, file_is_current, sha256
+from persodpo.artifacts import RunFolder, file_is_current, sha256
 from persodpo.errors import NothingToShowError, PersodpoError
+from persodpo.imports import code_of
 from persodpo.plots import (
     ablations,
     failure_classes,

@@ -65,7 +65,7 @@ def parameter_names(notebook: Path) -> set[str]:
     try:
         tags = [cell.metadata.get("tags", []) for cell in papermill.iorw.load_notebook_node(str(notebook)).cells]
         count = sum("parameters" in tag for tag in tags)
-        names = set(papermill.inspect_notebook(str(notebook))) if count == 1 else set()
+        names = set(papermill.inspect_notebook(_literal(notebook))) if count == 1 else set()
     except (OSError, ValueError, AttributeError, KeyError) as error:
         raise PersodpoError(f"{notebook} cannot be read as a notebook: {error}.") from error
     if count != 1:
@@ -73,6 +73,11 @@ def parameter_names(notebook: Path) -> set[str]:
             f"{notebook.name} has {count} cells tagged 'parameters'; tag exactly one, or papermill runs with defaults."
         )
     return names
+
+
+def _literal(path: Path) -> str:
+    """Return a path for papermill, which takes braces in it for parameters."""
+    return str(path).replace("{", "{{").replace("}", "}}")
 
 
 def check_parameters(notebook: Path, parameters: Mapping[str, Any]) -> None:
@@ -111,8 +116,8 @@ def run_notebook(notebook: Path, copy: Path, parameters: Mapping[str, Any]) -> E
         # Messages between notebook and kernel stay off the network, in files of this kernel that only this user can open.
         with TemporaryDirectory(prefix="persodpo-") as sockets:
             papermill.execute_notebook(
-                # Papermill takes braces in a path for parameters.
-                *(str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, copy)),
+                _literal(notebook),
+                _literal(copy),
                 parameters=dict(parameters),
                 kernel_name="python3",
                 cwd=str(notebook.parent),

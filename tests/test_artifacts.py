@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from pandas.testing import assert_frame_equal
 
-from persodpo import artifacts
+from persodpo import artifacts, imports
 from persodpo.artifacts import RunFolder, provenance_path
 from persodpo.errors import PersodpoError
 from persodpo.tables import SCHEMAS, check_table, write_table
@@ -284,16 +284,16 @@ RUN_AGAIN = {
 def test_a_changed_module_runs_the_stages_again_that_import_it(monkeypatch):
     """Every module of the package is touched in turn; the digest of a stage changes where its imports lead there."""
     stages = [f"persodpo.stages.{name}" for name in STAGES]
-    digest, source = artifacts.code_of.__wrapped__, artifacts._source
+    digest, source = imports.code_of.__wrapped__, imports._source
     before = {stage: digest(stage) for stage in stages}
     touched, again = [], {}
-    monkeypatch.setattr(artifacts, "_source", lambda name: f"{source(name)}#" if name in touched else source(name))
+    monkeypatch.setattr(imports, "_source", lambda name: f"{source(name)}#" if name in touched else source(name))
     package = artifacts.PROJECT / "persodpo"
     for path in sorted(package.rglob("*.py")):
         name = ".".join(path.relative_to(artifacts.PROJECT).with_suffix("").parts)
         touched[:] = [name]
         again[name] = {stage for stage in stages if digest(stage) != before[stage]}
-        assert again[name] == {stage for stage in stages if name in artifacts.imported_modules(stage)}
+        assert again[name] == {stage for stage in stages if name in imports.imported_modules(stage)}
     for name, expected in RUN_AGAIN.items():
         assert {stage.rpartition(".")[2] for stage in again[f"persodpo.{name}"]} == expected, name
     idle = {name.removeprefix("persodpo.") for name, rerun in again.items() if not rerun and "__init__" not in name}

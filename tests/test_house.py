@@ -33,7 +33,8 @@ MODULES = sorted(path.relative_to(PROJECT) for path in PACKAGE.rglob("*.py"))
 #: Levels from the bottom up; a module imports from its own level or below.
 MIDDLE = ["cards", "evaluation", "generation", "miniature", "plots", "release", "scoring", "training"]
 LEVELS = [
-    ["artifacts", "config", "errors", "evaluation_settings", "folders", "scoring_settings", "sections", "settings", "sqlite",
+    ["artifacts", "config", "errors", "evaluation_settings", "folders", "imports", "scoring_settings", "sections",
+     "settings", "sqlite",
      "tables"],
     ["completions", "dialogues", "gate", "method", "own_data", "pairs", "prompts", "show"],
     MIDDLE,

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from scorer_models import counting_bert, counting_t5
 from scoring_fakes import Letters, ask, small_world, write_run
 
-from persodpo.artifacts import RunFolder, imported_modules
+from persodpo.artifacts import RunFolder
 from persodpo.config import load_profile
 from persodpo.errors import PersodpoError
+from persodpo.imports import imported_modules
 from persodpo.method import METRICS
 from persodpo.scoring.cache import ScoreCache, text_key
 from persodpo.scoring.coherence import write_input

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from persodpo.artifacts import code_of
 from persodpo.errors import PersodpoError
+from persodpo.imports import code_of
 from persodpo.scoring import probe_cases
 from persodpo.scoring.cache import ScoreCache
 from persodpo.scoring.engine import fingerprint

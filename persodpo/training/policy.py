@@ -34,9 +34,10 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from persodpo.artifacts import code_of, sha256
+from persodpo.artifacts import sha256
 from persodpo.errors import PersodpoError
 from persodpo.folders import made_once
+from persodpo.imports import code_of
 from persodpo.settings import SmallPolicy
 from persodpo.training.forward import response_log_probs
 from persodpo.training.groups import micro_batches
