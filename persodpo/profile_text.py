@@ -1,0 +1,274 @@
+"""What settings are made of, and their text: plain YAML and ``section.key=value`` in, checked sections out, and back.
+
+YAML 1.1 reads ``010`` as 8, ``no`` as false and ``1e-6`` as a text, lets a key stand twice, and has dates, tags and aliases
+that unfold to gigabytes. Here ``010`` and ``no`` are texts, ``1e-6`` is a number, and the rest is refused in a sentence.
+What cannot be parsed and what looks like a secret is named by its place and never repeated.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from persodpo.errors import PersodpoError
+
+
+def _filled(value: Any) -> Any:
+    if isinstance(value, str) and not value.strip():
+        raise ValueError("the text is empty; write one")
+    return value
+
+
+def distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Refuse a list that names something twice."""
+    twice = [value for value in values if values.count(value) > 1]
+    if twice:
+        raise ValueError(f"'{twice[0]}' stands twice; name each once")
+    return values
+
+
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Text = Annotated[str, BeforeValidator(_filled)]
+Place = Annotated[Path, BeforeValidator(_filled)]
+_Entry = TypeVar("_Entry")
+Several = Annotated[tuple[_Entry, ...], AfterValidator(distinct)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, no unknown keys, no NaN or infinity, no values in error messages."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
+
+    def to_yaml(self) -> str:
+        """Return all settings as a profile file, each with its comment."""
+        return "\n".join([*commented(self), ""])
+
+
+def setting(comment: str, default: Any = ..., **limits: Any) -> Any:
+    """Describe a setting: its one comment, its default (none: it must be given), and pydantic's limits."""
+    return Field(default, description=comment, **limits)
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+_DIGITS = "(0|[1-9][0-9]{0,17})"
+#: What an unquoted text is taken for, and what that begins with.
+_PLAIN = {
+    "null": ("~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "bool": ("true|True|TRUE|false|False|FALSE", list("tTfF")),
+    "int": (f"[-+]?{_DIGITS}", list("-+0123456789")),
+    "float": (rf"[-+]?(\.inf|\.nan|({_DIGITS}(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?)", list("-+.0123456789")),
+}
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - as PyYAML declares it
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event: Any = cast(Any, self).peek_event()
+        if isinstance(event, yaml.AliasEvent) or event.anchor or getattr(event, "tag", None):
+            raise yaml.MarkedYAMLError(problem="aliases, anchors and tags are not read", problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for number, key in enumerate(keys):
+            if not isinstance(key, str) or key in keys[:number]:
+                fault = "a key stands twice" if isinstance(key, str) else "a key is no text"
+                raise yaml.MarkedYAMLError(problem=fault, problem_mark=node.value[number][0].start_mark)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes each text that YAML 1.1 or `_Loader` would take for something else."""
+
+
+for _name, (_pattern, _first) in _PLAIN.items():
+    for _kind in (_Loader, _Dumper):
+        _kind.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(rf"^(?:{_pattern})$"), _first)
+
+
+def read_yaml(text: str, where: str) -> Any:
+    """Return what a text says.
+
+    Args:
+        text: One YAML document.
+        where: What holds it, for the message.
+
+    Raises:
+        PersodpoError: It is no plain YAML.
+    """
+    mark = None
+    try:
+        return _Loader(text).get_single_data()
+    except yaml.MarkedYAMLError as error:
+        fault, mark = error.problem or "it cannot be read", error.problem_mark
+    except (yaml.YAMLError, ValueError):
+        fault = "it holds characters or numbers that cannot be read"
+    except RecursionError:
+        fault = "it is nested too deeply"
+    line = f", line {mark.line + 1}," if mark else ""
+    raise PersodpoError(f"{where}{line} is not plain YAML: {fault}; write texts, numbers, lists and sections only.")
+
+
+def commented(section: BaseModel, indent: str = "") -> Iterator[str]:
+    """Yield the lines of a section as YAML, with the description of every field as its comment."""
+    values = section.model_dump(mode="json")
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        told = field.description or (type(value).__doc__ or "").splitlines()[0].rstrip(".")
+        comment, *more = told.splitlines()
+        if isinstance(value, BaseModel):
+            yield f"{indent}{name}:  # {comment}"
+            yield from commented(value, f"{indent}  ")
+        elif isinstance(value, tuple) and value and isinstance(value[0], BaseModel):
+            yield f"{indent}{name}:  # {comment}"
+            for entry in value:
+                first, *others = commented(entry, f"{indent}    ")
+                yield from (f"{indent}  - {first.strip()}", *others)
+        else:
+            yield f"{indent}{name}: {_on_one_line(values[name])}  # {comment}"
+        yield from (f"{indent}# {line}" for line in more)
+
+
+def _on_one_line(value: Any) -> str:
+    style = '"' if "\\n" in repr(value) else None
+    text = yaml.dump(
+        value, Dumper=_Dumper, default_flow_style=True, default_style=style, width=10**9, allow_unicode=True
+    )
+    return text.strip().removesuffix("...").strip()
+
+
+def fields_of(section: type[BaseModel], before: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Yield all fields by their dotted names; entries of a list that are told apart by their kind stand under it."""
+    for name, field in section.model_fields.items():
+        yield before + name, field
+        for inner in _sections_in(field.annotation):
+            kinds = get_args(inner.model_fields["kind"].annotation) if "kind" in inner.model_fields else ()
+            yield from fields_of(inner, ".".join([before + name, *kinds, ""]))
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """Return the sections that an annotation allows, however deep they stand in it."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for inner in get_args(annotation) for section in _sections_in(inner)]
+
+
+def _types(annotation: Any) -> set[Any]:
+    """Return the plain types that a value may have."""
+    if get_origin(annotation) is Literal:
+        return {type(value) for value in get_args(annotation)}
+    if get_origin(annotation) is Annotated:
+        return _types(get_args(annotation)[0])
+    if get_origin(annotation) in {Union, UnionType}:
+        return {kind for inner in get_args(annotation) for kind in _types(inner)}
+    return {annotation}
+
+
+def assign(settings: dict[str, Any], assignment: str, model: type[BaseModel]) -> None:
+    """Apply one ``section.key=value`` to nested settings in place.
+
+    The value of a text is taken whole, with ``null`` for none where there may be none; any other is read as YAML.
+
+    Raises:
+        PersodpoError: It has not that form, or the value is no plain YAML.
+    """
+    key, equals, text = assignment.partition("=")
+    *sections, leaf = key.strip().split(".")
+    if not equals or not leaf:
+        raise PersodpoError("An override must read section.key=value, for example pairs.low_quantile=0.3.")
+    node = settings
+    for section in sections:
+        if not isinstance(node.get(section), dict):
+            node[section] = {}  # where that is no section, validation says so
+        node = node[section]
+    field = dict(fields_of(model)).get(key.strip())
+    types = _types(field.annotation) if field else set()
+    if types and types <= {str, Path, type(None)}:
+        node[leaf] = None if type(None) in types and text.strip() in {"", "null"} else text
+    else:
+        node[leaf] = read_yaml(text, f"The value of {key.strip()}")
+
+
+def resolve(model: type[Model], settings: dict[str, Any], overrides: Sequence[str] = ()) -> Model:
+    """Return nested settings, after ``overrides``, as a section.
+
+    Raises:
+        PersodpoError: A key is unknown, a value impossible, or a text looks like a secret, each named by its path; or an
+            override is none.
+    """
+    for assignment in overrides:
+        assign(settings, assignment, model)
+    try:
+        _refuse_secrets(settings)
+        return model.model_validate(settings)
+    except ValidationError as error:
+        raise PersodpoError(f"{_explain(error, model)}.") from None
+    except RecursionError:
+        raise PersodpoError("The settings are nested too deeply; `persodpo profile` shows their form.") from None
+
+
+def _explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """Return pydantic's messages with each key's path in front, and the nearest known key for an unknown one."""
+    sentences = []
+    for item in error.errors(include_url=False, include_input=False):
+        path = ".".join(str(part) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(re.sub(r"\.\d+", "", path), dict(fields_of(model)), n=1)
+            message += f"; did you mean {near[0]}?" if near else "; `persodpo profile` prints all settings"
+        sentences.append(f"{path or 'settings'}: {message}")
+    return "; ".join(sentences)
+
+
+#: What keys of services look like, and addresses with a password or a key in them.
+_SECRET = re.compile(
+    r"(?<![\w-])(?:(?:sk|gsk|xai|glpat|xox[abp])-|hf_|gh[opsu]_|github_pat_|AKIA|AIza)[\w+/=.-]{8,}|(?i:bearer\s+\S{8,})"
+    r"|://[^/\s]*@|[?&][\w-]*(?i:key|token|secret|password)="
+)
+
+
+def _refuse_secrets(value: Any, path: str = "") -> None:
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            _refuse_secrets(str(key), path or "A key")
+            _refuse_secrets(inner, f"{path}.{key}".removeprefix("."))
+    elif isinstance(value, str) and _SECRET.search(value):
+        raise PersodpoError(
+            f"{path} holds what looks like a key or a password, and a run writes its settings down; put it into an "
+            "environment variable and name that in api_key_env."
+        )
+
+
+def read_file(path: Path, shipped: Sequence[str]) -> dict[str, Any]:
+    """Return the settings in a YAML file.
+
+    Args:
+        path: The file.
+        shipped: Names that could have been given instead, for the message.
+
+    Raises:
+        PersodpoError: It cannot be read, or holds anything but sections in plain YAML.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        fault = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise PersodpoError(
+            f"Profile {path.absolute()} cannot be read ({fault}); name a YAML file, or one of {', '.join(shipped)}."
+        ) from error
+    settings = read_yaml(text, f"Profile {path}")
+    if not isinstance(settings, dict):
+        raise PersodpoError(f"Profile {path} must hold sections such as 'dialogues:' and 'pairs:', not a single value.")
+    return settings
