@@ -24,8 +24,7 @@ from scipy import stats
 from transformers import PrinterCallback
 
 from persodpo.artifacts import PROJECT, RunFolder, git_commit, versions, write_json
-from persodpo.config import load_profile
-from persodpo.settings import Profile
+from persodpo.config import Profile, load_profile
 from persodpo.stages import run_train
 from persodpo.training.arms import split_prompts
 from persodpo.training.policy import load_policy

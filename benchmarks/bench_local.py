@@ -31,13 +31,12 @@ from transformers.utils.logging import set_verbosity_error
 
 from persodpo import stages
 from persodpo.artifacts import PROJECT, RunFolder, git_commit, versions, write_json
-from persodpo.config import load_profile
+from persodpo.config import TransformersModel, load_profile
 from persodpo.generation.asking import job_for
 from persodpo.generation.engine import generate
 from persodpo.generation.local import TransformersBackend
 from persodpo.generation.requests import Request, request_key
 from persodpo.generation.store import Store
-from persodpo.settings import TransformersModel
 from persodpo.stages.policy import start_policy
 from persodpo.training.policy import load_policy
 

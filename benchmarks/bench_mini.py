@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from persodpo.artifacts import PROJECT, RunFolder, git_commit, read_json, versions, write_json
-from persodpo.config import load_profile
+from persodpo.config import Profile, load_profile
 from persodpo.evaluation.cells import number, p_text
 from persodpo.evaluation.observations import IMPUTED
-from persodpo.settings import Profile
 
 RESULTS = PROJECT / "benchmarks" / "results"
 #: What a run from nothing and a second one may take, seconds, and the former's memory, GiB.

@@ -27,10 +27,9 @@ from typing import IO, Any
 import pandas as pd
 import pyarrow.parquet as pq
 
-from persodpo.config import profile_names
+from persodpo.config import Profile, profile_names
 from persodpo.errors import PersodpoError, disk_errors, make_folder
 from persodpo.imports import code_of
-from persodpo.settings import Profile
 from persodpo.tables import check_table, schema_of, with_none
 
 PROJECT = Path(__file__).resolve().parents[1]

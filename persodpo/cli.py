@@ -10,9 +10,8 @@ from typing import Annotated
 
 import typer
 
-from persodpo.config import DEFAULT_PROFILE, load_profile, profile_names
+from persodpo.config import DEFAULT_PROFILE, Profile, load_profile, profile_names
 from persodpo.errors import PersodpoError
-from persodpo.settings import Profile
 
 app = typer.Typer(
     help="Companion to PersoDPO: persona-grounded preference pairs without annotation.",

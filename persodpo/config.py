@@ -1,24 +1,379 @@
-"""Profile file in, frozen settings out: an unknown key or an impossible value is an error.
+"""Every setting once, with its default and one comment; profile files and ``--set`` in, frozen settings out.
 
-A profile is one YAML file that names every setting of a run (`persodpo.settings`). The same code runs under every
-profile; what differs stands in the profile and nowhere else.
+A profile is a YAML file that holds what differs from the defaults below; its name is the file's unless it says otherwise.
+The same code runs under every profile. `persodpo profile` prints all settings as they resolve, with these comments.
 """
 
 from __future__ import annotations
 
-import difflib
+import hashlib
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Literal, Self
 
-import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import AfterValidator, Field, model_validator
 
-from persodpo.errors import PersodpoError
-from persodpo.settings import Profile
+from persodpo.corrections import MENDED, Correction, Corrections, Reranking, in_order
+from persodpo.profile_text import (
+    Count,
+    Place,
+    Positive,
+    Section,
+    Seed,
+    Several,
+    Text,
+    distinct,
+    read_file,
+    resolve,
+    setting,
+)
 
 PROFILES = Path(__file__).parent / "profiles"
 DEFAULT_PROFILE = "mini"
+
+ArmName = Literal["simple", "perso", "perso_weighted", "corrected"]
+ScorerName = Literal["coherence", "c_score", "ue_score", "persona_distance"]
+ClassName = Literal["contradiction", "neutral", "entailment"]
+Labels = Annotated[tuple[ClassName, ClassName, ClassName], AfterValidator(distinct)]
+DialogueSource = Literal["miniature", "published_focus", "focus_json", "csv"]
+PairSet = Literal["simple", "perso"]
+ARMS: tuple[ArmName, ...] = ("simple", "perso", "perso_weighted", "corrected")
+Variable = Annotated[str, Field(pattern=r"^[A-Z_][A-Z0-9_]{0,63}$")]
+TokenLimit = Literal["max_tokens", "max_completion_tokens"]
+Format = Literal["raw", "chat", "chat_with_system"]
+#: Settings that an ablation may change: none that shapes answers and scores, or that it names by itself.
+_RERANKING = re.compile(r"(scoring|pairs|training)\.(?!(source|compute|weights|arms|sets)\b)")
+
+
+class Paths(Section):
+    """Folders; relative ones start at the project's root."""
+
+    runs: Place = setting("run folders", Path("runs"))
+    figures: Place = setting("drawn figures", Path("figures"))
+    release: Place = setting("where `persodpo fetch release` puts the published files", Path("data/release"))
+
+
+class Engine(Section):
+    """Where scorers run: this changes speed and memory, never results."""
+
+    scorers: Literal["local", "ray"] = setting("local | ray (pip install 'persodpo[ray]')", "local")
+    ray_workers: Count = setting("workers of ray, each with a scorer's model", 2)
+
+
+class Dialogues(Section):
+    """Which persona-grounded dialogues are answered."""
+
+    source: DialogueSource = setting("miniature (generated) | published_focus | focus_json | csv", "miniature")
+    train_file: Place | None = setting("FoCus train JSON", None)
+    valid_file: Place | None = setting("FoCus valid JSON", None)
+    csv_file: Place | None = setting("your own dialogues (README, 'Your own data')", None)
+    train_size: Count | None = setting("train dialogues of focus_json that are drawn, under `seed`; null: all", 1500)
+    max_reference_words: Count | None = setting("words; focus_json's longer references are left out", 110)
+
+    @model_validator(mode="after")
+    def _files_where_needed(self) -> Self:
+        if self.source == "focus_json" and not (self.train_file or self.valid_file):
+            raise ValueError("source focus_json needs train_file or valid_file")
+        if self.source == "csv" and not self.csv_file:
+            raise ValueError("source csv needs csv_file, the file of your dialogues")
+        return self
+
+
+class Miniature(Section):
+    """The generated world, for dialogues.source miniature and models called miniature/<name>."""
+
+    train: Count = setting("dialogues to answer and rank", 300)
+    valid: Count = setting("held-out dialogues", 150)
+    model_dialogues: Count = setting("dialogues that its models learn from; none of them is in the two above", 1500)
+
+
+class Prompts(Section):
+    """How a dialogue becomes a prompt."""
+
+    template: Text = setting("plain | brief | chain_of_thought (reasons first) | the path of a file", "plain")
+    system: Text = setting("system message of chats: a file in persodpo/templates, or a path", "system")
+    max_words: Count = setting("word limit told to the model", 110)
+
+
+class Prices(Section):
+    """Prices of a model's tokens, US dollars a million; 0 for a server of one's own."""
+
+    input_per_million: float = setting("of the prompt, USD", ge=0)
+    output_per_million: float = setting("of the answer, USD", ge=0)
+
+    def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
+        """Return the price in US dollars of one answered request."""
+        return (prompt_tokens * self.input_per_million + completion_tokens * self.output_per_million) / 1e6
+
+
+class OpenAIModel(Section):
+    """A model behind an OpenAI-compatible endpoint; holds no secret, only the name of the variable that does."""
+
+    model: Text = setting("the name in all tables")
+    kind: Literal["openai"] = setting("any OpenAI-compatible endpoint: OpenAI, vLLM, Ollama, llama.cpp")
+    base_url: Text = setting("address up to /v1, without user name, password or query")
+    api_key_env: Variable | None = setting("NAME of the environment variable that holds the key; null: none", None)
+    served_as: Text | None = setting("the name at the endpoint; null: the same", None)
+    format: Format = setting("raw | chat | chat_with_system", "chat_with_system")
+    concurrency: int = setting("requests under way at a time; with batch, requests of a batch", 16, ge=1, le=50_000)
+    requests_per_minute: Count | None = setting("the account's limit; null for none", None)
+    tokens_per_minute: Count | None = setting("the same, prompts and longest answers together", None)
+    timeout_seconds: Positive = setting("longest wait for one attempt, to the last byte", 60.0)
+    attempts: Count = setting("how often a prompt is sent at most", 6)
+    longest_wait_seconds: Positive = setting("between two attempts; if the server asks for more, the model stops", 60.0)
+    token_limit: TokenLimit = setting("max_tokens | max_completion_tokens (newer OpenAI models)", "max_tokens")
+    structured_output: bool = setting("hold the model to a JSON schema of the template's keys", False)
+    batch: bool = setting("the Batch API: a day at most, usually at half the price, no response times", False)
+    poll_seconds: Positive = setting("between two looks at a batch", 60.0)
+    prices: Prices | None = setting("null if unknown, then no budget can be kept", None)
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if not re.fullmatch(r"https?://[^\s@?#/]+(/[^\s@?#]*)?", self.base_url):
+            raise ValueError(f"base_url of model {self.model} must read like http://localhost:8000/v1, without a query")
+        if not self.batch and self.concurrency > 500:
+            raise ValueError(f"concurrency may be 500 at most without batch, it is {self.concurrency}")
+        if self.structured_output and self.format == "raw":
+            raise ValueError("structured_output needs format chat or chat_with_system, raw text has no schema")
+        return self
+
+
+class TransformersModel(Section):
+    """A model that runs on this machine."""
+
+    model: Text = setting("the name in all tables")
+    kind: Literal["transformers"] = setting("runs in this process")
+    weights: Text = setting("a folder, a Hub name, miniature/<name>, or policy: that of `policy.model`")
+    revision: Text | None = setting("commit, tag or branch on the Hub; null: the newest", None)
+    adapter: Place | None = setting("folder of a LoRA adapter", None)
+    format: Format = setting("raw | chat (its own template) | chat_with_system", "raw")
+    mode: Literal["latency", "throughput"] = setting("latency: one at a time | throughput", "throughput")
+    batch_size: Count = setting("prompts answered together, in throughput mode", 32)
+    stop_at_json: bool = setting("stop when the JSON object with the response is closed", False)
+
+
+class ServedModel(Section):
+    """A model that ``transformers serve`` serves on this machine while it is asked, through the ``openai`` client."""
+
+    model: Text = setting("the name in all tables")
+    kind: Literal["served"] = setting("behind `transformers serve`, which is started for it")
+    weights: Text = setting("as of kind transformers")
+    format: Format = setting("as of kind transformers", "raw")
+    concurrency: int = setting("requests under way at a time", 8, ge=1, le=500)
+    timeout_seconds: Positive = setting("longest wait for one attempt", 60.0)
+    startup_seconds: Positive = setting("longest wait for the server", 120.0)
+
+
+AskedModel = Annotated[OpenAIModel | TransformersModel | ServedModel, Field(discriminator="kind")]
+
+
+class Generation(Section):
+    """Where responses come from."""
+
+    source: Literal["published", "models", "csv"] = setting("published | models (asked as in backends) | csv", "models")
+    csv_file: Place | None = setting("your own completions, for csv; all its models are ranked", None)
+    models: Several[Text] = setting("the models whose responses are ranked", ())
+    temperature: float | None = setting("0: greedy; above 0 drawn under `seed`; null: as the server likes", 0.0, ge=0)
+    budget_usd: float | None = setting("USD, never passed in a run folder; null: no limit", None, ge=0)
+    backends: tuple[AskedModel, ...] = setting("how models are asked", ())
+
+    @model_validator(mode="after")
+    def _models_are_known(self) -> Self:
+        names = distinct(tuple(backend.model for backend in self.backends))
+        unknown = [model for model in self.models if model not in names]
+        if self.source == "models" and unknown:
+            raise ValueError(f"'{unknown[0]}' has no entry in backends; there are {', '.join(names) or 'none'}")
+        if self.source == "csv" and not self.csv_file:
+            raise ValueError("source csv needs csv_file, the file of your completions")
+        if self.source != "csv" and not self.models:
+            raise ValueError(f"source {self.source} needs the name of at least one model in models")
+        return self
+
+
+class Models(Section):
+    """The model of each scorer: small (made on the spot), a folder, or a name on the Hugging Face Hub."""
+
+    coherence: Text = setting("T5 that answers Yes or No; the authors: MingZhong/unieval-dialog", "small")
+    c_score: Text = setting("three-way NLI classifier; the authors: BERT fine-tuned on Dialogue NLI", "small")
+    ue_score: Text = setting("three-way NLI classifier; the authors: BERT fine-tuned on SNLI", "small")
+    persona_distance: Text = setting("word2vec or GloVe file, or a sentence-transformers model", "small")
+
+
+class Compute(Section):
+    """How scores are computed, for scoring.source compute."""
+
+    models: Models = Models()
+    labels: dict[Literal["c_score", "ue_score"], Labels] = setting("outputs of a checkpoint that names none", {})
+    nli_tokens: int = setting("longest input of the classifiers, tokens", 210, ge=8)
+    batch_tokens: Count = setting("tokens of a batch, padding included; changes speed, never scores", 8192)
+    small_examples: int = setting("of the small classifier's training; small coherence: two fifths", 16_000, ge=20)
+    accept_failed_probes: Several[ScorerName] = setting("scorers that count although they fail their probes", ())
+
+
+class Weights(Section):
+    """Weights of the five signals in the quality score; they sum to 1."""
+
+    coherence: float = setting("UniEval coherence", 0.14, ge=0, le=1)
+    c_score: float = setting("consistency with the persona (NLI)", 0.20, ge=0, le=1)
+    ue_score: float = setting("utterance entailment", 0.18, ge=0, le=1)
+    persona_distance: float = setting("cosine with the persona (a similarity, despite its name)", 0.16, ge=0, le=1)
+    compliance: float = setting("length and format", 0.32, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _sum_to_one(self) -> Self:
+        weights = self.model_dump()
+        total = sum(weights.values())
+        if abs(total - 1.0) > 1e-6:
+            shares = ", ".join(f"{name}: {weight / total:.6g}" for name, weight in weights.items()) if total else ""
+            remedy = f'; in the same proportion: --set "scoring.weights={{{shares}}}"' if total else ""
+            raise ValueError(f"the five weights must sum to 1, they sum to {total:.6g}{remedy}")
+        return self
+
+
+class Scoring(Section):
+    """Metric values and the quality score made of them."""
+
+    source: Literal["published", "compute"] = setting("published (the released metric files) | compute", "compute")
+    compute: Compute = Compute()
+    weights: Weights = Weights()
+    normalisation: Literal["observed", "declared"] = setting("min and max | own range of each metric", "observed")
+    target_words: Count | None = setting("length that compliance rewards; null: mean of scored responses", None)
+    format_bonus: float = setting("added to compliance for exactly one JSON object; needs correction A3", 0.3, ge=0)
+
+
+class Pairs(Section):
+    """Which responses of a prompt become chosen and rejected."""
+
+    sets: Several[PairSet] = setting("parsed x failed | high x low quality", ("simple", "perso"), min_length=1)
+    low_quantile: float = setting("quality at or below this quantile may be rejected", 0.4, ge=0, le=1)
+    high_quantile: float = setting("quality at or above this quantile may be chosen", 0.6, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.low_quantile > self.high_quantile:
+            raise ValueError(f"low_quantile ({self.low_quantile}) is above high_quantile ({self.high_quantile})")
+        return self
+
+
+class PolicySize(Section):
+    """Size and warm-up of the small policy and of the miniature models (Qwen2's architecture)."""
+
+    vocabulary: int = setting("entries of its byte-level BPE", 8192, ge=300)
+    hidden_size: Count = setting("width", 160, multiple_of=4)
+    intermediate_size: Count = setting("width of the feed-forward part", 512)
+    max_length: int = setting("longest prompt and response together, tokens", 1024, ge=2)
+    steps: Count = setting("warm-up: causal-LM steps on parsed responses given their prompts", 1000)
+    batch_tokens: Count = setting("positions of a warm-up step", 1024)
+
+
+class Policy(Section):
+    """The model that is trained."""
+
+    model: Text = setting("small (made on the spot) | miniature/<name> | a folder | a Hub name", "miniature/base")
+    small: PolicySize = PolicySize()
+
+
+class Training(Section):
+    """DPO, the same for every arm."""
+
+    arms: Several[ArmName] = setting("those that `train` and `reproduce` train", ARMS, min_length=1)
+    epochs: Positive = setting("passes over the pairs (the authors: 3)", 2.0)
+    prompts_per_step: Count = setting("prompts of an optimiser step and process, about 7 pairs each", 24)
+    learning_rate: Positive = setting("fits the small policy; the authors trained Qwen2-0.5B at 1e-6", 3e-4)
+    warmup_steps: int = setting("steps in which the learning rate rises, before it falls to 0 in a line", 4, ge=0)
+    beta: Positive = setting("strength of the pull to the reference", 0.1)
+    scale_weights: bool = setting("weights of mean 1, so that weighting is no hidden learning rate", True)
+    max_length: int = setting("longest prompt and response together, tokens; the response loses its end", 1024, ge=2)
+    token_budget: Count = setting("positions of a micro-batch; 12,000 and more fill a GPU", 1024)
+    bf16: bool = setting("mixed precision, for a GPU", False)
+    gradient_checkpointing: bool = setting("less memory for more time", False)
+    lora_rank: Count | None = setting("LoRA adapters of this rank on every linear layer; null: all weights", None)
+    held_out: float = setting("share of the prompts whose pairs are evaluated and never trained on", 0.05, gt=0, lt=1)
+    logging_steps: Count = setting("optimiser steps between two rows of the log", 1)
+    evaluation_steps: Count = setting("between two evaluations, health checks and checkpoints", 20)
+    health_prompts: Count = setting("held-out prompts that are answered greedily at each evaluation", 8)
+    health_tokens: Count = setting("longest such answer, tokens", 110)
+    stop_when_collapsed: bool = setting("stop when the parse rate has fallen or answers loop", False)
+    report_to: tuple[Text, ...] = setting("trackers that follow: tensorboard, wandb, trackio", ())
+
+
+class Ablation(Section):
+    """One thing that is done otherwise than in the arm that all ablations start from; no model is asked anew."""
+
+    name: str = setting("its name in tables and figures", pattern=r"^[A-Za-z0-9][A-Za-z0-9 ,_.-]*$")
+    without: ScorerName | Literal["compliance"] | None = setting("a signal whose weight the others share", None)
+    corrections: tuple[Reranking, ...] = setting("switched on besides the profile's", ())
+    changes: tuple[str, ...] = setting("settings of scoring, pairs and training, as after --set", ())
+
+    @model_validator(mode="after")
+    def _asks_nothing_anew(self) -> Self:
+        if not self.changes and not self.corrections and self.without is None:
+            raise ValueError(f"'{self.name}' changes nothing; give it without, corrections or changes")
+        if anew := [change for change in self.changes if not _RERANKING.match(change)]:
+            raise ValueError(f"'{anew[0]}' is no ablation, it asks or scores anew; give it a run of its own with name=")
+        return self
+
+
+class Evaluation(Section):
+    """Who answers the held-out dialogues, and what is compared."""
+
+    source: Literal["published", "arms"] = setting("published | arms: base and the trained arms answer", "arms")
+    seeds: Several[Seed] = setting("of each arm's trainings; figures show the first", (44, 45, 46), min_length=1)
+    timed: Count | None = setting("dialogues that arms answer one at a time, for response times; null: all", None)
+    resamples: int = setting("of the bootstrap behind intervals and p-values", 10_000, ge=1000)
+    pairs: Several[tuple[Text, Text]] = setting("arm and baseline; all tests are one family", ())
+    ablated: ArmName = setting("the arm that every ablation does one thing otherwise than", "perso_weighted")
+    ablations: tuple[Ablation, ...] = setting("each is trained under the first seed", ())
+
+    @model_validator(mode="after")
+    def _pairs_are_pairs(self) -> Self:
+        if same := next((arm for arm, baseline in self.pairs if arm == baseline), None):
+            raise ValueError(f"'{same}' cannot be compared with itself")
+        distinct(tuple(ablation.name for ablation in self.ablations))
+        return self
+
+
+class Profile(Section):
+    """Every setting of a run."""
+
+    name: str = setting("names runs/<name> and figures/<name>", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    seed: Seed = setting("of everything random but the arms' trainings, which have `evaluation.seeds`", 44)
+    corrections: Corrections = setting(MENDED, ("A10b", "A10c"))
+    paths: Paths = Paths()
+    engine: Engine = Engine()
+    dialogues: Dialogues = Dialogues()
+    miniature: Miniature = Miniature()
+    prompts: Prompts = Prompts()
+    generation: Generation
+    scoring: Scoring = Scoring()
+    pairs: Pairs = Pairs()
+    policy: Policy = Policy()
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+
+    @property
+    def reading(self) -> Literal["as_released", "strict"]:
+        """How completions are read, for `persodpo.completions`."""
+        return "strict" if self.corrects("A18") else "as_released"
+
+    def corrects(self, correction: Correction) -> bool:
+        """Tell whether a correction is switched on."""
+        return correction in self.corrections
+
+    def switches(self, *corrections: Correction) -> dict[str, bool]:
+        """Return which of some corrections are on, for the provenance of what depends on them."""
+        return {correction: self.corrects(correction) for correction in corrections}
+
+    def with_corrections(self, *more: Correction) -> Profile:
+        """Return the profile with corrections switched on besides its own."""
+        return self.model_copy(update={"corrections": in_order((*self.corrections, *more))})
+
+    def digest(self) -> str:
+        """Return the sha256 of all settings that can change a result: folders and the scorers' engine are left out."""
+        text = json.dumps(self.model_dump(mode="json", exclude={"paths", "engine"}), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
 
 def profile_names() -> list[str]:
@@ -31,107 +386,15 @@ def load_profile(name: str | Path = DEFAULT_PROFILE, overrides: Sequence[str] = 
 
     Args:
         name: A shipped profile's name (see `profile_names`) or the path of a YAML file.
-        overrides: Assignments such as ``"pairs.low_quantile=0.3"``; the value is read as YAML.
-
-    Returns:
-        The frozen profile.
+        overrides: Assignments such as ``"pairs.low_quantile=0.3"``, see `persodpo.profile_text.assign`.
 
     Raises:
-        PersodpoError: The profile does not exist, is not YAML, or holds an unknown key or an impossible value; the
-            message names the key's path and what is allowed there.
+        PersodpoError: The file cannot be read, or as `persodpo.profile_text.resolve`.
     """
     path = PROFILES / f"{name}.yaml" if str(name) in profile_names() else Path(name)
-    if not path.is_file():
-        raise PersodpoError(
-            f"Profile '{name}' is neither a shipped profile ({', '.join(profile_names())}) nor a YAML file; there is no "
-            f"{path.absolute()}."
-        )
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PersodpoError(f"Profile {path} is not valid YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(settings, dict):
-        raise PersodpoError(f"Profile {path} must hold sections such as 'dialogues:' and 'pairs:', not a single value.")
-    return _resolve(settings, overrides, str(name))
+    return resolve(Profile, {"name": path.stem} | read_file(path, profile_names()), overrides)
 
 
 def with_overrides(profile: Profile, overrides: Sequence[str]) -> Profile:
     """Return ``profile`` with some settings changed; overrides, checks and errors as in `load_profile`."""
-    return _resolve(profile.model_dump(mode="json"), overrides, profile.name)
-
-
-def _resolve(settings: dict[str, Any], overrides: Sequence[str], name: str) -> Profile:
-    """Apply ``overrides`` to ``settings`` in place and check the outcome."""
-    for assignment in overrides:
-        _assign(settings, assignment)
-    try:
-        return Profile.model_validate(settings)
-    except ValidationError as error:
-        raise PersodpoError(f"Profile '{name}': {_explain(error)}") from error
-
-
-def _assign(settings: dict[str, Any], assignment: str) -> None:
-    """Apply one ``section.key=value`` to the nested ``settings`` in place."""
-    key, equals, value = assignment.partition("=")
-    *sections, leaf = key.strip().split(".")
-    if not equals or not leaf:
-        raise PersodpoError(f"Override '{assignment}' must read section.key=value, for example pairs.low_quantile=0.3.")
-    node = settings
-    for section in sections:
-        child = node.get(section)
-        if not isinstance(child, dict):
-            raise PersodpoError(f"Override '{assignment}': '{section}' is no section; {_allowed(node, section)}")
-        node = child
-    try:
-        node[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise PersodpoError(f"Override '{assignment}': the value is not valid YAML.") from error
-
-
-def _allowed(names: Sequence[str] | dict[str, Any], wrong: str) -> str:
-    """Name the allowed keys, the nearest first when there is one."""
-    near = difflib.get_close_matches(wrong, list(names), n=1)
-    return (f"did you mean '{near[0]}'? " if near else "") + f"Allowed here: {', '.join(names)}."
-
-
-def _section_at(location: Sequence[Any]) -> type[BaseModel] | None:
-    """Return the model class of the section that ``location`` points into; a list's entries are told apart by kind."""
-    sections: list[type[BaseModel]] = [Profile]
-    for part in location:
-        if isinstance(part, int):
-            continue
-        of_kind = [section for section in sections if part in _kinds(section)]
-        fields = (section.model_fields.get(str(part)) for section in sections)
-        sections = of_kind or [inner for field in fields if field for inner in _sections_in(field.annotation)]
-    return sections[0] if sections else None
-
-
-def _kinds(section: type[BaseModel]) -> tuple[Any, ...]:
-    """Return the kinds of list entries that a section describes, none for other sections."""
-    return get_args(section.model_fields["kind"].annotation) if "kind" in section.model_fields else ()
-
-
-def _sections_in(annotation: Any) -> list[type[BaseModel]]:
-    """Return the sections that an annotation allows, however deep they stand in it."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [section for inner in get_args(annotation) for section in _sections_in(inner)]
-
-
-def _explain(error: ValidationError) -> str:
-    """Turn pydantic's report into sentences that name each key's path and what is allowed there."""
-    sentences = []
-    for item in error.errors():
-        location = item["loc"]
-        path = ".".join(str(part) for part in location) or "the profile"
-        if item["type"] == "extra_forbidden":
-            section = _section_at(location[:-1])
-            allowed = list(section.model_fields) if section else []
-            sentences.append(f"{path} is an unknown key; {_allowed(allowed, str(location[-1]))}")
-        elif item["type"] == "missing":
-            sentences.append(f"{path} is missing; every key must be set.")
-        else:
-            message = item["msg"].removeprefix("Value error, ")
-            given = "" if isinstance(item["input"], (dict, BaseModel)) else f", not {item['input']!r}"
-            sentences.append(f"{path}: {message}{given}.")
-    return " ".join(sentences)
+    return resolve(Profile, profile.model_dump(mode="json"), overrides)

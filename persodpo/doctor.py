@@ -15,13 +15,12 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from persodpo import stages
 from persodpo.artifacts import DATA, PROJECT, RunFolder, read_json, sha256
-from persodpo.config import with_overrides
+from persodpo.config import OpenAIModel, Profile, ServedModel, TransformersModel, with_overrides
 from persodpo.errors import PersodpoError
 from persodpo.generation.endpoint import api_key
 from persodpo.release.fetch import release_files
 from persodpo.scoring.checkpoints import device_name
 from persodpo.scoring.computed import SMALL
-from persodpo.settings import OpenAIModel, Profile, ServedModel, TransformersModel
 from persodpo.stages.policy import PREFIX, miniature_folder, policy_folder
 
 PUBLISHED = {"published", "published_focus"}

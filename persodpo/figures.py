@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from persodpo.artifacts import RunFolder, file_is_current, sha256
+from persodpo.config import Profile
 from persodpo.errors import NothingToShowError, PersodpoError
 from persodpo.imports import code_of
 from persodpo.plots import (
@@ -30,7 +31,6 @@ from persodpo.plots import (
     training_curves,
 )
 from persodpo.release import published
-from persodpo.settings import Profile
 from persodpo.training.arms import ARMS
 
 Tables = Mapping[str, pd.DataFrame]

@@ -10,13 +10,13 @@ import csv
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 
 from persodpo.completions import read_completions
 from persodpo.dialogues import COLUMNS, SPEAKERS
 from persodpo.errors import PersodpoError
-from persodpo.settings import Completions
 
 DIALOGUES = ("dialogue_id", "split", "personas", "context")
 RESPONSES = ("dialogue_id", "model", "completion")
@@ -67,7 +67,7 @@ def read_dialogues(path: Path) -> pd.DataFrame:
     return table
 
 
-def read_responses(path: Path, dialogues: pd.DataFrame, settings: Completions) -> pd.DataFrame:
+def read_responses(path: Path, dialogues: pd.DataFrame, reading: Literal["as_released", "strict"]) -> pd.DataFrame:
     """Read own completions.
 
     Args:
@@ -75,7 +75,7 @@ def read_responses(path: Path, dialogues: pd.DataFrame, settings: Completions) -
             wrote it, which holds its answer as ``{"response": "..."}``. Where a column ``response`` stands in the place
             of ``completion``, its texts are answers that need no reading. A blank completion is an answer that failed.
         dialogues: Dialogues table.
-        settings: How completions are read.
+        reading: How completions are read, see `persodpo.completions`.
 
     Returns:
         A responses table, a dialogue's answers side by side; times and ends of the answers are not known.
@@ -108,7 +108,7 @@ def read_responses(path: Path, dialogues: pd.DataFrame, settings: Completions) -
             )
         found.append((*key, row[text]))
     table = pd.DataFrame(found, columns=RESPONSES)
-    table = _as_answers(table) if plain else read_completions(table, settings.reading)
+    table = _as_answers(table) if plain else read_completions(table, reading)
     if not table["outcome"].eq("ok").any():
         raise PersodpoError(
             f'{path}: no completion holds its answer as {{"response": "..."}}; if these are plain answers, call the column '

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -12,14 +11,15 @@ import polars as pl
 
 from persodpo import method
 from persodpo.completions import count_words, is_one_object, read_completions
+from persodpo.config import PairSet, Profile, Scoring
 from persodpo.dialogues import overlaps
 from persodpo.errors import PersodpoError
 from persodpo.method import METRICS, Scale
 from persodpo.prompts import load_template, render
-from persodpo.settings import MetricValues, Pairs, Profile, Scoring
 from persodpo.tables import with_none
 
-PairSet = Literal["simple", "perso"]
+#: Metric values given to failed responses: the lowest coherence, a contradiction, no entailment, no similarity.
+WORST_CASE = {"coherence": 0.0, "c_score": -1.0, "ue_score": 0.0, "persona_distance": 0.0}
 #: Dialogue, chosen model and rejected model of each pair.
 PairKeys = set[tuple[str, str, str]]
 
@@ -54,13 +54,12 @@ class Variant:
     pairs: pd.DataFrame
 
 
-def impute(responses: pd.DataFrame, metrics: pd.DataFrame, worst: MetricValues, *, unread: bool) -> pd.DataFrame:
-    """Give failed responses the worst-case metric values, and unscored ones none.
+def impute(responses: pd.DataFrame, metrics: pd.DataFrame, *, unread: bool) -> pd.DataFrame:
+    """Give failed responses the values of `WORST_CASE`, and unscored ones none.
 
     Args:
         responses: Responses table.
         metrics: dialogue_id, model, the four metrics, and parsed: the text that was scored.
-        worst: Values for failed responses.
         unread: Whether failures without any text are given them too (results tables count every failure, the pool of
             pairs leaves those out).
 
@@ -73,27 +72,26 @@ def impute(responses: pd.DataFrame, metrics: pd.DataFrame, worst: MetricValues, 
     imputed = failed if unread else failed & frame["response"].notna()
     scored = ~failed & (frame["parsed"] == frame["response"])
     for metric in METRICS:
-        frame[metric] = np.where(imputed, getattr(worst, metric), frame[metric].where(scored))
+        frame[metric] = np.where(imputed, WORST_CASE[metric], frame[metric].where(scored))
     frame["imputed"] = imputed
     frame["words"] = [count_words(text or "") for text in frame["response"]]
     frame["one_object"] = [is_one_object(text) for text in frame["completion"]]
     return frame[["dialogue_id", "model", *METRICS, "words", "one_object", "imputed"]]
 
 
-def effective_weights(settings: Scoring) -> dict[str, float]:
+def effective_weights(profile: Profile) -> dict[str, float]:
     """Return the weights that act.
 
-    With ``coherence: corrected`` the scrambled coherence column (audit A1) is left out and its weight shared by the
-    others in proportion.
+    Correction A1 leaves the published coherence column out, which is scrambled; the others share its weight in proportion.
 
     Raises:
         PersodpoError: Coherence has all the weight and is left out.
     """
-    weights: dict[str, float] = settings.weights.model_dump()
-    if settings.coherence == "corrected" and settings.source == "published":
+    weights: dict[str, float] = profile.scoring.weights.model_dump()
+    if profile.corrects("A1") and profile.scoring.source == "published":
         dropped = weights.pop("coherence")
         if dropped >= 1.0:
-            raise PersodpoError("scoring.coherence: corrected leaves coherence out, but it has all the weight.")
+            raise PersodpoError("Correction A1 leaves coherence out, but it has all the weight; weigh another signal.")
         weights = {"coherence": 0.0} | {signal: weight / (1.0 - dropped) for signal, weight in weights.items()}
     return weights
 
@@ -106,22 +104,22 @@ def scale_of(scores: pd.DataFrame, settings: Scoring) -> Scale:
     )
 
 
-def rate(values: pd.DataFrame, scale: Scale, settings: Scoring) -> pd.DataFrame:
+def rate(values: pd.DataFrame, scale: Scale, profile: Profile) -> pd.DataFrame:
     """Add compliance and quality to metric values from `impute`, in their order.
 
-    With ``format_check: as_released`` the check for one JSON object reads text that was already taken out of its JSON, so
-    its bonus never comes (audit A3).
+    As released the check for one JSON object reads text that was already taken out of its JSON, so its bonus never comes;
+    correction A3 reads the completion.
     """
-    bonus = settings.format_bonus if settings.format_check == "corrected" else 0.0
-    rated = method.rate(pl.from_pandas(values), scale, effective_weights(settings), bonus)
+    bonus = profile.scoring.format_bonus if profile.corrects("A3") else 0.0
+    rated = method.rate(pl.from_pandas(values), scale, effective_weights(profile), bonus)
     return values.assign(**{name: rated[name].to_numpy() for name in ("compliance", "quality")})
 
 
-def rank(pool: pd.DataFrame, scoring: Scoring, pairs: Pairs) -> Ranking:
+def rank(pool: pd.DataFrame, profile: Profile) -> Ranking:
     """Measure the scale on a pool of metric values from `impute`, rate it, and find the two thresholds."""
-    scale = scale_of(pool, scoring)
-    scores = rate(pool, scale, scoring)
-    low, high = method.thresholds(pl.from_pandas(scores[["quality"]]), pairs.low_quantile, pairs.high_quantile)
+    scale = scale_of(pool, profile.scoring)
+    scores, quantiles = rate(pool, scale, profile), (profile.pairs.low_quantile, profile.pairs.high_quantile)
+    low, high = method.thresholds(pl.from_pandas(scores[["quality"]]), *quantiles)
     return Ranking(scores, scale, low, high)
 
 
@@ -131,8 +129,8 @@ def answers_of(
     """Return the responses that can stand in a pair, with the text that stands there.
 
     Args:
-        pair_set: As generated, a failed completion stays broken; in ``perso`` pairs ``as_released`` it is written anew, as
-            valid JSON like the chosen one (audit A4).
+        pair_set: In ``perso`` pairs as released a failed completion is written anew, as valid JSON like the chosen one;
+            elsewhere, and under correction A4, it stays broken as it was generated.
         responses: Responses table.
         scores: Scores table; joined on dialogue_id and model.
         prompts: From `prompt_table`.
@@ -144,7 +142,7 @@ def answers_of(
     frame = responses[responses["split"].eq("train") & responses["response"].notna()]
     frame = frame.merge(scores[scores["quality"].notna()], on=["dialogue_id", "model"], validate="one_to_one")
     frame = frame[frame["dialogue_id"].isin(prompts["dialogue_id"])]
-    rewritten = pair_set == "perso" and profile.pairs.serialisation == "as_released"
+    rewritten = pair_set == "perso" and not profile.corrects("A4")
     texts = [as_json(text) for text in frame["response"]] if rewritten else frame["completion"]
     kinds = {
         "dialogue_id": pl.String,
@@ -204,18 +202,17 @@ def prompt_table(dialogues: pd.DataFrame, profile: Profile) -> pd.DataFrame:
 
     Args:
         dialogues: Dialogues table, all splits.
-        profile: With ``pairs.split_overlap: corrected`` dialogues whose context or personas stand in another split are
-            left out (audit A12).
+        profile: Under correction A12 dialogues whose context or personas stand in another split are left out.
 
     Returns:
         Columns dialogue_id and prompt.
     """
     train = dialogues[dialogues["split"] == "train"]
-    if profile.pairs.split_overlap == "corrected":
+    if profile.corrects("A12"):
         train = train[~overlaps(train, dialogues[dialogues["split"] != "train"])]
     template = load_template(profile.prompts.template)
     texts = [
-        render(template, personas, context, profile.prompts)
+        render(template, personas, context, profile.prompts, persona_lines=profile.corrects("A10a"))
         for personas, context in zip(train["personas"], train["context"], strict=True)
     ]
     return pd.DataFrame({"dialogue_id": train["dialogue_id"].to_numpy(), "prompt": texts})
@@ -240,8 +237,8 @@ def rebuild(
     Returns:
         Ranking and pairs.
     """
-    read = read_completions(responses, profile.completions.reading)
-    ranking = rank(impute(read, metrics, profile.scoring.worst_case, unread=False), profile.scoring, profile.pairs)
+    read = read_completions(responses, profile.reading)
+    ranking = rank(impute(read, metrics, unread=False), profile)
     pairs = build_pairs(
         pair_set,
         responses=read,

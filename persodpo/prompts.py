@@ -15,15 +15,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from persodpo.completions import KEY
+from persodpo.config import Prompts
 from persodpo.errors import PersodpoError
-from persodpo.settings import Correction, Prompts
 
 TEMPLATES = Path(__file__).parent / "templates"
 FIELDS = frozenset({"personas", "context", "max_words"})
 SYSTEM = "system"
 REASONING = "reasoning"
-#: ``corrected`` token budget: tokens a word, and tokens of the braces, the key and the quotes around an answer. Completions
-#: that were cut off at 110 tokens hold 80 words in the median, and 60 or more in 99 of 100 (published responses).
+#: The budget that fits a word limit: tokens a word, and tokens of the braces, the key and the quotes around an answer.
+#: Completions cut off at 110 tokens hold 80 words in the median, and 60 or more in 99 of 100 (published responses).
 TOKENS_PER_WORD = 2.0
 TOKENS_AROUND = 16
 
@@ -73,21 +73,22 @@ def load_system(name: str, settings: Prompts) -> str:
     return _fill(text, {"max_words": str(settings.max_words)})
 
 
-def render(template: str, personas: Sequence[str], context: str, settings: Prompts) -> str:
+def render(
+    template: str, personas: Sequence[str], context: str, settings: Prompts, *, persona_lines: bool = False
+) -> str:
     """Fill a template for one dialogue.
 
     Args:
         template: Text from `load_template`.
         personas: The persona sentences.
         context: The turns, one a line, each led by its speaker.
-        settings: The word limit, and how the sentences are joined: ``as_released`` without a space between them
-            (audit A10), ``corrected`` one a line.
+        settings: The word limit.
+        persona_lines: One sentence a line (correction A10a); else they are joined without a space, as released.
 
     Returns:
         The prompt.
     """
-    corrected = settings.personas == "corrected"
-    joined = "\n".join(f"- {sentence}" for sentence in personas) if corrected else "".join(personas)
+    joined = "\n".join(f"- {sentence}" for sentence in personas) if persona_lines else "".join(personas)
     return _fill(template, {"personas": joined, "context": context, "max_words": str(settings.max_words)})
 
 
@@ -101,20 +102,20 @@ def template_digest(template: str, system: str | None = None) -> str:
     return hashlib.sha256(json.dumps([template, system]).encode()).hexdigest()
 
 
-def token_budget(template: str, max_words: int, budget: Correction) -> int:
+def token_budget(template: str, max_words: int, *, fits_words: bool = False) -> int:
     """Return how many tokens a completion may have.
 
     Args:
         template: Text from `load_template`; with reasoning there is as much room again.
         max_words: The word limit that the model is told.
-        budget: ``as_released`` allows as many tokens as words, which cuts long answers off (audit A5); ``corrected`` as
-            many as that many words and the JSON around them take.
+        fits_words: As many as that many words and the JSON around them take (correction A5); else as many tokens as
+            words, as released, which cuts long answers off.
 
     Returns:
         Tokens.
     """
     keys = len(answer_keys(template))
-    if budget == "as_released":
+    if not fits_words:
         return max_words * keys
     return keys * (math.ceil(max_words * TOKENS_PER_WORD) + TOKENS_AROUND)
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from persodpo.config import OpenAIModel, Prices
 from persodpo.generation.openai_api import OpenAIBackend
 from persodpo.generation.requests import Request
-from persodpo.settings import OpenAIModel, Prices
 
 PRICES = Prices(input_per_million=1.0, output_per_million=2.0)
 

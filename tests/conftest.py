@@ -14,8 +14,7 @@ from hypothesis import settings
 
 from persodpo import stages
 from persodpo.artifacts import RELEASE_VARIABLE, RunFolder
-from persodpo.config import load_profile
-from persodpo.settings import Profile
+from persodpo.config import Profile, load_profile
 
 # A shell that starts the tests in its background has interrupts ignored, in them and in what they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -27,7 +26,7 @@ settings.load_profile("persodpo")
 #: Training of seconds: a policy that learns nothing, a few steps.
 QUICK_TRAINING = [
     "policy.small.vocabulary=2000", "policy.small.hidden_size=32", "policy.small.intermediate_size=64",
-    "policy.small.layers=1", "policy.small.steps=20", "training.epochs=0.05", "training.health_tokens=4",
+    "policy.small.steps=20", "training.epochs=0.05", "training.health_tokens=4",
     "training.health_prompts=2",
 ]  # fmt: skip
 

@@ -8,8 +8,7 @@ from typing import Any
 
 from test_dialogues import focus_entry
 
-from persodpo.config import load_profile
-from persodpo.settings import Profile
+from persodpo.config import Profile, load_profile
 
 #: What makes the training of hundreds of steps on a GPU one of seconds on a CPU.
 SMALL_TRAINING = {

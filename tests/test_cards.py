@@ -21,11 +21,10 @@ from huggingface_hub import DatasetCard, ModelCard
 from persodpo import stages
 from persodpo.artifacts import RunFolder, provenance_path, read_json, sha256, write_json
 from persodpo.cards import dataset_card, model_card, write_dataset_card
-from persodpo.config import load_profile
+from persodpo.config import Profile, load_profile
 from persodpo.errors import PersodpoError
 from persodpo.gate import inspect_pairs
-from persodpo.release.corrections import correction_settings
-from persodpo.settings import Profile
+from persodpo.release.corrections import mended_findings
 from persodpo.stages.score import score_settings
 from persodpo.tables import SCHEMAS, write_table
 from persodpo.training.policy import load_policy
@@ -33,7 +32,7 @@ from persodpo.training.policy import load_policy
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 MODELS = ("good", "fair", "b|ad_<script>")
-CORRECTED = list(correction_settings())
+CORRECTED = [f"corrections=[A10b, A10c, {', '.join(mended_findings())}]"]
 
 
 def frames(dialogues: int = 12) -> dict[str, pd.DataFrame]:
@@ -64,7 +63,7 @@ def frames(dialogues: int = 12) -> dict[str, pd.DataFrame]:
 def run_of(profile: Profile, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
     """Make a run's pairs for real, from tables that earlier stages would have written."""
     run, made = RunFolder(profile), frames()
-    asked = {"source": profile.generation.source, "models": MODELS, "reading": profile.completions.reading}
+    asked = {"source": profile.generation.source, "models": MODELS, "corrections": profile.switches("A18")}
     scored = score_settings(profile)
     for name, settings in {"dialogues": {}, "responses": asked, "scores": scored, "thresholds": scored}.items():
         run.stage(
@@ -134,22 +133,21 @@ def found(text: str) -> list[str]:
 def test_every_kept_defect_is_named_and_no_mended_one(run, tmp_path, monkeypatch):
     released = dataset_card(run)
     assert found(released) == ["A1", "A3", "A4", "A5", "A9", "A10", "A11", "A12", "A18", "A19", "A20", "A21"]
-    assert r"| pairs.split\_overlap | as\_released |" in released
+    assert re.search(r"^\| A12 \| .* \| as released \|$", released, re.MULTILINE)
     mended = dataset_card(run_of(profile_in(tmp_path / "mended", *CORRECTED), monkeypatch))
     assert found(mended) == ["A5", "A9", "A19", "A20", "A21"]
-    assert r"| completions.reading | strict |" in mended
-    assert r"as\_released" not in mended
+    assert re.search(r"^\| A18 \| .* \| on \|$", mended, re.MULTILINE)
+    assert "| as released |" not in mended
 
 
 def test_defects_of_published_files_are_not_those_of_models_that_were_asked(tmp_path, monkeypatch):
     changes = ["scoring.source=compute", "scoring.target_words=40", "pairs.sets=[simple]"]
     run = run_of(profile_in(tmp_path, *changes), monkeypatch)
     path = provenance_path(run.path("responses"))
-    generation = run.profile.generation.model_dump(mode="json") | {"token_budget": "corrected"}
-    write_json(path, read_json(path) | {"settings": {"generation": generation, "reading": "strict"}})
+    write_json(path, read_json(path) | {"settings": {"corrections": {"A5": True, "A10a": False, "A18": True}}})
     text = dataset_card(run)
     assert found(text) == ["A3", "A10", "A12", "A20", "A21"]
-    assert "scoring.compute.truncation | corrected" in text
+    assert re.search(r"^\| A10b \| .* \| on \|$", text, re.MULTILINE)
     assert "perso.parquet" not in text
 
 

@@ -1,64 +1,109 @@
-"""Profiles: what is accepted, what is refused, and what the message says."""
+"""Settings: what is accepted, what is refused, and what a refusal says."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
-import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
+from typer.testing import CliRunner
 
-from persodpo.config import PROFILES, load_profile, profile_names, with_overrides
+from persodpo.cli import app
+from persodpo.config import PROFILES, Profile, load_profile, profile_names, with_overrides
+from persodpo.corrections import CORRECTIONS, Correction
 from persodpo.errors import PersodpoError
-from persodpo.settings import Profile
+from persodpo.profile_text import fields_of, read_yaml, resolve
+from persodpo.release.corrections import mended_findings
+
+SECRET = "sk-canary/9d+1Z=="  # noqa: S105 - made up
+
+
+def refusal(*overrides: str, profile: str | Path = "release") -> str:
+    """Return the one sentence that a profile is refused with."""
+    with pytest.raises(PersodpoError) as refused:
+        load_profile(profile, overrides)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def leaves(settings: dict, before: str = "") -> dict[str, object]:
+    found: dict[str, object] = {}
+    for key, value in settings.items():
+        found |= leaves(value, f"{before}{key}.") if isinstance(value, dict) and value else {before + key: value}
+    return found
 
 
 @pytest.mark.parametrize("name", profile_names())
-def test_shipped_profiles_load_and_round_trip(name, tmp_path):
-    loaded = load_profile(name)
-    assert loaded.name == name
+def test_a_printed_profile_is_the_same_profile(name, tmp_path):
+    shown = CliRunner().invoke(app, ["profile", "-p", name], catch_exceptions=False).stdout
     copy = tmp_path / "copy.yaml"
-    copy.write_text(loaded.to_yaml())
-    assert load_profile(copy) == loaded
+    copy.write_text(shown)
+    assert load_profile(copy) == load_profile(name)
+    for path in leaves(load_profile(name).model_dump(mode="json")):
+        key = path.rsplit(".", maxsplit=1)[-1]
+        assert re.search(rf"^ *(- )?{key}:.*  # \S", shown, re.MULTILINE), path
+    assert all(f"#   {correction}: {text}\n" in shown for correction, text in CORRECTIONS.items())
+
+
+def test_every_setting_has_one_comment_and_there_are_few():
+    described = {path: field.description for path, field in fields_of(Profile)}
+    settings = leaves(load_profile("mini").model_dump(mode="json"))
+    assert len(settings) <= 80
+    assert [path for path in settings if not described[path]] == []
 
 
 @pytest.mark.parametrize("name", profile_names())
-def test_every_key_of_a_profile_is_commented(name):
-    lines = (PROFILES / f"{name}.yaml").read_text().splitlines()
-    keys = [line for line in lines if re.match(r"\s*\w+:", line)]
-    bare = [line for line in keys if "#" not in line and not re.match(r"\w+:$", line)]
-    assert len(keys) > 30
-    assert bare == []
+def test_a_profile_says_only_what_differs(name):
+    lines = [line for line in (PROFILES / f"{name}.yaml").read_text().splitlines() if not line.startswith("#")]
+    assert len(lines) <= 100
+    assert load_profile(name).name == name
+
+
+def test_a_short_profile_has_the_defaults_and_its_file_s_name(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("generation: {models: [gpt-4-turbo], source: published}\npairs: {low_quantile: 0.3}\n")
+    profile = load_profile(mine)
+    assert (profile.name, profile.pairs.low_quantile, profile.pairs.high_quantile) == ("mine", 0.3, 0.6)
+    assert profile.corrections == ("A10b", "A10c")
 
 
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("pairs.low_quantil=0.3", ["pairs.low_quantil", "did you mean 'low_quantile'", "high_quantile"]),
-        ("scorin.weights=1", ["'scorin' is no section", "scoring"]),
-        ("scoring.coherence=fixed", ["scoring.coherence", "'as_released' or 'corrected'", "'fixed'"]),
-        ("scoring.weights.coherence=0.5", ["scoring.weights", "sum to 1", "1.36", "{coherence: 0.3676"]),
-        ("scoring.weights.coherence=-0.1", ["scoring.weights.coherence", "greater than or equal to 0"]),
-        ("scoring.format_bonus=.nan", ["scoring.format_bonus", "finite"]),
+        ("pairs.low_quantil=0.3", ["pairs.low_quantil: ", "did you mean pairs.low_quantile?"]),
+        ("scorin.weights=1", ["scorin: ", "did you mean scoring?"]),
+        ("low_quantile=1", ["low_quantile: ", "did you mean pairs.low_quantile?"]),
+        ("zzz=1", ["zzz: ", "`persodpo profile`"]),
+        ("seed.x=1", ["seed: ", "integer"]),
+        ("generation.backends=[{kind: openai, model: a, base_url: http://a/v1, api_keyenv: A}]",
+         ["generation.backends.0.openai.api_keyenv: ", "did you mean generation.backends.openai.api_key_env?"]),
+        ("corrections=[A2]", ["corrections.0: ", "'A10a'", "'A18'"]),
+        ("scoring.weights.coherence=0.5", ["scoring.weights: ", "sum to 1", "1.36", "{coherence: 0.367647,"]),
+        ("scoring.weights.coherence=-0.1", ["scoring.weights.coherence: ", "greater than or equal to 0"]),
         ("pairs.low_quantile=0.9", ["low_quantile (0.9)", "high_quantile (0.6)"]),
-        ("dialogues.train_size=many", ["dialogues.train_size", "integer", "'many'"]),
-        ("dialogues.source=focus_json", ["dialogues", "train_file or valid_file"]),
-        ("generation.models=[]", ["generation.models", "at least 1"]),
-        ("generation.models=[a, a]", ["generation.models", "'a' stands twice"]),
-        ("pairs.sets=[perso, perso]", ["pairs.sets", "'perso' stands twice"]),
-        ("name=../x", ["name", "pattern"]),
+        ("dialogues.train_size=many", ["dialogues.train_size: ", "integer"]),
+        ("dialogues.source=focus_json", ["dialogues: ", "train_file or valid_file"]),
+        ("generation.models=[]", ["generation: ", "at least one model"]),
+        ("generation.models=[a, a]", ["generation.models: ", "'a' stands twice"]),
+        ("pairs.sets=[perso, perso]", ["pairs.sets: ", "'perso' stands twice"]),
+        ("name=../x", ["name: ", "pattern"]),
         ("pairs.low_quantile", ["section.key=value"]),
-        ("pairs.sets=[", ["not valid YAML"]),
-        ("pairs={}", ["pairs.sets is missing"]),
+        ("=1", ["section.key=value"]),
+        ("prompts.template=", ["prompts.template: ", "empty"]),
+        ("paths.runs= ", ["paths.runs: ", "empty"]),
+        ("generation.backends=[{kind: openai, model: a, base_url: localhost}]", ["base_url of model a must read like http"]),
+        ("generation.backends=[{kind: openai, model: a, base_url: http://a/v1, api_key_env: 0a1b2c3d4e}]",
+         ["generation.backends.0.openai.api_key_env: ", "pattern"]),
     ],
-)
+)  # fmt: skip
 def test_impossible_settings_are_refused_by_path_and_remedy(override, words):
-    with pytest.raises(PersodpoError) as refused:
-        load_profile("release", [override])
-    message = str(refused.value)
+    message = refusal(override)
     assert all(word in message for word in words), message
-    assert "\n" not in message
 
 
 def test_overrides_are_typed_and_the_profile_is_frozen():
@@ -71,38 +116,166 @@ def test_overrides_are_typed_and_the_profile_is_frozen():
         changed.name = "other"
 
 
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("prompts.template=my: file", "my: file"),
+        ("generation.csv_file=/data/run #1/x.csv", "/data/run #1/x.csv"),
+        ("name=007", "007"),
+        ("name=2024-01-01", "2024-01-01"),
+        ("name=null", "null"),
+        ("policy.model=[a]", "[a]"),
+        ("prompts.template='quoted'", "'quoted'"),
+        ("prompts.template=a=b", "a=b"),
+        ("prompts.template=yes", "yes"),
+        ("generation.csv_file=null", None),
+        ("generation.csv_file=", None),
+    ],
+)
+def test_texts_are_taken_whole(override, value, tmp_path):
+    changed = load_profile("release", [override])
+    key = override.partition("=")[0]
+    assert leaves(changed.model_dump(mode="json"))[key] == value
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(changed.to_yaml())
+    assert load_profile(copy) == changed
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_categories=["Cs"])).filter(str.strip))
+def test_any_text_comes_back_from_a_printed_profile(text):
+    profile = load_profile("release", [f"prompts.template={text}"])
+    assert profile.prompts.template == text
+    assert resolve(Profile, read_yaml(profile.to_yaml(), "here")) == profile
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [("seed=010", 10), ("seed=08", 8), ("training.learning_rate=1e-6", 1e-6), ("training.bf16=yes", True),
+     ("generation.models=[no, on, 2024-01-01, 010]", ("no", "on", "2024-01-01", "010"))],
+)  # fmt: skip
+def test_yaml_means_what_it_says(override, value):
+    found = load_profile("mini", [override, "generation.source=published"])
+    for part in override.partition("=")[0].split("."):
+        found = getattr(found, part)
+    assert found == value
+
+
+ODD = {
+    "an alias": "a: &x [1]\npairs: *x\n",
+    "a bomb": "a: &a [x]\n"
+    + "".join(f"{chr(98 + n)}: &{chr(98 + n)} [*{chr(97 + n)}, *{chr(97 + n)}]\n" for n in range(20)),
+    "an anchor": "pairs: &x {low_quantile: 0.3}\n",
+    "a tag": "seed: !!int x\n",
+    "an object": "!!python/object:os.system {}\n",
+    "binary": "name: !!binary aGVsbG8=\n",
+    "a key twice": "seed: 1\nseed: 2\n",
+    "a key that is a number": "1: 2\n",
+    "a key that is a list": "[a]: 2\n",
+    "a key that is empty": "? \n: 2\n",
+    "a date": "seed: 2024-99-99\n",
+    "not a number": "scoring: {format_bonus: .nan}\n",
+    "infinity": "scoring: {format_bonus: .inf}\n",
+    "too large a number": "scoring: {format_bonus: 1e999}\n",
+    "many digits": "seed: " + "9" * 5_000 + "\n",
+    "many brackets": "seed: " + "[" * 5_000 + "]" * 5_000 + "\n",
+    "many braces": "a: " + "{a: " * 3_000 + "1" + "}" * 3_000 + "\n",
+    "a tab": "pairs:\n\tlow_quantile: 0.3\n",
+    "a control character": "name: \x01\n",
+    "no closing bracket": "pairs: [\n",
+    "two documents": "seed: 1\n---\nseed: 2\n",
+    "a list": "- 1\n",
+    "a text": "seed\n",
+    "nothing": "",
+    "a section that is none": "pairs: 3\n",
+    "an empty section": "pairs:\n",
+}
+
+
+@pytest.mark.parametrize("content", ODD.values(), ids=ODD)
+def test_odd_files_end_in_one_sentence(content, tmp_path):
+    path = tmp_path / "odd.yaml"
+    path.write_text(content)
+    message = refusal(profile=path)
+    assert len(message) < 700
+
+
+@pytest.mark.parametrize("content", ODD.values(), ids=ODD)
+def test_odd_values_end_in_one_sentence(content):
+    refusal(f"pairs={content}")
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    (tmp_path / "latin.yaml").write_bytes("name: ü\n".encode("latin-1"))
+    (tmp_path / "utf16.yaml").write_bytes("seed: 1\n".encode("utf-16"))
+    for name, word in (("latin.yaml", "UTF-8"), ("utf16.yaml", "UTF-8"), ("", "directory"), ("none.yaml", "release")):
+        assert word in refusal(profile=tmp_path / name), name
+    assert "release" in refusal(profile="nonesuch")
+    refusal(profile="x" * 5_000)
+    refusal(profile="x\0y")
+
+
+@pytest.mark.parametrize(
+    ("override", "path"),
+    [
+        (f"name={SECRET}", "name"),
+        (f"policy.model=models/{SECRET}", "policy.model"),
+        ("generation.csv_file=https://me:pass@example.org/x.csv", "generation.csv_file"),
+        ("generation.models=[hf_abcdefghijklmnopqrst]", "generation.models.0"),
+        (f"zzz={SECRET}", "zzz"),
+        (f"{SECRET}=1", "key"),
+        ("generation.backends=[{kind: openai, model: a, base_url: http://a/v1, api_key: %s}]" % SECRET,  # noqa: UP031
+         "generation.backends.0.api_key"),
+        (f"generation.backends=[{{kind: openai, model: a, base_url: 'https://a/v1?api_key={SECRET}'}}]",
+         "generation.backends.0.base_url"),
+    ],
+)  # fmt: skip
+def test_secrets_are_refused_and_never_repeated(override, path, tmp_path):
+    settings = [f"paths.{name}={tmp_path / name}" for name in ("runs", "figures")]
+    done = CliRunner().invoke(app, ["dialogues", *(word for one in [*settings, override] for word in ("--set", one))])
+    assert isinstance(done.exception, PersodpoError)
+    message = str(done.exception)
+    assert path in message
+    assert "environment variable" in message
+    assert not any(secret in message for secret in (SECRET, "pass@", "hf_"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_value_is_never_repeated_whatever_is_wrong_with_it(tmp_path):
+    odd = "0a1b2c3d4e5f60718293a4b5c6d7e8f9"
+    mine = tmp_path / "mine.yaml"
+    for text in (
+        f"seed: {odd}",
+        f"pairs: [{odd}",
+        f"dialogues: {{source: {odd}}}",
+        f"a: &x {odd}",
+        f"pairs: {{sets: [{odd}]}}",
+    ):
+        mine.write_text(text)
+        assert odd not in refusal(profile=mine), text
+    assert odd not in refusal(f"seed={odd}")
+    assert odd not in refusal(odd)
+
+
 def test_digest_follows_results_not_places():
     base = load_profile("release")
     assert load_profile("release", ["paths.runs=/elsewhere", "engine.ray_workers=1"]).digest() == base.digest()
     assert load_profile("release", ["pairs.high_quantile=0.7"]).digest() != base.digest()
 
 
-def test_a_profile_that_is_no_profile(tmp_path: Path):
-    for content, word in (("- 1\n", "sections"), ("a: [", "not valid YAML"), ("!!python/object:os.system {}", "YAML")):
-        path = tmp_path / "bad.yaml"
-        path.write_text(content)
-        with pytest.raises(PersodpoError, match=word):
-            load_profile(path)
-    with pytest.raises(PersodpoError, match=r"neither a shipped profile \(.*release"):
-        load_profile("nonesuch")
+def test_corrections_are_the_audit_s_and_switch_one_by_one():
+    assert set(get_args(Correction)) == set(CORRECTIONS) >= set(mended_findings())
+    assert load_profile("mini", ["corrections=all"]).corrections == tuple(CORRECTIONS)
+    profile = load_profile("mini", ["corrections=[A18, A4]"])
+    assert [name for name in CORRECTIONS if profile.corrects(name)] == ["A4", "A18"]
+    assert (profile.reading, load_profile("mini").reading) == ("strict", "as_released")
+    assert profile.switches("A3", "A4") == {"A3": False, "A4": True}
+    assert profile.with_corrections("A1", "A4").corrections == ("A1", "A4", "A18")
+    other = load_profile("mini", ["corrections=[A4, A18]"])
+    assert (other, other.digest()) == (profile, profile.digest())
 
 
-def test_schema_and_file_have_the_same_keys():
-    raw = yaml.safe_load((PROFILES / "release.yaml").read_text())
-    assert list(raw) == list(Profile.model_fields)
-
-
-def keys_of(section, path=""):
-    """Yield the path of every key, in the file's order; entries of lists have keys of their own kind."""
-    for key, value in section.items():
-        yield f"{path}{key}"
-        if isinstance(value, dict):
-            yield from keys_of(value, f"{path}{key}.")
-
-
-def test_all_profiles_have_the_same_keys_in_the_same_order():
-    keys = {name: list(keys_of(yaml.safe_load((PROFILES / f"{name}.yaml").read_text()))) for name in profile_names()}
-    assert len(keys) > 1
-    assert len(keys["release"]) > 100
-    for name, found in keys.items():
-        assert found == keys["release"], name
+def test_one_seed_is_behind_everything():
+    settings = leaves(load_profile("mini").model_dump(mode="json"))
+    assert [path for path in settings if "seed" in path] == ["seed", "evaluation.seeds"]
+    assert load_profile("mini", ["seed=45"]).seed == 45
+    assert json.loads(json.dumps(settings))["seed"] == 44

@@ -77,13 +77,13 @@ def tables():
         {"dialogue_id": f"d{d:02}", "split": "train", "model": MODELS[m], "completion": completion(d, m)}
         for d, m in answered
     ])  # fmt: skip
-    responses = read_completions(responses, profile.completions.reading)
+    responses = read_completions(responses, profile.reading)
     metrics = responses[["dialogue_id", "model"]].assign(parsed=responses["response"])
     for metric in METRICS:
         metrics[metric] = np.round(generator.random(len(metrics)), 2)
     metrics.loc[metrics["dialogue_id"] == "d07", list(METRICS)] = 0.5
-    pool = impute(responses, metrics, profile.scoring.worst_case, unread=False)
-    scores = rank(pool, profile.scoring, profile.pairs).scores
+    pool = impute(responses, metrics, unread=False)
+    scores = rank(pool, profile).scores
     return responses, scores, dialogues
 
 
@@ -104,11 +104,11 @@ def evaluated(run, tables):
     answered = [(d, m, name) for d in range(60, 84) for m, name in enumerate(names["model"])]
     known = {"split": "valid", "response_time": 0.1}
     rows = [{"dialogue_id": f"d{d}", "model": name, "completion": completion(d, m), **known} for d, m, name in answered]
-    responses = read_completions(full("evaluation/responses", rows), profile.completions.reading)
+    responses = read_completions(full("evaluation/responses", rows), profile.reading)
     metrics = responses[["dialogue_id", "model"]].assign(parsed=responses["response"])
     metrics = metrics.assign(**{metric: generator.random(len(metrics)) for metric in METRICS})
-    pool = impute(responses, metrics, profile.scoring.worst_case, unread=True)
-    scores = rank(pool, profile.scoring, profile.pairs).scores
+    pool = impute(responses, metrics, unread=True)
+    scores = rank(pool, profile).scores
     pairs = [("perso", "base"), ("simple", "base"), ("perso", "simple")]
     compared = compare(observe(responses, scores, names), pairs, sampling=Resampling(2000, 1))
     save(made, evaluation__responses=responses, evaluation__scores=scores, evaluation__comparisons=compared)
@@ -158,8 +158,8 @@ def test_any_setting_is_what_the_package_computes(tables, weights, first, second
     assert_same(Pool(*tables, RELEASE), setting, tables, RELEASE)
 
 
-@pytest.mark.parametrize("change", ["pairs.serialisation=corrected", "scoring.normalisation=declared",
-                                    "scoring.format_check=corrected", "scoring.coherence=corrected"])  # fmt: skip
+@pytest.mark.parametrize("change", ["corrections=[A4]", "scoring.normalisation=declared", "corrections=[A3]",
+                                    "corrections=[A1]"])  # fmt: skip
 def test_other_settings_of_the_profile_hold(tables, change):
     profile = with_overrides(RELEASE, [change])
     responses, scores, dialogues = tables
@@ -213,7 +213,7 @@ def test_sliders_move_together_and_go_back(run):
 
 def test_weights_that_cannot_be_are_said_and_nothing_changes(run):
     responses, scores, dialogues = (run.read(name) for name in ("responses", "scores", "dialogues"))
-    changed = RunFolder(with_overrides(run.profile, ["scoring.coherence=corrected", "name=corrected"]))
+    changed = RunFolder(with_overrides(run.profile, ["corrections=[A1]", "name=corrected"]))
     save(changed, responses=responses, scores=scores, dialogues=dialogues)
     panel = explore.quality(changed)
     before = panel.shown

@@ -22,9 +22,8 @@ from typer.testing import CliRunner
 from persodpo import stages
 from persodpo.artifacts import PROJECT, RunFolder
 from persodpo.cli import app
-from persodpo.config import load_profile, with_overrides
+from persodpo.config import Profile, load_profile, with_overrides
 from persodpo.errors import PersodpoError
-from persodpo.settings import Profile
 
 COMMAND = str(Path(sys.executable).with_name("persodpo"))
 CANARY = "sk-canary/9d+1Z=="
@@ -200,7 +199,7 @@ def test_two_commands_share_the_work(tmp_path: Path) -> None:
 def test_templates_formats_and_budgets_reach_the_server(server: Server, tmp_path: Path) -> None:
     raw = endpoint(server, "raw", format="raw")
     chat = endpoint(server, "chat", format="chat_with_system", structured_output=True, served_as="chat-1")
-    overrides = {"prompts.template": "chain_of_thought", "generation.token_budget": "corrected"}
+    overrides = {"prompts.template": "chain_of_thought", "corrections": "[A5]"}
     profile = profile_of(tmp_path, raw, chat, **overrides)
     stages.run_ask(profile, stages.Scope(("raw", "chat"), ("valid",), 1), progress=False)
     first, second = sorted(server.received(), key=lambda event: event["path"], reverse=True)
@@ -214,6 +213,14 @@ def test_templates_formats_and_budgets_reach_the_server(server: Server, tmp_path
     stages.run_ask(profile_of(tmp_path, raw, chat), stages.Scope(("raw",), ("valid",), 1), progress=False)
     assert server.received()[-1]["fields"]["max_tokens"] == 110
     assert len(server.received()) == 3  # another template and budget is another question
+
+
+def test_answers_are_drawn_under_the_seed(server: Server, tmp_path: Path) -> None:
+    for temperature in (0.7, 0.0):
+        drawn = {"generation.temperature": temperature, "seed": 45}
+        profile = profile_of(tmp_path, endpoint(server, "raw", format="raw"), **drawn)
+        stages.run_ask(profile, stages.Scope(("raw",), ("valid",), 1), progress=False)
+    assert [event["fields"].get("seed") for event in server.received()] == [45, None]
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ from asking import Server, backend, chat, chats, serving
 from faulty_server import completion
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from persodpo.errors import PersodpoError
 from persodpo.generation.engine import Job, generate, generate_all
@@ -444,7 +445,7 @@ def test_the_key_is_sent_to_its_own_endpoint_only(
     ["localhost:8000/v1", "ftp://host/v1", "http://", f"http://user:{CANARY}@host/v1", f"https://host/v1?key={CANARY}"],
 )
 def test_addresses_that_are_none_or_hold_a_secret(url: str) -> None:
-    with pytest.raises(PersodpoError, match=r"base_url of model small (is no address|must hold no)") as caught:
+    with pytest.raises(ValidationError, match=r"base_url of model small must read like") as caught:
         backend(url)
     assert CANARY not in str(caught.value)
 

@@ -16,12 +16,12 @@ import pytest
 from asking import PRICES, chats
 from faulty_server import completion
 
+from persodpo.config import OpenAIModel
 from persodpo.generation.batch_api import OpenAIBatchBackend
 from persodpo.generation.batches import Batches
 from persodpo.generation.engine import generate
 from persodpo.generation.requests import Answer, Request, request_key
 from persodpo.generation.store import Store
-from persodpo.settings import OpenAIModel
 
 TESTS = Path(__file__).parent
 SECRET = "sk-canary-batches-0123456789"  # noqa: S105 - made up

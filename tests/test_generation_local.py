@@ -21,13 +21,13 @@ from talker import PLACES, SETTINGS, make_talker, question, reply
 from transformers import pipeline
 
 from persodpo.completions import KEY
+from persodpo.config import TransformersModel
 from persodpo.generation import decoding, local
 from persodpo.generation.engine import Job, generate, generate_all
 from persodpo.generation.local import TransformersBackend
 from persodpo.generation.requests import Answer, Request, request_key
 from persodpo.generation.stopping import ObjectEnd
 from persodpo.generation.store import Store
-from persodpo.settings import TransformersModel
 from persodpo.training.policy import load_policy
 
 pytestmark = pytest.mark.usefixtures("one_thread")

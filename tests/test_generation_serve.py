@@ -18,12 +18,12 @@ import pytest
 from asking import backend
 from talker import CHATML, PLACES, in_chatml, make_talker, question, reply
 
+from persodpo.config import ServedModel, TransformersModel
 from persodpo.generation import serving
 from persodpo.generation.engine import generate
 from persodpo.generation.local import TransformersBackend
 from persodpo.generation.requests import Request, request_key
 from persodpo.generation.store import Store
-from persodpo.settings import ServedModel, TransformersModel
 
 TRANSFORMERS = str(Path(sys.executable).with_name("transformers"))
 

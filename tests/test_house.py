@@ -33,9 +33,7 @@ MODULES = sorted(path.relative_to(PROJECT) for path in PACKAGE.rglob("*.py"))
 #: Levels from the bottom up; a module imports from its own level or below.
 MIDDLE = ["cards", "evaluation", "generation", "miniature", "plots", "release", "scoring", "training"]
 LEVELS = [
-    ["artifacts", "config", "errors", "evaluation_settings", "folders", "imports", "scoring_settings", "sections",
-     "settings", "sqlite",
-     "tables"],
+    ["artifacts", "config", "corrections", "errors", "folders", "imports", "profile_text", "sqlite", "tables"],
     ["completions", "dialogues", "gate", "method", "own_data", "pairs", "prompts", "show"],
     MIDDLE,
     ["figures", "stages"],
@@ -270,10 +268,10 @@ def test_readme_trains_in_two_processes(tmp_path):
     """The script of the README in two processes of this machine, with a tiny policy."""
     from tiny import tiny_pairs
 
-    from persodpo.training.policy import make_small_policy
+    from persodpo.training.policy import SmallPolicy, make_small_policy
 
     pairs = tiny_pairs()
-    small = load_profile("mini", ["policy.small.steps=1", "policy.small.vocabulary=400"]).policy.small
+    small = SmallPolicy(steps=1, vocabulary=400, seed=44)
     make_small_policy(list(zip(pairs["prompt"], pairs["chosen"], strict=True)), small, tmp_path / "tiny")
     pairs.to_parquet(tmp_path / "perso.parquet")
     (script,) = (script for script in readme_scripts() if "save_model" in script)

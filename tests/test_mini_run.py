@@ -12,18 +12,18 @@ import pytest
 from pandas.testing import assert_frame_equal
 
 from persodpo.artifacts import RunFolder
-from persodpo.config import load_profile, with_overrides
+from persodpo.config import Profile, load_profile
 from persodpo.errors import PersodpoError
 from persodpo.miniature import models
-from persodpo.settings import Profile
 from persodpo.stages import ablate
+from persodpo.stages.policy import small_policy
 
 #: A world, models and trainings so small that all notebooks run in two or three minutes.
 SMALL = {
-    "miniature.train": 60, "miniature.valid": 24, "miniature.model_dialogues": 600, "miniature.finish_steps": 60,
+    "miniature.train": 60, "miniature.valid": 24, "miniature.model_dialogues": 600,
     "policy.small.hidden_size": 64, "policy.small.intermediate_size": 128, "policy.small.steps": 300,
-    "policy.small.batch_tokens": 2048, "scoring.compute.small.coherence.examples": 800,
-    "scoring.compute.small.nli.examples": 3000, "scoring.compute.accept_failed_probes": "[coherence, c_score, ue_score]",
+    "policy.small.batch_tokens": 2048, "scoring.compute.small_examples": 3000,
+    "scoring.compute.accept_failed_probes": "[coherence, c_score, ue_score]",
     "training.arms": "[perso, corrected]", "training.epochs": 1, "training.health_prompts": 2,
     "evaluation.seeds": "[44, 45]", "evaluation.timed": 4, "evaluation.pairs": "[[perso, base], [corrected, perso]]",
     "pairs.sets": "[perso]", "evaluation.ablated": "perso",
@@ -73,17 +73,17 @@ def test_habits_do_what_their_names_say(name):
 def test_an_unknown_model_is_refused_by_name(tmp_path):
     profile = mini(tmp_path)
     with pytest.raises(PersodpoError, match=r"no miniature model 'bad'; there are base, good"):
-        models.make_model("bad", tmp_path, profile.miniature, profile.prompts, profile.policy.small)
+        models.make_model("bad", tmp_path, profile.miniature, profile.prompts, small_policy(profile))
 
 
 def test_a_world_too_small_for_models_is_refused(tmp_path):
     profile = mini(tmp_path, **{"miniature.model_dialogues": 3})
     with pytest.raises(PersodpoError, match=r"A world of 3 dialogues is too small"):
-        models.make_model("base", tmp_path, profile.miniature, profile.prompts, profile.policy.small)
+        models.make_model("base", tmp_path, profile.miniature, profile.prompts, small_policy(profile))
 
 
 def test_models_learn_from_no_dialogue_that_a_run_asks_about(tmp_path):
-    table = models.own_dialogues(tmp_path, mini(tmp_path).miniature)
+    table = models.own_dialogues(tmp_path, mini(tmp_path).miniature, 44)
     assert len(table) == SMALL["miniature.model_dialogues"]
     assert table["dialogue_id"].min() >= f"mini-{models.FIRST}"
 
@@ -94,7 +94,7 @@ def test_models_learn_from_no_dialogue_that_a_run_asks_about(tmp_path):
         ("{name: x, changes: [generation.temperature=1]}", "'generation.temperature=1' is no ablation"),
         ("{name: x, changes: [scoring.weights.coherence=0]}", "'scoring.weights.coherence=0' is no ablation"),
         ("{name: x}", "'x' changes nothing"),
-        ("{name: x, without: coherence}, {name: x, without: c_score}", "two ablations have one name"),
+        ("{name: x, without: coherence}, {name: x, without: c_score}", "'x' stands twice"),
     ],
 )
 def test_what_would_ask_anew_is_no_ablation(changes, says, tmp_path):
@@ -104,8 +104,7 @@ def test_what_would_ask_anew_is_no_ablation(changes, says, tmp_path):
 
 def test_a_signal_that_is_left_out_gives_its_weight_to_the_others(tmp_path):
     profile = mini(tmp_path)
-    settings = ablate.overrides(profile.evaluation.ablations[0], profile)
-    weights = with_overrides(profile, settings).scoring.weights
+    weights = ablate.varied(profile, profile.evaluation.ablations[0]).scoring.weights
     assert weights.coherence == 0
     assert weights.compliance / weights.c_score == pytest.approx(0.32 / 0.20)
 

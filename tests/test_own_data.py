@@ -14,11 +14,10 @@ from typer.testing import CliRunner
 from persodpo import stages
 from persodpo.artifacts import DATA, PROJECT, RunFolder
 from persodpo.cli import app
-from persodpo.config import load_profile, with_overrides
+from persodpo.config import Profile, load_profile, with_overrides
 from persodpo.doctor import diagnose
 from persodpo.errors import PersodpoError
 from persodpo.reproduce import notebook_files, reproduce
-from persodpo.settings import Profile
 
 HEAD = "dialogue_id,split,personas,context\n"
 TALK = 'd1,train,"[""I like art."", ""I have a dog.""]",User1: Hello?\n'
@@ -29,9 +28,9 @@ GOOD = 'd1,a,"{""response"": ""Hello, you like art.""}"\n'
 #: What makes the five commands of the README quick.
 QUICK = {
     "policy.small.vocabulary": 400, "policy.small.hidden_size": 32, "policy.small.intermediate_size": 64,
-    "policy.small.layers": 1, "policy.small.steps": 10, "training.epochs": 0.5, "training.health_tokens": 4,
+    "policy.small.steps": 10, "training.epochs": 0.5, "training.health_tokens": 4,
     "training.health_prompts": 2,
-    "scoring.compute.small.nli.examples": 90, "scoring.compute.small.coherence.examples": 90,
+    "scoring.compute.small_examples": 200,
     "scoring.compute.accept_failed_probes": "[coherence, c_score, ue_score, persona_distance]",
 }  # fmt: skip
 

@@ -89,7 +89,7 @@ def test_sides_as_released_and_corrected():
     assert json.loads(row["rejected"]) == {"response": "cut"}
     assert (row["score_chosen"], row["score_rejected"]) == (1.0, 0.0)
     assert "I sing." in row["prompt"]
-    corrected = built(made, "perso", profile=load_profile("release", ["pairs.serialisation=corrected"])).iloc[0]
+    corrected = built(made, "perso", profile=load_profile("release", ["corrections=[A4]"])).iloc[0]
     assert (corrected["chosen"], corrected["rejected"]) == ('raw quo"ted', "raw cut")
     simple = built(made, "simple").iloc[0]
     assert (simple["chosen"], simple["rejected"]) == ('raw quo"ted', "raw cut")
@@ -99,7 +99,7 @@ def test_corrected_overlap_drops_dialogues_that_valid_knows():
     made = tables([(n, m, o, q, m) for n in range(3) for m, o, q in (("m1", "ok", 1.0), ("m2", "truncated", 0.0))])
     made["dialogues"].loc[0, "context"] = "User1: 3"
     made["dialogues"]["personas"] = [["A."], ["B."], ["C."], ["B."]]
-    profile = load_profile("release", ["pairs.split_overlap=corrected"])
+    profile = load_profile("release", ["corrections=[A12]"])
     assert set(built(made, "perso")["dialogue_id"]) == {"d0", "d1", "d2"}
     assert set(built(made, "perso", profile=profile)["dialogue_id"]) == {"d2"}
     dialogues = made["dialogues"]

@@ -34,10 +34,8 @@ def test_the_plain_template_asks_for_what_is_read():
 
 
 def test_corrected_puts_one_sentence_on_each_line():
-    corrected = load_profile("release", ["prompts.personas=corrected"]).prompts
-    assert "- I like art.\n- I sing.\n" in render(
-        load_template("plain"), ["I like art.", "I sing."], "User1: Hi", corrected
-    )
+    prompt = render(load_template("plain"), ["I like art.", "I sing."], "User1: Hi", SETTINGS, persona_lines=True)
+    assert "- I like art.\n- I sing.\n" in prompt
 
 
 @given(st.lists(st.text(), min_size=1, max_size=5), st.text())
@@ -77,12 +75,12 @@ def test_chain_of_thought_asks_for_reasons_first():
 
 
 @pytest.mark.parametrize(
-    ("template", "budget", "tokens"),
-    [("plain", "as_released", 110), ("chain_of_thought", "as_released", 220),
-     ("plain", "corrected", 236), ("chain_of_thought", "corrected", 472)],
+    ("template", "fits_words", "tokens"),
+    [("plain", False, 110), ("chain_of_thought", False, 220),
+     ("plain", True, 236), ("chain_of_thought", True, 472)],
 )  # fmt: skip
-def test_token_budgets(template, budget, tokens):
-    assert token_budget(load_template(template), 110, budget) == tokens
+def test_token_budgets(template, fits_words, tokens):
+    assert token_budget(load_template(template), 110, fits_words=fits_words) == tokens
 
 
 def test_the_system_message_tells_the_limit():

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from persodpo.config import load_profile
 from persodpo.errors import PersodpoError
 from persodpo.method import METRICS, measure_scale, thresholds
-from persodpo.pairs import impute, rank, rate, scale_of
-from persodpo.settings import Scoring
+from persodpo.pairs import WORST_CASE, impute, rank, rate, scale_of
 
 PROFILE = load_profile("release")
 ROWS = pd.DataFrame({
@@ -26,12 +25,9 @@ ROWS = pd.DataFrame({
 })  # fmt: skip
 
 
-def scoring(*overrides: str) -> Scoring:
-    return load_profile("release", [f"scoring.{override}" for override in overrides]).scoring
-
-
-def rated(frame: pd.DataFrame, settings_: Scoring = PROFILE.scoring) -> pd.DataFrame:
-    return rate(frame, scale_of(frame, settings_), settings_)
+def rated(frame: pd.DataFrame, *overrides: str) -> pd.DataFrame:
+    profile = load_profile("release", overrides)
+    return rate(frame, scale_of(frame, profile.scoring), profile)
 
 
 def test_hand_computed_quality():
@@ -54,25 +50,25 @@ def test_mean_length_is_truncated_and_can_be_set():
 
 
 def test_compliance_never_falls_below_zero():
-    frame = rated(ROWS.assign(words=[0, 10, 20, 400]), scoring("target_words=50"))
+    frame = rated(ROWS.assign(words=[0, 10, 20, 400]), "scoring.target_words=50")
     assert frame["compliance"].tolist() == [0.0, 0.36, 0.64, 0.0]
 
 
 def test_format_bonus_comes_only_where_corrected():
-    frame = rated(ROWS, scoring("format_check=corrected"))
+    frame = rated(ROWS, "corrections=[A3]")
     assert frame["compliance"].tolist() == pytest.approx([0.36, 1.26, 1.26, 0.36])
 
 
 def test_corrected_coherence_is_left_out_and_its_weight_shared():
-    corrected = scoring("coherence=corrected")
+    corrected = "corrections=[A1]"
     frame = rated(ROWS, corrected)
     assert frame["quality"].equals(rated(ROWS.assign(coherence=[0.3, 0.1, 0.2, 0.0]), corrected)["quality"])
     assert frame["quality"][1] == pytest.approx((0.1 + 0.18 + 0.08 + 0.3072) / 0.86)
 
 
 def test_declared_ranges_do_not_depend_on_the_pool():
-    declared = scoring("normalisation=declared", "target_words=50")
-    whole, part = rated(ROWS, declared), rated(ROWS[1:3], declared)
+    declared = ("scoring.normalisation=declared", "scoring.target_words=50")
+    whole, part = rated(ROWS, *declared), rated(ROWS[1:3], *declared)
     assert whole["quality"][1:3].tolist() == part["quality"].tolist()
     assert whole["quality"][2] == pytest.approx(0.14 + 0.2 + 0.09 + 0.16 * 0.75 + 0.32 * 0.96)
 
@@ -127,17 +123,16 @@ def test_imputation_by_outcome():
     metrics = responses[["dialogue_id", "model"]].assign(
         parsed=["one two", None, None, "other"], **dict.fromkeys(METRICS, 0.7)
     )
-    worst = PROFILE.scoring.worst_case
-    pool = impute(responses, metrics, worst, unread=False)
-    assert pool["coherence"].fillna(-9).tolist() == [0.7, 0.0, -9, -9]
+    pool = impute(responses, metrics, unread=False)
+    assert pool["coherence"].fillna(-9).tolist() == [0.7, WORST_CASE["coherence"], -9, -9]
     assert pool["c_score"].fillna(-9).tolist() == [0.7, -1.0, -9, -9]
     assert pool["words"].tolist() == [2, 1, 0, 1]
     assert pool["one_object"].tolist() == [True, False, False, False]
-    assert impute(responses, metrics, worst, unread=True)["imputed"].tolist() == [False, True, True, False]
+    assert impute(responses, metrics, unread=True)["imputed"].tolist() == [False, True, True, False]
 
 
 def test_rank_gives_scores_scale_and_thresholds():
-    ranking = rank(ROWS, PROFILE.scoring, PROFILE.pairs)
+    ranking = rank(ROWS, PROFILE)
     quality = ranking.scores["quality"]
     assert (ranking.low, ranking.high) == (np.quantile(quality, 0.4), np.quantile(quality, 0.6))
     assert ranking.scale.responses == 4

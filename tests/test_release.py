@@ -132,10 +132,8 @@ def test_a_check_can_fail(release_run):
 
 def test_settings_named_by_findings_exist_and_act(release_run):
     table = release_run.read("audit/corrections").set_index("correction")
-    named = corrections.correction_settings()
+    named = corrections.mended_findings()
     assert set(table["settings"]) == {"", *named, " ".join(named)}
-    for setting in named:
-        assert with_overrides(load_profile("release"), [setting]) != load_profile("release")
     assert table.loc["as released", ["pairs", "shared_pairs", "jaccard"]].tolist() == [9_184, 9_184, 1.0]
     texts_only = {"A4", "A10"}
     for correction in set(table.index) - {"as released"} - texts_only:
@@ -144,15 +142,15 @@ def test_settings_named_by_findings_exist_and_act(release_run):
 
 
 def test_a_corrected_profile_is_audited_as_released(release_run):
-    corrected = with_overrides(release_run.profile, ["completions.reading=strict", "engine.ray_workers=1"])
+    corrected = with_overrides(release_run.profile, ["corrections=[A18]", "engine.ray_workers=1"])
     twin = as_released(corrected)
-    assert (twin.name, twin.completions.reading, twin.engine.ray_workers) == ("release-as-released", "as_released", 1)
+    assert (twin.name, twin.reading, twin.engine.ray_workers) == ("release-as-released", "as_released", 1)
     assert as_released(release_run.profile) is release_run.profile
 
 
 @pytest.mark.slow
 def test_corrected_pairs_keep_completions_as_generated(release_run, tmp_path):
-    changes = [f"paths.runs={tmp_path}", "pairs.serialisation=corrected", "pairs.sets=[perso]"]
+    changes = [f"paths.runs={tmp_path}", "corrections=[A4]", "pairs.sets=[perso]"]
     corrected = with_overrides(release_run.profile, changes)
     run_pairs(corrected)
     made = RunFolder(corrected).read("pairs/perso")

@@ -12,7 +12,6 @@ import pytest
 from persodpo import reproduce
 from persodpo.artifacts import PROJECT
 from persodpo.errors import PersodpoError
-from persodpo.release.corrections import correction_settings
 
 
 def write(path, *cells, tags=("parameters",)):
@@ -149,7 +148,7 @@ def test_notebooks_run_on_a_corrected_profile(release_run, tmp_path):
         f"paths.runs={tmp_path}",
         f"paths.figures={tmp_path}",
         "name=corrected",
-        *correction_settings(),
+        "corrections=all",
     ]
     chosen = [path for path in reproduce.notebook_files() if path.name[:2] in {"02", "03", "07"}]
     assert len(list(reproduce.reproduce(str(source), overrides, notebooks=chosen))) == 3

@@ -23,6 +23,7 @@ from persodpo.config import load_profile
 from persodpo.errors import PersodpoError
 from persodpo.imports import imported_modules
 from persodpo.method import METRICS
+from persodpo.pairs import WORST_CASE
 from persodpo.scoring.cache import ScoreCache, text_key
 from persodpo.scoring.coherence import write_input
 from persodpo.scoring.computed import computed_metrics
@@ -271,9 +272,8 @@ def test_the_stage_computes_imputes_and_ranks(computed_run):
     # "agree x" entails "agree good x" and "deny w0" contradicts it; contradiction comes first
     assert scores.loc[("d0", "m2"), "c_score"] == -1
     cut_off, unread = scores.loc[("d3", "m3")], scores.loc[("d1", "m3")]
-    worst = run.profile.scoring.worst_case
     assert cut_off["imputed"]
-    assert cut_off[list(METRICS)].to_dict() == worst.model_dump()
+    assert cut_off[list(METRICS)].to_dict() == WORST_CASE
     assert not unread["imputed"]
     assert np.isnan(unread["quality"])
     assert scores["quality"].notna().sum() == 11

@@ -11,9 +11,9 @@ from huggingface_hub import ModelCardData
 
 from persodpo.artifacts import RunFolder, read_json
 from persodpo.cards.text import CARD, PAPER, card, code, command, defects, origin, pair_sets, table, write_card
+from persodpo.config import ArmName
 from persodpo.errors import PersodpoError
 from persodpo.evaluation.exports import escape_markdown
-from persodpo.settings import ArmName
 from persodpo.training.arms import ARMS, arm_of
 
 ARM_RECORD = "arm.json"
@@ -157,7 +157,7 @@ def _weighting(weighting: str, training: Mapping[str, Any]) -> str:
 
 
 def _settings(settings: Mapping[str, Any]) -> str:
-    shown = {**settings["training"], "completions.reading": settings["reading"], "seed": settings["seed"]}
+    shown = {**settings["training"], "reading": settings["reading"], "seed": settings["seed"]}
     return table("Every setting of the training:", ("setting", "value"), ((k, str(v)) for k, v in shown.items()))
 
 

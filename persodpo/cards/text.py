@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub.repocard_data import CardData
 
 from persodpo.artifacts import RunFolder, read_text, write_atomically
+from persodpo.corrections import CORRECTIONS, Correction
 from persodpo.errors import PersodpoError
 from persodpo.evaluation.cells import TextTable
 from persodpo.evaluation.exports import escape_markdown, markdown
 from persodpo.release.audit import FINDINGS
-from persodpo.release.corrections import correction_settings
+from persodpo.release.corrections import mended_findings
 
 CARD = "README.md"
 PAPER = "[PersoDPO](https://arxiv.org/abs/2602.04493)"
-#: Values of a setting that keeps or mends what the authors did.
-_CHOICES = ("as_released", "corrected", "strict")
-#: Settings that a finding speaks of without naming them as what mends it.
-_ALSO = {"generation.token_budget": "A5", "scoring.compute.nli": "A10", "scoring.compute.words": "A10"}
 
 
 def write_card(path: Path, text: str) -> Path:
@@ -88,39 +84,25 @@ def pair_sets(run: RunFolder) -> list[str]:
     return sets
 
 
-def choices(run: RunFolder) -> dict[str, str]:
+def choices(run: RunFolder) -> dict[Correction, bool]:
     """Return every choice between keeping and mending what the authors did that shaped a run's pairs.
 
     Args:
         run: A run folder with pairs, scores and responses; their provenance says what they were made with.
 
     Returns:
-        Setting, as section.key -> ``as_released``, ``corrected`` or ``strict``. Settings that were not used are left out.
+        Correction -> whether it is on, in the order of the audit. Those that no table depends on are left out.
     """
-    pairs, scores, responses = (run.provenance(name)["settings"] for name in ("pairs/gate", "scores", "responses"))
-    used = {
-        "completions": {"reading": responses["reading"]},
-        "generation": responses.get("generation", {}),
-        "pairs": pairs["pairs"],
-        "prompts": pairs["prompts"],
-        "scoring": scores["scoring"],
-    }
-    return {name: value for name, value in _leaves(used) if value in _CHOICES}
-
-
-def _leaves(settings: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every value of nested settings under its dotted name."""
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{before}{key}.")
-        else:
-            yield before + key, value
+    tables = (run.provenance(name)["settings"]["corrections"] for name in ("pairs/gate", "scores", "responses"))
+    used = {name: bool(on) for table in tables for name, on in table.items()}
+    return {correction: used[correction] for correction in CORRECTIONS if correction in used}
 
 
 def choices_table(run: RunFolder) -> str:
     """Return the choices behind a run's pairs as a table, and the settings beside them."""
     settings = run.provenance("pairs/gate")["settings"]
-    shown = table("As released keeps what the authors did:", ("setting", "value"), choices(run).items())
+    rows = [(name, CORRECTIONS[name], "on" if on else "as released") for name, on in choices(run).items()]
+    shown = table("As released keeps what the authors did:", ("correction", "what it does", "here"), rows)
     template = "in a file of the user's" if "/" in settings["prompts"]["template"] else settings["prompts"]["template"]
     return (
         f"{shown}\nPrompts: template {escape_markdown(template)}, at most {settings['prompts']['max_words']} words. "
@@ -129,15 +111,14 @@ def choices_table(run: RunFolder) -> str:
 
 
 def defects(run: RunFolder) -> str:
-    """Return the audit's findings that hold for a run's pairs, one a line, with the setting that mends each.
+    """Return the audit's findings that hold for a run's pairs, one a line, with the correction that mends each.
 
-    The list may hold findings that no setting mends; it is never empty.
+    The list may hold findings that none mends; it is never empty.
     """
-    mends = {finding: setting for setting, ids in correction_settings().items() for finding in ids}
-    kept = _kept(run, mends)
+    kept = _kept(run)
     lines = [
         f"- **{finding.id}** {escape_markdown(finding.claim)}"
-        + (f" Mended by `{mends[finding.id].replace('=', ': ')}`." if finding.id in mends else "")
+        + (f" Mended by `{finding.setting}`." if finding.correction else "")
         for finding in FINDINGS
         if finding.id in kept
     ]
@@ -150,22 +131,17 @@ def defects(run: RunFolder) -> str:
     )
 
 
-def _kept(run: RunFolder, mends: Mapping[str, str]) -> set[str]:
+def _kept(run: RunFolder) -> set[str]:
     """Return the findings that hold for a run's pairs."""
-    found, settings = choices(run), run.provenance("scores")["settings"]["scoring"]
-    kept = set()
-    for finding, setting in mends.items():
-        name, _, mended = setting.partition("=")
-        if found.get(name) not in (None, mended):
-            kept.add(finding)
-    kept |= {finding for setting, finding in _ALSO.items() if found.get(setting) == "as_released"}
-    kept |= {"A20", "A21"}  # no setting mends these
+    mends, settings = mended_findings(), run.provenance("scores")["settings"]["scoring"]
+    kept = {"A20", "A21"}  # no correction mends these
+    for correction, on in choices(run).items():
+        if not on:
+            kept |= {correction.rstrip("abc"), *mends.get(correction, ())}
     if run.provenance("responses")["settings"].get("source") == "published":
         kept |= {"A5", "A9"}
     if settings["target_words"] is None:
         kept.add("A19")
-    if settings["source"] != "published":
-        kept.discard("A1")
     if run.provenance("responses")["settings"].get("source") == "csv":
         kept -= {"A12", "A20"}  # said of splits and of a trained model that are not here
     if "perso" not in run.provenance("pairs/gate")["settings"]["pairs"]["sets"]:

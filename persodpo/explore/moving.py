@@ -14,11 +14,10 @@ import polars as pl
 from numpy.typing import NDArray
 
 from persodpo import method
+from persodpo.config import Profile, Weights
 from persodpo.errors import PersodpoError
 from persodpo.gate import FEATURES, label_accuracy
 from persodpo.pairs import PairKeys, answers_of, effective_weights, pair_keys, prompt_table, scale_of
-from persodpo.scoring_settings import Weights
-from persodpo.settings import Profile
 
 Floats = NDArray[np.float64]
 Whole = NDArray[np.int64]
@@ -118,7 +117,7 @@ class Pool:
         Raises:
             PersodpoError: No response is scored, or a score is not finite.
         """
-        self._scoring, self._seed = profile.scoring, profile.seed
+        self._profile = profile
         self.own = Setting(
             profile.scoring.weights.model_dump(), profile.pairs.low_quantile, profile.pairs.high_quantile
         )
@@ -143,8 +142,9 @@ class Pool:
         return self._rated(weights)["quality"].to_numpy()
 
     def _rated(self, weights: Mapping[str, float]) -> pl.DataFrame:
-        scoring = self._scoring.model_copy(update={"weights": Weights(**weights)})
-        return self._scored.with_columns(method.quality(self._scale, effective_weights(scoring)).alias("quality"))
+        scoring = self._profile.scoring.model_copy(update={"weights": Weights(**weights)})
+        acting = effective_weights(self._profile.model_copy(update={"scoring": scoring}))
+        return self._scored.with_columns(method.quality(self._scale, acting).alias("quality"))
 
     def _pairs(self, setting: Setting) -> tuple[pl.DataFrame, tuple[float, float], pd.DataFrame, PairKeys]:
         """Return the rated responses, both thresholds, the pairs and their keys."""
@@ -182,6 +182,6 @@ class Pool:
             1.0 - len(keys & self._own_keys) / either if either else 0.0,
             label_accuracy(
                 pairs["length_chosen"].to_numpy(), pairs["length_rejected"].to_numpy(), pairs["dialogue_id"].to_numpy(),
-                self._seed,
+                self._profile.seed,
             ),
         )  # fmt: skip

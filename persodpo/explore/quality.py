@@ -10,12 +10,12 @@ import ipywidgets as widgets
 import pandas as pd
 
 from persodpo.artifacts import RunFolder
+from persodpo.config import Profile
 from persodpo.explore.moving import Outcome, Pool, Setting, moved
 from persodpo.explore.panel import Panel, labelled, or_sentence
 from persodpo.explore.quality_picture import QualityPicture
 from persodpo.method import SIGNALS
 from persodpo.plots.metrics import metric_label
-from persodpo.settings import Profile
 from persodpo.show import text_table
 
 _STEP = 0.01
@@ -88,7 +88,7 @@ class QualityPanel(Panel):
 
 def _highest(profile: Profile) -> float:
     """Return the highest quality that there can be: 1, and all the weight on compliance with its bonus."""
-    return 1.0 + (profile.scoring.format_bonus if profile.scoring.format_check == "corrected" else 0.0)
+    return 1.0 + (profile.scoring.format_bonus if profile.corrects("A3") else 0.0)
 
 
 def _numbers(now: Outcome, own: Outcome) -> pd.DataFrame:

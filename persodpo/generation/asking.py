@@ -10,13 +10,13 @@ from pathlib import Path
 import pandas as pd
 
 from persodpo.completions import read_completion
+from persodpo.config import AskedModel, Profile, ServedModel, TransformersModel
 from persodpo.errors import PersodpoError
 from persodpo.generation.engine import Job
 from persodpo.generation.requests import Backend, Message, Request, request_key
 from persodpo.generation.store import Store
 from persodpo.generation.summary import outcome_of
 from persodpo.prompts import answer_keys, load_system, load_template, render, template_digest, token_budget
-from persodpo.settings import AskedModel, Profile, ServedModel, TransformersModel
 from persodpo.tables import schema_of, with_none
 
 #: What leads a turn; a context of nothing else says nothing.
@@ -47,14 +47,15 @@ def job_for(dialogues: pd.DataFrame, settings: AskedModel, profile: Profile, bac
             f"Dialogue '{empty.iloc[0]}' has no context to answer ({len(empty)} such dialogues); leave it out of its file."
         )
     generation, digest = profile.generation, template_digest(template, system)
-    budget = token_budget(template, profile.prompts.max_words, generation.token_budget)
+    budget = token_budget(template, profile.prompts.max_words, fits_words=profile.corrects("A5"))
+    seed = profile.seed if generation.temperature else None
 
     def requests() -> Iterator[Request]:
         rows = zip(dialogues["dialogue_id"], dialogues["personas"], dialogues["context"], strict=True)
         for dialogue_id, personas, context in rows:
-            text = render(template, personas, context, profile.prompts)
+            text = render(template, personas, context, profile.prompts, persona_lines=profile.corrects("A10a"))
             prompt = text if settings.format == "raw" else as_messages(text, system)
-            yield Request(dialogue_id, prompt, budget, generation.temperature, generation.seed, digest)
+            yield Request(dialogue_id, prompt, budget, generation.temperature, seed, digest)
 
     return Job(requests(), backend, total=len(dialogues))
 
@@ -76,9 +77,6 @@ def backend_for(settings: AskedModel, profile: Profile, weights: str | Path, sto
 
     Returns:
         The backend; nothing is connected or loaded yet.
-
-    Raises:
-        PersodpoError: An address is none.
     """
     if isinstance(settings, TransformersModel):
         from persodpo.generation.local import TransformersBackend  # noqa: PLC0415 - each backend loads only what it needs
@@ -114,7 +112,7 @@ def stored_answers(store: Store, jobs: Iterable[tuple[Job, Sequence[str]]], prof
             if entry is None:
                 continue
             answer = asdict(entry.answer)
-            reading = profile.completions.reading
+            reading = profile.reading
             rows.append({
                 **answer, "dialogue_id": request.dialogue_id, "split": split, "model": job.backend.model,
                 "response": read_completion(entry.answer.completion, reading).response,

@@ -18,14 +18,14 @@ from typing import Any
 import openai
 from openai import AsyncOpenAI
 
+from persodpo.config import OpenAIModel
 from persodpo.generation.batches import Batch, Batches
 from persodpo.generation.budget import Purse
-from persodpo.generation.endpoint import api_key, check_address, client_for, highest_cost, request_body
+from persodpo.generation.endpoint import api_key, client_for, highest_cost, request_body
 from persodpo.generation.faults import LASTING, CallFault, Redactor, classify, read_reply
 from persodpo.generation.requests import Answer, AnswerRequest, Limits, ModelStopped, Request, request_key
 from persodpo.generation.store import Store
 from persodpo.generation.writing import in_thread
-from persodpo.settings import OpenAIModel
 
 #: A batch is made when no further request has come in for this many seconds.
 QUIET_SECONDS = 0.5
@@ -43,17 +43,13 @@ class OpenAIBatchBackend:
     """A backend (`persodpo.generation.requests.Backend`) that answers whole batches."""
 
     def __init__(self, settings: OpenAIModel, json_keys: tuple[str, ...], store: Store) -> None:
-        """Check the address; nothing is connected yet.
+        """Take the settings; nothing is connected yet.
 
         Args:
             settings: Of the endpoint.
             json_keys: Keys of the JSON object that the endpoint must hold the model to; empty: no such schema.
             store: Where batches under way are kept in mind.
-
-        Raises:
-            PersodpoError: The address is none, or holds a secret.
         """
-        check_address(settings)
         self.settings = settings
         self.json_keys = json_keys
         self.model = settings.model

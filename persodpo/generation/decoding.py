@@ -26,10 +26,10 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
+from persodpo.config import TransformersModel
 from persodpo.errors import PersodpoError
 from persodpo.generation.requests import Answer, ModelStopped, Request
 from persodpo.generation.stopping import ObjectEnd
-from persodpo.settings import TransformersModel
 from persodpo.training.policy import load_policy
 
 WARM_UP_TOKENS = 8

@@ -1,44 +1,21 @@
-"""One endpoint: its address, its key, and a request in the form in which it is sent and priced."""
+"""One endpoint: its key, its client, and a request in the form in which it is sent and priced."""
 
 from __future__ import annotations
 
 import os
 from typing import Any
-from urllib.parse import urlsplit
 
 import openai
 from openai import AsyncOpenAI
 
+from persodpo.config import OpenAIModel
 from persodpo.errors import PersodpoError
 from persodpo.generation.faults import CallFault
 from persodpo.generation.requests import Request
-from persodpo.settings import OpenAIModel
 
 CONNECT_SECONDS = 10.0
 #: Tokens that servers add around each message of a chat, at most.
 MESSAGE_TOKENS = 16
-
-
-def check_address(settings: OpenAIModel) -> None:
-    """Refuse an address that is none, or that a secret would be shown with.
-
-    Raises:
-        PersodpoError: Says how to write it; the address itself is not repeated.
-    """
-    if "@" in settings.base_url or "?" in settings.base_url:
-        raise PersodpoError(
-            f"base_url of model {settings.model} must hold no user name, password or query; put the key into an "
-            "environment variable and name it in api_key_env."
-        )
-    try:
-        parts = urlsplit(settings.base_url)
-        usable = parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable:
-        raise PersodpoError(
-            f"base_url of model {settings.model} is no address; write it like http://localhost:8000/v1."
-        )
 
 
 def api_key(settings: OpenAIModel) -> str | None:

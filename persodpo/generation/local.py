@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from persodpo.artifacts import sha256
+from persodpo.config import Prices, TransformersModel
 from persodpo.generation.budget import Purse
 from persodpo.generation.requests import Answer, AnswerRequest, Limits, Request
 from persodpo.generation.writing import in_thread
-from persodpo.settings import Prices, TransformersModel
 
 if TYPE_CHECKING:
     from persodpo.generation.decoding import Decoder

@@ -17,12 +17,12 @@ from dataclasses import replace
 import openai
 from openai import AsyncOpenAI
 
+from persodpo.config import OpenAIModel
 from persodpo.generation.budget import BudgetReached, Purse
-from persodpo.generation.endpoint import api_key, check_address, client_for, highest_cost, request_body
+from persodpo.generation.endpoint import api_key, client_for, highest_cost, request_body
 from persodpo.generation.faults import FAILURES_IN_A_ROW, LASTING, CallFault, Redactor, classify, read_reply
 from persodpo.generation.pacing import Pace
 from persodpo.generation.requests import Answer, AnswerRequest, Limits, ModelStopped, Request
-from persodpo.settings import OpenAIModel
 
 #: Attempts at an endpoint that has never answered; a wrong address is no matter for patience.
 FIRST_ATTEMPTS = 2
@@ -34,16 +34,12 @@ class OpenAIBackend:
     """A backend (`persodpo.generation.requests.Backend`) over the ``openai`` client."""
 
     def __init__(self, settings: OpenAIModel, json_keys: tuple[str, ...] = ()) -> None:
-        """Check the address; nothing is connected yet.
+        """Take the settings; nothing is connected yet.
 
         Args:
             settings: Of the endpoint.
             json_keys: Keys, all text, of the JSON object that the endpoint must hold the model to; empty: no such schema.
-
-        Raises:
-            PersodpoError: The address is none, or holds a secret.
         """
-        check_address(settings)
         self.settings = settings
         self.json_keys = json_keys
         self.model = settings.model

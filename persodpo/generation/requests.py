@@ -14,9 +14,9 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypedDict
 
+from persodpo.config import Prices
 from persodpo.errors import PersodpoError
 from persodpo.generation.budget import Purse
-from persodpo.settings import Prices
 
 #: Why a request was not answered. The first two lie with the prompt, the others with the call.
 FAILURES = (

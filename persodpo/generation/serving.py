@@ -19,12 +19,12 @@ from pathlib import Path
 
 import httpx
 
+from persodpo.config import OpenAIModel, Prices, ServedModel
 from persodpo.errors import PersodpoError
 from persodpo.generation.budget import Purse
 from persodpo.generation.local import folder_digest
 from persodpo.generation.openai_api import OpenAIBackend
 from persodpo.generation.requests import AnswerRequest, Limits
-from persodpo.settings import OpenAIModel, Prices, ServedModel
 
 HOST = "127.0.0.1"
 #: Pause between two looks at a server that is starting, seconds; and the longest wait for one that is told to end.

@@ -19,13 +19,13 @@ from pathlib import Path
 import pandas as pd
 
 from persodpo.artifacts import read_text, write_atomically, write_text
+from persodpo.config import Miniature, Prompts
 from persodpo.dialogues import focus_json
 from persodpo.errors import PersodpoError, make_folder
 from persodpo.miniature import phrases
 from persodpo.miniature.world import focus_world
 from persodpo.prompts import load_template, render
-from persodpo.settings import Miniature, Prompts, SmallPolicy
-from persodpo.training.policy import make_small_policy
+from persodpo.training.policy import SmallPolicy, make_small_policy
 
 BASE = "base"
 #: Numbers of the models' own dialogues start here, so that no run of reasonable size shares one with them.
@@ -34,6 +34,8 @@ FIRST = 1_000_000
 MIDDLING_FAILS, MIDDLING_FORGETS = 0.8, 0.5
 #: Where a cut answer ends, characters.
 LONGEST_CUT = 110
+#: Steps of each model's own finish, after the common warm-up.
+FINISH_STEPS = 80
 
 Example = tuple[str, str]
 
@@ -109,10 +111,10 @@ def make_model(name: str, folder: Path, miniature: Miniature, prompts: Prompts, 
     Args:
         name: ``base`` or a key of `FINISHES`.
         folder: Where to; each model gets a folder of its own name in it.
-        miniature: Size and seed of the models' own world, and steps of a finish.
+        miniature: Size of the models' own world.
         prompts: How dialogues become prompts. Persona sentences are given joined and on lines of their own in turns, so
             that the models read either.
-        size: Size of the models and their common warm-up.
+        size: Size of the models, their common warm-up, and the seed of all.
 
     Returns:
         The model's folder.
@@ -127,7 +129,7 @@ def make_model(name: str, folder: Path, miniature: Miniature, prompts: Prompts, 
     base = make_small_policy(lessons(BASE, folder), size, folder / BASE)
     if name == BASE:
         return base
-    finish = size.model_copy(update={"steps": miniature.finish_steps, "learning_rate": size.learning_rate / 3})
+    finish = size.model_copy(update={"steps": FINISH_STEPS, "learning_rate": size.learning_rate / 3})
     return make_small_policy(lessons(name, folder), finish, folder / name, start=base)
 
 
@@ -137,26 +139,31 @@ def _lessons(
 ) -> tuple[Example, ...]:
     """Return what a model learns from: all stages ask for it again and again."""
     habit = FINISHES[name] if name in FINISHES else _middling(random.Random(f"{seed} {name}"))  # noqa: S311 - no secret
-    texts, answers = _asked(folder, miniature, prompts, template)
+    texts, answers = _asked(folder, miniature, prompts, template, seed)
     return tuple((text, habit(answer)) for text, answer in zip(texts, answers, strict=True))
 
 
 @functools.lru_cache(maxsize=2)
-def _asked(folder: Path, miniature: Miniature, prompts: Prompts, template: str) -> tuple[list[str], list[str]]:
+def _asked(
+    folder: Path, miniature: Miniature, prompts: Prompts, template: str, seed: int
+) -> tuple[list[str], list[str]]:
     """Return the prompts, persona sentences joined and on lines in turns, and the right answers."""
-    table = own_dialogues(folder, miniature)
-    ways = [prompts.model_copy(update={"personas": way}) for way in ("as_released", "corrected")]
+    table = own_dialogues(folder, miniature, seed)
     rows = zip(table["personas"], table["context"], strict=True)
-    texts = [render(template, personas, context, ways[row % 2]) for row, (personas, context) in enumerate(rows)]
+    texts = [
+        render(template, personas, context, prompts, persona_lines=row % 2 == 1)
+        for row, (personas, context) in enumerate(rows)
+    ]
     return texts, table["reference"].tolist()
 
 
-def own_dialogues(folder: Path, miniature: Miniature) -> pd.DataFrame:
+def own_dialogues(folder: Path, miniature: Miniature, seed: int) -> pd.DataFrame:
     """Make the world that the models learn from, unless it is there already.
 
     Args:
         folder: Where its file goes.
-        miniature: Its size and seed.
+        miniature: Its size.
+        seed: Of the world.
 
     Returns:
         A dialogues table; none of its dialogues is in the run's own world.
@@ -166,7 +173,7 @@ def own_dialogues(folder: Path, miniature: Miniature) -> pd.DataFrame:
     """
     make_folder(folder)
     path = folder / "world.json"
-    text = _world(miniature.model_dialogues, miniature.seed)
+    text = _world(miniature.model_dialogues, seed)
     if read_text(path) != text:
         write_atomically(path, lambda temporary: write_text(temporary, text))
     return focus_json(path, "train")

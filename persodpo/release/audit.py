@@ -27,6 +27,6 @@ def findings_table(material: Material) -> pd.DataFrame:
         seen = finding.check(material)
         rows.append({
             "id": finding.id, "claim": finding.claim, "verdict": seen.verdict, "evidence": seen.text,
-            "consequence": finding.consequence, "setting": finding.setting or finding.mend,
+            "consequence": finding.consequence, "setting": finding.setting,
         })  # fmt: skip
     return pd.DataFrame(rows)

@@ -1,23 +1,23 @@
-"""Each correction by itself: how the thresholds and the perso pairs change when one setting is mended."""
+"""Each correction by itself: how the thresholds and the perso pairs change when one defect is mended."""
 
 from __future__ import annotations
 
 import pandas as pd
 
-from persodpo.config import with_overrides
+from persodpo.config import Profile
+from persodpo.corrections import Correction
 from persodpo.pairs import PairKeys, pair_keys, rebuild
 from persodpo.release.audit import FINDINGS
 from persodpo.release.findings.base import Material
 from persodpo.release.published import TRAIN_SETS, PublishedSet, published_metrics
-from persodpo.settings import Profile
 
 
-def correction_settings() -> dict[str, list[str]]:
-    """Return every setting that a finding names, with the findings it mends."""
-    named: dict[str, list[str]] = {}
+def mended_findings() -> dict[Correction, list[str]]:
+    """Return every correction that a finding names, with the findings it mends; arm ``corrected`` has all of them on."""
+    named: dict[Correction, list[str]] = {}
     for finding in FINDINGS:
-        if finding.setting:
-            named.setdefault(finding.setting, []).append(finding.id)
+        if finding.correction:
+            named.setdefault(finding.correction, []).append(finding.id)
     return named
 
 
@@ -28,20 +28,20 @@ def correction_effects(material: Material) -> pd.DataFrame:
         material: Published files and tables made ``as_released``.
 
     Returns:
-        Columns correction (finding ids), settings, low_threshold, high_threshold, responses (scored), pairs,
+        Columns correction (finding ids), settings (switched on), low_threshold, high_threshold, responses (scored), pairs,
         shared_pairs (same prompt, chosen and rejected model as a pair of the released set) and jaccard (shared pairs
         over all pairs of either set).
     """
     metrics = published_metrics(material.files, _sets(material.profile), material.tables["responses"])
-    variants: dict[str, list[str]] = {"as released": []}
-    variants |= {" ".join(ids): [setting] for setting, ids in correction_settings().items()}
-    variants["all"] = list(correction_settings())
+    variants: dict[str, list[Correction]] = {"as released": []}
+    variants |= {" ".join(ids): [correction] for correction, ids in mended_findings().items()}
+    variants["all"] = list(mended_findings())
     rows, released = [], None
-    for name, overrides in variants.items():
-        low, high, responses, keys = _rebuild(material, metrics, with_overrides(material.profile, overrides))
+    for name, switched in variants.items():
+        low, high, responses, keys = _rebuild(material, metrics, material.profile.with_corrections(*switched))
         released = keys if released is None else released
         rows.append({
-            "correction": name, "settings": " ".join(overrides), "low_threshold": low, "high_threshold": high,
+            "correction": name, "settings": " ".join(switched), "low_threshold": low, "high_threshold": high,
             "responses": responses, "pairs": len(keys), "shared_pairs": len(keys & released),
             "jaccard": len(keys & released) / len(keys | released),
         })  # fmt: skip

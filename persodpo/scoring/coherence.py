@@ -17,8 +17,7 @@ import numpy as np
 
 from persodpo.errors import PersodpoError
 from persodpo.scoring.checkpoints import Checkpoint
-from persodpo.scoring.scorers import Item, Scored
-from persodpo.settings import Correction
+from persodpo.scoring.scorers import Item, Scored, Way
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,7 +43,7 @@ class CoherenceScorer:
         checkpoint: Checkpoint,
         *,
         max_length: int = 1024,
-        truncation: Correction = "corrected",
+        truncation: Way = "corrected",
         batch_tokens: int = 8192,
     ) -> None:
         """Name the model; it is loaded when something is scored.
@@ -115,7 +114,7 @@ def encode(
     inputs: Sequence[Sequence[str]],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    truncation: Correction,
+    truncation: Way,
 ) -> tuple[list[dict[str, list[int]]], list[bool]]:
     """Write, tokenise and cut model inputs.
 

@@ -10,52 +10,54 @@ from pathlib import Path
 
 import pandas as pd
 
+from persodpo.config import Compute, Profile
+from persodpo.corrections import Correction
 from persodpo.errors import PersodpoError
 from persodpo.method import METRICS
 from persodpo.scoring.cache import ScoreCache
 from persodpo.scoring.engine import LOCAL, Asked, Backend, Tally, score_items
-from persodpo.scoring.scorers import Item, Scorer
-from persodpo.settings import Compute
+from persodpo.scoring.scorers import Item, Scorer, Way
 
 SMALL = "small"
 
 
-def make_scorer(name: str, settings: Compute, small: Mapping[str, str]) -> Scorer:
+def make_scorer(name: str, profile: Profile, small: Mapping[str, str]) -> Scorer:
     """Make one scorer; its model is loaded on first use.
 
     Args:
         name: One of the four metrics.
-        settings: Models and methods.
+        profile: Models, their settings and corrections.
         small: Metric -> folder or file of the small model, for those that the settings call ``small``.
 
     Returns:
         The scorer.
     """
+    settings = profile.scoring.compute
     model = getattr(settings.models, name)
     model = small[name] if model == SMALL else model
     if name == "persona_distance":
         from persodpo.scoring.persona_distance import persona_distance  # noqa: PLC0415 - scipy
 
-        return persona_distance(model, settings.words)
+        return persona_distance(model, _way(profile, "A10c"))
     from persodpo.scoring.checkpoints import Checkpoint  # noqa: PLC0415
 
     if name == "coherence":
         from persodpo.scoring.coherence import CoherenceScorer  # noqa: PLC0415
 
-        return CoherenceScorer(
-            Checkpoint(model), max_length=settings.coherence_tokens, truncation=settings.truncation,
-            batch_tokens=settings.batch_tokens,
-        )  # fmt: skip
+        return CoherenceScorer(Checkpoint(model), batch_tokens=settings.batch_tokens)
     from persodpo.scoring.nli import CScorer, UEScorer  # noqa: PLC0415
     from persodpo.scoring.nli_model import NliModel  # noqa: PLC0415
 
+    is_c = name == "c_score"
     classifier = NliModel(
-        Checkpoint(model), labels=settings.c_labels if name == "c_score" else settings.ue_labels,
+        Checkpoint(model), labels=settings.labels.get("c_score" if is_c else "ue_score"),
         max_length=settings.nli_tokens, batch_tokens=settings.batch_tokens,
     )  # fmt: skip
-    if name == "c_score":
-        return CScorer(classifier, settings.nli)
-    return UEScorer(classifier, settings.nli)
+    return (CScorer if is_c else UEScorer)(classifier, _way(profile, "A10b"))
+
+
+def _way(profile: Profile, correction: Correction) -> Way:
+    return "corrected" if profile.corrects(correction) else "as_released"
 
 
 def small_models(settings: Compute) -> tuple[str, ...]:

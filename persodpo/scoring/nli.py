@@ -14,8 +14,7 @@ import numpy as np
 
 from persodpo.dialogues import SPEAKERS
 from persodpo.scoring.nli_model import NliModel
-from persodpo.scoring.scorers import Item, Scored
-from persodpo.settings import Correction
+from persodpo.scoring.scorers import Item, Scored, Way
 
 
 class CScorer:
@@ -29,7 +28,7 @@ class CScorer:
 
     name = "c_score"
 
-    def __init__(self, model: NliModel, method: Correction = "corrected") -> None:
+    def __init__(self, model: NliModel, method: Way = "corrected") -> None:
         """Name the classifier and the method."""
         self.model, self.method = model, method
 
@@ -74,7 +73,7 @@ class UEScorer:
 
     name = "ue_score"
 
-    def __init__(self, model: NliModel, method: Correction = "corrected") -> None:
+    def __init__(self, model: NliModel, method: Way = "corrected") -> None:
         """Name the classifier and the method."""
         self.model, self.method = model, method
 
@@ -141,7 +140,7 @@ def last_user_turn(context: str) -> str:
     return own[-1].removeprefix(SPEAKERS[0]) if own else ""
 
 
-def _personas(item: Item, method: Correction) -> tuple[str, ...]:
+def _personas(item: Item, method: Way) -> tuple[str, ...]:
     """Return the persona as one text, joined without a space as released, or as sentences that say something."""
     if method == "as_released":
         return ("".join(item.personas),)

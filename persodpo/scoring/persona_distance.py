@@ -20,10 +20,9 @@ from scipy.sparse import csr_matrix
 
 from persodpo.artifacts import digest_of
 from persodpo.errors import PersodpoError
-from persodpo.scoring.scorers import Item, Scored
+from persodpo.scoring.scorers import Item, Scored, Way
 from persodpo.scoring.stop_words import STOP_WORDS
 from persodpo.scoring.word_vectors import WordVectors, load_word_vectors, vectors_sha256
-from persodpo.settings import Correction
 
 #: What `corrected` strips from both ends of a word: ASCII punctuation and the typographic marks that models write.
 PUNCTUATION = string.punctuation + "‘’“”–—…"
@@ -63,7 +62,7 @@ class Embedder(Protocol):
 class WordMeans:
     """A text's vector is the mean of its words' vectors, stop words left out."""
 
-    def __init__(self, path: Path, words: Correction = "as_released") -> None:
+    def __init__(self, path: Path, words: Way = "as_released") -> None:
         """Name a file of word vectors (`persodpo.scoring.word_vectors`) and how words are taken; it is read on first use."""
         self.path, self.words = path, words
 
@@ -135,7 +134,7 @@ def _numbered(rows: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
 class SentenceVectors:
     """A text's vector is that of a sentence-transformers model."""
 
-    def __init__(self, model: str, words: Correction = "as_released", batch_size: int = 64) -> None:
+    def __init__(self, model: str, words: Way = "as_released", batch_size: int = 64) -> None:
         """Name a folder or a model on the Hugging Face Hub; it is loaded on first use."""
         self.model_name, self.words, self.batch_size = model, words, batch_size
 
@@ -235,7 +234,7 @@ class PersonaDistance:
         return Scored(np.clip(values, -1.0, 1.0), truncated, notes)
 
 
-def persona_distance(model: str, words: Correction = "as_released") -> PersonaDistance:
+def persona_distance(model: str, words: Way = "as_released") -> PersonaDistance:
     """Return the scorer for a model.
 
     Args:

@@ -8,9 +8,12 @@ gives the numbers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
+
+#: How a scorer reads its texts: as the authors' does, or mended.
+Way = Literal["as_released", "corrected"]
 
 
 class Item(NamedTuple):

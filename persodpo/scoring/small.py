@@ -31,10 +31,43 @@ from persodpo.scoring.finetune_scorer import RECORD, finetune
 from persodpo.scoring.inference import Loaded, one_thread
 from persodpo.scoring.nli_data import Examples
 from persodpo.scoring.scorer_card import FineTuning, Report, card
-from persodpo.settings import SmallModel, SmallScorers
+from persodpo.scoring.small_models import SmallModel
 
 WEIGHTS, VECTORS = "model.safetensors", "vectors.bin"
 MINIMUM_DIALOGUES = 10
+
+
+@dataclass(frozen=True)
+class SmallVectors:
+    """Training of the small word vectors: dimensions, passes over the texts, and how often a word must stand in them."""
+
+    size: int = 64
+    epochs: int = 20
+    minimum_count: int = 2
+
+
+@dataclass(frozen=True)
+class SmallScorers:
+    """Sizes and training of the three.
+
+    Attributes:
+        coherence: The encoder-decoder model, which reads a reply under its own and under another dialogue.
+        nli: The classifier, which reads persona sentences said again, denied, or said of something else.
+        seed: Of weights, examples and their order.
+        vectors: The word vectors.
+        held_out: Share of the dialogues that accuracy is measured on.
+    """
+
+    coherence: SmallModel
+    nli: SmallModel
+    seed: int
+    vectors: SmallVectors = SmallVectors()
+    held_out: float = 0.1
+
+    @classmethod
+    def of(cls, examples: int, seed: int) -> SmallScorers:
+        """Return those of a run: the classifier learns from ``examples``, coherence from two fifths of them."""
+        return cls(SmallModel(96, examples * 2 // 5), SmallModel(64, examples), seed)
 
 
 @dataclass(frozen=True)
@@ -88,7 +121,7 @@ def make_small_scorers(
     for name in tqdm(makers, desc="small scorers", disable=silent, leave=False):
         section, needs, make = makers[name]
         basis = {
-            "scorer": name, "settings": section.model_dump(mode="json"), "held_out_share": settings.held_out,
+            "scorer": name, "settings": asdict(section), "held_out_share": settings.held_out,
             "seed": settings.seed, "texts": texts, "code": code_of(__name__, "persodpo.scoring"),
         }  # fmt: skip
         with one_thread():

@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,12 +29,34 @@ from transformers import (
 from persodpo.scoring.coherence import NO, YES, write_input
 from persodpo.scoring.nli_model import CLASSES
 from persodpo.scoring.small_examples import STANCES
-from persodpo.settings import SmallModel
 
 PAD, UNKNOWN, END = "<pad>", "<unk>", "</s>"
 #: Longest pair that the small classifier takes, tokens; above the 210 of the published method.
 NLI_ROOM = 256
 BERT_MARKS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+
+
+@dataclass(frozen=True)
+class SmallModel:
+    """Size and fine-tuning of a small scorer's transformer.
+
+    Attributes:
+        max_length: Longest input it learns from, tokens.
+        examples: How many it learns from.
+        vocabulary: Entries of its word pieces, 300 or more.
+        hidden_size: Width, a multiple of 4.
+        intermediate_size: Width of the feed-forward part.
+        batch_size: Examples of a step.
+        learning_rate: Highest; it rises, then falls in a straight line.
+    """
+
+    max_length: int
+    examples: int
+    vocabulary: int = 6000
+    hidden_size: int = 64
+    intermediate_size: int = 128
+    batch_size: int = 32
+    learning_rate: float = 2e-3
 
 
 def coherence_marks() -> tuple[str, str]:

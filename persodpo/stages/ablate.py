@@ -12,13 +12,11 @@ from pathlib import Path
 import pandas as pd
 
 from persodpo.artifacts import RunFolder, StageReport
-from persodpo.config import with_overrides
+from persodpo.config import Ablation, Profile, with_overrides
 from persodpo.evaluation.bootstrap import Resampling
 from persodpo.evaluation.observations import observe
 from persodpo.evaluation.statistics import estimates
-from persodpo.evaluation_settings import Ablation
 from persodpo.pairs import Variant, measured, pair_keys, rebuild
-from persodpo.settings import Profile
 from persodpo.stages.base import Reports, Targets, alone
 from persodpo.stages.heldout import answer_held_out, run_heldout, score_held_out
 from persodpo.stages.train import arm_folder, train_on
@@ -50,14 +48,14 @@ def label_of(ablation: Ablation) -> str:
     return "ablation-" + re.sub(r"[^a-z0-9]+", "-", ablation.name.lower()).strip("-")
 
 
-def overrides(ablation: Ablation, profile: Profile) -> list[str]:
-    """Return an ablation as settings; the weight of a signal that is left out is shared by the others."""
+def varied(profile: Profile, ablation: Ablation) -> Profile:
+    """Return a profile with an ablation's settings; the weight of a signal that is left out is shared by the others."""
     found = list(ablation.changes)
     if ablation.without is not None:
         weights = profile.scoring.weights.model_dump() | {ablation.without: 0.0}
         total = sum(weights.values())
         found += [f"scoring.weights.{signal}={weight / total!r}" for signal, weight in weights.items()]
-    return found
+    return with_overrides(profile.with_corrections(*ablation.corrections), found)
 
 
 def _variant(run: RunFolder, profile: Profile) -> Variant:
@@ -74,9 +72,13 @@ def _inputs(run: RunFolder) -> dict[str, Path]:
 def _train(run: RunFolder, ablation: Ablation, overwrite: bool) -> StageReport:
     """Train one ablation."""
     profile = run.profile
-    variant = with_overrides(profile, overrides(ablation, profile))
+    variant = varied(profile, ablation)
     seeded = variant.model_copy(update={"seed": profile.evaluation.seeds[0]})
-    basis = {"pairs": variant.pairs.model_dump(mode="json"), "scoring": variant.scoring.model_dump(mode="json")}
+    basis = {
+        "pairs": variant.pairs.model_dump(mode="json"),
+        "scoring": variant.scoring.model_dump(mode="json"),
+        "corrections": list(variant.corrections),
+    }
     return train_on(
         run, profile.evaluation.ablated, label_of(ablation), lambda: _variant(run, variant).pairs, inputs=_inputs(run),
         profile=seeded, overwrite=overwrite, basis=basis | {"prompts": variant.prompts.model_dump(mode="json")},
@@ -91,14 +93,14 @@ def _pairs(run: RunFolder, overwrite: bool) -> StageReport:
         own = pair_keys(_variant(run, profile).pairs)
         rows = []
         for ablation in profile.evaluation.ablations:
-            made = _variant(run, with_overrides(profile, overrides(ablation, profile)))
+            made = _variant(run, varied(profile, ablation))
             rows.append({
                 "ablation": ablation.name, "pairs": len(made.pairs), "prompts": made.pairs["dialogue_id"].nunique(),
                 "shared_pairs": len(own & pair_keys(made.pairs)), "low": made.ranking.low, "high": made.ranking.high,
             })  # fmt: skip
         write_table(targets[table], table, pd.DataFrame(rows))
 
-    settings = profile.model_dump(mode="json", include={"prompts", "completions", "scoring", "pairs", "evaluation"})
+    settings = profile.model_dump(mode="json", include={"corrections", "prompts", "scoring", "pairs", "evaluation"})
     return run.stage(
         "pairs of ablations", inputs=_inputs(run), settings=settings, outputs=[table], code=__name__,
         build=build, overwrite=overwrite,

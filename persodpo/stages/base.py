@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar, cast
 
 from persodpo.artifacts import RELEASE_VARIABLE, RunFolder, StageReport
+from persodpo.config import Profile
 from persodpo.errors import PersodpoError
 from persodpo.release.fetch import fetch_release, release_files
-from persodpo.settings import Profile
 
 Reports = list[StageReport]
 Targets = Mapping[str, Path]

@@ -10,10 +10,10 @@ import pandas as pd
 import persodpo.dialogues
 import persodpo.own_data
 from persodpo.artifacts import PROJECT, RunFolder
+from persodpo.config import Profile
 from persodpo.errors import PersodpoError
 from persodpo.miniature.world import write_world
 from persodpo.release import published
-from persodpo.settings import Profile
 from persodpo.stages.base import Reports, Targets, alone, published_files
 from persodpo.tables import write_table
 
@@ -39,7 +39,7 @@ def run_dialogues(profile: Profile, overwrite: bool = False) -> Reports:
             else:
                 drawn: dict[str, Any] = {
                     "size": settings.train_size,
-                    "seed": settings.sample_seed,
+                    "seed": profile.seed,
                     "max_reference_words": settings.max_reference_words,
                 }
                 frames.append(persodpo.dialogues.focus_json(path, split, **(drawn if split == "train" else {})))
@@ -48,7 +48,7 @@ def run_dialogues(profile: Profile, overwrite: bool = False) -> Reports:
     report = run.stage(
         "dialogues",
         inputs=inputs,
-        settings=settings.model_dump(mode="json"),
+        settings=settings.model_dump(mode="json") | ({"seed": profile.seed} if settings.source == "focus_json" else {}),
         outputs=["dialogues"],
         code=__name__,
         build=build,
@@ -62,7 +62,7 @@ def _dialogue_files(run: RunFolder) -> dict[str, Path]:
     settings = run.profile.dialogues
     if settings.source == "miniature":
         world = run.profile.miniature
-        paths = write_world(run.root / "world", world.train, world.valid, world.seed)
+        paths = write_world(run.root / "world", world.train, world.valid, run.profile.seed)
         return dict(zip(("train", "valid"), paths, strict=True))
     if settings.source == "focus_json":
         given = {"train": settings.train_file, "valid": settings.valid_file}

@@ -14,6 +14,7 @@ import persodpo.completions
 import persodpo.generation.asking
 import persodpo.own_data
 from persodpo.artifacts import PROJECT, RunFolder, StageReport
+from persodpo.config import AskedModel, Profile, ServedModel, TransformersModel
 from persodpo.errors import PersodpoError
 from persodpo.generation.asking import backend_for, job_for, stored_answers
 from persodpo.generation.engine import Job, generate_all
@@ -21,7 +22,6 @@ from persodpo.generation.forecast import Forecast, forecast
 from persodpo.generation.store import Store
 from persodpo.generation.summary import Summary
 from persodpo.release import published
-from persodpo.settings import AskedModel, Profile, ServedModel, TransformersModel
 from persodpo.stages.base import Reports, Targets, alone, published_files
 from persodpo.stages.dialogues import run_dialogues
 from persodpo.tables import write_table
@@ -86,13 +86,13 @@ def _own(profile: Profile, path: Path, overwrite: bool) -> Reports:
     run = RunFolder(profile)
 
     def build(targets: Targets) -> None:
-        frame = persodpo.own_data.read_responses(path, run.read("dialogues"), profile.completions)
+        frame = persodpo.own_data.read_responses(path, run.read("dialogues"), profile.reading)
         write_table(targets["responses"], "responses", frame)
 
     report = run.stage(
         "generate",
         inputs={"dialogues": run.path("dialogues"), "csv": path},
-        settings={"source": "csv", "reading": profile.completions.reading},
+        settings={"source": "csv", "corrections": profile.switches("A18")},
         outputs=["responses"],
         code=__name__,
         build=build,
@@ -129,7 +129,7 @@ def _published(profile: Profile, overwrite: bool) -> Reports:
     def build(targets: Targets) -> None:
         dialogues = run.read("dialogues")
         for table, sets in tables.items():
-            frame = published.published_responses(files, sets, dialogues, profile.completions.reading)
+            frame = published.published_responses(files, sets, dialogues, profile.reading)
             write_table(targets[table], table, frame)
 
     report = run.stage(
@@ -139,7 +139,7 @@ def _published(profile: Profile, overwrite: bool) -> Reports:
         settings={
             "source": "published",
             "models": list(profile.generation.models),
-            "reading": profile.completions.reading,
+            "corrections": profile.switches("A18"),
         },
         outputs=list(tables),
         code=__name__,
@@ -261,7 +261,7 @@ def _ask(run: RunFolder, scope: Scope, *, retry_failed: bool, progress: bool) ->
             budget_usd=profile.generation.budget_usd,
             retry_failed=retry_failed,
             progress=progress,
-            reading=profile.completions.reading,
+            reading=profile.reading,
         )
 
 
@@ -331,7 +331,11 @@ def write_answers(run: RunFolder, name: str, frame: pd.DataFrame, *, overwrite: 
         return run.stage(
             name,
             inputs={"dialogues": run.path("dialogues")},
-            settings={"generation": generation, "answers": content, "reading": run.profile.completions.reading},
+            settings={
+                "generation": generation,
+                "answers": content,
+                "corrections": run.profile.switches("A5", "A10a", "A18"),
+            },
             outputs=[name],
             code=__name__,
             build=lambda targets: write_table(targets[name], name, frame),

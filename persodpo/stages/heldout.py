@@ -12,13 +12,13 @@ import pandas as pd
 
 from persodpo import pairs
 from persodpo.artifacts import RunFolder, StageReport
+from persodpo.config import Profile, TransformersModel
 from persodpo.errors import PersodpoError
 from persodpo.generation.asking import backend_for, job_for, stored_answers
 from persodpo.generation.engine import Job, generate_all
 from persodpo.generation.store import Store
 from persodpo.scoring import computed
 from persodpo.scoring.cache import ScoreCache
-from persodpo.settings import Profile, TransformersModel
 from persodpo.stages import score
 from persodpo.stages.base import Reports, Targets
 from persodpo.stages.generate import check_finished, write_answers
@@ -29,6 +29,8 @@ from persodpo.training.arms import label_of
 
 #: Name of the policy that all arms start from, among the arms.
 BASE = "base"
+#: Prompts that an arm answers together where no response time is taken; the decoder halves it where memory runs out.
+BATCH_SIZE = 32
 
 
 def run_heldout(profile: Profile, overwrite: bool = False) -> Reports:
@@ -86,7 +88,7 @@ def answer_held_out(
         raise PersodpoError("There are no held-out dialogues to answer; give the profile a valid split.")
     with Store(run.answers) as store:
         jobs = list(_jobs(run, dialogues, models, timed, store))
-        summaries = generate_all([job for job, _ in jobs], store, reading=profile.completions.reading)
+        summaries = generate_all([job for job, _ in jobs], store, reading=profile.reading)
         check_finished(summaries, profile, "evaluate")
         frame = stored_answers(store, list(_jobs(run, dialogues, models, timed, store)), profile)
     # Answers of many at a time have no response time of their own.
@@ -103,7 +105,7 @@ def _jobs(
         for mode, part in (("latency", dialogues.iloc[:first]), ("throughput", dialogues.iloc[first:])):
             if part.empty:
                 continue
-            entry = _entry(model, weights, mode, run.profile.evaluation.batch_size)
+            entry = _entry(model, weights, mode, BATCH_SIZE)
             yield (
                 job_for(part, entry, run.profile, backend_for(entry, run.profile, weights, store)),
                 part["split"].tolist(),
@@ -135,9 +137,9 @@ def score_held_out(run: RunFolder, answers: str, table: str, *, overwrite: bool 
         responses, ranked = run.read(answers), run.read("scores")
         with ScoreCache(score.score_cache(run)) as cache, score.backend_of(profile, small) as backend:
             metrics, _, _ = computed.computed_metrics(responses, run.read("dialogues"), scorers, cache, backend=backend)
-        values = pairs.impute(responses, metrics, profile.scoring.worst_case, unread=True)
+        values = pairs.impute(responses, metrics, unread=True)
         scale = pairs.scale_of(ranked, profile.scoring)
-        write_table(targets[table], table, pairs.rate(values, scale, profile.scoring))
+        write_table(targets[table], table, pairs.rate(values, scale, profile))
 
     return run.stage(
         f"score {answers}",

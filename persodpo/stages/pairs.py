@@ -13,9 +13,9 @@ import persodpo.method
 import persodpo.pairs
 import persodpo.prompts
 from persodpo.artifacts import RunFolder
+from persodpo.config import Profile
 from persodpo.errors import PersodpoError
 from persodpo.release import published
-from persodpo.settings import Profile
 from persodpo.stages import score
 from persodpo.stages.base import Reports, Targets, alone, published_files
 from persodpo.stages.cards import run_dataset_card
@@ -99,6 +99,7 @@ def run_pairs(profile: Profile, overwrite: bool = False) -> Reports:
         settings={
             "pairs": profile.pairs.model_dump(mode="json"),
             "prompts": profile.prompts.model_dump(mode="json"),
+            "corrections": profile.switches("A4", "A10a", "A12"),
             "template": persodpo.prompts.load_template(profile.prompts.template),
             "seed": profile.seed,
         },

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import persodpo.pairs
 from persodpo.artifacts import RunFolder
+from persodpo.config import Profile
+
+if TYPE_CHECKING:
+    from persodpo.training.policy import SmallPolicy
 
 #: What names of miniature models start with, wherever weights are named.
 PREFIX = "miniature/"
@@ -26,7 +31,14 @@ def start_policy(run: RunFolder) -> str | Path:
     parsed = responses[responses["outcome"].eq("ok")].merge(prompts, on="dialogue_id")
     texts = [json.dumps({"response": text}, ensure_ascii=False) for text in parsed["response"]]
     examples = list(zip(parsed["prompt"], texts, strict=True))
-    return make_small_policy(examples, run.profile.policy.small, policy_folder(run))
+    return make_small_policy(examples, small_policy(run.profile), policy_folder(run))
+
+
+def small_policy(profile: Profile) -> SmallPolicy:
+    """Return size and warm-up of the small policy and of the miniature models."""
+    from persodpo.training.policy import SmallPolicy  # noqa: PLC0415 - torch is slow to load
+
+    return SmallPolicy(**profile.policy.small.model_dump(), seed=profile.seed)
 
 
 def miniature_model(run: RunFolder, name: str) -> Path:
@@ -39,7 +51,7 @@ def miniature_model(run: RunFolder, name: str) -> Path:
 
     profile = run.profile
     return make_model(
-        name.removeprefix(PREFIX), miniature_folder(run), profile.miniature, profile.prompts, profile.policy.small
+        name.removeprefix(PREFIX), miniature_folder(run), profile.miniature, profile.prompts, small_policy(profile)
     )
 
 

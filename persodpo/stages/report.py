@@ -9,7 +9,7 @@ import persodpo.evaluation.results
 import persodpo.evaluation.significance
 import persodpo.evaluation.statistics
 from persodpo.artifacts import RunFolder, StageReport
-from persodpo.config import load_profile
+from persodpo.config import Profile, load_profile
 from persodpo.evaluation.bootstrap import Resampling
 from persodpo.evaluation.cells import comparison_table, results_table
 from persodpo.evaluation.comparisons import compare
@@ -19,7 +19,6 @@ from persodpo.evaluation.statistics import estimates
 from persodpo.figures import FigureReport, save_figures
 from persodpo.release import audit, corrections, parity, published
 from persodpo.release.findings.base import Material
-from persodpo.settings import Profile
 from persodpo.stages.ablate import run_ablate
 from persodpo.stages.base import Reports, Targets, alone, published_files
 from persodpo.stages.heldout import arms_of, run_heldout

@@ -13,11 +13,11 @@ import pandas as pd
 import persodpo.method
 from persodpo import pairs
 from persodpo.artifacts import RunFolder, StageReport
+from persodpo.config import Profile
 from persodpo.scoring import computed, engine, extras, probes
 from persodpo.scoring.cache import ScoreCache
 from persodpo.scoring.engine import Backend
 from persodpo.scoring.scorers import Scorer
-from persodpo.settings import Profile
 from persodpo.stages.base import Targets
 from persodpo.tables import write_table
 
@@ -38,8 +38,10 @@ def score_settings(profile: Profile) -> dict[str, object]:
     kept = profile.scoring.model_dump(
         mode="json", exclude=set() if profile.scoring.source == "compute" else {"compute"}
     )
+    concerned = ("A1", "A3") if profile.scoring.source == "published" else ("A3", "A10b", "A10c")
     return {
         "scoring": kept,
+        "corrections": profile.switches(*concerned),
         "quantiles": [profile.pairs.low_quantile, profile.pairs.high_quantile],
         "models": list(profile.generation.models),
     }
@@ -56,15 +58,11 @@ def write_scores(
         responses: Responses tables, by the name of their scores table.
         metrics: Metric values of parsed responses, by the same names.
     """
-    settings = profile.scoring
-    values = {
-        table: pairs.impute(responses[table], metrics[table], settings.worst_case, unread=table != "scores")
-        for table in responses
-    }
-    ranking = pairs.rank(values["scores"], settings, profile.pairs)
+    values = {table: pairs.impute(responses[table], metrics[table], unread=table != "scores") for table in responses}
+    ranking = pairs.rank(values["scores"], profile)
     write_table(targets["scores"], "scores", ranking.scores)
     for table in [table for table in responses if table != "scores"]:
-        write_table(targets[table], table, pairs.rate(values[table], ranking.scale, settings))
+        write_table(targets[table], table, pairs.rate(values[table], ranking.scale, profile))
     scale = ranking.scale
     named = {
         "low": ranking.low, "high": ranking.high, "target_words": scale.target_words, "mean_words": scale.mean_words,
@@ -134,7 +132,7 @@ def run_computed(profile: Profile, overwrite: bool = False) -> StageReport:
 
 def _warnings(profile: Profile, found: Sequence[probes.Verdict]) -> list[str]:
     accepted = profile.scoring.compute.accept_failed_probes
-    return probes.admit(found, pairs.effective_weights(profile.scoring), accepted)
+    return probes.admit(found, pairs.effective_weights(profile), accepted)
 
 
 def profile_scorers(profile: Profile) -> list[Scorer]:
@@ -143,7 +141,7 @@ def profile_scorers(profile: Profile) -> list[Scorer]:
 
 
 def _scorers(profile: Profile, small: Mapping[str, str]) -> list[Scorer]:
-    return [computed.make_scorer(metric, profile.scoring.compute, small) for metric in persodpo.method.METRICS]
+    return [computed.make_scorer(metric, profile, small) for metric in persodpo.method.METRICS]
 
 
 def score_cache(run: RunFolder) -> Path:
@@ -159,15 +157,16 @@ def small_scorers(run: RunFolder) -> dict[str, str]:
     wanted = computed.small_models(run.profile.scoring.compute)
     if not wanted:
         return {}
-    from persodpo.scoring.small import make_small_scorers  # noqa: PLC0415 - torch is slow to load
+    from persodpo.scoring.small import SmallScorers, make_small_scorers  # noqa: PLC0415 - torch is slow to load
 
     dialogues = run.read("dialogues")
     if run.profile.dialogues.source == "miniature":
         from persodpo.miniature.models import own_dialogues  # noqa: PLC0415 - the same
         from persodpo.stages.policy import miniature_folder  # noqa: PLC0415
 
-        dialogues = own_dialogues(miniature_folder(run), run.profile.miniature)
-    made = make_small_scorers(dialogues, run.root.with_name(SMALL), run.profile.scoring.compute.small)
+        dialogues = own_dialogues(miniature_folder(run), run.profile.miniature, run.profile.seed)
+    settings = SmallScorers.of(run.profile.scoring.compute.small_examples, run.profile.seed)
+    made = make_small_scorers(dialogues, run.root.with_name(SMALL), settings)
     places = {"coherence": made.coherence, "c_score": made.nli, "ue_score": made.nli, "persona_distance": made.vectors}
     return {metric: str(places[metric]) for metric in wanted}
 
@@ -184,7 +183,7 @@ def backend_of(profile: Profile, small: Mapping[str, str]) -> Iterator[Backend]:
         return
     from persodpo.scoring.ray_engine import RayBackend  # noqa: PLC0415 - optional
 
-    make = partial(computed.make_scorer, settings=profile.scoring.compute, small=small)
+    make = partial(computed.make_scorer, profile=profile, small=small)
     with RayBackend(make, profile.engine.ray_workers) as backend:
         yield backend
 

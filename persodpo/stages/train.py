@@ -9,10 +9,9 @@ from pathlib import Path
 import pandas as pd
 
 from persodpo.artifacts import RunFolder, StageReport, digest_of, sha256
-from persodpo.config import with_overrides
+from persodpo.config import ArmName, Profile, with_overrides
 from persodpo.errors import PersodpoError
 from persodpo.release import corrections
-from persodpo.settings import ArmName, Profile
 from persodpo.stages.base import Reports, Targets, alone
 from persodpo.stages.cards import run_model_card
 from persodpo.stages.pairs import run_pairs
@@ -44,8 +43,8 @@ def run_train(
     for arm in chosen:
         source = run
         if ARMS[arm].corrected:
-            settings = [*corrections.correction_settings(), f"name={profile.name}-corrected"]
-            source = RunFolder(with_overrides(profile, settings))
+            mended = profile.with_corrections(*corrections.mended_findings())
+            source = RunFolder(with_overrides(mended, [f"name={profile.name}-corrected"]))
             reports += run_pairs(source.profile)
         for seed in seeds or profile.evaluation.seeds[:1]:
             reports.append(_train(run, source, arm, seed, overwrite))
@@ -103,7 +102,7 @@ def train_on(
         "arm": asdict(ARMS[arm]),
         "policy": profile.policy.model,
         "training": profile.training.model_dump(mode="json", exclude={"arms", "report_to"}),
-        "reading": profile.completions.reading,
+        "reading": profile.reading,
         "seed": profile.seed,
         **(basis or {}),
     }

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from persodpo.config import ArmName
 from persodpo.errors import PersodpoError
-from persodpo.settings import ArmName
 
 #: Column of the log table -> name in the trainer's log history, with ``eval_`` before it for evaluations.
 LOG_COLUMNS = {

@@ -15,10 +15,11 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from peft import PeftModel
+from pydantic import model_validator
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
@@ -35,10 +36,11 @@ from transformers.utils.logging import disable_progress_bar
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from persodpo.artifacts import sha256
+from persodpo.config import PolicySize
 from persodpo.errors import PersodpoError
 from persodpo.folders import made_once
 from persodpo.imports import code_of
-from persodpo.settings import SmallPolicy
+from persodpo.profile_text import Count, Positive, Seed
 from persodpo.training.forward import response_log_probs
 from persodpo.training.groups import micro_batches
 from persodpo.training.packing import Group, pack
@@ -49,6 +51,30 @@ END, PAD = "<|endoftext|>", "<|pad|>"
 MINIMUM_EXAMPLES = 8
 #: Share of the steps over which the learning rate rises, and over which the last loss is averaged.
 RAMP = 0.1
+
+
+class SmallPolicy(PolicySize):
+    """Size and warm-up of the small policy: a profile's, and what is the same for every run.
+
+    Attributes:
+        layers: Decoder layers.
+        heads: Attention heads.
+        key_value_heads: Of which share keys and values.
+        learning_rate: Of the warm-up, at its highest.
+        seed: Of weights and batches.
+    """
+
+    layers: Count = 2
+    heads: Count = 2
+    key_value_heads: Count = 1
+    learning_rate: Positive = 3e-3
+    seed: Seed
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        if self.hidden_size % (2 * self.heads) or self.heads % self.key_value_heads:
+            raise ValueError("hidden_size must be an even multiple of heads, and heads a multiple of key_value_heads")
+        return self
 
 
 def make_small_policy(

@@ -24,8 +24,8 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.utils.import_utils import is_in_notebook
 
 from persodpo.artifacts import read_json, sha256, write_json
+from persodpo.config import ArmName, Profile
 from persodpo.errors import disk_errors, make_folder
-from persodpo.settings import ArmName, Profile
 from persodpo.training.arms import ARMS, log_table, split_prompts
 from persodpo.training.guard import Verdict
 from persodpo.training.health import Health, HealthSettings
@@ -92,7 +92,7 @@ def train_arm(
     health = Health(
         held_out["prompt"].unique().tolist(),
         HealthSettings(
-            settings.health_prompts, settings.health_tokens, profile.completions.reading,
+            settings.health_prompts, settings.health_tokens, profile.reading,
             stop=settings.stop_when_collapsed,
         ),
     )  # fmt: skip

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from persodpo.config import Profile
+from persodpo.corrections import Correction
 from persodpo.release.published import SETS, PublishedSet, read_set
-from persodpo.settings import Profile
 
 CONFIRMED, PARTLY, REFUTED = "confirmed", "partly", "refuted"
 
@@ -76,8 +77,8 @@ class Finding:
         id: A1, A2, ...
         claim: What is claimed.
         consequence: What it means for the method or the paper.
-        setting: The profile setting that mends it, as section.key=value; empty if no setting can.
-        mend: Where there is no setting, what mends it.
+        correction: The entry of ``corrections`` in a profile that mends it; None if there is none.
+        mend: Where there is none, what mends it.
         check: Recomputes the claim from the published files.
     """
 
@@ -85,5 +86,10 @@ class Finding:
     claim: str
     consequence: str
     check: Callable[[Material], Evidence]
-    setting: str = ""
+    correction: Correction | None = None
     mend: str = ""
+
+    @property
+    def setting(self) -> str:
+        """The setting that mends it, else what does."""
+        return f"corrections: [{self.correction}]" if self.correction else self.mend

@@ -80,14 +80,14 @@ FINDINGS = [
         "All failed responses land below the low threshold and are written again as valid JSON.",
         'Perso pairs teach "complete beats cut off", never "valid JSON beats broken JSON".',
         check_failures_rejected,
-        setting="pairs.serialisation=corrected",
+        correction="A4",
     ),
     Finding(
         "A12",
         "Train and valid prompts overlap a little.",
         "A few held-out prompts were seen in training.",
         check_split_overlap,
-        setting="pairs.split_overlap=corrected",
+        correction="A12",
     ),
     Finding(
         "A20",
