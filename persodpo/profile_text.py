@@ -214,7 +214,7 @@ def resolve(model: type[Model], settings: dict[str, Any], overrides: Sequence[st
         _refuse_secrets(settings)
         return model.model_validate(settings)
     except ValidationError as error:
-        raise PersodpoError(f"{_explain(error, model)}.") from None
+        raise PersodpoError(_explain(error, model)) from None
     except RecursionError:
         raise PersodpoError("The settings are nested too deeply; `persodpo profile` shows their form.") from None
 
@@ -229,7 +229,8 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
             near = difflib.get_close_matches(re.sub(r"\.\d+", "", path), dict(fields_of(model)), n=1)
             message += f"; did you mean {near[0]}?" if near else "; `persodpo profile` prints all settings"
         sentences.append(f"{path or 'settings'}: {message}")
-    return "; ".join(sentences)
+    text = "; ".join(sentences)
+    return text if text.endswith("?") else f"{text}."
 
 
 #: What keys of services look like, and addresses with a password or a key in them.

@@ -260,8 +260,11 @@ def test_the_key_is_in_no_file_and_no_output(server: Server, tmp_path: Path) -> 
         (["--models", "api", "--set", "prompts.system=/nonexistent"], "neither a shipped one"),
         (["--set", "generation.models=[nobody]"], "'nobody' has no entry in backends; there are api"),
         (["--set", "generation.backends=[{model: x, kind: carrier}]"], "'carrier'"),
-        (["--set", "generation.backends=[{model: x, kind: openai, base_ur: y}]"], "base_url is missing"),
-        (["--set", "generation.backends=[{model: x, kind: openai, base_url: y, concurency: 3}]"], "'concurrency'"),
+        (["--set", "generation.backends=[{model: x, kind: openai, base_ur: y}]"], "base_url: Field required"),
+        (
+            ["--set", "generation.backends=[{model: x, kind: openai, base_url: y, concurency: 3}]"],
+            "did you mean generation.backends.openai.concurrency?",
+        ),
         (["--models", "api", "--limit", "0"], "greater than or equal to 1"),
     ],
 )
