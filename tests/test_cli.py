@@ -42,7 +42,7 @@ def test_profile_shows_what_overrides_resolve_to():
     ("arguments", "words"),
     [
         (["pairs", "--set", "pairs.high_quantile=1.5"], "pairs.high_quantile: Input should be less than or equal to 1"),
-        (["pairs", "--profile", "nonesuch"], "Profile 'nonesuch' is neither a shipped profile"),
+        (["pairs", "--profile", "nonesuch"], "nonesuch"),
         (["fetch", "weights"], "Nothing called 'weights' can be fetched"),
         (["fetch", "release", "--source", "/nonexistent/folder"], "/nonexistent/folder"),
         (["score", "-p", "release", "--set", "generation.models=[gpt-9]"], "gpt-9"),

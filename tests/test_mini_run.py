@@ -33,8 +33,7 @@ SMALL = {
 }  # fmt: skip
 
 TINIER = {
-    "generation.models": "[good, cut]", "miniature.finish_steps": 40,
-    "scoring.compute.small.coherence.examples": 200, "scoring.compute.small.nli.examples": 400,
+    "generation.models": "[good, cut]", "scoring.compute.small_examples": 400,
     "scoring.compute.accept_failed_probes": "[coherence, c_score, ue_score, persona_distance]",
     "training.arms": "[perso]", "evaluation.seeds": "[44]", "training.health_tokens": 8, "miniature.valid": 8,
     "evaluation.pairs": "[[perso, base]]",

@@ -17,7 +17,7 @@ from persodpo import method
 from persodpo.config import Profile, Weights
 from persodpo.errors import PersodpoError
 from persodpo.gate import FEATURES, label_accuracy
-from persodpo.pairs import PairKeys, answers_of, effective_weights, pair_keys, prompt_table, scale_of
+from persodpo.pairs import PairKeys, answers_of, effective_weights, prompt_table, scale_of
 
 Floats = NDArray[np.float64]
 Whole = NDArray[np.int64]
@@ -146,14 +146,13 @@ class Pool:
         acting = effective_weights(self._profile.model_copy(update={"scoring": scoring}))
         return self._scored.with_columns(method.quality(self._scale, acting).alias("quality"))
 
-    def _pairs(self, setting: Setting) -> tuple[pl.DataFrame, tuple[float, float], pd.DataFrame, PairKeys]:
+    def _pairs(self, setting: Setting) -> tuple[pl.DataFrame, tuple[float, float], pl.DataFrame, PairKeys]:
         """Return the rated responses, both thresholds, the pairs and their keys."""
         rated = self._rated(setting.weights)
         limits = method.thresholds(rated, setting.low, setting.high)
         answers = self._answers.join(rated.select("dialogue_id", "model", "quality"), on=["dialogue_id", "model"])
-        pairs = method.perso_pairs(answers, *limits).sort("dialogue_id", "model_chosen", "model_rejected").to_pandas()
-        named = pairs.rename(columns={"model_chosen": "chosen_model", "model_rejected": "rejected_model"})
-        return rated, limits, named, pair_keys(named)
+        pairs = method.perso_pairs(answers, *limits).sort("dialogue_id", "model_chosen", "model_rejected")
+        return rated, limits, pairs, set(pairs.select("dialogue_id", "model_chosen", "model_rejected").iter_rows())
 
     def at(self, setting: Setting) -> Outcome:
         """Rate and pair all responses under a setting.
@@ -166,19 +165,19 @@ class Pool:
                 f"Quantiles must rise within 0 and 1, they are {setting.low} and {setting.high}; choose others."
             )
         rated, (low, high), pairs, keys = self._pairs(setting)
-        sources = pd.crosstab(
-            pd.Categorical(pairs["chosen_model"], self.models), pd.Categorical(pairs["rejected_model"], self.models),
-            dropna=False,
-        )  # fmt: skip
+        place = {model: number for number, model in enumerate(self.models)}
+        sources = np.zeros((len(place), len(place)), dtype=np.int64)
+        for chosen, rejected, count in pairs.group_by("model_chosen", "model_rejected").len().iter_rows():
+            sources[place[chosen], place[rejected]] = count
         either = len(keys | self._own_keys)
         return Outcome(
             rated["quality"].to_numpy(),
             low,
             high,
             keys,
-            sources.to_numpy(),
+            sources,
             rated.group_by("model").agg(pl.col("quality").mean()).sort("model")["quality"].to_numpy(),
-            pairs["dialogue_id"].nunique(),
+            pairs["dialogue_id"].n_unique(),
             1.0 - len(keys & self._own_keys) / either if either else 0.0,
             label_accuracy(
                 pairs["length_chosen"].to_numpy(), pairs["length_rejected"].to_numpy(), pairs["dialogue_id"].to_numpy(),
