@@ -46,7 +46,7 @@ class Outcome:
         quality: Quality of every scored response.
         low: Threshold at or below which a response may be rejected.
         high: Threshold at or above which it may be chosen.
-        keys: Dialogue, chosen model and rejected model of each pair.
+        table: Dialogue and models of each pair.
         sources: Pairs by chosen model (rows) and rejected model (columns), in the order of `Pool.models`.
         means: Mean quality of each model, in that order.
         prompts: Dialogues with a pair.
@@ -57,7 +57,7 @@ class Outcome:
     quality: Floats
     low: float
     high: float
-    keys: PairKeys
+    table: pl.DataFrame
     sources: Whole
     means: Floats
     prompts: int
@@ -67,7 +67,12 @@ class Outcome:
     @property
     def pairs(self) -> int:
         """Number of pairs."""
-        return len(self.keys)
+        return len(self.table)
+
+    @property
+    def keys(self) -> PairKeys:
+        """Dialogue, chosen model and rejected model of each pair."""
+        return set(self.table.select("dialogue_id", "model_chosen", "model_rejected").iter_rows())
 
     @property
     def ranks(self) -> Whole:
@@ -128,10 +133,17 @@ class Pool:
         self.models = sorted(scored["model"].unique())
         answers = answers_of("perso", responses, scored, prompt_table(dialogues, profile), profile)
         length = FEATURES["length"]
-        self._answers = answers.drop("quality", "outcome").with_columns(
-            pl.col("text").map_elements(lambda text: float(length(text, "")), return_dtype=pl.Float64).alias("length")
+        # Rows and dialogues by number, in the order of the pairs table.
+        self._answers = (
+            answers.drop("quality", "outcome")
+            .sort("dialogue_id", "model")
+            .with_row_index("row")
+            .with_columns(
+                pl.col("dialogue_id").rank("dense").alias("dialogue"),
+                pl.col("text").map_elements(lambda t: float(length(t, "")), return_dtype=pl.Float64).alias("length"),
+            )
         )
-        self._own_keys = self._pairs(self.own)[3]
+        self._own_pairs = _numbers(self._pairs(self.own)[2], len(self._answers))
 
     def quality(self, weights: Mapping[str, float]) -> Floats:
         """Return the quality of every scored response, by dialogue and model.
@@ -146,13 +158,12 @@ class Pool:
         acting = effective_weights(self._profile.model_copy(update={"scoring": scoring}))
         return self._scored.with_columns(method.quality(self._scale, acting).alias("quality"))
 
-    def _pairs(self, setting: Setting) -> tuple[pl.DataFrame, tuple[float, float], pl.DataFrame, PairKeys]:
-        """Return the rated responses, both thresholds, the pairs and their keys."""
+    def _pairs(self, setting: Setting) -> tuple[pl.DataFrame, tuple[float, float], pl.DataFrame]:
+        """Return the rated responses, both thresholds and the pairs."""
         rated = self._rated(setting.weights)
         limits = method.thresholds(rated, setting.low, setting.high)
         answers = self._answers.join(rated.select("dialogue_id", "model", "quality"), on=["dialogue_id", "model"])
-        pairs = method.perso_pairs(answers, *limits).sort("dialogue_id", "model_chosen", "model_rejected")
-        return rated, limits, pairs, set(pairs.select("dialogue_id", "model_chosen", "model_rejected").iter_rows())
+        return rated, limits, method.perso_pairs(answers, *limits).sort("row_chosen", "row_rejected")
 
     def at(self, setting: Setting) -> Outcome:
         """Rate and pair all responses under a setting.
@@ -164,23 +175,30 @@ class Pool:
             raise PersodpoError(
                 f"Quantiles must rise within 0 and 1, they are {setting.low} and {setting.high}; choose others."
             )
-        rated, (low, high), pairs, keys = self._pairs(setting)
+        rated, (low, high), pairs = self._pairs(setting)
         place = {model: number for number, model in enumerate(self.models)}
         sources = np.zeros((len(place), len(place)), dtype=np.int64)
         for chosen, rejected, count in pairs.group_by("model_chosen", "model_rejected").len().iter_rows():
             sources[place[chosen], place[rejected]] = count
-        either = len(keys | self._own_keys)
+        shared = len(np.intersect1d(_numbers(pairs, len(self._answers)), self._own_pairs, assume_unique=True))
+        either = len(pairs) + len(self._own_pairs) - shared
         return Outcome(
             rated["quality"].to_numpy(),
             low,
             high,
-            keys,
+            pairs,
             sources,
             rated.group_by("model").agg(pl.col("quality").mean()).sort("model")["quality"].to_numpy(),
-            pairs["dialogue_id"].n_unique(),
-            1.0 - len(keys & self._own_keys) / either if either else 0.0,
+            pairs["dialogue_chosen"].n_unique(),
+            1.0 - shared / either if either else 0.0,
             label_accuracy(
-                pairs["length_chosen"].to_numpy(), pairs["length_rejected"].to_numpy(), pairs["dialogue_id"].to_numpy(),
+                pairs["length_chosen"].to_numpy(), pairs["length_rejected"].to_numpy(), pairs["dialogue_chosen"].to_numpy(),
                 self._profile.seed,
             ),
         )  # fmt: skip
+
+
+def _numbers(pairs: pl.DataFrame, rows: int) -> Whole:
+    """Return one number for each pair of rows."""
+    chosen, rejected = (pairs[f"row_{side}"].to_numpy().astype(np.int64) for side in ("chosen", "rejected"))
+    return chosen * rows + rejected
