@@ -35,7 +35,7 @@ SMALL = {
 TINIER = {
     "generation.models": "[good, cut]", "scoring.compute.small_examples": 400,
     "scoring.compute.accept_failed_probes": "[coherence, c_score, ue_score, persona_distance]",
-    "training.arms": "[perso]", "evaluation.seeds": "[44]", "training.health_tokens": 8, "miniature.valid": 8,
+    "training.arms": "[perso]", "evaluation.seeds": "[44]", "training.health_tokens": 8, "miniature.valid": 20,
     "evaluation.pairs": "[[perso, base]]",
     "evaluation.ablations": "[]", "evaluation.timed": 1,
 }  # fmt: skip
