@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 
 import nbformat
 import pandas as pd
@@ -100,9 +99,7 @@ def test_ablations_differ_in_their_pairs_and_answer_the_same_dialogues():
 def test_a_second_run_has_nothing_to_do():
     run = run_of("mini")
     before = {path: path.stat().st_mtime_ns for path in run.root.rglob("*.parquet")}
-    started = time.perf_counter()
     command = [sys.executable, "-m", "persodpo.cli", "reproduce", "--profile", "mini"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=PROJECT)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert time.perf_counter() - started < 60
     assert {path: path.stat().st_mtime_ns for path in run.root.rglob("*.parquet")} == before
