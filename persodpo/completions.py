@@ -91,6 +91,11 @@ def read_completions(frame: pd.DataFrame, reading: Literal["as_released", "stric
     return frame.assign(response=response, outcome=[reading.outcome for reading in readings])
 
 
+def write_completion(response: str) -> str:
+    """Return a response as the one JSON object that a prompt asks for."""
+    return json.dumps({KEY: response}, ensure_ascii=False)
+
+
 def count_words(text: str) -> int:
     """Count words as the released method does: what white space separates."""
     return len(text.split())

@@ -14,7 +14,7 @@ from typing import Literal
 
 import pandas as pd
 
-from persodpo.completions import read_completions
+from persodpo.completions import read_completions, write_completion
 from persodpo.dialogues import COLUMNS, SPEAKERS
 from persodpo.errors import PersodpoError
 
@@ -121,7 +121,7 @@ def read_responses(path: Path, dialogues: pd.DataFrame, reading: Literal["as_rel
 def _as_answers(table: pd.DataFrame) -> pd.DataFrame:
     """Take each text for an answer that was read from a completion of the form asked for."""
     texts = table["completion"]
-    written = [json.dumps({"response": text}, ensure_ascii=False) for text in texts]
+    written = [write_completion(text) for text in texts]
     return table.assign(completion=written, response=texts, outcome="ok")
 
 

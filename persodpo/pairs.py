@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +9,7 @@ import pandas as pd
 import polars as pl
 
 from persodpo import method
-from persodpo.completions import count_words, is_one_object, read_completions
+from persodpo.completions import count_words, is_one_object, read_completions, write_completion
 from persodpo.config import PairSet, Profile, Scoring
 from persodpo.dialogues import overlaps
 from persodpo.errors import PersodpoError
@@ -143,7 +142,7 @@ def answers_of(
     frame = frame.merge(scores[scores["quality"].notna()], on=["dialogue_id", "model"], validate="one_to_one")
     frame = frame[frame["dialogue_id"].isin(prompts["dialogue_id"])]
     rewritten = pair_set == "perso" and not profile.corrects("A4")
-    texts = [as_json(text) for text in frame["response"]] if rewritten else frame["completion"]
+    texts = [write_completion(text) for text in frame["response"]] if rewritten else frame["completion"]
     kinds = {
         "dialogue_id": pl.String,
         "model": pl.String,
@@ -152,11 +151,6 @@ def answers_of(
         "text": pl.String,
     }
     return pl.from_pandas(frame.assign(text=texts)[list(kinds)], schema_overrides=kinds)
-
-
-def as_json(response: str) -> str:
-    """Return a response as the one JSON object that a prompt asks for."""
-    return json.dumps({"response": response}, ensure_ascii=False)
 
 
 def build_pairs(

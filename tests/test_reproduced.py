@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 
 import nbformat
 import pandas as pd
@@ -100,6 +101,9 @@ def test_a_second_run_has_nothing_to_do():
     run = run_of("mini")
     before = {path: path.stat().st_mtime_ns for path in run.root.rglob("*.parquet")}
     command = [sys.executable, "-m", "persodpo.cli", "reproduce", "--profile", "mini"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=PROJECT)
-    assert done.returncode == 0, done.stderr[-4000:]
+    for _ in range(2):  # the first runs again what a browser has saved
+        started = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=PROJECT)
+        assert done.returncode == 0, done.stderr[-4000:]
+    assert time.perf_counter() - started < 30
     assert {path: path.stat().st_mtime_ns for path in run.root.rglob("*.parquet")} == before

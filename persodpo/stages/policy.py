@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import persodpo.pairs
 from persodpo.artifacts import RunFolder
+from persodpo.completions import write_completion
 from persodpo.config import Profile
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def start_policy(run: RunFolder) -> str | Path:
     prompts = persodpo.pairs.prompt_table(run.read("dialogues"), run.profile)
     responses = run.read("responses")
     parsed = responses[responses["outcome"].eq("ok")].merge(prompts, on="dialogue_id")
-    texts = [json.dumps({"response": text}, ensure_ascii=False) for text in parsed["response"]]
+    texts = [write_completion(text) for text in parsed["response"]]
     examples = list(zip(parsed["prompt"], texts, strict=True))
     return make_small_policy(examples, small_policy(run.profile), policy_folder(run))
 
