@@ -16,6 +16,9 @@ from persodpo import stages
 from persodpo.artifacts import RELEASE_VARIABLE, RunFolder
 from persodpo.config import Profile, load_profile
 
+# Two processes on two cores: more threads each would wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # A shell that starts the tests in its background has interrupts ignored, in them and in what they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -55,13 +58,15 @@ def profile(tmp_path: Path) -> Profile:
 
 
 @pytest.fixture(scope="session")
-def release_run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """A run folder made from the published files, audit included."""
+def release_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> RunFolder:
+    """A run folder made from the published files, audit included; processes of one test run share it."""
     if not os.environ.get(RELEASE_VARIABLE):
         pytest.skip(f"{RELEASE_VARIABLE} is not set: the published files are not at hand (persodpo fetch release)")
-    made = profile_in(tmp_path_factory.mktemp("release"))
-    stages.run_audit(made)
-    stages.run_evaluate(made)
+    base = tmp_path_factory.getbasetemp()
+    made = profile_in((base if worker_id == "master" else base.parent) / "release")
+    with RunFolder(made).locked(600.0):
+        stages.run_audit(made)
+        stages.run_evaluate(made)
     return RunFolder(made)
 
 
