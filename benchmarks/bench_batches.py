@@ -23,9 +23,9 @@ from datasets import Dataset, disable_progress_bars
 from scipy import stats
 from transformers import PrinterCallback
 
-from persodpo.artifacts import PROJECT, RunFolder, git_commit, versions, write_json
 from persodpo.config import Profile, load_profile
-from persodpo.stages import run_train
+from persodpo.runfolder import PROJECT, RunFolder, git_commit, versions, write_json
+from persodpo.stages import make
 from persodpo.training.arms import split_prompts
 from persodpo.training.policy import load_policy
 from persodpo.training.run import arguments, as_dataset
@@ -109,7 +109,7 @@ def main() -> None:
     asked = parser.parse_args()
     disable_progress_bars()
     profile = load_profile("release", [*asked.set, "training.held_out=0.1"])
-    run_train(load_profile("release", asked.set), arms=["perso"])
+    make(load_profile("release", asked.set), "train", arms=["perso"])
     pairs = RunFolder(profile).read("pairs/perso")
     train, held_out = split_prompts(pairs, profile.training.held_out, profile.seed)
     train = train[train["prompt"].isin(train["prompt"].unique()[: asked.prompts])]

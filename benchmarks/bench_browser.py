@@ -16,8 +16,8 @@ from typing import Any
 import nbformat
 
 from persodpo import stages
-from persodpo.artifacts import PROJECT, RELEASE_VARIABLE, RunFolder, git_commit, versions, write_json
 from persodpo.config import load_profile
+from persodpo.runfolder import PROJECT, RELEASE_VARIABLE, RunFolder, git_commit, versions, write_json
 
 sys.path.insert(0, str(PROJECT / "tests"))
 import lab
@@ -35,7 +35,7 @@ MOVES = {
     "the cursor": ("training", ".noUi-handle >> nth=1", ["ArrowLeft"] * 20),
 }
 SETUP = """from persodpo import explore
-from persodpo.artifacts import RunFolder
+from persodpo.runfolder import RunFolder
 from persodpo.config import load_profile
 
 run = RunFolder(load_profile({source!r}))"""
@@ -79,7 +79,7 @@ def main() -> None:
         published = load_profile("release", places)
         source = Path(folder) / "published.yaml"
         source.write_text(published.to_yaml(), encoding="utf-8")
-        stages.run_score(published)
+        stages.make(published, "score")
         sources = {"10,347 published": str(source), "the miniature's": "mini"}
         assert len(RunFolder(published).read("scores").dropna(subset="quality")) == 10_347
         with lab.lab(Path(folder) / "lab") as browser:

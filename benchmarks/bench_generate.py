@@ -37,12 +37,12 @@ from typing import Any
 
 import openai
 
-from persodpo.artifacts import PROJECT, digest_of, git_commit, versions, write_json
 from persodpo.config import OpenAIModel, Prices
 from persodpo.generation.engine import generate
 from persodpo.generation.openai_api import OpenAIBackend
 from persodpo.generation.requests import Message, Request, request_key
 from persodpo.generation.store import Entry, Store
+from persodpo.runfolder import PROJECT, digest_of, git_commit, versions, write_json
 
 RESULTS = PROJECT / "benchmarks" / "results"
 SERVER = PROJECT / "tests" / "faulty_server.py"

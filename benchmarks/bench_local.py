@@ -30,13 +30,13 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, pipeline
 from transformers.utils.logging import set_verbosity_error
 
 from persodpo import stages
-from persodpo.artifacts import PROJECT, RunFolder, git_commit, versions, write_json
 from persodpo.config import TransformersModel, load_profile
 from persodpo.generation.asking import job_for
 from persodpo.generation.engine import generate
 from persodpo.generation.local import TransformersBackend
 from persodpo.generation.requests import Request, request_key
 from persodpo.generation.store import Store
+from persodpo.runfolder import PROJECT, RunFolder, git_commit, versions, write_json
 from persodpo.stages.policy import start_policy
 from persodpo.training.policy import load_policy
 
@@ -161,7 +161,7 @@ def main() -> None:
     asked = parser.parse_args()
     set_verbosity_error()
     profile = load_profile("release")
-    stages.run_generate(profile)
+    stages.make(profile, "generate")
     run = RunFolder(profile)
     small = Path(start_policy(run))
     dialogues = run.read("dialogues").query("split == 'valid'")

@@ -18,10 +18,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from persodpo.artifacts import PROJECT, RunFolder, git_commit, read_json, versions, write_json
 from persodpo.config import Profile, load_profile
 from persodpo.evaluation.cells import number, p_text
 from persodpo.evaluation.observations import IMPUTED
+from persodpo.runfolder import PROJECT, RunFolder, git_commit, read_json, versions, write_json
 
 RESULTS = PROJECT / "benchmarks" / "results"
 #: What a run from nothing and a second one may take, seconds, and the former's memory, GiB.

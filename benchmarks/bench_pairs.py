@@ -30,9 +30,9 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from persodpo.artifacts import PROJECT, versions
 from persodpo.config import load_profile
 from persodpo.method import METRICS, measure_scale, perso_pairs, rate, thresholds
+from persodpo.runfolder import PROJECT, versions
 
 RESULTS = PROJECT / "benchmarks" / "results"
 MODELS = 7

@@ -36,11 +36,11 @@ import pandas as pd
 import torch
 
 from persodpo import stages
-from persodpo.artifacts import PROJECT, RunFolder, git_commit, versions, write_json
 from persodpo.config import load_profile
 from persodpo.method import METRICS
 from persodpo.release.findings.scores import scored_response
 from persodpo.release.loops import WINDOW, windowed
+from persodpo.runfolder import PROJECT, RunFolder, git_commit, versions, write_json
 from persodpo.scoring import inference
 from persodpo.scoring.cache import ScoreCache
 from persodpo.scoring.checkpoints import Checkpoint
@@ -346,7 +346,7 @@ def main() -> None:
     if asked.child:
         growth_child(run, asked.child, asked.size)
         return
-    stages.run_generate(run.profile)
+    stages.make(run.profile, "generate")
     small_scorers(run)
     before = json.loads((asked.output / "score.json").read_text()) if asked.only else {"measured": {}, "commits": {}}
     measured, commits = before["measured"], before.get("commits", {})

@@ -43,8 +43,8 @@ from rungs import FAST, PROMPTS, RUNGS, STEP_PAIRS, TOKENIZER_WORDS, TRAINERS, R
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from persodpo.artifacts import PROJECT, RunFolder, git_commit, versions, write_json
 from persodpo.config import load_profile
+from persodpo.runfolder import PROJECT, RunFolder, git_commit, versions, write_json
 
 #: Table -> its files.
 FILES = {"ladder": "train-cpu", "steps": "train-steps"}

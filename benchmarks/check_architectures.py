@@ -42,8 +42,8 @@ import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as TYPES
 
-from persodpo.artifacts import PROJECT, git_commit, versions, write_json
 from persodpo.errors import PersodpoError
+from persodpo.runfolder import PROJECT, git_commit, versions, write_json
 from persodpo.training.forward import install_packed_forward
 from persodpo.training.guard import check_packing
 from persodpo.training.packing import Group, Layout, pack

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from persodpo.config import DEFAULT_PROFILE, Profile, load_profile, profile_names
+from persodpo.config import DEFAULT_PROFILE, load_profile, profile_names
 from persodpo.errors import PersodpoError
+from persodpo.run import Run
 
 app = typer.Typer(
     help="Companion to PersoDPO: persona-grounded preference pairs without annotation.",
@@ -46,15 +47,12 @@ def _print_all(reports: Iterable[object]) -> None:
 
 
 def _stage(name: str, help_text: str) -> None:
-    """Add the command of one stage; `persodpo.stages` is imported only when it runs."""
+    """Add the command of one stage."""
 
     def command(
         profile: ProfileOption = DEFAULT_PROFILE, set_: SetOption = None, overwrite: OverwriteOption = False
     ) -> None:
-        from persodpo import stages  # noqa: PLC0415
-
-        run: Callable[[Profile, bool], list[object]] = getattr(stages, f"run_{name}")
-        _print_all(run(load_profile(profile, set_ or ()), overwrite))
+        _print_all(Run(profile, set_ or ()).make(name, overwrite))
 
     app.command(name, help=f"{help_text} Earlier stages run first where something changed.")(command)
 
@@ -77,10 +75,8 @@ def score(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Make the scores tables, the thresholds and the extras. Earlier stages run first where something changed."""
-    from persodpo import stages  # noqa: PLC0415
-
     chosen = [f"engine.scorers={engine}"] if engine else []
-    _print_all(stages.run_score(load_profile(profile, [*(set_ or ()), *chosen]), overwrite))
+    _print_all(Run(profile, [*(set_ or ()), *chosen]).make("score", overwrite))
 
 
 @app.command()
@@ -102,19 +98,20 @@ def generate(  # noqa: PLR0917 - the command's options
 
     Without any of --models, --split, --limit, --dry-run and --retry-failed the responses tables of the profile are made.
     """
-    from persodpo import stages  # noqa: PLC0415
+    from persodpo.stages.generate import asked_scope, forecast_report  # noqa: PLC0415
 
-    chosen = load_profile(profile, set_ or ())
+    run = Run(profile, set_ or ())
     asks = bool(models or split or limit or dry_run or retry_failed)
     if not asks:
-        _print_all(stages.run_generate(chosen, overwrite))
+        _print_all(run.make("generate", overwrite))
         return
-    everything = [entry.model for entry in chosen.generation.backends] if dry_run else []
-    scope = stages.asked_scope(chosen, models or everything, split or (), limit)
+    everything = [entry.model for entry in run.settings.generation.backends] if dry_run else []
+    scope = asked_scope(run.settings, models or everything, split or (), limit)
     if dry_run:
-        _print_all(stages.forecast_report(chosen, scope, retry_failed))
+        run.make("dialogues")
+        _print_all(forecast_report(run, scope, retry_failed))
         return
-    reports = stages.run_ask(chosen, scope, retry_failed=retry_failed)
+    reports = run.make("ask", scope=scope, retry_failed=retry_failed)
     _print_all(reports)
     if any(getattr(report, "stopped", None) for report in reports):
         sys.exit(1)
@@ -130,9 +127,7 @@ def train(
     overwrite: OverwriteOption = False,
 ) -> None:
     """Train arms: model, trainer_state.json, log and health verdicts. Earlier stages run first where something changed."""
-    from persodpo import stages  # noqa: PLC0415
-
-    _print_all(stages.run_train(load_profile(profile, set_ or ()), overwrite, arm or ()))
+    _print_all(Run(profile, set_ or ()).make("train", overwrite, arms=arm or ()))
 
 
 @app.command("finetune-scorer")
@@ -192,12 +187,11 @@ def fetch(
     set_: SetOption = None,
 ) -> None:
     """Fetch the published files and check every byte."""
-    from persodpo.artifacts import RunFolder  # noqa: PLC0415
     from persodpo.release.fetch import fetch_release  # noqa: PLC0415
 
     if what != "release":
         raise PersodpoError(f"Nothing called '{what}' can be fetched; fetch release.")
-    print(fetch_release(RunFolder(load_profile(profile, set_ or ())).release, source))
+    print(fetch_release(Run(profile, set_ or ()).release, source))
 
 
 @app.command()
@@ -222,10 +216,9 @@ def show_profile(profile: ProfileOption = DEFAULT_PROFILE, set_: SetOption = Non
 @app.command()
 def report(profile: ProfileOption = DEFAULT_PROFILE, set_: SetOption = None) -> None:
     """Write the executed notebooks of a run as HTML pages, report/index.html first; nothing is computed."""
-    from persodpo.artifacts import RunFolder  # noqa: PLC0415
     from persodpo.report import write_report  # noqa: PLC0415
 
-    print(write_report(RunFolder(load_profile(profile, set_ or ()))))
+    print(write_report(Run(profile, set_ or ())))
 
 
 @app.command("reproduce")

@@ -21,6 +21,8 @@ CORRECTIONS: dict[Correction, str] = {
     "A12": "train dialogues whose context or personas are in the valid split make no pairs",
     "A18": "an answer is one JSON object with nothing after it, no placeholder (A11), no loop, not any span that parses",
 }
+#: What arm ``corrected`` switches on: every one that needs neither new answers nor new scores.
+WITHOUT_ASKING: tuple[Correction, ...] = ("A1", "A3", "A4", "A10a", "A12", "A18")
 #: The comment of the setting.
 MENDED = "\n  ".join(["what is mended, or all:", *map(": ".join, CORRECTIONS.items())])
 

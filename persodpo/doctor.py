@@ -13,14 +13,15 @@ from typing import NamedTuple
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-from persodpo import stages
-from persodpo.artifacts import DATA, PROJECT, RunFolder, read_json, sha256
 from persodpo.config import OpenAIModel, Profile, ServedModel, TransformersModel, with_overrides
 from persodpo.errors import PersodpoError
 from persodpo.generation.endpoint import api_key
 from persodpo.release.fetch import release_files
+from persodpo.run import Run
+from persodpo.runfolder import DATA, PROJECT, RunFolder, StageReport, read_json, sha256
 from persodpo.scoring.checkpoints import device_name
 from persodpo.scoring.computed import SMALL
+from persodpo.stages.generate import Scope, forecast_report
 from persodpo.stages.policy import PREFIX, miniature_folder, policy_folder
 
 PUBLISHED = {"published", "published_focus"}
@@ -72,13 +73,15 @@ def _files(profile: Profile) -> Iterator[Finding]:
         yield Finding("ok", f"Files: all {len(found)} published ones are in {run.release}.")
     with TemporaryDirectory(prefix="persodpo-doctor-") as scratch:
         shadow = with_overrides(profile, [f"paths.runs={scratch}"])
-        RunFolder(shadow).root.mkdir()
+        copy = Run(shadow)
+        copy.root.mkdir()
         for path in filter(Path.exists, (run.answers, policy_folder(run), miniature_folder(run))):
             (Path(scratch) / path.relative_to(run.root.parent)).symlink_to(path)
-        for report in stages.run_generate(shadow) if source == "csv" else stages.run_dialogues(shadow):
-            yield Finding("ok", "Files: " + ", ".join(f"{rows:,} {table}" for table, rows in report.rows.items()))
+        for report in copy.make("generate" if source == "csv" else "dialogues"):
+            if isinstance(report, StageReport):
+                yield Finding("ok", "Files: " + ", ".join(f"{rows:,} {table}" for table, rows in report.rows.items()))
         if source == "models":
-            lines = stages.forecast_report(shadow, stages.Scope(profile.generation.models, ("train",)))
+            lines = forecast_report(copy, Scope(profile.generation.models, ("train",)))
             yield from (Finding("note", f"Asking {line}") for line in lines)
 
 

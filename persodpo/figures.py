@@ -13,7 +13,6 @@ import pandas as pd
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from persodpo.artifacts import RunFolder, file_is_current, sha256
 from persodpo.config import Profile
 from persodpo.errors import NothingToShowError, PersodpoError
 from persodpo.imports import code_of
@@ -31,6 +30,7 @@ from persodpo.plots import (
     training_curves,
 )
 from persodpo.release import published
+from persodpo.runfolder import RunFolder, file_is_current, sha256
 from persodpo.training.arms import ARMS
 
 Tables = Mapping[str, pd.DataFrame]

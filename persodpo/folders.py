@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from persodpo.artifacts import as_json, is_running, read_json, sha256, versions, write_json
 from persodpo.errors import PersodpoError, disk_errors
+from persodpo.runfolder import as_json, is_running, read_json, sha256, versions, write_json
 
 
 def made_once(

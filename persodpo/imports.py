@@ -14,11 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @functools.cache
 def imported_modules(module: str, within: str = "persodpo") -> frozenset[str]:
-    """Return a module and every module below ``within`` that it imports, directly or not, at its top or in a function.
-
-    A function called ``run_...`` that comes from a module of the stages is a stage of its own: what it does shows in the
-    tables it makes, so its module is not followed for it.
-    """
+    """Return a module and every module below ``within`` that it imports, directly or not, at its top or in a function."""
     found, pending = set(), [module]
     while pending:
         name = pending.pop()
@@ -30,8 +26,7 @@ def imported_modules(module: str, within: str = "persodpo") -> frozenset[str]:
             if isinstance(node, ast.Import):
                 names = {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
-                stage = node.module.startswith("persodpo.stages")
-                names = {alias.name for alias in node.names if not (stage and alias.name.startswith("run_"))}
+                names = {alias.name for alias in node.names}
                 names = {inner if _source(inner := f"{node.module}.{name}") else node.module for name in names}
             else:
                 continue

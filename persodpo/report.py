@@ -10,9 +10,9 @@ from typing import Any
 from nbconvert import HTMLExporter
 from nbconvert.preprocessors.sanitize import SanitizeHTML
 
-from persodpo.artifacts import RunFolder, read_json, read_text, write_text
 from persodpo.errors import PersodpoError
 from persodpo.folders import refuse_others, replaced
+from persodpo.runfolder import RunFolder, read_json, read_text, write_text
 
 INDEX = "index.html"
 #: What HTML of a cell may hold; nbconvert's own list lacks paragraphs, headings and the cells of a table's head.

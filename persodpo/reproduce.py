@@ -20,13 +20,11 @@ from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
-from persodpo.artifacts import DATA, PROJECT, RELEASE_VARIABLE, RunFolder, as_json, read_json, versions, write_json
 from persodpo.config import DEFAULT_PROFILE, load_profile
 from persodpo.errors import PersodpoError, make_folder
+from persodpo.runfolder import PROJECT, RELEASE_VARIABLE, RunFolder
 
 NOTEBOOKS = PROJECT / "notebooks"
-#: What all notebooks read and made when they last ran to their end, in the folder of the executed copies.
-RECORD = "reproduced.json"
 
 
 @dataclass(frozen=True)
@@ -37,18 +35,15 @@ class Executed:
         notebook: The source.
         copy: The executed copy.
         seconds: Wall time, the kernel's start included.
-        skipped: Whether it ran before and nothing that it reads or makes has changed since.
     """
 
     notebook: Path
     copy: Path
     seconds: float
-    skipped: bool = False
 
     def __str__(self) -> str:
         """Return one line for logs."""
-        done = "unchanged, skipped" if self.skipped else f"{self.seconds:.1f} s"
-        return f"{self.notebook.name}: {done} -> {self.copy}"
+        return f"{self.notebook.name}: {self.seconds:.1f} s -> {self.copy}"
 
 
 def notebook_files(folder: Path = NOTEBOOKS) -> list[Path]:
@@ -149,7 +144,7 @@ def reproduce(
     overwrite: bool = False,
     notebooks: Sequence[Path] | None = None,
 ) -> Iterator[Executed]:
-    """Run the notebooks in order, unless all of them ran and nothing has changed since.
+    """Run the notebooks in order; their stages skip what has not changed.
 
     Args:
         profile: A profile's name or file.
@@ -176,46 +171,5 @@ def reproduce(
         raise PersodpoError(f"There are no notebooks in {NOTEBOOKS}.")
     for notebook in chosen:
         check_parameters(notebook, parameters)
-    record = run.notebooks / RECORD
-    if not overwrite and read_json(record) == as_json(_state(run, chosen, parameters)):
-        yield from (Executed(notebook, run.notebooks / notebook.name, 0.0, skipped=True) for notebook in chosen)
-        return
-    record.unlink(missing_ok=True)
     for notebook in chosen:
         yield run_notebook(notebook, run.notebooks / notebook.name, parameters)
-    write_json(record, _state(run, chosen, parameters))
-
-
-def _state(run: RunFolder, notebooks: Sequence[Path], parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a run of the notebooks reads and makes: settings, versions, and files by size and time of change."""
-    profile = run.profile.model_dump(mode="json")
-    release = Path(os.environ.get(RELEASE_VARIABLE) or run.release)
-    texts = _texts({key: value for key, value in profile.items() if key != "paths"})
-    named = [PROJECT / text for text in texts if text]
-    places = [Path(__file__).parent, DATA, run.root, run.figures, release, *notebooks, *named]
-    return {
-        "profile": profile,
-        "parameters": {name: value for name, value in parameters.items() if name != "overwrite"},
-        "versions": versions(),
-        "files": {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in _files(places)},
-    }
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Yield every text in nested settings; some of them name files."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping | list):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _texts(part)
-
-
-def _files(places: Sequence[Path]) -> Iterator[Path]:
-    """Yield the files at some places and below them, but for what changes when it is only read."""
-    for place in places:
-        below = [place] if place.is_file() else sorted(path for path in place.glob("**/*") if path.is_file())
-        yield from (
-            path
-            for path in below
-            if path.name not in (RECORD, ".lock") and path.suffix not in (".pyc", ".sqlite-shm", ".sqlite-wal")
-        )

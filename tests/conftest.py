@@ -13,8 +13,8 @@ import pytest
 from hypothesis import settings
 
 from persodpo import stages
-from persodpo.artifacts import RELEASE_VARIABLE, RunFolder
 from persodpo.config import Profile, load_profile
+from persodpo.runfolder import RELEASE_VARIABLE, RunFolder
 
 # Two processes on two cores: more threads each would wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -65,8 +65,8 @@ def release_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Run
     base = tmp_path_factory.getbasetemp()
     made = profile_in((base if worker_id == "master" else base.parent) / "release")
     with RunFolder(made).locked(600.0):
-        stages.run_audit(made)
-        stages.run_evaluate(made)
+        stages.make(made, "audit")
+        stages.make(made, "evaluate")
     return RunFolder(made)
 
 

@@ -259,7 +259,7 @@ def _outside(address: str) -> bool:
 
 #: A notebook that moves the weights of the profile in a file.
 PANEL = """from persodpo import explore
-from persodpo.artifacts import RunFolder
+from persodpo.runfolder import RunFolder
 from persodpo.config import load_profile
 
 moving = explore.quality(RunFolder(load_profile("{source}")))

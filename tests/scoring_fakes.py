@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pandas as pd
 
-from persodpo.artifacts import RunFolder
+from persodpo.runfolder import RunFolder
 from persodpo.scoring.engine import Asked
 from persodpo.scoring.scorers import Item, Scored
 from persodpo.tables import schema_of, write_table

@@ -17,12 +17,12 @@ import nbformat
 import pytest
 
 from persodpo import stages
-from persodpo.artifacts import PROJECT, RELEASE_VARIABLE, RunFolder
 from persodpo.config import load_profile, with_overrides
 from persodpo.explore.moving import moved
 from persodpo.method import SIGNALS
 from persodpo.pairs import measured, rebuild
 from persodpo.reproduce import notebook_files
+from persodpo.runfolder import PROJECT, RELEASE_VARIABLE, RunFolder
 
 pytestmark = pytest.mark.browser
 START = "00_start_here.ipynb"
@@ -184,7 +184,7 @@ def test_the_published_responses_move_at_once(browser, tmp_path):
     source = tmp_path / "published.yaml"
     profile = load_profile("release", [f"paths.{name}={tmp_path / name}" for name in ("runs", "figures", "release")])
     source.write_text(profile.to_yaml())
-    stages.run_score(profile)
+    stages.make(profile, "score")
     notebook(browser, *lab.PANEL.format(source=source).split("\n\n"))
     cells = browser.run_all(LONGEST)
     cell = browser.cell(places(cells, "explore.quality"))
@@ -206,7 +206,7 @@ def test_a_button_trains_an_arm(browser, tmp_path):
     folders = [f"paths.{name}={tmp_path / name}" for name in ("runs", "figures")]
     profile = load_profile("mini", [*EXAMPLE, *folders])
     source.write_text(profile.to_yaml())
-    stages.run_pairs(profile)
+    stages.make(profile, "pairs")
     notebook(browser, "from persodpo import explore", f"explore.start({str(source)!r})")
     assert errors(browser.run_all(LONGEST)) == []
     browser.page.get_by_role("button", name="train", exact=True).click()

@@ -19,12 +19,12 @@ from datasets import load_dataset
 from huggingface_hub import DatasetCard, ModelCard
 
 from persodpo import stages
-from persodpo.artifacts import RunFolder, provenance_path, read_json, sha256, write_json
 from persodpo.cards import dataset_card, model_card, write_dataset_card
 from persodpo.config import Profile, load_profile
 from persodpo.errors import PersodpoError
 from persodpo.gate import inspect_pairs
 from persodpo.release.corrections import mended_findings
+from persodpo.runfolder import RunFolder, provenance_path, read_json, sha256, write_json
 from persodpo.stages.score import score_settings
 from persodpo.tables import SCHEMAS, write_table
 from persodpo.training.policy import load_policy
@@ -60,7 +60,15 @@ def frames(dialogues: int = 12) -> dict[str, pd.DataFrame]:
     return {"dialogues": asked, "responses": answers, "scores": answers, "thresholds": thresholds}
 
 
-def run_of(profile: Profile, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+def do(run: RunFolder, name: str, **options: object) -> list:
+    """Run one stage on the tables that are there."""
+    stage = stages.STAGES[name]
+    reports = [*stage.run(run, **options)]
+    stage.after(run, **options)
+    return reports
+
+
+def run_of(profile: Profile) -> RunFolder:
     """Make a run's pairs for real, from tables that earlier stages would have written."""
     run, made = RunFolder(profile), frames()
     asked = {"source": profile.generation.source, "models": MODELS, "corrections": profile.switches("A18")}
@@ -70,23 +78,20 @@ def run_of(profile: Profile, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
             name, inputs={}, settings=settings, outputs=[name], code=__name__,
             build=lambda targets, name=name: write_table(targets[name], name, made[name]),
         )  # fmt: skip
-    monkeypatch.setattr("persodpo.stages.pairs.run_score", lambda _: [])
-    stages.run_pairs(profile)
+    do(run, "pairs")
     return run
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    return run_of(profile_in(tmp_path), monkeypatch)
+def run(tmp_path):
+    return run_of(profile_in(tmp_path))
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        changes = [*QUICK_TRAINING, "training.epochs=3", "training.arms=[perso_weighted]"]
-        profile = profile_in(tmp_path_factory.mktemp("trained"), *changes)
-        run = run_of(profile, patch)
-        stages.run_train(profile)
+    changes = [*QUICK_TRAINING, "training.epochs=3", "training.arms=[perso_weighted]"]
+    run = run_of(profile_in(tmp_path_factory.mktemp("trained"), *changes))
+    do(run, "train")
     return run
 
 
@@ -130,19 +135,19 @@ def found(text: str) -> list[str]:
     return re.findall(r"^- \*\*(A\d+)\*\*", text, re.MULTILINE)
 
 
-def test_every_kept_defect_is_named_and_no_mended_one(run, tmp_path, monkeypatch):
+def test_every_kept_defect_is_named_and_no_mended_one(run, tmp_path):
     released = dataset_card(run)
     assert found(released) == ["A1", "A3", "A4", "A5", "A9", "A10", "A11", "A12", "A18", "A19", "A20", "A21"]
     assert re.search(r"^\| A12 \| .* \| as released \|$", released, re.MULTILINE)
-    mended = dataset_card(run_of(profile_in(tmp_path / "mended", *CORRECTED), monkeypatch))
+    mended = dataset_card(run_of(profile_in(tmp_path / "mended", *CORRECTED)))
     assert found(mended) == ["A5", "A9", "A19", "A20", "A21"]
     assert re.search(r"^\| A18 \| .* \| on \|$", mended, re.MULTILINE)
     assert "| as released |" not in mended
 
 
-def test_defects_of_published_files_are_not_those_of_models_that_were_asked(tmp_path, monkeypatch):
+def test_defects_of_published_files_are_not_those_of_models_that_were_asked(tmp_path):
     changes = ["scoring.source=compute", "scoring.target_words=40", "pairs.sets=[simple]"]
-    run = run_of(profile_in(tmp_path, *changes), monkeypatch)
+    run = run_of(profile_in(tmp_path, *changes))
     path = provenance_path(run.path("responses"))
     write_json(path, read_json(path) | {"settings": {"corrections": {"A5": True, "A10a": False, "A18": True}}})
     text = dataset_card(run)
@@ -154,10 +159,10 @@ def test_defects_of_published_files_are_not_those_of_models_that_were_asked(tmp_
 def test_the_card_is_the_same_for_the_same_tables_and_comes_back(run):
     path = run.root / "pairs" / "README.md"
     text, before = path.read_text(), path.stat().st_mtime_ns
-    stages.run_pairs(run.profile)
+    do(run, "pairs")
     assert path.stat().st_mtime_ns == before
     path.write_text("my own")
-    assert stages.run_pairs(run.profile)[-1].skipped
+    assert do(run, "pairs")[-1].skipped
     assert path.read_text() == text == dataset_card(run)
 
 
@@ -230,10 +235,10 @@ def test_the_model_cards_own_lines_load_the_arm(trained, monkeypatch, tmp_path):
     assert names["tokenizer"]("User1: far?")["input_ids"]
 
 
-def test_the_corrected_arm_names_the_pairs_it_was_trained_on(tmp_path, monkeypatch):
-    source = run_of(profile_in(tmp_path, "name=release-corrected", *CORRECTED), monkeypatch)
-    run = run_of(profile_in(tmp_path, *QUICK_TRAINING), monkeypatch)
-    stages.run_train(run.profile, arms=["corrected"])
+def test_the_corrected_arm_names_the_pairs_it_was_trained_on(tmp_path):
+    source = run_of(profile_in(tmp_path, "name=release-corrected", *CORRECTED))
+    run = run_of(profile_in(tmp_path, *QUICK_TRAINING))
+    do(run, "train", arms=["corrected"])
     text = (run.root / "training" / "corrected" / "README.md").read_text()
     assert f"those of the run `release-corrected` (sha256 {sha256(source.path('pairs/perso'))})" in text
     assert found(text) == ["A5", "A9", "A19", "A20", "A21"]

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from test_dialogues import focus_entry
 
-from persodpo.artifacts import PROJECT, RELEASE_VARIABLE
+from persodpo.runfolder import PROJECT, RELEASE_VARIABLE
 
 COMMAND = str(Path(sys.executable).with_name("persodpo"))
 

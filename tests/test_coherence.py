@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from scorer_models import T5_WORDS, counting_t5
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
-from persodpo.artifacts import PROJECT
 from persodpo.errors import PersodpoError
+from persodpo.runfolder import PROJECT
 from persodpo.scoring import inference
 from persodpo.scoring.checkpoints import Checkpoint
 from persodpo.scoring.coherence import CoherenceScorer, write_input

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from persodpo.cli import app
 from persodpo.config import PROFILES, Profile, load_profile, profile_names, with_overrides
-from persodpo.corrections import CORRECTIONS, Correction
+from persodpo.corrections import CORRECTIONS, WITHOUT_ASKING, Correction
 from persodpo.errors import PersodpoError
 from persodpo.profile_text import fields_of, read_yaml, resolve
 from persodpo.release.corrections import mended_findings
@@ -263,7 +263,7 @@ def test_digest_follows_results_not_places():
 
 
 def test_corrections_are_the_audit_s_and_switch_one_by_one():
-    assert set(get_args(Correction)) == set(CORRECTIONS) >= set(mended_findings())
+    assert set(get_args(Correction)) == set(CORRECTIONS) >= set(mended_findings()) == set(WITHOUT_ASKING)
     assert load_profile("mini", ["corrections=all"]).corrections == tuple(CORRECTIONS)
     profile = load_profile("mini", ["corrections=[A18, A4]"])
     assert [name for name in CORRECTIONS if profile.corrects(name)] == ["A4", "A18"]

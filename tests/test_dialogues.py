@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from persodpo import dialogues
-from persodpo.artifacts import RELEASE_VARIABLE
 from persodpo.errors import PersodpoError
+from persodpo.runfolder import RELEASE_VARIABLE
 
 
 def focus_entry(number: int, words: int = 4) -> dict:

@@ -13,9 +13,9 @@ from paper_swaps import swapped
 from typer.testing import CliRunner
 
 from persodpo import doctor
-from persodpo.artifacts import RELEASE_VARIABLE
 from persodpo.cli import app
 from persodpo.config import load_profile, with_overrides
+from persodpo.runfolder import RELEASE_VARIABLE
 
 RELEASE = os.environ.get(RELEASE_VARIABLE)
 CANARY = "sk-canary/9d+1Z=="

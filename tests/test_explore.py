@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from IPython.display import Image
 
 from persodpo import explore
-from persodpo.artifacts import PROJECT, RunFolder
 from persodpo.completions import is_one_object, read_completions
 from persodpo.config import load_profile, with_overrides
 from persodpo.errors import PersodpoError
@@ -34,6 +33,7 @@ from persodpo.method import METRICS, SIGNALS
 from persodpo.pairs import impute, measured, pair_keys, rank, rebuild
 from persodpo.report import write_report
 from persodpo.reproduce import NOTEBOOKS, run_notebook
+from persodpo.runfolder import PROJECT, RunFolder
 from persodpo.stages.heldout import arms_of
 from persodpo.tables import schema_of, write_table
 
@@ -513,7 +513,7 @@ def test_every_control_has_a_label_and_fits(door, evaluated):
 
 NOTEBOOK = """
 from persodpo import explore
-from persodpo.artifacts import PROJECT, RunFolder
+from persodpo.runfolder import PROJECT, RunFolder
 from persodpo.completions import read_completions
 from persodpo.config import load_profile
 run = RunFolder(load_profile(profile))

@@ -28,10 +28,10 @@ from pathlib import Path
 import pytest
 from conftest import file_size_limit
 
-from persodpo.artifacts import RELEASE_VARIABLE
 from persodpo.errors import PersodpoError
 from persodpo.release import download, sources
 from persodpo.release.fetch import FetchReport, fetch_release, release_files
+from persodpo.runfolder import RELEASE_VARIABLE
 
 CONTENT = {
     "Evaluations/FoCus-results.xlsx": b"PK results",

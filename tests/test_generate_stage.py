@@ -20,10 +20,11 @@ from test_dialogues import focus_entry
 from typer.testing import CliRunner
 
 from persodpo import stages
-from persodpo.artifacts import PROJECT, RunFolder
 from persodpo.cli import app
 from persodpo.config import Profile, load_profile, with_overrides
 from persodpo.errors import PersodpoError
+from persodpo.runfolder import PROJECT, RunFolder
+from persodpo.stages.generate import Scope, forecasts
 
 COMMAND = str(Path(sys.executable).with_name("persodpo"))
 CANARY = "sk-canary/9d+1Z=="
@@ -87,7 +88,7 @@ def test_all_kinds_of_models_become_one_table(server: Server, tmp_path: Path, on
     fast = {**local, "model": "fast", "mode": "throughput"}
     faults = {3: "<<fault=status_400>>", 5: "<<fault=length>>"}
     profile = profile_of(tmp_path, endpoint(server), local, fast, faults=faults)
-    reports = stages.run_generate(profile)
+    reports = stages.make(profile, "generate")
     assert [report.stage for report in reports] == ["dialogues", "answers", "responses"]
     folder = RunFolder(profile)
     table = folder.read("responses").set_index(["model", "dialogue_id"])
@@ -108,7 +109,7 @@ def test_all_kinds_of_models_become_one_table(server: Server, tmp_path: Path, on
     assert answers.loc[("api", "D0"), "cost"] > 0
     assert len(prompts) == 12
     asked = len(prompts_at(server))
-    again = stages.run_generate(profile)
+    again = stages.make(profile, "generate")
     assert all(report.skipped for report in again)
     assert len(prompts_at(server)) == asked
 
@@ -116,10 +117,10 @@ def test_all_kinds_of_models_become_one_table(server: Server, tmp_path: Path, on
 def test_what_is_missing_is_said_and_asked_by_the_next_run(server: Server, tmp_path: Path) -> None:
     profile = profile_of(tmp_path, endpoint(server), endpoint(server, "gone", base_url="http://127.0.0.1:9/v1"))
     with pytest.raises(PersodpoError, match=r"Not every prompt is answered yet \(gone: .*12 left.*cannot be reached"):
-        stages.run_generate(profile)
+        stages.make(profile, "generate")
     assert len(prompts_at(server)) == 12
     mended = profile_of(tmp_path, endpoint(server), endpoint(server, "gone"))
-    stages.run_generate(mended)
+    stages.make(mended, "generate")
     assert len(prompts_at(server)) == 24
     assert len(RunFolder(mended).read("responses")) == 24
 
@@ -151,7 +152,8 @@ def test_a_dry_run_sends_nothing_and_learns_from_what_is_stored(server: Server, 
     after = run(profile, tmp_path, "generate", "--dry-run").stdout
     assert "api: 12 of 16 requests to ask" in after
     assert "from 4 stored answers" in after
-    (forecast,) = stages.run_forecast(profile, stages.Scope(("api",)))
+    stages.make(profile, "dialogues")
+    (forecast,) = forecasts(RunFolder(profile), Scope(("api",)))
     stored = RunFolder(profile).read("answers")
     assert forecast.completion_tokens == round(12 * stored["completion_tokens"].mean())
     assert len(prompts_at(server)) == 4
@@ -183,7 +185,7 @@ def test_failed_prompts_are_retried_on_request(server: Server, tmp_path: Path) -
 def test_two_commands_share_the_work(tmp_path: Path) -> None:
     with serving(tmp_path / "server.jsonl", "--latency", "0.3") as server:
         profile = profile_of(tmp_path, endpoint(server, concurrency=1))
-        stages.run_dialogues(profile)
+        stages.make(profile, "dialogues")
         path = tmp_path / "profile.yaml"
         path.write_text(profile.to_yaml())
         command = [COMMAND, "generate", "--models", "api", "--profile", str(path)]
@@ -201,7 +203,7 @@ def test_templates_formats_and_budgets_reach_the_server(server: Server, tmp_path
     chat = endpoint(server, "chat", format="chat_with_system", structured_output=True, served_as="chat-1")
     overrides = {"prompts.template": "chain_of_thought", "corrections": "[A5]"}
     profile = profile_of(tmp_path, raw, chat, **overrides)
-    stages.run_ask(profile, stages.Scope(("raw", "chat"), ("valid",), 1), progress=False)
+    stages.make(profile, "ask", scope=Scope(("raw", "chat"), ("valid",), 1), progress=False)
     first, second = sorted(server.received(), key=lambda event: event["path"], reverse=True)
     assert (first["path"], second["path"]) == ("/v1/completions", "/v1/chat/completions")
     assert first["fields"] == {"model": "raw", "temperature": 0.0, "max_tokens": 2 * (220 + 16)}
@@ -210,7 +212,7 @@ def test_templates_formats_and_budgets_reach_the_server(server: Server, tmp_path
     schema = second["fields"]["response_format"]["json_schema"]["schema"]
     assert schema["required"] == ["reasoning", "response"]
     assert second["fields"]["model"] == "chat-1"
-    stages.run_ask(profile_of(tmp_path, raw, chat), stages.Scope(("raw",), ("valid",), 1), progress=False)
+    stages.make(profile_of(tmp_path, raw, chat), "ask", scope=Scope(("raw",), ("valid",), 1), progress=False)
     assert server.received()[-1]["fields"]["max_tokens"] == 110
     assert len(server.received()) == 3  # another template and budget is another question
 
@@ -219,7 +221,7 @@ def test_answers_are_drawn_under_the_seed(server: Server, tmp_path: Path) -> Non
     for temperature in (0.7, 0.0):
         drawn = {"generation.temperature": temperature, "seed": 45}
         profile = profile_of(tmp_path, endpoint(server, "raw", format="raw"), **drawn)
-        stages.run_ask(profile, stages.Scope(("raw",), ("valid",), 1), progress=False)
+        stages.make(profile, "ask", scope=Scope(("raw",), ("valid",), 1), progress=False)
     assert [event["fields"].get("seed") for event in server.received()] == [45, None]
 
 
@@ -288,7 +290,7 @@ def test_a_dialogue_without_a_context_is_named(server: Server, tmp_path: Path) -
 
 def test_a_damaged_store_is_named_and_left_as_it_is(server: Server, tmp_path: Path) -> None:
     profile = profile_of(tmp_path, endpoint(server))
-    stages.run_dialogues(profile)
+    stages.make(profile, "dialogues")
     damaged = RunFolder(profile).answers
     damaged.write_bytes(b"not SQLite " * 1000)
     done = run(profile, tmp_path, "generate", "--models", "api")
@@ -300,7 +302,7 @@ def test_a_damaged_store_is_named_and_left_as_it_is(server: Server, tmp_path: Pa
 def test_the_small_policy_needs_responses_first(tmp_path: Path, server: Server) -> None:
     small = {"model": "small", "kind": "transformers", "weights": "policy"}
     with pytest.raises(PersodpoError, match=r"is made from responses that are there already"):
-        stages.run_generate(profile_of(tmp_path, small))
+        stages.make(profile_of(tmp_path, small), "generate")
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from persodpo.artifacts import PROJECT
+from persodpo.runfolder import PROJECT
 
 
 @pytest.mark.slow

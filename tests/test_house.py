@@ -19,11 +19,12 @@ import typer
 import yaml
 from accelerate.commands.launch import launch_command_parser
 
-from persodpo.artifacts import PROJECT, RunFolder
 from persodpo.cli import app
 from persodpo.config import load_profile
 from persodpo.figures import figure_names
 from persodpo.reproduce import check_parameters, notebook_files
+from persodpo.run import Run
+from persodpo.runfolder import PROJECT, RunFolder
 from persodpo.tables import SCHEMAS
 
 PACKAGE = PROJECT / "persodpo"
@@ -33,10 +34,11 @@ MODULES = sorted(path.relative_to(PROJECT) for path in PACKAGE.rglob("*.py"))
 #: Levels from the bottom up; a module imports from its own level or below.
 MIDDLE = ["cards", "evaluation", "generation", "miniature", "plots", "release", "scoring", "training"]
 LEVELS = [
-    ["artifacts", "config", "corrections", "errors", "folders", "imports", "profile_text", "sqlite", "tables"],
+    ["config", "corrections", "errors", "folders", "imports", "profile_text", "runfolder", "sqlite", "tables"],
     ["completions", "dialogues", "gate", "method", "own_data", "pairs", "prompts", "show"],
     MIDDLE,
     ["figures", "stages"],
+    ["run"],
     ["doctor", "explore", "report", "reproduce"],
     ["cli"],
 ]  # fmt: skip
@@ -86,7 +88,7 @@ def test_every_module_has_a_level_and_none_is_called_utils():
 
 def test_plots_read_tables_only():
     banned = {"torch", "transformers", "trl", "datasets"}
-    allowed = {"artifacts", "errors", "plots"}
+    allowed = {"errors", "plots", "runfolder"}
     for module in MODULES:
         if "plots" in module.parts:
             names = imported(module)
@@ -251,14 +253,18 @@ def test_readme_commands_exist(command):
 
 
 def test_readme_scripts_run(tmp_path, monkeypatch, capsys):
-    """Panels and scorer as they stand; the trainer's are compiled, and run by `test_readme_trains_in_two_processes`."""
-    panels, scorer, *others = readme_scripts()
+    """Panels and scorer as they stand; `Run` on what tests have; the trainer's are compiled, and run elsewhere."""
+    panels, scorer, run, *others = readme_scripts()
     monkeypatch.chdir(tmp_path)
     (tmp_path / "panels.py").write_text(panels)
     assert "explore" in runpy.run_path("panels.py")  # on whatever run there is: without one, each says what is missing
     (tmp_path / "scorer.py").write_text(scorer)
     runpy.run_path("scorer.py")
     assert re.match(r"\[1\.\] questions: 1 responses, 1 distinct texts, .* True$", capsys.readouterr().out.strip())
+    calls = ast.walk(ast.parse(run))
+    used = {node.attr for node in calls if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "run"}
+    assert used == {"make", "table", "figure", "settings"}
+    assert all(hasattr(Run, name) for name in used)
     assert len(others) == 2
     assert all(compile(script, "trainer", "exec") for script in others)
 

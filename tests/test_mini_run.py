@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from pandas.testing import assert_frame_equal
 
-from persodpo.artifacts import RunFolder
 from persodpo.config import Profile, load_profile
 from persodpo.errors import PersodpoError
 from persodpo.miniature import models
+from persodpo.runfolder import RunFolder
 from persodpo.stages import ablate
 from persodpo.stages.policy import small_policy
 
@@ -112,7 +112,7 @@ def test_a_signal_that_is_left_out_gives_its_weight_to_the_others(tmp_path):
 def test_the_same_seed_gives_the_same_numbers(tmp_path):
     """Everything is made anew, models included, in two processes; only times are measured, not made."""
     code = "import sys; from persodpo import stages; from persodpo.config import load_profile\n"
-    code += "stages.run_evaluate(load_profile(sys.argv[1]))"
+    code += "stages.make(load_profile(sys.argv[1]), 'evaluate')"
     tables = []
     for name in ("one", "two"):
         profile = mini(tmp_path / name, **TINIER)

@@ -8,12 +8,12 @@ from collections import Counter
 import pytest
 from typer.testing import CliRunner
 
-from persodpo.artifacts import DATA
 from persodpo.cli import app
 from persodpo.dialogues import focus_json
 from persodpo.errors import PersodpoError
 from persodpo.miniature import phrases
 from persodpo.miniature.world import focus_world, write_world
+from persodpo.runfolder import DATA
 
 
 @pytest.fixture(scope="module")

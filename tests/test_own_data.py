@@ -12,12 +12,13 @@ import pytest
 from typer.testing import CliRunner
 
 from persodpo import stages
-from persodpo.artifacts import DATA, PROJECT, RunFolder
 from persodpo.cli import app
 from persodpo.config import Profile, load_profile, with_overrides
 from persodpo.doctor import diagnose
 from persodpo.errors import PersodpoError
 from persodpo.reproduce import notebook_files, reproduce
+from persodpo.runfolder import DATA, PROJECT, RunFolder
+from persodpo.stages.generate import asked_scope
 
 HEAD = "dialogue_id,split,personas,context\n"
 TALK = 'd1,train,"[""I like art."", ""I have a dog.""]",User1: Hello?\n'
@@ -102,13 +103,13 @@ def _plain_answers_have_no_simple_pairs(run: RunFolder, path: Path) -> None:
     read[["dialogue_id", "model", "response"]].to_csv(path, index=False)
     plain = [f"generation.csv_file={path}", "name=plain"]
     with pytest.raises(PersodpoError, match=r"where no model ever fails, leave simple out of pairs\.sets"):
-        stages.run_pairs(with_overrides(run.profile, plain))
-    assert stages.run_pairs(with_overrides(run.profile, [*plain, "pairs.sets=[perso]"]))[-1].rows["pairs/perso"]
+        stages.make(with_overrides(run.profile, plain), "pairs")
+    assert stages.make(with_overrides(run.profile, [*plain, "pairs.sets=[perso]"]), "pairs")[-1].rows["pairs/perso"]
 
 
 def test_a_blank_completion_is_a_failed_answer_and_counted(tmp_path):
     profile = own(tmp_path, HEAD + TALK + HELD, ASKED + GOOD + "d1,b,  \nd1,c,no JSON\n")
-    *_, report = stages.run_generate(profile)
+    *_, report = stages.make(profile, "generate")
     table = RunFolder(profile).read("responses").set_index("model")
     assert table["outcome"].to_dict() == {"a": "ok", "b": "empty", "c": "no_json"}
     assert report.notes == ("outcomes: ok 1, empty 1, no_json 1; 2 hold no answer at all and enter no pair",)
@@ -116,7 +117,7 @@ def test_a_blank_completion_is_a_failed_answer_and_counted(tmp_path):
 
 def test_a_table_that_is_missing_is_made_by_a_profile_that_can_be_named(tmp_path):
     profile = own(tmp_path, HEAD + TALK + HELD, ASKED + GOOD, name="mine")
-    stages.run_generate(profile)
+    stages.make(profile, "generate")
     with pytest.raises(PersodpoError, match=r"`persodpo score --profile .*mine/profile\.yaml`") as raised:
         RunFolder(profile).read("scores")
     named = str(raised.value).split("--profile ")[1].split("`")[0]
@@ -126,7 +127,7 @@ def test_a_table_that_is_missing_is_made_by_a_profile_that_can_be_named(tmp_path
 def test_the_example_is_read(tmp_path):
     dialogues, completions = ((DATA / "example" / f"{name}.csv").read_text() for name in ("dialogues", "completions"))
     profile = own(tmp_path, dialogues, completions)
-    stages.run_generate(profile)
+    stages.make(profile, "generate")
     run = RunFolder(profile)
     assert run.read("dialogues")["split"].value_counts().to_dict() == {"train": 320, "valid": 20}
     assert (run.read("dialogues")["personas"].map(len) == 5).all()
@@ -139,7 +140,7 @@ def test_files_of_a_spreadsheet_are_read(tmp_path):
     head = "note,context,personas,split,dialogue_id,reference\r\n"
     dialogues = f'{head}x,"User1: Hé,\r\nwell?","I sing.\r\n\r\nI cook.",train,d1,User2: Ja\r\n'
     profile = own(tmp_path, b"\xef\xbb\xbf" + dialogues.encode(), ASKED + GOOD)
-    stages.run_generate(profile)
+    stages.make(profile, "generate")
     row = RunFolder(profile).read("dialogues").iloc[0]
     assert (list(row["personas"]), row["context"], row["reference"]) == (
         ["I sing.", "I cook."],
@@ -153,7 +154,7 @@ def test_files_of_a_spreadsheet_are_read(tmp_path):
 
 def test_plain_answers_need_no_json(tmp_path):
     profile = own(tmp_path, HEAD + TALK + HELD, 'dialogue_id,model,response\nd1,a,Hello {you}.\nd1,b,"Say ""no""."\n')
-    stages.run_generate(profile)
+    stages.make(profile, "generate")
     table = RunFolder(profile).read("responses")
     assert table["response"].tolist() == ["Hello {you}.", 'Say "no".']
     assert [json.loads(text)["response"] for text in table["completion"]] == table["response"].tolist()
@@ -162,11 +163,11 @@ def test_plain_answers_need_no_json(tmp_path):
 
 def test_a_changed_file_is_read_again(tmp_path):
     profile = own(tmp_path, HEAD + TALK, ASKED + GOOD)
-    assert not stages.run_generate(profile)[-1].skipped
-    assert all(report.skipped for report in stages.run_generate(profile))
+    assert not stages.make(profile, "generate")[-1].skipped
+    assert all(report.skipped for report in stages.make(profile, "generate"))
     with profile.generation.csv_file.open("a") as file:
         file.write(GOOD.replace("d1,a", "d1,b"))
-    assert stages.run_generate(profile)[-1].rows == {"responses": 2}
+    assert stages.make(profile, "generate")[-1].rows == {"responses": 2}
 
 
 @pytest.mark.parametrize(
@@ -196,7 +197,7 @@ def test_a_changed_file_is_read_again(tmp_path):
 def test_what_is_wrong_with_dialogues_is_one_sentence(tmp_path, content, words):
     profile = own(tmp_path, content, ASKED + GOOD)
     with pytest.raises(PersodpoError, match=re.escape(words)) as caught:
-        stages.run_dialogues(profile)
+        stages.make(profile, "dialogues")
     assert str(profile.dialogues.csv_file) in str(caught.value)
     assert any(words in finding.sentence for finding in diagnose(profile) if finding.state == "missing")
 
@@ -217,24 +218,24 @@ def test_what_is_wrong_with_dialogues_is_one_sentence(tmp_path, content, words):
 def test_what_is_wrong_with_completions_is_one_sentence(tmp_path, content, words):
     profile = own(tmp_path, HEAD + TALK + HELD, content)
     with pytest.raises(PersodpoError, match=re.escape(words)) as caught:
-        stages.run_generate(profile)
+        stages.make(profile, "generate")
     assert str(profile.generation.csv_file) in str(caught.value)
 
 
 def test_files_that_are_not_there_or_not_named(tmp_path):
     profile = own(tmp_path, HEAD + TALK, ASKED + GOOD, generation__csv_file=tmp_path / "none.csv")
     with pytest.raises(PersodpoError, match=r"none\.csv"):
-        stages.run_generate(profile)
+        stages.make(profile, "generate")
     with pytest.raises(PersodpoError, match=r"source csv needs csv_file, the file of your dialogues"):
         load_profile("mini", ["dialogues.source=csv"])
     with pytest.raises(PersodpoError, match=r"source csv needs csv_file, the file of your completions"):
         load_profile("mini", ["generation.source=csv"])
     with pytest.raises(PersodpoError, match=r"asks no model"):
-        stages.asked_scope(own(tmp_path, HEAD, ASKED), (), (), 3)
+        asked_scope(own(tmp_path, HEAD, ASKED), (), (), 3)
 
 
 def test_dialogues_without_references_or_earlier_turns_teach_no_scorer_of_coherence(tmp_path):
     rows = "".join(f"d{n},train,I like thing {n}.,User1: Hello {n}?\n" for n in range(12))
     profile = own(tmp_path, HEAD + rows, ASKED + GOOD)
     with pytest.raises(PersodpoError, match=r"No dialogue has a reply"):
-        stages.run_score(profile)
+        stages.make(profile, "score")

@@ -12,10 +12,10 @@ from scorer_models import counting_bert, counting_t5
 from talker import CHATML, SETTINGS, in_chatml
 
 from persodpo import dialogues, stages
-from persodpo.artifacts import RunFolder, read_json
 from persodpo.config import load_profile
 from persodpo.doctor import diagnose
 from persodpo.prompts import load_template, render
+from persodpo.runfolder import RunFolder, read_json
 from persodpo.training.policy import load_policy, make_small_policy
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
@@ -62,11 +62,11 @@ def test_the_paper_profile_with_small_models_trains_an_arm(tmp_path, monkeypatch
             evaluation__seeds="[44]", evaluation__pairs="[[perso_weighted, base]]", evaluation__ablations="[]",
         )  # fmt: skip
         assert not [finding for finding in diagnose(profile) if finding.state == "missing"]
-        reports = stages.run_train(profile, arms=["perso_weighted"])
+        reports = stages.make(profile, "train", arms=["perso_weighted"])
         asked = len(server.received())
-        again = stages.run_train(profile, arms=["perso_weighted"])
+        again = stages.make(profile, "train", arms=["perso_weighted"])
         assert len(server.received()) == asked
-        evaluated = stages.run_evaluate(profile)
+        evaluated = stages.make(profile, "evaluate")
         assert len(server.received()) == asked
     assert all(report.skipped for report in again), [str(report) for report in again]
     assert [report.stage for report in evaluated[-3:]] == [

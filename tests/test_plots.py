@@ -14,7 +14,6 @@ from matplotlib.container import BarContainer
 from matplotlib.patches import StepPatch
 from scipy.stats import spearmanr
 
-from persodpo.artifacts import PROJECT, sha256
 from persodpo.errors import PersodpoError
 from persodpo.plots import (
     attention_mask,
@@ -34,6 +33,7 @@ from persodpo.plots import (
 from persodpo.plots.checks import plotted_sha256
 from persodpo.plots.intervals import wilson
 from persodpo.release.loops import windowed
+from persodpo.runfolder import PROJECT, sha256
 
 SEVEN = "Qwen2-7B-Instruct"
 HALF = "Qwen2-0.5B-Instruct"
@@ -459,7 +459,7 @@ def test_plots_import_neither_torch_nor_a_stage():
         "heavy = {'torch', 'transformers', 'trl', 'datasets'} & set(sys.modules)\n"
         "stages = {name for name in sys.modules if name.startswith('persodpo.')} - "
         "{'persodpo.errors', 'persodpo.profile_text', 'persodpo.corrections', 'persodpo.config', "
-        "'persodpo.tables', 'persodpo.artifacts', 'persodpo.imports'}\n"
+        "'persodpo.tables', 'persodpo.runfolder', 'persodpo.imports'}\n"
         "print(heavy | {name for name in stages if not name.startswith('persodpo.plots')})"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=PROJECT)

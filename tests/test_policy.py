@@ -15,8 +15,8 @@ import transformers
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
-from persodpo.artifacts import PROJECT, sha256
 from persodpo.errors import PersodpoError
+from persodpo.runfolder import PROJECT, sha256
 from persodpo.training import policy
 from persodpo.training.policy import END, RECORD, WEIGHTS, SmallPolicy, load_policy, make_small_policy
 

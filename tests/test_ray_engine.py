@@ -12,12 +12,12 @@ import pytest
 from scoring_fakes import Letters, ask, small_world, write_run
 from test_scoring_run import computing, models  # noqa: F401 - a fixture
 
-from persodpo.artifacts import RunFolder
 from persodpo.errors import PersodpoError
+from persodpo.runfolder import RunFolder
 from persodpo.scoring.cache import ScoreCache
 from persodpo.scoring.engine import score_items
 from persodpo.scoring.ray_engine import RayBackend
-from persodpo.stages.score import run_computed
+from persodpo.stages.score import make_scores
 
 
 class Deadly(Letters):
@@ -47,7 +47,7 @@ def test_without_ray_there_is_one_sentence(tmp_path, monkeypatch, models):  # no
     run = RunFolder(computing(tmp_path, models, "engine.scorers=ray"))
     write_run(run, *small_world())
     with pytest.raises(PersodpoError, match=r"pip install 'persodpo\[ray\]', or set engine.scorers=local"):
-        run_computed(run.profile)
+        make_scores(run)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_the_stage_gives_the_same_tables_over_ray(tmp_path, cluster, models):  #
     for engine in ("local", "ray"):
         run = RunFolder(computing(tmp_path / engine, models, f"engine.scorers={engine}"))
         write_run(run, *small_world(12))
-        run_computed(run.profile)
+        make_scores(run)
         runs.append(run)
     for table in ("scores", "evaluation/scores", "thresholds", "scorers", "probes"):
         local, ray = (run.read(table) for run in runs)

@@ -10,14 +10,18 @@ import pytest
 from conftest import QUICK_TRAINING
 
 from persodpo import figures
-from persodpo.artifacts import PROJECT, RunFolder, sha256
 from persodpo.completions import read_completion
 from persodpo.config import load_profile, with_overrides
 from persodpo.errors import PersodpoError
 from persodpo.plots.checks import plotted_sha256
 from persodpo.release import audit, corrections, published
 from persodpo.release.findings.scores import scored_response
-from persodpo.stages import as_released, limits, published_files, run_audit, run_pairs, run_score, run_train
+from persodpo.run import Run
+from persodpo.runfolder import PROJECT, RunFolder, sha256
+from persodpo.stages import make
+from persodpo.stages.audit import as_released
+from persodpo.stages.base import published_files
+from persodpo.stages.pairs import limits
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +156,7 @@ def test_a_corrected_profile_is_audited_as_released(release_run):
 def test_corrected_pairs_keep_completions_as_generated(release_run, tmp_path):
     changes = [f"paths.runs={tmp_path}", "corrections=[A4]", "pairs.sets=[perso]"]
     corrected = with_overrides(release_run.profile, changes)
-    run_pairs(corrected)
+    make(corrected, "pairs")
     made = RunFolder(corrected).read("pairs/perso")
     completions = set(release_run.read("responses")["completion"])
     assert set(made["chosen"]) | set(made["rejected"]) <= completions
@@ -163,14 +167,29 @@ def test_corrected_pairs_keep_completions_as_generated(release_run, tmp_path):
 @pytest.mark.slow
 def test_a_pair_set_that_is_no_longer_made_is_removed(release_run, tmp_path):
     both = with_overrides(release_run.profile, [f"paths.runs={tmp_path}"])
-    run_pairs(both)
-    run_pairs(with_overrides(both, ["pairs.sets=[simple]"]))
+    make(both, "pairs")
+    make(with_overrides(both, ["pairs.sets=[simple]"]), "pairs")
     assert RunFolder(both).path("pairs/simple").exists()
     assert not RunFolder(both).path("pairs/perso").exists()
 
 
 def test_an_unchanged_audit_is_skipped(release_run):
-    assert [report.skipped for report in run_audit(release_run.profile)] == [True] * 6
+    assert [report.skipped for report in make(release_run.profile, "audit")] == [True] * 6
+
+
+def test_a_run_makes_stages_reads_tables_and_draws_figures(release_run, tmp_path):
+    source = tmp_path / "profile.yaml"
+    source.write_text(release_run.profile.to_yaml())
+    run = Run(source, [f"paths.runs={tmp_path}", "pairs.high_quantile=0.75"], seed=7)
+    assert (run.settings.seed, run.settings.pairs.high_quantile) == (7, 0.75)
+    same = Run(release_run.profile)
+    assert all(report.skipped for report in same.make("pairs"))
+    assert len(same.table("pairs/perso")) == 9_184
+    assert same.figure("quality").axes
+    with pytest.raises(PersodpoError, match="no figure 'qualities'"):
+        same.figure("qualities")
+    with pytest.raises(PersodpoError, match="no stage 'pair'"):
+        same.make("pair")
 
 
 def test_committed_figures_show_the_data_of_this_run(release_run):
@@ -201,7 +220,7 @@ def test_arms_train_on_the_published_pairs_and_are_skipped_when_nothing_changed(
     places = [f"paths.{name}={tmp_path / name}" for name in ("runs", "figures")]
     profile = with_overrides(release_run.profile, [*places, *QUICK_TRAINING, "training.arms=[simple, corrected]"])
     run = RunFolder(profile)
-    reports = run_train(profile)
+    reports = make(profile, "train")
     assert [report.stage for report in reports if not report.skipped][-1] == "train corrected"
     assert run.provenance("training/simple/log")["inputs"]["pairs/simple"] == sha256(run.path("pairs/simple"))
     corrected = RunFolder(with_overrides(profile, ["name=release-corrected"]))
@@ -211,9 +230,9 @@ def test_arms_train_on_the_published_pairs_and_are_skipped_when_nothing_changed(
         run.provenance(f"training/{arm}/log")["inputs"]["policy/model.safetensors"] for arm in ("simple", "corrected")
     ]
     assert starts == [sha256(run.root / "policy" / "model.safetensors")] * 2
-    assert all(report.skipped for report in run_train(profile))
+    assert all(report.skipped for report in make(profile, "train"))
     (run.root / "training" / "simple" / "model.safetensors").unlink()
-    again = run_train(profile, arms=["simple"])
+    again = make(profile, "train", arms=["simple"])
     assert [report.stage for report in again if not report.skipped] == ["train simple"]
     assert run.read("training/simple/log")["policy"].str.startswith("small policy").all()
 
@@ -221,7 +240,7 @@ def test_arms_train_on_the_published_pairs_and_are_skipped_when_nothing_changed(
 def test_an_arm_without_its_pairs_is_one_sentence(tmp_path):
     profile = load_profile("release", [f"paths.runs={tmp_path}", "pairs.sets=[simple]"])
     with pytest.raises(PersodpoError, match=r"Arm perso trains on perso pairs; add perso to pairs\.sets"):
-        run_train(profile)
+        make(profile, "train")
 
 
 @pytest.mark.slow
@@ -229,7 +248,7 @@ def test_small_scorers_pass_their_probes_and_score_the_published_responses(relea
     changes = [f"paths.runs={tmp_path}", "scoring.source=compute", "generation.models=[gpt-4-turbo, Qwen2-7B-Instruct]"]
     profile = with_overrides(release_run.profile, changes)
     run = RunFolder(profile)
-    report = run_score(profile)[-1]
+    report = make(profile, "score")[-1]
     assert not any(note.startswith("warning") for note in report.notes)
     assert run.read("probes")["passed"].all()
     ours, theirs = (each.read("scores") for each in (run, release_run))
@@ -239,6 +258,6 @@ def test_small_scorers_pass_their_probes_and_score_the_published_responses(relea
     assert (both["imputed"] == both["imputed_published"]).all()
     measured = both[~both["imputed"] & both["quality"].notna()]
     assert measured[["persona_distance", "persona_distance_published"]].corr("spearman").iloc[0, 1] > 0.3
-    again = run_score(profile, overwrite=True)[-1]
+    again = make(profile, "score", overwrite=True)[-1]
     assert all(", 0 from the cache" not in note for note in again.notes)
     assert again.seconds < 5

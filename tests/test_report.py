@@ -8,9 +8,9 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from persodpo.artifacts import RunFolder
 from persodpo.errors import PersodpoError
 from persodpo.report import write_report
+from persodpo.runfolder import RunFolder
 
 SCRIPT = '<script>alert("x")</script><img src="https://evil.example/a.png" onerror="alert(1)">'
 HOSTILE = f'<p onclick="alert(2)">kept</p>{SCRIPT}<svg onload="alert(3)"></svg><a href="javascript:alert(4)">a</a>'

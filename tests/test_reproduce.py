@@ -10,8 +10,8 @@ import nbformat
 import pytest
 
 from persodpo import reproduce
-from persodpo.artifacts import PROJECT
 from persodpo.errors import PersodpoError
+from persodpo.runfolder import PROJECT
 
 
 def write(path, *cells, tags=("parameters",)):
@@ -107,36 +107,6 @@ def test_everything_is_checked_before_anything_runs(tmp_path, profile):
     (done,) = reproduce.reproduce(str(source), notebooks=[good])
     assert (tmp_path / "ran").exists()
     assert done.copy == tmp_path / "runs" / "release" / "notebooks" / "01_good.ipynb"
-
-
-@pytest.mark.slow
-def test_what_has_not_changed_is_not_run_again(tmp_path, profile):
-    count, source = tmp_path / "count", tmp_path / "profile.yaml"
-    source.write_text(profile.to_yaml())
-    folder = tmp_path / "runs" / "release"
-    (folder / "pairs").mkdir(parents=True)
-    table, copy = folder / "pairs" / "table", folder / "notebooks" / "01_n.ipynb"
-    table.write_text("a")
-    cells = 'profile = ""\noverrides = []\noverwrite = False', f"open({str(count)!r}, 'a').write('x')"
-    notebook = write(tmp_path / "01_n.ipynb", *cells)
-
-    def skipped(overrides=(), **options) -> bool:
-        (done,) = reproduce.reproduce(str(source), overrides, notebooks=[notebook], **options)
-        assert ("unchanged, skipped" in str(done)) == done.skipped
-        return done.skipped
-
-    assert (skipped(), skipped(), count.read_text()) == (False, True, "x")
-    table.write_text("another")
-    assert (skipped(), skipped(), count.read_text()) == (False, True, "xx")
-    copy.unlink()
-    assert (skipped(), copy.is_file(), skipped()) == (False, True, True)
-    assert (skipped(["pairs.low_quantile=0.3"]), skipped(["pairs.low_quantile=0.3"])) == (False, True)
-    assert (skipped(), skipped(overwrite=True), skipped()) == (False, False, True)
-    write(notebook, cells[0], "1 / 0")
-    with pytest.raises(PersodpoError, match="ZeroDivisionError"):
-        skipped()
-    write(notebook, *cells)
-    assert not skipped(), "a run that failed is no run"
 
 
 @pytest.mark.slow

@@ -18,18 +18,18 @@ from hypothesis import strategies as st
 from scorer_models import counting_bert, counting_t5
 from scoring_fakes import Letters, ask, small_world, write_run
 
-from persodpo.artifacts import RunFolder
 from persodpo.config import load_profile
 from persodpo.errors import PersodpoError
 from persodpo.imports import imported_modules
 from persodpo.method import METRICS
 from persodpo.pairs import WORST_CASE
+from persodpo.runfolder import RunFolder
 from persodpo.scoring.cache import ScoreCache, text_key
 from persodpo.scoring.coherence import write_input
 from persodpo.scoring.computed import computed_metrics
 from persodpo.scoring.engine import fingerprint, score_items
 from persodpo.scoring.scorers import Scored
-from persodpo.stages.score import CACHE, run_computed, run_extras
+from persodpo.stages.score import CACHE, make_scores
 
 
 @pytest.fixture
@@ -262,7 +262,7 @@ def computing(folder, models, *overrides):
 def computed_run(tmp_path_factory, models):
     run = RunFolder(computing(tmp_path_factory.mktemp("run"), models))
     write_run(run, *small_world())
-    return run, run_computed(run.profile)
+    return run, make_scores(run)[-1]
 
 
 def test_the_stage_computes_imputes_and_ranks(computed_run):
@@ -306,13 +306,13 @@ def test_the_stage_says_what_scorers_saw_and_what_probes_found(computed_run):
 
 def test_an_unchanged_stage_is_skipped_with_its_warnings_and_a_changed_one_uses_the_cache(computed_run, models):
     run, _ = computed_run
-    again = run_computed(run.profile)
+    again = make_scores(run)[-1]
     assert again.skipped
     assert any(note.startswith("warning:") for note in again.notes)
     profile = run.profile.model_copy(update={"name": "other"})
     other = RunFolder(profile)
     write_run(other, *small_world())
-    tallies = [note for note in run_computed(profile).notes if note.startswith("scores, ")]
+    tallies = [note for note in make_scores(RunFolder(profile))[-1].notes if note.startswith("scores, ")]
     assert len(tallies) == 4
     assert all("10 distinct texts, 10 from the cache" in tally for tally in tallies)
     assert other.read("scores").equals(run.read("scores"))
@@ -323,12 +323,12 @@ def test_a_scorer_that_fails_its_probes_may_not_enter_the_quality_score(tmp_path
     run = RunFolder(computing(tmp_path, models, "scoring.compute.accept_failed_probes=[c_score, ue_score]"))
     write_run(run, *small_world())
     with pytest.raises(PersodpoError, match=r"\(coherence: .*accept_failed_probes=\[coherence, "):
-        run_computed(run.profile)
+        make_scores(run)[-1]
     assert not run.path("scores").exists()
     light = load_profile("release").scoring.weights
     weights = light.model_copy(update={"coherence": 0.0, "persona_distance": 0.0, "compliance": 0.62})
     scoring = run.profile.scoring.model_copy(update={"weights": weights})
-    report = run_computed(run.profile.model_copy(update={"scoring": scoring}))
+    report = make_scores(RunFolder(run.profile.model_copy(update={"scoring": scoring})))[-1]
     assert not any("coherence enters" in note for note in report.notes)
 
 
@@ -337,7 +337,7 @@ def test_extras_are_reported_beside_the_scores(tmp_path):
     dialogues, responses = small_world()
     responses.loc[0, "response"] = "a b a b a b a b"
     write_run(run, dialogues, responses)
-    run_extras(run.profile)
+    make_scores(run)
     extras = run.read("extras").set_index(["dialogue_id", "model"])
     assert extras.loc[("d0", "m1")].to_dict() == {
         "rouge_l": 0.0, "distinct_1": 0.25, "distinct_2": pytest.approx(2 / 7), "words": 8,

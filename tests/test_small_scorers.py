@@ -14,8 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persodpo.artifacts import sha256
 from persodpo.errors import PersodpoError
+from persodpo.runfolder import sha256
 from persodpo.scoring import small
 from persodpo.scoring.checkpoints import Checkpoint
 from persodpo.scoring.coherence import CoherenceScorer

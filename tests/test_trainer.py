@@ -20,8 +20,8 @@ from tiny import TINY, tiny_model, tiny_pairs, tiny_tokenizer
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from persodpo.artifacts import PROJECT, versions
 from persodpo.errors import PersodpoError
+from persodpo.runfolder import PROJECT, versions
 from persodpo.training.trainer import GroupedDPOConfig, GroupedDPOTrainer
 
 PAIRS_A_PROMPT = 6

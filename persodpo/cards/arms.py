@@ -9,11 +9,11 @@ from typing import Any
 import pandas as pd
 from huggingface_hub import ModelCardData
 
-from persodpo.artifacts import RunFolder, read_json
 from persodpo.cards.text import CARD, PAPER, card, code, command, defects, origin, pair_sets, table, write_card
 from persodpo.config import ArmName
 from persodpo.errors import PersodpoError
 from persodpo.evaluation.exports import escape_markdown
+from persodpo.runfolder import RunFolder, read_json
 from persodpo.training.arms import ARMS, arm_of
 
 ARM_RECORD = "arm.json"

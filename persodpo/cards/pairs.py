@@ -9,7 +9,6 @@ import pandas as pd
 import pyarrow.parquet as pq
 from huggingface_hub import DatasetCardData
 
-from persodpo.artifacts import RunFolder
 from persodpo.cards.text import (
     CARD,
     PAPER,
@@ -25,6 +24,7 @@ from persodpo.cards.text import (
     write_card,
 )
 from persodpo.errors import PersodpoError
+from persodpo.runfolder import RunFolder
 from persodpo.tables import schema_of
 
 #: What the two kinds of pairs are.

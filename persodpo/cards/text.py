@@ -8,13 +8,13 @@ from pathlib import Path
 
 from huggingface_hub.repocard_data import CardData
 
-from persodpo.artifacts import RunFolder, read_text, write_atomically
 from persodpo.corrections import CORRECTIONS, Correction
 from persodpo.errors import PersodpoError
 from persodpo.evaluation.cells import TextTable
 from persodpo.evaluation.exports import escape_markdown, markdown
 from persodpo.release.audit import FINDINGS
 from persodpo.release.corrections import mended_findings
+from persodpo.runfolder import RunFolder, read_text, write_atomically
 
 CARD = "README.md"
 PAPER = "[PersoDPO](https://arxiv.org/abs/2602.04493)"

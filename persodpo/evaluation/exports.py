@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from persodpo.artifacts import write_atomically
 from persodpo.evaluation.cells import TextTable
+from persodpo.runfolder import write_atomically
 
 #: What LaTeX reads as a command, and how it prints it instead.
 _LATEX = {

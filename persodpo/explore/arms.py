@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from persodpo.artifacts import RunFolder
 from persodpo.evaluation.cells import number, p_text
 from persodpo.evaluation.observations import EVERY, IMPUTED, SUCCESSES, observe
 from persodpo.explore.answers import dialogue_html
@@ -19,6 +18,7 @@ from persodpo.explore.panel import Panel, labelled, or_sentence, page, printed
 from persodpo.figures import short_names
 from persodpo.plots import forest
 from persodpo.plots.metrics import metric_label, metric_order
+from persodpo.runfolder import RunFolder
 from persodpo.show import text_table
 from persodpo.stages.heldout import arms_of
 

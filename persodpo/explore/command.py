@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 
-from persodpo.artifacts import PROJECT
+from persodpo.runfolder import PROJECT
 
 #: Lines of a command's output that are kept.
 _KEPT = 200

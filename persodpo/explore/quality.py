@@ -9,13 +9,13 @@ from typing import Any
 import ipywidgets as widgets
 import pandas as pd
 
-from persodpo.artifacts import RunFolder
 from persodpo.config import Profile
 from persodpo.explore.moving import Outcome, Pool, Setting, moved
 from persodpo.explore.panel import Panel, labelled, or_sentence
 from persodpo.explore.quality_picture import QualityPicture
 from persodpo.method import SIGNALS
 from persodpo.plots.metrics import metric_label
+from persodpo.runfolder import RunFolder
 from persodpo.show import text_table
 
 _STEP = 0.01

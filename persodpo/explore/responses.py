@@ -8,12 +8,12 @@ from typing import Any
 import ipywidgets as widgets
 import pandas as pd
 
-from persodpo.artifacts import RunFolder
 from persodpo.completions import OUTCOMES
 from persodpo.explore.answers import dialogue_html
 from persodpo.explore.finder import Finder
 from persodpo.explore.panel import Panel, labelled, or_sentence, page
 from persodpo.plots.style import ordered
+from persodpo.runfolder import RunFolder
 
 _ANY = "any"
 

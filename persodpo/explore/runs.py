@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 from pandas.io.formats.style import Styler
 
-from persodpo.artifacts import RunFolder, provenance_path, read_json
+from persodpo.runfolder import RunFolder, provenance_path, read_json
 from persodpo.show import text_table
 from persodpo.training.arms import ARMS
 

@@ -11,11 +11,11 @@ from typing import Any
 import ipywidgets as widgets
 from IPython.display import HTML
 
-from persodpo.artifacts import RunFolder
 from persodpo.config import load_profile, profile_names
 from persodpo.explore.command import Command
 from persodpo.explore.panel import WIDTH, Panel, labelled, page
 from persodpo.explore.runs import runs_beside
+from persodpo.runfolder import RunFolder
 
 #: The command of each stage, in order, and what is there afterwards.
 STAGES = {

@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 from IPython.display import Image
 
-from persodpo.artifacts import RunFolder
 from persodpo.errors import PersodpoError
 from persodpo.explore.choices import Choices
 from persodpo.explore.curves_picture import QUANTITIES, CurvesPicture, places, smoothed
@@ -19,6 +18,7 @@ from persodpo.explore.panel import Panel, labelled, or_sentence
 from persodpo.figures import PAPER_RUN
 from persodpo.plots.style import PALETTE
 from persodpo.release import published
+from persodpo.runfolder import RunFolder
 from persodpo.show import text_table
 from persodpo.training.arms import ARMS
 

@@ -15,11 +15,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from persodpo.artifacts import sha256
 from persodpo.config import Prices, TransformersModel
 from persodpo.generation.budget import Purse
 from persodpo.generation.requests import Answer, AnswerRequest, Limits, Request
 from persodpo.generation.writing import in_thread
+from persodpo.runfolder import sha256
 
 if TYPE_CHECKING:
     from persodpo.generation.decoding import Decoder

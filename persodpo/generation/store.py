@@ -20,9 +20,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from persodpo.artifacts import is_running
 from persodpo.errors import PersodpoError
 from persodpo.generation.requests import Answer
+from persodpo.runfolder import is_running
 from persodpo.sqlite import Sentences, connect, identity, lay_out, transaction
 
 APPLICATION = 0x50445052  # "PDPR", in the file's header, tells the store from any other SQLite file

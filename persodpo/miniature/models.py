@@ -18,13 +18,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from persodpo.artifacts import read_text, write_atomically, write_text
 from persodpo.config import Miniature, Prompts
 from persodpo.dialogues import focus_json
 from persodpo.errors import PersodpoError, make_folder
 from persodpo.miniature import phrases
 from persodpo.miniature.world import focus_world
 from persodpo.prompts import load_template, render
+from persodpo.runfolder import read_text, write_atomically, write_text
 from persodpo.training.policy import SmallPolicy, make_small_policy
 
 BASE = "base"

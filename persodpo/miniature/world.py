@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from persodpo.artifacts import write_atomically, write_text
 from persodpo.dialogues import FOCUS_SENTENCES
 from persodpo.errors import PersodpoError
 from persodpo.miniature import phrases
+from persodpo.runfolder import write_atomically, write_text
 
 #: Fewer dialogues than this teach no model anything.
 SMALLEST = 20

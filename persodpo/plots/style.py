@@ -19,8 +19,8 @@ from typing import ParamSpec
 import matplotlib.style
 from matplotlib.figure import Figure
 
-from persodpo.artifacts import sha256, write_atomically, write_json
 from persodpo.plots.checks import plotted_sha256
+from persodpo.runfolder import sha256, write_atomically, write_json
 
 P = ParamSpec("P")
 

@@ -13,7 +13,7 @@ from persodpo.release.published import TRAIN_SETS, PublishedSet, published_metri
 
 
 def mended_findings() -> dict[Correction, list[str]]:
-    """Return every correction that a finding names, with the findings it mends; arm ``corrected`` has all of them on."""
+    """Return every correction that a finding names, with the findings it mends."""
     named: dict[Correction, list[str]] = {}
     for finding in FINDINGS:
         if finding.correction:

@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from persodpo.artifacts import RELEASE_VARIABLE
 from persodpo.errors import PersodpoError
+from persodpo.runfolder import RELEASE_VARIABLE
 
 #: Longest silence of a server before the download is given up.
 TIMEOUT_SECONDS = 60.0

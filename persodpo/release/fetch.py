@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from persodpo.artifacts import DATA, RELEASE_VARIABLE, sha256
 from persodpo.errors import PersodpoError, disk_errors
 from persodpo.release import sources
 from persodpo.release.download import download
 from persodpo.release.sources import Members, Published, archive_members, folder_members, is_unsafe, reading
+from persodpo.runfolder import DATA, RELEASE_VARIABLE, sha256
 
 _MANIFEST = DATA / "release_manifest.json"
 _CHUNK = 1 << 16

@@ -8,7 +8,7 @@ the user and never committed.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from persodpo.artifacts import DATA
 from persodpo.completions import read_completions
 from persodpo.errors import PersodpoError
+from persodpo.runfolder import DATA
 from persodpo.tables import with_none
 
 #: Column names of the metric files -> ours.
@@ -96,6 +96,25 @@ VALID_SETS = (
 
 #: Every published set, train first.
 SETS = TRAIN_SETS + VALID_SETS
+
+
+def ranked_sets(models: Sequence[str]) -> tuple[PublishedSet, ...]:
+    """Return the published train sets of models.
+
+    Raises:
+        PersodpoError: There are none of a model.
+    """
+    known = {which.model: which for which in TRAIN_SETS}
+    unknown = [model for model in models if model not in known]
+    if unknown:
+        names = ", ".join(known)
+        raise PersodpoError(f"generation.models: there are no published responses of '{unknown[0]}', only of {names}.")
+    return tuple(known[model] for model in models)
+
+
+def set_files(files: Mapping[str, Path], sets: Iterable[PublishedSet]) -> dict[str, Path]:
+    """Return the files of published sets by manifest path."""
+    return {name: files[name] for which in sets for name in (which.raw, which.metrics) if name}
 
 
 def true_name(label: str) -> str:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from persodpo.artifacts import digest_of, sha256
 from persodpo.errors import PersodpoError
+from persodpo.runfolder import digest_of, sha256
 
 #: What a folder holds besides the model; it shapes no score.
 _BESIDE = ("*.md", "*.png", ".*", "scorer.json", "training_args.bin", "trainer_state.json")

@@ -17,9 +17,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from persodpo.artifacts import digest_of
 from persodpo.errors import PersodpoError
 from persodpo.imports import code_of
+from persodpo.runfolder import digest_of
 from persodpo.scoring.cache import ScoreCache, text_key
 from persodpo.scoring.scorers import Item, Scored, Scorer
 

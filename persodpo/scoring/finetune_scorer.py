@@ -29,8 +29,8 @@ from transformers import (
 )
 from transformers.utils.import_utils import is_in_notebook
 
-from persodpo.artifacts import sha256, versions, write_json
 from persodpo.folders import refuse_others, replaced
+from persodpo.runfolder import sha256, versions, write_json
 from persodpo.scoring import coherence, nli_model
 from persodpo.scoring.checkpoints import Checkpoint
 from persodpo.scoring.inference import Loaded, load_base_classifier, load_yes_no, quiet

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from persodpo.artifacts import digest_of
 from persodpo.errors import PersodpoError
+from persodpo.runfolder import digest_of
 from persodpo.scoring.scorers import Item, Scored, Way
 from persodpo.scoring.stop_words import STOP_WORDS
 from persodpo.scoring.word_vectors import WordVectors, load_word_vectors, vectors_sha256

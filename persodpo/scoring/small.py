@@ -22,10 +22,10 @@ from gensim.models import KeyedVectors, Word2Vec
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from tqdm import tqdm
 
-from persodpo.artifacts import digest_of
 from persodpo.errors import PersodpoError, make_folder
 from persodpo.folders import made_once
 from persodpo.imports import code_of
+from persodpo.runfolder import digest_of
 from persodpo.scoring import small_examples, small_models
 from persodpo.scoring.finetune_scorer import RECORD, finetune
 from persodpo.scoring.inference import Loaded, one_thread

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from persodpo.artifacts import read_json, sha256, write_json
 from persodpo.errors import PersodpoError, disk_errors
+from persodpo.runfolder import read_json, sha256, write_json
 
 #: Files from this size on are kept as a mapped matrix, bytes.
 MAP_FROM = 2**28

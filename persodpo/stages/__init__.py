@@ -1,20 +1,86 @@
-"""The wiring: each stage's inputs, settings and outputs, in the order in which text flows.
+"""The stages in the order in which text flows, and the one loop that runs them.
 
-A stage first makes sure of the stages before it (unchanged ones are skipped), so each one, and each notebook, works on
-its own. What a stage does stands in the module it calls; nothing else joins two modules.
+A stage reads the tables of earlier ones and makes its own, unless they are there and nothing that they follow from has
+changed (`persodpo.runfolder.RunFolder.stage`). No stage calls another: the loop does first what a stage needs.
 """
 
-from persodpo.stages.ablate import run_ablate
-from persodpo.stages.base import published_at_hand, published_files
-from persodpo.stages.dialogues import run_dialogues
-from persodpo.stages.generate import Scope, asked_scope, forecast_report, run_ask, run_forecast, run_generate
-from persodpo.stages.pairs import limits, run_pairs, run_score
-from persodpo.stages.report import as_released, run_audit, run_evaluate, run_figures
-from persodpo.stages.score import profile_scorers, score_cache
-from persodpo.stages.train import run_train
+from __future__ import annotations
 
-__all__ = [
-    "Scope", "as_released", "asked_scope", "forecast_report", "limits", "profile_scorers", "published_at_hand",
-    "published_files", "run_ablate", "run_ask", "run_audit", "run_dialogues", "run_evaluate", "run_figures", "run_forecast",
-    "run_generate", "run_pairs", "run_score", "run_train", "score_cache",
-]  # fmt: skip
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+from persodpo.config import Profile
+from persodpo.errors import PersodpoError
+from persodpo.runfolder import RunFolder, StageReport
+from persodpo.stages import ablate, audit, cards, dialogues, evaluate, figures, generate, pairs, score, train
+from persodpo.stages.base import Stage, published_at_hand
+
+__all__ = ["STAGES", "make", "plan", "published_at_hand"]
+
+#: Every stage by name, in order.
+STAGES: Mapping[str, Stage] = {
+    "dialogues": Stage(dialogues.make_dialogues, dialogues.needs),
+    "generate": Stage(generate.make_responses, generate.needs, shared=True),
+    "ask": Stage(generate.ask, generate.needs_to_ask, shared=True),
+    "score": Stage(score.make_scores, score.needs),
+    "pairs": Stage(pairs.make_pairs, pairs.needs, after=cards.after_pairs),
+    "train": Stage(train.train_arms, train.needs, after=cards.after_training),
+    "evaluate": Stage(evaluate.evaluate, evaluate.needs, after=evaluate.after),
+    "ablate": Stage(ablate.ablate, ablate.needs),
+    "audit": Stage(audit.judge, audit.needs, profile=audit.as_released),
+    "figures": Stage(figures.draw, figures.needs),
+}
+
+Step = tuple[Profile, str, Mapping[str, Any]]
+
+
+def plan(profile: Profile, name: str, options: Mapping[str, Any] | None = None) -> list[Step]:
+    """Return the profile, name and options of a stage and of all that it needs, in the order in which they run.
+
+    Raises:
+        PersodpoError: There is no such stage, or the profile cannot be run; nothing is written.
+    """
+    if name not in STAGES:
+        raise PersodpoError(f"There is no stage '{name}'; there are {', '.join(STAGES)}.")
+    stage, options = STAGES[name], options or {}
+    profile = stage.profile(profile) if stage.profile else profile
+    steps: list[Step] = []
+    for need in stage.needs(profile, **options):
+        steps += [step for step in plan(need.profile or profile, need.stage, need.options) if step not in steps]
+    return [*steps, (profile, name, options)]
+
+
+def make(profile: Profile, name: str, overwrite: bool = False, **options: Any) -> list[object]:
+    """Run a stage, and before it those that it needs where something has changed.
+
+    Args:
+        profile: The profile.
+        name: One of `STAGES`.
+        overwrite: Run the stage even if nothing changed; those before it run only where something has.
+        **options: Those of the stage.
+
+    Returns:
+        Reports of what was done, in order; each reads as a line.
+
+    Raises:
+        PersodpoError: The profile cannot be run, a stage fails, or another process works in the run folder.
+    """
+    reports: list[object] = []
+    steps = plan(profile, name, options)
+    wait = generate.WAIT_SECONDS if STAGES[name].shared else 0.0
+    with ExitStack() as held:
+        for step in steps:
+            run, stage = RunFolder(step[0]), STAGES[step[1]]
+            if stage.shared:
+                held.close()
+            else:
+                held.enter_context(run.locked(wait))
+            found = [*stage.run(run, overwrite=overwrite and step is steps[-1], **step[2])]
+            if stage.after:
+                notes = tuple(stage.after(run, **step[2]))
+                if notes and isinstance(found[-1], StageReport):
+                    found[-1] = replace(found[-1], notes=(*found[-1].notes, *notes))
+            reports += found
+    return reports

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from persodpo.artifacts import RunFolder, StageReport
 from persodpo.config import Ablation, Profile, with_overrides
 from persodpo.evaluation.bootstrap import Resampling
 from persodpo.evaluation.observations import observe
 from persodpo.evaluation.statistics import estimates
 from persodpo.pairs import Variant, measured, pair_keys, rebuild
-from persodpo.stages.base import Reports, Targets, alone
-from persodpo.stages.heldout import answer_held_out, run_heldout, score_held_out
+from persodpo.runfolder import RunFolder, StageReport
+from persodpo.stages.base import Need, Targets
+from persodpo.stages.heldout import answer_held_out, score_held_out
 from persodpo.stages.train import arm_folder, train_on
 from persodpo.tables import write_table
 from persodpo.training.arms import ARMS
@@ -26,16 +26,19 @@ from persodpo.training.arms import ARMS
 _TABLES = ("ablations/pairs", "ablations/responses", "ablations/scores", "ablations/estimates")
 
 
-@alone
-def run_ablate(profile: Profile, overwrite: bool = False) -> Reports:
+def needs(profile: Profile) -> list[Need]:
+    """Return what ablations are set beside, if there are any."""
+    return [Need("evaluate")] if profile.evaluation.ablations else []
+
+
+def ablate(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
     """Train, ask and score every ablation of the profile; without any, nothing is made."""
-    run, chosen = RunFolder(profile), profile.evaluation.ablations
+    chosen = run.profile.evaluation.ablations
     if not chosen:
         for table in _TABLES:
             run.forget(table)
         return []
-    reports = run_heldout(profile)
-    reports += [_train(run, ablation, overwrite) for ablation in chosen]
+    reports = [_train(run, ablation, overwrite) for ablation in chosen]
     folders = {ablation.name: arm_folder(run, label_of(ablation)) for ablation in chosen}
     reports.append(_pairs(run, overwrite))
     reports.append(answer_held_out(run, "ablations/responses", folders, 0, overwrite=overwrite))

@@ -1,34 +1,55 @@
-"""What all stages share."""
+"""What a stage is, and what several of them share."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from functools import wraps
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ParamSpec, TypeVar, cast
+from typing import Any
 
-from persodpo.artifacts import RELEASE_VARIABLE, RunFolder, StageReport
 from persodpo.config import Profile
 from persodpo.errors import PersodpoError
 from persodpo.release.fetch import fetch_release, release_files
+from persodpo.runfolder import RELEASE_VARIABLE, RunFolder
 
-Reports = list[StageReport]
 Targets = Mapping[str, Path]
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
-def alone(stage: Callable[P, R]) -> Callable[P, R]:
-    """Let a stage, with the stages before it, have its run folder to itself."""
+@dataclass(frozen=True)
+class Need:
+    """A stage that must be done before another.
 
-    @wraps(stage)
-    def run_alone(*args: P.args, **kwargs: P.kwargs) -> R:
-        profile = args[0] if args else kwargs["profile"]
-        with RunFolder(cast(Profile, profile)).locked():
-            return stage(*args, **kwargs)
+    Attributes:
+        stage: Its name.
+        profile: The profile it is done under; None for that of the stage which needs it.
+        options: Its options where they are not the defaults.
+    """
 
-    return run_alone
+    stage: str
+    profile: Profile | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A step of the way from dialogues to figures.
+
+    Attributes:
+        run: Called with the run folder, whether to run even if nothing changed, and the options; makes tables from those of
+            earlier stages, and returns reports.
+        needs: Called with the profile and the options, before anything runs: what must be done first. Raises if the
+            profile cannot be run.
+        after: Called with the run folder and the options, whether the tables were made anew or not; returns lines to show.
+        shared: Other processes may work in the run folder meanwhile, for models take hours to answer.
+        profile: Given the run's profile, the one under which the stage is done.
+    """
+
+    run: Callable[..., Sequence[object]]
+    needs: Callable[..., Sequence[Need]]
+    after: Callable[..., Sequence[str]] | None = None
+    shared: bool = False
+    profile: Callable[[Profile], Profile] | None = None
 
 
 def published_at_hand(run: RunFolder) -> bool:

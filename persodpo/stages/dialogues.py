@@ -9,21 +9,25 @@ import pandas as pd
 
 import persodpo.dialogues
 import persodpo.own_data
-from persodpo.artifacts import PROJECT, RunFolder
 from persodpo.config import Profile
 from persodpo.errors import PersodpoError
 from persodpo.miniature.world import write_world
 from persodpo.release import published
-from persodpo.stages.base import Reports, Targets, alone, published_files
+from persodpo.runfolder import PROJECT, RunFolder, StageReport
+from persodpo.stages.base import Need, Targets, published_files
 from persodpo.tables import write_table
 
 FOCUS = "https://github.com/pkchat-focus/FoCus"
 
 
-@alone
-def run_dialogues(profile: Profile, overwrite: bool = False) -> Reports:
+def needs(_profile: Profile) -> list[Need]:
+    """Return nothing: dialogues come first."""
+    return []
+
+
+def make_dialogues(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
     """Make the dialogues table."""
-    run, settings = RunFolder(profile), profile.dialogues
+    profile, settings = run.profile, run.profile.dialogues
     inputs = _dialogue_files(run)
 
     def build(targets: Targets) -> None:

@@ -13,7 +13,6 @@ import pandas as pd
 import persodpo.completions
 import persodpo.generation.asking
 import persodpo.own_data
-from persodpo.artifacts import PROJECT, RunFolder, StageReport
 from persodpo.config import AskedModel, Profile, ServedModel, TransformersModel
 from persodpo.errors import PersodpoError
 from persodpo.generation.asking import backend_for, job_for, stored_answers
@@ -22,8 +21,8 @@ from persodpo.generation.forecast import Forecast, forecast
 from persodpo.generation.store import Store
 from persodpo.generation.summary import Summary
 from persodpo.release import published
-from persodpo.stages.base import Reports, Targets, alone, published_files
-from persodpo.stages.dialogues import run_dialogues
+from persodpo.runfolder import PROJECT, RunFolder, StageReport
+from persodpo.stages.base import Need, Targets, published_files
 from persodpo.tables import write_table
 
 SPLITS = ("train", "valid")
@@ -50,22 +49,39 @@ class Scope:
     limit: int | None = None
 
 
-def run_generate(profile: Profile, overwrite: bool = False) -> Reports:
+def needs(profile: Profile) -> list[Need]:
+    """Return what responses follow from.
+
+    Raises:
+        PersodpoError: The published responses cannot be had for this profile.
+    """
+    if profile.generation.source == "published":
+        published.ranked_sets(profile.generation.models)
+        if profile.dialogues.source != "published_focus":
+            raise PersodpoError(
+                "generation.source published has responses to the published FoCus prompts only; "
+                "set dialogues.source=published_focus."
+            )
+    return [Need("dialogues")]
+
+
+def make_responses(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
     """Make the responses tables: train responses to rank, and held-out ones where they are published.
 
     With ``generation.source: models`` the profile's models are asked what is not stored yet; with ``csv`` the user's own
     completions are read.
     """
+    profile = run.profile
     if profile.generation.csv_file and profile.generation.source == "csv":
-        return _own(profile, PROJECT / profile.generation.csv_file, overwrite)
+        with run.locked(WAIT_SECONDS):
+            return [_own(run, PROJECT / profile.generation.csv_file, overwrite)]
     if profile.generation.source == "published":
-        return _published(profile, overwrite)
-    with RunFolder(profile).locked(WAIT_SECONDS):
-        reports = run_dialogues(profile)
+        with run.locked(WAIT_SECONDS):
+            return [_published(run, overwrite)]
     scope = Scope(profile.generation.models, ("train",))
-    summaries = _ask(RunFolder(profile), scope, retry_failed=False, progress=True)
+    summaries = _ask(run, scope, retry_failed=False, progress=True)
     check_finished(summaries, profile, "generate")
-    return [*reports, _write_answers(RunFolder(profile)), _asked_responses(profile, scope, overwrite)]
+    return [_write_answers(run), _asked_responses(run, scope, overwrite)]
 
 
 def check_finished(summaries: Sequence[Summary], profile: Profile, command: str) -> None:
@@ -79,11 +95,9 @@ def check_finished(summaries: Sequence[Summary], profile: Profile, command: str)
             raise PersodpoError(_UNFINISHED.format(summary=summary, command=command, profile=profile.name))
 
 
-@alone
-def _own(profile: Profile, path: Path, overwrite: bool) -> Reports:
+def _own(run: RunFolder, path: Path, overwrite: bool) -> StageReport:
     """Read the user's own completions."""
-    reports = run_dialogues(profile)
-    run = RunFolder(profile)
+    profile = run.profile
 
     def build(targets: Targets) -> None:
         frame = persodpo.own_data.read_responses(path, run.read("dialogues"), profile.reading)
@@ -98,7 +112,7 @@ def _own(profile: Profile, path: Path, overwrite: bool) -> Reports:
         build=build,
         overwrite=overwrite,
     )
-    return [*reports, replace(report, notes=(_outcomes(run),))]
+    return replace(report, notes=(_outcomes(run),))
 
 
 def _outcomes(run: RunFolder) -> str:
@@ -110,19 +124,10 @@ def _outcomes(run: RunFolder) -> str:
     return f"outcomes: {counts}{left}"
 
 
-@alone
-def _published(profile: Profile, overwrite: bool) -> Reports:
+def _published(run: RunFolder, overwrite: bool) -> StageReport:
     """Read the published completions."""
-    chosen = ranked_sets(profile)
-    if profile.dialogues.source != "published_focus":
-        raise PersodpoError(
-            "generation.source published has responses to the published FoCus prompts only; "
-            "set dialogues.source=published_focus."
-        )
-    reports = run_dialogues(profile)
-    run = RunFolder(profile)
-    files = published_files(run)
-    tables = {"responses": chosen}
+    profile, files = run.profile, published_files(run)
+    tables = {"responses": published.ranked_sets(profile.generation.models)}
     if profile.evaluation.source == "published":
         tables["evaluation/responses"] = published.VALID_SETS
 
@@ -132,10 +137,10 @@ def _published(profile: Profile, overwrite: bool) -> Reports:
             frame = published.published_responses(files, sets, dialogues, profile.reading)
             write_table(targets[table], table, frame)
 
-    report = run.stage(
+    return run.stage(
         "generate",
         inputs={"dialogues": run.path("dialogues")}
-        | set_files(files, [which for sets in tables.values() for which in sets]),
+        | published.set_files(files, [which for sets in tables.values() for which in sets]),
         settings={
             "source": "published",
             "models": list(profile.generation.models),
@@ -146,58 +151,59 @@ def _published(profile: Profile, overwrite: bool) -> Reports:
         build=build,
         overwrite=overwrite,
     )
-    return [*reports, report]
 
 
-def run_ask(
-    profile: Profile, scope: Scope, *, retry_failed: bool = False, progress: bool = True
+def needs_to_ask(profile: Profile, scope: Scope, **_: object) -> list[Need]:
+    """Return what asking the models of a scope follows from.
+
+    Raises:
+        PersodpoError: A model is unknown.
+    """
+    small = [_is_small_policy(_entry(profile, model), profile) for model in scope.models]
+    return [Need("generate" if any(small) else "dialogues")]
+
+
+def ask(
+    run: RunFolder, overwrite: bool = False, *, scope: Scope, retry_failed: bool = False, progress: bool = True
 ) -> list[StageReport | Summary]:
     """Ask models what is not stored yet, and write the table of all answers.
 
     Several processes may ask in one run folder at the same time.
 
     Args:
-        profile: The profile; its ``generation.backends`` say how each model is asked.
+        run: The run folder; ``generation.backends`` of its profile say how each model is asked.
+        overwrite: Not used: what is stored is never asked again.
         scope: Which models and dialogues.
         retry_failed: Ask again what has failed in earlier runs.
         progress: Show a bar for each model on a terminal.
 
     Returns:
-        Reports of the stages, and a summary for each model.
+        A summary for each model, and the report of the table.
 
     Raises:
-        PersodpoError: A model is unknown, or the store or the disk fails; what had been stored is safe.
+        PersodpoError: The store or the disk fails; what had been stored is safe.
     """
-    run = RunFolder(profile)
-    entries = [_entry(profile, model) for model in scope.models]
-    reports: list[StageReport | Summary] = []
-    needs_responses = any(_is_small_policy(entry, profile) for entry in entries)
-    with run.locked(WAIT_SECONDS):
-        reports += run_generate(profile) if needs_responses else run_dialogues(profile)
     summaries = _ask(run, scope, retry_failed=retry_failed, progress=progress)
-    return [*reports, *summaries, _write_answers(run)]
+    return [*summaries, _write_answers(run)]
 
 
-def run_forecast(profile: Profile, scope: Scope, retry_failed: bool = False) -> list[Forecast]:
-    """Say what `run_ask` would take; nothing is sent, loaded or written but the dialogues table."""
-    run = RunFolder(profile)
-    with run.locked(WAIT_SECONDS):
-        run_dialogues(profile)
+def forecasts(run: RunFolder, scope: Scope, retry_failed: bool = False) -> list[Forecast]:
+    """Say what `ask` would take in a run with dialogues; nothing is sent, loaded or written."""
     with _store(run) as store:
         jobs = [job for job, _ in _jobs(run, scope, store, make_policy=False)]
         return [forecast(job.requests, job.backend, store, retry_failed=retry_failed) for job in jobs]
 
 
-def forecast_report(profile: Profile, scope: Scope, retry_failed: bool = False) -> Iterator[str]:
-    """Yield `run_forecast` as lines: one a model, then all together beside the budget."""
-    found = run_forecast(profile, scope, retry_failed)
+def forecast_report(run: RunFolder, scope: Scope, retry_failed: bool = False) -> Iterator[str]:
+    """Yield `forecasts` as lines: one a model, then all together beside the budget."""
+    found = forecasts(run, scope, retry_failed)
     yield from map(str, found)
-    with _store(RunFolder(profile)) as store:
+    with _store(run) as store:
         spent = store.spent()
     known = [one for one in found if one.cost is not None and one.highest_cost is not None]
     expected, most = (sum(getattr(one, name) for one in known) for name in ("cost", "highest_cost"))
     unknown = f", {len(found) - len(known)} models without prices" if len(known) < len(found) else ""
-    budget = profile.generation.budget_usd
+    budget = run.profile.generation.budget_usd
     limit = "no budget is set" if budget is None else f"the budget is ${budget:,.2f}"
     yield (
         f"together: {sum(one.to_ask for one in found):,} requests, ${expected:,.2f} (at most ${most:,.2f}){unknown}; "
@@ -314,11 +320,10 @@ def _write_answers(run: RunFolder) -> StageReport:
     return write_answers(run, "answers", frame)
 
 
-def _asked_responses(profile: Profile, scope: Scope, overwrite: bool) -> StageReport:
+def _asked_responses(run: RunFolder, scope: Scope, overwrite: bool) -> StageReport:
     """Write the responses of the models that are ranked."""
-    run = RunFolder(profile)
     with _store(run) as store:
-        frame = stored_answers(store, _jobs(run, scope, store, make_policy=False), profile)
+        frame = stored_answers(store, _jobs(run, scope, store, make_policy=False), run.profile)
     frame = frame.sort_values("dialogue_id", kind="stable", ignore_index=True)
     return write_answers(run, "responses", frame, overwrite=overwrite)
 
@@ -341,22 +346,3 @@ def write_answers(run: RunFolder, name: str, frame: pd.DataFrame, *, overwrite: 
             build=lambda targets: write_table(targets[name], name, frame),
             overwrite=overwrite,
         )
-
-
-def ranked_sets(profile: Profile) -> tuple[published.PublishedSet, ...]:
-    """Return the published train sets of the profile's models.
-
-    Raises:
-        PersodpoError: There are none of a model.
-    """
-    known = {which.model: which for which in published.TRAIN_SETS}
-    unknown = [model for model in profile.generation.models if model not in known]
-    if unknown:
-        names = ", ".join(known)
-        raise PersodpoError(f"generation.models: there are no published responses of '{unknown[0]}', only of {names}.")
-    return tuple(known[model] for model in profile.generation.models)
-
-
-def set_files(files: dict[str, Path], sets: Sequence[published.PublishedSet]) -> dict[str, Path]:
-    """Return the files of published sets by manifest path."""
-    return {name: files[name] for which in sets for name in (which.raw, which.metrics) if name}

@@ -11,19 +11,19 @@ from pathlib import Path
 import pandas as pd
 
 from persodpo import pairs
-from persodpo.artifacts import RunFolder, StageReport
 from persodpo.config import Profile, TransformersModel
 from persodpo.errors import PersodpoError
 from persodpo.generation.asking import backend_for, job_for, stored_answers
 from persodpo.generation.engine import Job, generate_all
 from persodpo.generation.store import Store
+from persodpo.runfolder import RunFolder, StageReport
 from persodpo.scoring import computed
 from persodpo.scoring.cache import ScoreCache
 from persodpo.stages import score
-from persodpo.stages.base import Reports, Targets
+from persodpo.stages.base import Targets
 from persodpo.stages.generate import check_finished, write_answers
 from persodpo.stages.policy import start_policy
-from persodpo.stages.train import arm_folder, run_train
+from persodpo.stages.train import arm_folder
 from persodpo.tables import write_table
 from persodpo.training.arms import label_of
 
@@ -33,23 +33,18 @@ BASE = "base"
 BATCH_SIZE = 32
 
 
-def run_heldout(profile: Profile, overwrite: bool = False) -> Reports:
-    """Train all arms under all seeds, let them answer the held-out prompts, and score what they say.
+def held_out_arms(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
+    """Let the starting policy and all arms under all seeds answer the held-out prompts, and score what they say.
 
     Raises:
-        PersodpoError: There are no held-out dialogues, the scores are the published ones, or a model has stopped.
+        PersodpoError: There are no held-out dialogues, or a model has stopped.
     """
-    if profile.scoring.source != "compute":
-        raise PersodpoError(
-            "evaluation.source arms has responses that nobody has published scores of; set scoring.source=compute."
-        )
-    reports = run_train(profile, seeds=profile.evaluation.seeds)
-    run = RunFolder(profile)
+    profile = run.profile
     models = {
         model: start_policy(run) if model == BASE else arm_folder(run, model) for model in arms_of(profile)["model"]
     }
     answers = answer_held_out(run, "evaluation/responses", models, profile.evaluation.timed, overwrite=overwrite)
-    return [*reports, answers, score_held_out(run, "evaluation/responses", "evaluation/scores", overwrite=overwrite)]
+    return [answers, score_held_out(run, "evaluation/responses", "evaluation/scores", overwrite=overwrite)]
 
 
 def arms_of(profile: Profile) -> pd.DataFrame:
@@ -131,7 +126,7 @@ def score_held_out(run: RunFolder, answers: str, table: str, *, overwrite: bool 
     """
     profile, names = run.profile, ("dialogues", "scores", answers)
     small = score.small_scorers(run)
-    scorers = score.profile_scorers(profile)
+    scorers = score.run_scorers(run)
 
     def build(targets: Targets) -> None:
         responses, ranked = run.read(answers), run.read("scores")

@@ -1,8 +1,6 @@
-"""From responses to pairs."""
+"""From scores to pairs."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import pandas as pd
 
@@ -12,14 +10,10 @@ import persodpo.gate
 import persodpo.method
 import persodpo.pairs
 import persodpo.prompts
-from persodpo.artifacts import RunFolder
 from persodpo.config import Profile
 from persodpo.errors import PersodpoError
-from persodpo.release import published
-from persodpo.stages import score
-from persodpo.stages.base import Reports, Targets, alone, published_files
-from persodpo.stages.cards import run_dataset_card
-from persodpo.stages.generate import ranked_sets, run_generate, set_files
+from persodpo.runfolder import RunFolder, StageReport
+from persodpo.stages.base import Need, Targets
 from persodpo.tables import write_table
 
 #: What to do where a pair set is empty.
@@ -29,45 +23,14 @@ _MENDS = {
 }
 
 
-@alone
-def run_score(profile: Profile, overwrite: bool = False) -> Reports:
-    """Make the scores tables and the thresholds."""
-    reports = run_generate(profile)
-    reports.append(score.run_extras(profile))
-    if profile.scoring.source == "compute":
-        return [*reports, score.run_computed(profile, overwrite)]
-    run = RunFolder(profile)
-    files = published_files(run)
-    chosen = ranked_sets(profile)
-
-    wanted = dict(zip(score.tables_of(profile), (chosen, published.VALID_SETS), strict=False))
-    answers = {table: table.replace("scores", "responses") for table in wanted}
-
-    def build(targets: Targets) -> None:
-        tables = {table: run.read(name) for table, name in answers.items()}
-        metrics = {table: published.published_metrics(files, sets, tables[table]) for table, sets in wanted.items()}
-        score.write_scores(profile, targets, tables, metrics)
-        for left in ("probes", "scorers"):
-            run.forget(left)
-
-    report = run.stage(
-        "score",
-        inputs={name: run.path(name) for name in answers.values()}
-        | set_files(files, [which for sets in wanted.values() for which in sets]),
-        settings=score.score_settings(profile),
-        outputs=["scores", "thresholds", *list(wanted)[1:]],
-        code=__name__,
-        build=build,
-        overwrite=overwrite,
-    )
-    return [*reports, report]
+def needs(_profile: Profile) -> list[Need]:
+    """Return what pairs follow from."""
+    return [Need("score")]
 
 
-@alone
-def run_pairs(profile: Profile, overwrite: bool = False) -> Reports:
-    """Make the pair sets, their gate report and their card."""
-    reports = run_score(profile)
-    run = RunFolder(profile)
+def make_pairs(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
+    """Make the pair sets and their gate report."""
+    profile = run.profile
     names = [f"pairs/{pair_set}" for pair_set in profile.pairs.sets]
 
     def build(targets: Targets) -> None:
@@ -108,8 +71,7 @@ def run_pairs(profile: Profile, overwrite: bool = False) -> Reports:
         build=build,
         overwrite=overwrite,
     )
-    card = run_dataset_card(run)
-    return [*reports, replace(report, notes=(f"what they would teach, and what to mind: {card}",))]
+    return [report]
 
 
 def limits(run: RunFolder) -> tuple[float, float]:

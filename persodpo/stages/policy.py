@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import persodpo.pairs
-from persodpo.artifacts import RunFolder
 from persodpo.completions import write_completion
 from persodpo.config import Profile
+from persodpo.runfolder import RunFolder
 
 if TYPE_CHECKING:
     from persodpo.training.policy import SmallPolicy

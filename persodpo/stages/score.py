@@ -1,4 +1,4 @@
-"""From responses to scores: what `run_score` does for published and for computed metric values."""
+"""From responses to scores and thresholds, by published or by computed metric values."""
 
 from __future__ import annotations
 
@@ -12,19 +12,31 @@ import pandas as pd
 
 import persodpo.method
 from persodpo import pairs
-from persodpo.artifacts import RunFolder, StageReport
 from persodpo.config import Profile
+from persodpo.release import published
+from persodpo.runfolder import RunFolder, StageReport
 from persodpo.scoring import computed, engine, extras, probes
 from persodpo.scoring.cache import ScoreCache
 from persodpo.scoring.engine import Backend
 from persodpo.scoring.scorers import Scorer
-from persodpo.stages.base import Targets
+from persodpo.stages.base import Need, Targets, published_files
 from persodpo.tables import write_table
 
 #: The responses that are ranked, and the held-out ones.
 TABLES = ("scores", "evaluation/scores")
 #: Under the folder of all runs, for scores and small scorers do not depend on a run's name; no run can be called so.
 CACHE, SMALL = "_scores.sqlite", "_scorers"
+
+
+def needs(_profile: Profile) -> list[Need]:
+    """Return what scores follow from."""
+    return [Need("generate")]
+
+
+def make_scores(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
+    """Make the extras table, the scores tables and the thresholds."""
+    computes = run.profile.scoring.source == "compute"
+    return [_extras(run), (_computed if computes else _published)(run, overwrite)]
 
 
 def tables_of(profile: Profile) -> tuple[str, ...]:
@@ -70,9 +82,8 @@ def write_scores(
     write_table(targets["thresholds"], "thresholds", pd.DataFrame(named.items(), columns=["name", "value"]))
 
 
-def run_extras(profile: Profile, overwrite: bool = False) -> StageReport:
+def _extras(run: RunFolder) -> StageReport:
     """Make the extras table: what is reported beside the quality score."""
-    run = RunFolder(profile)
 
     def build(targets: Targets) -> None:
         write_table(targets["extras"], "extras", extras.extras_table(run.read("responses"), run.read("dialogues")))
@@ -84,19 +95,44 @@ def run_extras(profile: Profile, overwrite: bool = False) -> StageReport:
         outputs=["extras"],
         code=__name__,
         build=build,
+    )
+
+
+def _published(run: RunFolder, overwrite: bool) -> StageReport:
+    """Make scores and thresholds of the published metric values."""
+    profile, files = run.profile, published_files(run)
+    wanted = dict(
+        zip(tables_of(profile), (published.ranked_sets(profile.generation.models), published.VALID_SETS), strict=False)
+    )
+    answers = {table: table.replace("scores", "responses") for table in wanted}
+
+    def build(targets: Targets) -> None:
+        tables = {table: run.read(name) for table, name in answers.items()}
+        metrics = {table: published.published_metrics(files, sets, tables[table]) for table, sets in wanted.items()}
+        write_scores(profile, targets, tables, metrics)
+        for left in ("probes", "scorers"):
+            run.forget(left)
+
+    return run.stage(
+        "score",
+        inputs={name: run.path(name) for name in answers.values()}
+        | published.set_files(files, [which for sets in wanted.values() for which in sets]),
+        settings=score_settings(profile),
+        outputs=["scores", "thresholds", *list(wanted)[1:]],
+        code=__name__,
+        build=build,
         overwrite=overwrite,
     )
 
 
-def run_computed(profile: Profile, overwrite: bool = False) -> StageReport:
+def _computed(run: RunFolder, overwrite: bool) -> StageReport:
     """Make scores, thresholds and the reports on scorers with the profile's own scorers.
 
     Raises:
         PersodpoError: A scorer that failed its probes would enter the quality score and is not accepted by name, or as
             `persodpo.scoring.computed.computed_metrics`.
     """
-    run = RunFolder(profile)
-    small = small_scorers(run)
+    profile, small = run.profile, small_scorers(run)
     scorers = _scorers(profile, small)
     wanted = tables_of(profile)
     answers = {table: table.replace("scores", "responses") for table in wanted}
@@ -135,9 +171,9 @@ def _warnings(profile: Profile, found: Sequence[probes.Verdict]) -> list[str]:
     return probes.admit(found, pairs.effective_weights(profile), accepted)
 
 
-def profile_scorers(profile: Profile) -> list[Scorer]:
-    """Return the profile's four scorers, in the order of the metrics; small models are made if need be."""
-    return _scorers(profile, small_scorers(RunFolder(profile)))
+def run_scorers(run: RunFolder) -> list[Scorer]:
+    """Return the four scorers of a run's profile, in the order of the metrics; small models are made if need be."""
+    return _scorers(run.profile, small_scorers(run))
 
 
 def _scorers(profile: Profile, small: Mapping[str, str]) -> list[Scorer]:

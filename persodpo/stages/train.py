@@ -8,47 +8,63 @@ from pathlib import Path
 
 import pandas as pd
 
-from persodpo.artifacts import RunFolder, StageReport, digest_of, sha256
 from persodpo.config import ArmName, Profile, with_overrides
+from persodpo.corrections import WITHOUT_ASKING
 from persodpo.errors import PersodpoError
-from persodpo.release import corrections
-from persodpo.stages.base import Reports, Targets, alone
-from persodpo.stages.cards import run_model_card
-from persodpo.stages.pairs import run_pairs
+from persodpo.runfolder import RunFolder, StageReport, digest_of, sha256
+from persodpo.stages.base import Need, Targets
 from persodpo.stages.policy import start_policy
 from persodpo.tables import write_table
 from persodpo.training.arms import ARMS, arm_name, label_of
 
 
-@alone
-def run_train(
-    profile: Profile, overwrite: bool = False, arms: Sequence[str] = (), seeds: Sequence[int] = ()
-) -> Reports:
+def needs(profile: Profile, arms: Sequence[str] = (), **_: object) -> list[Need]:
+    """Return the pairs that arms train on, those of the profile unless others are named.
+
+    Raises:
+        PersodpoError: There is no such arm, or its pair set is not made.
+    """
+    found = [Need("pairs")]
+    for arm in [arm_name(arm) for arm in arms or profile.training.arms]:
+        if ARMS[arm].pairs not in profile.pairs.sets:
+            raise PersodpoError(f"Arm {arm} trains on {ARMS[arm].pairs} pairs; add {ARMS[arm].pairs} to pairs.sets.")
+        if ARMS[arm].corrected:
+            found.append(Need("pairs", corrected(profile)))
+    return found
+
+
+def corrected(profile: Profile) -> Profile:
+    """Return the profile of arm ``corrected``, whose pairs lie in a run folder of their own."""
+    mended = profile.with_corrections(*WITHOUT_ASKING)
+    return with_overrides(mended, [f"name={profile.name}-corrected"])
+
+
+def train_arms(
+    run: RunFolder, overwrite: bool = False, *, arms: Sequence[str] = (), seeds: Sequence[int] = ()
+) -> list[StageReport]:
     """Train arms, those of the profile unless others are named, each from the same policy.
 
     Args:
-        profile: The profile.
+        run: The run folder.
         overwrite: Train again even if nothing changed.
         arms: Names of `persodpo.training.arms.ARMS`; none for those of the profile.
         seeds: Each arm is trained once under each; none for the first of ``evaluation.seeds``.
 
     Returns:
-        Reports of all stages.
+        A report for each arm and seed.
     """
+    return [_train(run, source_of(run, arm), arm, seed, overwrite) for arm, seed in trained(run.profile, arms, seeds)]
+
+
+def trained(profile: Profile, arms: Sequence[str] = (), seeds: Sequence[int] = ()) -> list[tuple[ArmName, int]]:
+    """Return the arms and seeds that `train_arms` trains."""
     chosen = [arm_name(arm) for arm in arms or profile.training.arms]
-    for arm in chosen:
-        if ARMS[arm].pairs not in profile.pairs.sets:
-            raise PersodpoError(f"Arm {arm} trains on {ARMS[arm].pairs} pairs; add {ARMS[arm].pairs} to pairs.sets.")
-    reports, run = run_pairs(profile), RunFolder(profile)
-    for arm in chosen:
-        source = run
-        if ARMS[arm].corrected:
-            mended = profile.with_corrections(*corrections.mended_findings())
-            source = RunFolder(with_overrides(mended, [f"name={profile.name}-corrected"]))
-            reports += run_pairs(source.profile)
-        for seed in seeds or profile.evaluation.seeds[:1]:
-            reports.append(_train(run, source, arm, seed, overwrite))
-    return reports
+    return [(arm, seed) for arm in chosen for seed in seeds or profile.evaluation.seeds[:1]]
+
+
+def source_of(run: RunFolder, arm: ArmName) -> RunFolder:
+    """Return the run folder whose pairs an arm trains on."""
+    return RunFolder(corrected(run.profile)) if ARMS[arm].corrected else run
 
 
 def arm_folder(run: RunFolder, label: str) -> Path:
@@ -62,9 +78,7 @@ def _train(run: RunFolder, source: RunFolder, arm: ArmName, seed: int, overwrite
     label = label_of(arm, seed, run.profile.evaluation.seeds)
     seeded = run.profile.model_copy(update={"seed": seed})
     inputs = {table: source.path(table)}
-    report = train_on(run, arm, label, lambda: source.read(table), inputs=inputs, profile=seeded, overwrite=overwrite)
-    run_model_card(run, label, source)
-    return report
+    return train_on(run, arm, label, lambda: source.read(table), inputs=inputs, profile=seeded, overwrite=overwrite)
 
 
 def train_on(

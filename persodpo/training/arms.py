@@ -30,7 +30,7 @@ class Arm:
     Attributes:
         pairs: Pair set.
         weighting: As in `persodpo.training.loss.pair_weights`.
-        corrected: Make the pairs with every correction that the audit has a setting for.
+        corrected: Make the pairs with every correction that needs neither new answers nor new scores.
         meaning: What the arm stands for.
     """
 

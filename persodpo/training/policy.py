@@ -35,12 +35,12 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from persodpo.artifacts import sha256
 from persodpo.config import PolicySize
 from persodpo.errors import PersodpoError
 from persodpo.folders import made_once
 from persodpo.imports import code_of
 from persodpo.profile_text import Count, Positive, Seed
+from persodpo.runfolder import sha256
 from persodpo.training.forward import response_log_probs
 from persodpo.training.groups import micro_batches
 from persodpo.training.packing import Group, pack

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from persodpo.artifacts import write_atomically
 from persodpo.imports import code_of
+from persodpo.runfolder import write_atomically
 from persodpo.training.forward import attention_of, base_model
 from persodpo.training.groups import micro_batches, split_responses
 from persodpo.training.guard import Verdict

@@ -27,8 +27,8 @@ from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
-from persodpo.artifacts import versions
 from persodpo.errors import PersodpoError
+from persodpo.runfolder import versions
 from persodpo.training.checks import check_models, check_vocabulary, trains_adapters_alone
 from persodpo.training.config import GroupedDPOConfig, check_arguments, only_loss, option
 from persodpo.training.groups import (

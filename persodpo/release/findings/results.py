@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from persodpo.artifacts import sha256
 from persodpo.completions import read_completion
 from persodpo.release import published
 from persodpo.release.findings.base import CONFIRMED, PARTLY, REFUTED, Evidence, Finding, Material, evidence
 from persodpo.release.parity import FIGURE_2A, RESULT_ROWS, STEP_PAIRS, parity_table, set_statistics
+from persodpo.runfolder import sha256
 
 #: Reward accuracy from which there is next to nothing left to learn.
 SATURATED = 0.98

@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 import pytest
 from pandas.testing import assert_frame_equal
 
-from persodpo import artifacts, imports
-from persodpo.artifacts import RunFolder, provenance_path
+from persodpo import imports, runfolder
 from persodpo.errors import PersodpoError
+from persodpo.runfolder import RunFolder, provenance_path
 from persodpo.tables import SCHEMAS, check_table, write_table
 
 THRESHOLDS = pd.DataFrame({"name": ["low", "high"], "value": [0.4, 0.6]})
@@ -64,7 +64,7 @@ def test_a_table_and_its_record_under_another_name_are_refused(profile):
     gate = pd.DataFrame({"pair_set": ["perso"], "check": ["pairs"], "value": [1.0], "meaning": ["rows"]})
     run.path("pairs/gate").parent.mkdir()
     write_table(run.path("pairs/gate"), "pairs/gate", gate)
-    record = run.provenance("thresholds") | {"sha256": artifacts.sha256(run.path("pairs/gate"))}
+    record = run.provenance("thresholds") | {"sha256": runfolder.sha256(run.path("pairs/gate"))}
     provenance_path(run.path("pairs/gate")).write_text(json.dumps(record))
     with pytest.raises(PersodpoError, match="does not match its provenance file"):
         run.read("pairs/gate")
@@ -74,8 +74,8 @@ def test_provenance_says_what_made_the_table(profile):
     run = RunFolder(profile)
     make(run)
     provenance = run.provenance("thresholds")
-    assert provenance["inputs"] == {"text": artifacts.sha256(run.root.parent / "input.txt")}
-    assert provenance["sha256"] == artifacts.sha256(run.path("thresholds"))
+    assert provenance["inputs"] == {"text": runfolder.sha256(run.root.parent / "input.txt")}
+    assert provenance["sha256"] == runfolder.sha256(run.path("thresholds"))
     assert (provenance["rows"], provenance["profile_sha256"]) == (2, profile.digest())
     assert {"python", "polars", "pyarrow"} <= set(provenance["versions"])
     assert {"commit", "seconds", "settings", "code"} <= set(provenance)
@@ -127,9 +127,9 @@ def test_a_killed_stage_leaves_the_last_table_and_a_rerun_mends(profile, tmp_pat
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         from pathlib import Path
         from conftest import profile_in
-        from persodpo.artifacts import RunFolder
+        from persodpo.runfolder import RunFolder
         from persodpo.tables import write_table
-        from test_artifacts import THRESHOLDS, make
+        from test_runfolder import THRESHOLDS, make
         def build(targets):
             write_table(targets["thresholds"], "thresholds", THRESHOLDS.assign(value=0.0))
             print("writing", flush=True)
@@ -174,7 +174,7 @@ def test_a_read_only_place_is_one_sentence(profile, monkeypatch):
     def refuse(*_args, **_kwargs):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(artifacts.tempfile, "mkdtemp", refuse)
+    monkeypatch.setattr(runfolder.tempfile, "mkdtemp", refuse)
     with pytest.raises(PersodpoError, match="cannot be written"):
         make(RunFolder(profile))
 
@@ -222,8 +222,8 @@ def test_two_stages_at_once_do_not_mix(profile, tmp_path):
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         from pathlib import Path
         from conftest import profile_in
-        from persodpo.artifacts import RunFolder
-        from test_artifacts import make
+        from persodpo.runfolder import RunFolder
+        from test_runfolder import make
         make(RunFolder(profile_in(Path({str(tmp_path)!r}))), overwrite=True)
     """)
     children = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(2)]
@@ -240,7 +240,7 @@ def test_a_second_process_in_a_run_folder_says_so_and_stops(profile, tmp_path):
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         from pathlib import Path
         from conftest import profile_in
-        from persodpo.artifacts import RunFolder
+        from persodpo.runfolder import RunFolder
         from persodpo.errors import PersodpoError
         try:
             with RunFolder(profile_in(Path({str(tmp_path)!r}))).locked():
@@ -266,16 +266,16 @@ def test_a_folder_that_cannot_be_is_one_sentence(profile):
         pass
 
 
-STAGES = ("dialogues", "generate", "score", "pairs", "train", "heldout", "ablate", "report")
+STAGES = ("dialogues", "generate", "score", "pairs", "train", "heldout", "evaluate", "ablate", "audit")
 #: A module, and the stages that run again when it changes: what lists kept by hand once forgot.
 RUN_AGAIN = {
-    "training.arms": {"train", "heldout", "ablate", "report"},
+    "training.arms": {"train", "heldout", "evaluate", "ablate"},
     "completions": set(STAGES),
     "method": set(STAGES) - {"dialogues"},
-    "gate": {"pairs", "report"},
-    "plots.intervals": {"ablate", "report"},
-    "scoring.nli_model": {"score", "pairs", "heldout", "ablate", "report"},
-    "generation.local": {"generate", "pairs", "heldout", "ablate", "report"},
+    "gate": {"pairs", "audit"},
+    "plots.intervals": {"evaluate", "ablate"},
+    "scoring.nli_model": {"score", "heldout", "evaluate", "ablate"},
+    "generation.local": {"generate", "heldout", "evaluate", "ablate"},
     "cards.arms": set(),
     "cli": set(),
 }
@@ -288,16 +288,16 @@ def test_a_changed_module_runs_the_stages_again_that_import_it(monkeypatch):
     before = {stage: digest(stage) for stage in stages}
     touched, again = [], {}
     monkeypatch.setattr(imports, "_source", lambda name: f"{source(name)}#" if name in touched else source(name))
-    package = artifacts.PROJECT / "persodpo"
+    package = runfolder.PROJECT / "persodpo"
     for path in sorted(package.rglob("*.py")):
-        name = ".".join(path.relative_to(artifacts.PROJECT).with_suffix("").parts)
+        name = ".".join(path.relative_to(runfolder.PROJECT).with_suffix("").parts)
         touched[:] = [name]
         again[name] = {stage for stage in stages if digest(stage) != before[stage]}
         assert again[name] == {stage for stage in stages if name in imports.imported_modules(stage)}
     for name, expected in RUN_AGAIN.items():
         assert {stage.rpartition(".")[2] for stage in again[f"persodpo.{name}"]} == expected, name
     idle = {name.removeprefix("persodpo.") for name, rerun in again.items() if not rerun and "__init__" not in name}
-    assert {name for name in idle if not name.startswith(("cards.", "explore."))} == {
-        "cli", "doctor", "plots.attention_mask", "plots.model_ranks", "plots.scrambled", "plots.token_budget",
-        "release.loops", "report", "reproduce", "show", "stages.cards",
+    assert {name for name in idle if not name.startswith(("cards.", "explore.", "plots."))} == {
+        "cli", "doctor", "figures", "release.loops", "report", "reproduce", "run", "show", "stages.cards",
+        "stages.figures",
     }  # fmt: skip

@@ -8,7 +8,6 @@ comes last, so a table without a matching one was interrupted or edited, and is 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -22,10 +21,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pandas as pd
 import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
 
 from persodpo.config import Profile, profile_names
 from persodpo.errors import PersodpoError, disk_errors, make_folder
@@ -35,9 +35,6 @@ from persodpo.tables import check_table, schema_of, with_none
 PROJECT = Path(__file__).resolve().parents[1]
 DATA = PROJECT / "data"
 RELEASE_VARIABLE = "PERSODPO_RELEASE"
-
-#: Run folders that this process holds the lock of.
-_HELD: set[Path] = set()
 
 #: The command that makes each table, for messages.
 MAKER = {
@@ -95,12 +92,10 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """
     with disk_errors(path):
         make_folder(path.parent)
-        temporary = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
-        try:
+        with tempfile.TemporaryDirectory(prefix=_scratch_name(), dir=path.parent) as folder:
+            temporary = Path(folder) / path.name
             write(temporary)
             temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def versions() -> dict[str, str]:
@@ -246,18 +241,16 @@ class RunFolder:
         with disk_errors(self.root):
             make_folder(self.root)
             self._clear_scratch()
-            scratch = Path(tempfile.mkdtemp(prefix=f".partial-{os.getpid()}-", dir=self.root))
-        try:
-            targets = {output: scratch / f"{output.replace('/', '-')}.parquet" for output in outputs}
-            with disk_errors(scratch):
+            scratch = tempfile.TemporaryDirectory(prefix=_scratch_name(), dir=self.root, ignore_cleanup_errors=True)
+        with scratch as folder:
+            targets = {output: Path(folder) / f"{output.replace('/', '-')}.parquet" for output in outputs}
+            with disk_errors(self.root):
                 build(targets)
             rows = {output: check_table(path, output) for output, path in targets.items()}
             seconds = time.perf_counter() - started
             with disk_errors(self.root):
                 for output, path in targets.items():
                     self._publish(name, output, path, basis=basis, rows=rows[output], seconds=seconds)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
         self._save_profile()
         return StageReport(name, False, rows, seconds)
 
@@ -304,34 +297,30 @@ class RunFolder:
         Raises:
             PersodpoError: Another process works in this folder.
         """
-        if self.root in _HELD:
-            yield
-            return
         make_folder(self.root)
-        with disk_errors(self.root), (self.root / ".lock").open("w") as file:
-            self._take_lock(file, time.monotonic() + wait_seconds)
-            _HELD.add(self.root)
+        with disk_errors(self.root):
+            lock = FileLock(self.root / ".lock", is_singleton=True, thread_local=False)
+            try:
+                lock.acquire(timeout=wait_seconds)
+            except Timeout as error:
+                raise PersodpoError(
+                    f"Another process works in {self.root}; wait for it, or give this run a folder of its own with "
+                    "--set name=another."
+                ) from error
             try:
                 yield
             finally:
-                _HELD.discard(self.root)
-
-    def _take_lock(self, file: IO[str], until: float) -> None:
-        while True:
-            try:
-                return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                if time.monotonic() >= until:
-                    raise PersodpoError(
-                        f"Another process works in {self.root}; wait for it, or give this run a folder of its own with "
-                        "--set name=another."
-                    ) from error
-            time.sleep(0.1)
+                lock.release()
 
     def _save_profile(self) -> None:
         text = self.profile.to_yaml()
         if read_text(self.root / "profile.yaml") != text:
             write_atomically(self.root / "profile.yaml", lambda path: write_text(path, text))
+
+
+def _scratch_name() -> str:
+    """Return what names of this process's scratch folders start with."""
+    return f".partial-{os.getpid()}-"
 
 
 def is_running(process: int) -> bool:

@@ -1,0 +1,61 @@
+"""From the tables of the release to its audit."""
+
+from __future__ import annotations
+
+from persodpo.config import Profile, load_profile
+from persodpo.release import audit, corrections, parity, published
+from persodpo.release.findings.base import Material
+from persodpo.runfolder import RunFolder, StageReport
+from persodpo.stages.base import Need, Targets, published_files
+from persodpo.stages.pairs import limits
+from persodpo.tables import write_table
+
+#: Sections that do not touch what the audit judges.
+_NO_CONCERN = ("policy", "training", "evaluation")
+
+
+def as_released(profile: Profile) -> Profile:
+    """Return the profile whose tables the audit judges.
+
+    That is ``profile`` itself if its method is the released one; otherwise the shipped ``release`` profile with this
+    one's folders and limits, under a name of its own, so that the tables of a corrected run stay as they are. Policy,
+    training and evaluation are no concern of the audit.
+    """
+    released = load_profile("release")
+    # How models would be asked is no concern of the audit either: only what is ranked.
+    ranked = {key: getattr(released.generation, key) for key in ("source", "models")}
+    generation = profile.generation.model_copy(update=ranked)
+    kept = {key: getattr(profile, key) for key in ("paths", "engine", "seed", "miniature", *_NO_CONCERN)}
+    twin = released.model_copy(update={**kept, "generation": generation})
+    same = twin.model_dump(exclude={"name"}) == profile.model_dump(exclude={"name"})
+    return profile if same else twin.model_copy(update={"name": f"{profile.name}-as-released"})
+
+
+def needs(_profile: Profile) -> list[Need]:
+    """Return what is judged."""
+    return [Need("pairs")]
+
+
+def judge(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
+    """Make the parity table, the findings and the effect of every correction, on the tables as released."""
+    profile, files = run.profile, published_files(run)
+    names = ["dialogues", "responses", "scores", "thresholds", "pairs/simple", "pairs/perso", "pairs/gate"]
+
+    def build(targets: Targets) -> None:
+        tables = {name: run.read(name) for name in names}
+        low, high = limits(run)
+        material = Material(files, tables, low, high, profile)
+        write_table(targets["audit/parity"], "audit/parity", parity.parity_table(files, tables))
+        write_table(targets["audit/findings"], "audit/findings", audit.findings_table(material))
+        write_table(targets["audit/corrections"], "audit/corrections", corrections.correction_effects(material))
+
+    report = run.stage(
+        "audit",
+        inputs={name: run.path(name) for name in names} | files | published.fact_files(),
+        settings=profile.model_dump(mode="json", exclude={"paths", "engine", "miniature", *_NO_CONCERN}),
+        outputs=["audit/parity", "audit/findings", "audit/corrections"],
+        code=__name__,
+        build=build,
+        overwrite=overwrite,
+    )
+    return [report]
