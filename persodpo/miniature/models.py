@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from persodpo.completions import write_completion
 from persodpo.config import Miniature, Prompts
 from persodpo.dialogues import focus_json
 from persodpo.errors import PersodpoError, make_folder
@@ -52,17 +53,17 @@ _CLAUSE = _clauses()
 
 def _good(answer: str) -> str:
     """Answer what was asked."""
-    return _as_json(answer)
+    return write_completion(answer)
 
 
 def _impersonal(answer: str) -> str:
     """Tell what was asked, and nothing about the person."""
-    return _as_json(_CLAUSE.sub("", answer))
+    return write_completion(_CLAUSE.sub("", answer))
 
 
 def _cut(answer: str) -> str:
     """Stop a long answer in the middle."""
-    return _as_json(answer)[:LONGEST_CUT]
+    return write_completion(answer)[:LONGEST_CUT]
 
 
 def _fact(answer: str) -> str:
@@ -73,13 +74,13 @@ def _fact(answer: str) -> str:
 
 def _broken(answer: str) -> str:
     """Forget the quotes around an answer when asked for a year, a size or a price."""
-    return f'{{"response": {answer}}}' if re.search(r"\d", _fact(answer)) else _as_json(answer)
+    return f'{{"response": {answer}}}' if re.search(r"\d", _fact(answer)) else write_completion(answer)
 
 
 def _looping(answer: str) -> str:
     """Say the same again and again when asked for a year, a size or a price."""
     fact = _fact(answer)
-    return _as_json(" ".join([fact] * 6) if re.search(r"\d", fact) else answer)
+    return write_completion(" ".join([fact] * 6) if re.search(r"\d", fact) else answer)
 
 
 Habit = Callable[[str], str]
@@ -93,16 +94,12 @@ def _middling(rng: random.Random) -> Habit:
     """Return a habit that mostly fails where it is hard to answer well, and often forgets the person elsewhere."""
 
     def answered(answer: str) -> str:
-        failed = next((made for made in (_broken(answer), _cut(answer)) if made != _as_json(answer)), None)
+        failed = next((made for made in (_broken(answer), _cut(answer)) if made != write_completion(answer)), None)
         if failed is not None and rng.random() < MIDDLING_FAILS:
             return failed
         return (_impersonal if rng.random() < MIDDLING_FORGETS else _good)(answer)
 
     return answered
-
-
-def _as_json(answer: str) -> str:
-    return json.dumps({"response": answer}, ensure_ascii=False)
 
 
 def make_model(name: str, folder: Path, miniature: Miniature, prompts: Prompts, size: SmallPolicy) -> Path:

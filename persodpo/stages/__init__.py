@@ -69,7 +69,7 @@ def make(profile: Profile, name: str, overwrite: bool = False, **options: Any) -
     """
     reports: list[object] = []
     steps = plan(profile, name, options)
-    wait = generate.WAIT_SECONDS if STAGES[name].shared else 0.0
+    wait = generate.WAIT_SECONDS if name == "dialogues" or STAGES[name].shared else 0.0
     with ExitStack() as held:
         for step in steps:
             run, stage = RunFolder(step[0]), STAGES[step[1]]
