@@ -18,20 +18,24 @@ def imported_modules(module: str, within: str = "persodpo") -> frozenset[str]:
     found, pending = set(), [module]
     while pending:
         name = pending.pop()
-        source = None if name in found else _source(name)
-        if source is None:
-            continue
-        found.add(name)
-        for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.Import):
-                names = {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and node.module:
-                names = {alias.name for alias in node.names}
-                names = {inner if _source(inner := f"{node.module}.{name}") else node.module for name in names}
-            else:
-                continue
-            pending.extend(name for name in names if name == within or name.startswith(f"{within}."))
+        if name not in found and _source(name) is not None:
+            found.add(name)
+            pending += [other for other in _imports(name) if other == within or other.startswith(f"{within}.")]
     return frozenset(found)
+
+
+@functools.cache
+def _imports(module: str) -> frozenset[str]:
+    """Return the modules that a module's own source names."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(_source(module) or "")):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules = {name for name in inner if name.startswith("persodpo") and _source(name) is not None}
+            names |= modules | ({node.module} if modules != inner else set())
+    return frozenset(names)
 
 
 @functools.cache

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -313,9 +314,12 @@ class RunFolder:
                 lock.release()
 
     def _save_profile(self) -> None:
-        text = self.profile.to_yaml()
-        if read_text(self.root / "profile.yaml") != text:
-            write_atomically(self.root / "profile.yaml", lambda path: write_text(path, text))
+        if read_text(self.root / "profile.yaml") != self._settings:
+            write_atomically(self.root / "profile.yaml", lambda path: write_text(path, self._settings))
+
+    @cached_property
+    def _settings(self) -> str:
+        return self.profile.to_yaml()
 
 
 def _scratch_name() -> str:

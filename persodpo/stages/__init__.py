@@ -69,10 +69,11 @@ def make(profile: Profile, name: str, overwrite: bool = False, **options: Any) -
     """
     reports: list[object] = []
     steps = plan(profile, name, options)
+    folders = {profile.name: RunFolder(profile) for profile, *_ in steps}
     wait = generate.WAIT_SECONDS if name == "dialogues" or STAGES[name].shared else 0.0
     with ExitStack() as held:
         for step in steps:
-            run, stage = RunFolder(step[0]), STAGES[step[1]]
+            run, stage = folders[step[0].name], STAGES[step[1]]
             if stage.shared:
                 held.close()
             else:
