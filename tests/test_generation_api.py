@@ -348,7 +348,7 @@ def test_a_single_prompt_may_be_denied(server: Server, store: Store) -> None:
     assert (found.answered, found.failed, found.stopped) == (2, {"rejected": 1}, None)
 
 
-@pytest.mark.parametrize("url", [nobody(), "http://no.such.host.invalid/v1"])
+@pytest.mark.parametrize("url", [nobody(), "http://no.such.host.invalid/v1"], ids=["port", "host"])
 def test_a_server_that_cannot_be_reached(store: Store, url: str) -> None:
     started = time.perf_counter()
     found = generate(chats(f"hello {number}" for number in range(100)), backend(url, attempts=50), store)
