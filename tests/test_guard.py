@@ -14,6 +14,7 @@ from test_training_math import plain_log_probs
 from tiny import TINY, tiny_model, tiny_pairs, tiny_tokenizer
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2Model, apply_rotary_pos_emb
 from trl import DPOConfig, DPOTrainer
 
 from persodpo.errors import PersodpoError
@@ -400,3 +401,178 @@ def test_a_row_that_moves_other_rows_is_refused():
     model.model.layers[0].mlp.down_proj = OverTheBatch(own.in_features, own.out_features, bias=False)
     with pytest.raises(PersodpoError, match="other log-probabilities"):
         check_packing(model, max_length=64)
+
+
+class Canon(torch.nn.Module):
+    """A causal convolution that begins as the identity, as when it is put into a pretrained model."""
+
+    def __init__(self, norm):
+        """Put it behind a norm."""
+        super().__init__()
+        self.norm, width = norm, norm.weight.numel()
+        self.conv = torch.nn.Conv1d(width, width, 4, groups=width, padding=3, bias=False)
+        torch.nn.init.zeros_(self.conv.weight)
+        self.conv.weight.data[:, :, -1] = 1
+
+    def forward(self, states):
+        mixed = self.conv(self.norm(states).transpose(1, 2))
+        return mixed[..., : states.shape[1]].transpose(1, 2)
+
+
+class OwnAttention(Qwen2Attention):
+    """Attention by torch's kernel, with a mask that `own_mask` may change."""
+
+    def own_mask(self, mask, query):
+        return mask
+
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, **_):
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query, key, value = (
+            project(hidden_states).view(shape).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = (states.to(value.dtype) for states in apply_rotary_pos_emb(query, key, *position_embeddings))
+        mask = self.own_mask(attention_mask, query)
+        output = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, mask, is_causal=mask is None, enable_gqa=True
+        )
+        return self.o_proj(output.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1)), None
+
+
+class FastInHalf(OwnAttention):
+    """A causal kernel in half precision, masks in float32."""
+
+    def own_mask(self, mask, query):
+        return None if query.dtype in {torch.float16, torch.bfloat16} else mask
+
+
+class Near(OwnAttention):
+    """Sees some columns back, which no config names."""
+
+    def own_mask(self, mask, query):
+        back = torch.arange(query.shape[2])[:, None] - torch.arange(query.shape[2])
+        seen = (back >= 0) & (back < 150)
+        return seen if mask is None else mask & seen
+
+
+class Documents(Qwen2Model):
+    """Attention stays within a document, which an end of text ends."""
+
+    def forward(self, input_ids=None, attention_mask=None, **rest):
+        if attention_mask is None or attention_mask.ndim == 2:
+            ends = (input_ids == self.config.eos_token_id).long()
+            document = ends.cumsum(1) - ends
+            same = document[:, :, None] == document[:, None, :]
+            attention_mask = (same & torch.ones(same.shape[1:], dtype=torch.bool).tril())[:, None]
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, **rest)
+
+
+def canon():
+    model = tiny_model()
+    for layer in model.model.layers:
+        layer.input_layernorm = Canon(layer.input_layernorm)
+    return model
+
+
+def with_attention(kind):
+    model = tiny_model()
+    for number, layer in enumerate(model.model.layers):
+        attention = kind(model.config, number)
+        attention.load_state_dict(layer.self_attn.state_dict())
+        layer.self_attn = attention
+    return model
+
+
+def documents():
+    model = tiny_model()
+    inner = Documents(model.config)
+    inner.load_state_dict(model.model.state_dict())
+    model.model = inner
+    return model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [canon, lambda: with_attention(FastInHalf), lambda: with_attention(Near), documents],
+    ids=["begins as the identity", "another kernel in half precision", "columns that no config names", "ends of texts"],
+)
+def test_what_shows_only_later_is_seen_at_once(make):
+    """Each is right on a plain random group in float32, and wrong in packed rows of training."""
+    model = make()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert not check_packing(model, max_length=64, token_budget=256).grouped
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_windows_in_lists_are_found():
+    model = tiny_model()
+    model.config.attention_window = [1500, 1500]
+    model.config.layers = ({"local_span": 700.0},)
+    assert [longest_window(model, limit) for limit in (4096, 1000)] == [1500, 700]
+
+
+def test_statistics_of_the_batch_are_refused(tmp_path):
+    class PowerNorm(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("phi", torch.ones(32))
+
+        def forward(self, states):
+            if self.training:
+                self.phi.mul_(0.9).add_(states.detach().pow(2).mean((0, 1)), alpha=0.1)
+            return states / self.phi.sqrt()
+
+    model = tiny_model()
+    model.model.norm = PowerNorm()
+    with pytest.raises(PersodpoError, match=r"changes model\.norm\.phi in training"):
+        trainer_of(model, tmp_path)
+    assert torch.equal(model.model.norm.phi, torch.ones(32))
+    model = tiny_model()
+    model.model.norm = torch.nn.Sequential(model.model.norm, Swapped(torch.nn.BatchNorm1d(32)))
+    with pytest.raises(PersodpoError, match="normalises over the batch"):
+        trainer_of(model, tmp_path)
+
+
+class Swapped(torch.nn.Module):
+    """A module that takes channels first."""
+
+    def __init__(self, inner):
+        """Wrap it."""
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, states):
+        return self.inner(states.transpose(1, 2)).transpose(1, 2)
+
+
+@pytest.mark.parametrize(("dropout", "said"), [(0.3, True), (0.0, False)])
+def test_noise_that_no_module_draws_is_said(tmp_path, dropout, said):
+    model = tiny_model()
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = dropout
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer_of(model, tmp_path)
+    assert any("draws noise in training" in str(warning.message) for warning in caught) == said
+
+
+def trainer_of(model, folder):
+    args = GroupedDPOConfig(str(folder), **TINY)
+    return GroupedDPOTrainer(model=model, args=args, train_dataset=tiny_pairs(4), processing_class=tiny_tokenizer())
+
+
+@pytest.mark.parametrize("kind", ["LILY", "PVERA"])
+def test_adapters_that_read_a_batch_or_draw_noise_are_refused(tmp_path, kind):
+    adapters = LoraConfig(task_type="CAUSAL_LM")
+    adapters.peft_type = kind
+    with pytest.raises(PersodpoError, match=f"{kind} cannot be trained on packed rows"):
+        GroupedDPOTrainer(
+            model=tiny_model(), args=GroupedDPOConfig(str(tmp_path), **TINY), train_dataset=tiny_pairs(4),
+            processing_class=tiny_tokenizer(), peft_config=adapters,
+        )  # fmt: skip
+
+
+def test_quantised_weights_have_the_tolerance_of_half_precision():
+    model = tiny_model()
+    exact = check_packing(model, max_length=64).tolerance
+    model.is_loaded_in_8bit = True
+    assert check_packing(model, max_length=64).tolerance > 10 * exact

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from tiny import TINY, tiny_model, tiny_pairs, tiny_tokenizer
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import DPOConfig, DPOTrainer
+from trl.trainer.callbacks import SyncRefModelCallback
 
 from persodpo.errors import PersodpoError
 from persodpo.runfolder import PROJECT, versions
@@ -31,7 +32,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def grouped(folder, dataset=None, *, model=None, **changes) -> GroupedDPOTrainer:
-    extra = {name: changes.pop(name) for name in ("peft_config", "eval_dataset", "ref_model") if name in changes}
+    names = ("peft_config", "eval_dataset", "ref_model", "callbacks")
+    extra = {name: changes.pop(name) for name in names if name in changes}
     settings = TINY | {"per_device_train_batch_size": 4, "max_steps": 20, "token_budget": 150} | changes
     return GroupedDPOTrainer(
         model=model or tiny_model(), args=GroupedDPOConfig(str(folder), **settings),
@@ -247,6 +249,65 @@ def test_a_new_dataset_is_evaluated_while_its_reference_can_be_had(tmp_path):
     assert lora.evaluate(new)["eval_loss"] != pytest.approx(math.log(2), abs=1e-6)
     with pytest.raises(PersodpoError, match="ref_model"):
         whole.evaluate(new)
+    with pytest.raises(PersodpoError, match="is a stream"):
+        kept.evaluate(new.to_iterable_dataset())
+
+
+def test_a_model_that_was_changed_by_hand_is_no_reference(tmp_path):
+    new = tiny_pairs(4, seed=8)
+    trainer = grouped(tmp_path)
+    trainer.model.load_state_dict(tiny_model(seed=9).state_dict())
+    with pytest.raises(PersodpoError, match="weights have changed"):
+        trainer.evaluate(new)
+    later = grouped(tmp_path, eval_dataset=new)
+    assert later.evaluate()["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def shortened(rows):
+    return dict(rows) | {"chosen": [" ".join(text.split()[:2]) for text in rows["chosen"]]}
+
+
+def times_ten(rows):
+    return dict(rows) | {name: [10 * score for score in rows[name]] for name in ("score_chosen", "score_rejected")}
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "weighting"), [(shortened, "loss", "none"), (times_ten, "weights", "sigmoid")]
+)
+def test_a_datasets_own_transform_is_what_is_trained(tmp_path, change, key, weighting):
+    found = []
+    for name, dataset in {
+        "shown": tiny_pairs().with_transform(change), "mapped": tiny_pairs().map(change, batched=True), "raw": tiny_pairs(),
+    }.items():  # fmt: skip
+        trainer = grouped(tmp_path / name, dataset, weighting=weighting, max_steps=3)
+        trainer.train()
+        found.append(logs(trainer, key))
+    shown, mapped, raw = found
+    assert shown == pytest.approx(mapped, abs=1e-6)
+    assert shown != pytest.approx(raw, abs=1e-4)
+
+
+def test_columns_that_a_dataset_hides_are_not_trained(tmp_path):
+    whole = tiny_pairs().map(lambda row: {side: row["prompt"] + row[side] for side in ("chosen", "rejected")})
+    hidden = grouped(tmp_path / "a", whole.with_format(columns=["chosen", "rejected"]), max_steps=2)
+    removed = grouped(tmp_path / "b", whole.select_columns(["chosen", "rejected"]), max_steps=2)
+    assert hidden.train_dataset["prompt_ids"][:] == removed.train_dataset["prompt_ids"][:]
+
+
+def test_a_model_may_be_trained_twice_in_mixed_precision(tmp_path):
+    model = tiny_model()
+    for name in ("first", "second"):
+        trainer = grouped(tmp_path / name, model=model, bf16=True, max_steps=2)
+        trainer.train()
+        assert logs(trainer)[0] == pytest.approx(math.log(2), abs=2e-2)
+    assert trainer.state.total_flos > 0
+
+
+def test_a_set_to_evaluate_may_be_called_train(tmp_path):
+    pairs = tiny_pairs(4).to_list()
+    train = Dataset.from_list([*pairs, pairs[0] | {"rejected": pairs[0]["chosen"]}])
+    trainer = grouped(tmp_path, train, eval_dataset={"train": tiny_pairs(4)})
+    assert {name: skipped.identical for name, skipped in trainer.skipped.items()} == {"train": 1, "eval train": 0}
 
 
 @pytest.mark.parametrize("score", [math.nan, math.inf, None])
@@ -574,6 +635,11 @@ def test_two_processes_give_what_one_gives(tmp_path):
         ({"use_weighting": True}, "use_weighting=True cannot be grouped"),
         ({"truncation_mode": "keep_end"}, "truncation_mode='keep_end'"),
         ({"max_length": 3}, "no pair to train on"),
+        ({"optim": "lomo"}, "optim='OptimizerNames.LOMO' steps in each backward pass"),
+        ({"optim": "galore_adamw_layerwise", "optim_target_modules": ["q_proj"]}, "steps in each backward pass"),
+        ({"ddp_static_graph": True}, "ddp_static_graph=True cannot be grouped"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches=True"),
+        ({"callbacks": [SyncRefModelCallback(None, None)]}, "SyncRefModelCallback"),
     ],
 )
 def test_what_cannot_be_grouped_is_refused_by_name(tmp_path, changes, words):

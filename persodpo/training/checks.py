@@ -10,12 +10,21 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from persodpo.errors import PersodpoError
 from persodpo.training.forward import attention_of, base_model
 from persodpo.training.guard import FAULTS, Verdict, check_packing, first_line
 from persodpo.training.packing import Group, Layout, pack
+
+
+def unwrapped(model: Any) -> Any:
+    """Return a model without the mixed precision that an earlier trainer of this process left around it."""
+    own = vars(model).pop("_original_forward", None) if isinstance(model, nn.Module) else None
+    if own is not None:
+        model.forward = own
+    return model
 
 
 def check_models(model: Any, reference: Any, *, max_length: int | None, token_budget: int, aux_loss: bool) -> Verdict:
@@ -53,19 +62,14 @@ def check_models(model: Any, reference: Any, *, max_length: int | None, token_bu
     verdict = next((one for one in verdicts if not one.grouped), verdicts[0])
     # The reference's own probe is the last: active adapters and the like show in no weight.
     verdict = replace(verdict, probe=verdicts[-1].probe)
+    if _draws_noise(model, verdict.tolerance / 10) and verdict.grouped:
+        warnings.warn(
+            f"{name} draws noise in training that disable_dropout does not switch off, such as attention dropout or router "
+            "jitter of its config: the pairs of a prompt share it, where TRL draws it for each side of each pair.",
+            stacklevel=2,
+        )
     if aux_loss:
-        group = Group([3, 4], [[5], [6]], [0], [1], [1.0], [0])
-        rows = pack([group], Layout(grouped=verdict.grouped, closed=True)).to(model.device)
-        try:
-            with torch.no_grad():
-                loss = float(model(packed=rows, aux_loss=True)[1])
-        except FAULTS as error:
-            raise PersodpoError(
-                f"The auxiliary loss of {name} cannot be computed ({type(error).__name__}: {first_line(error)}); set "
-                "router_aux_loss_coef=0."
-            ) from error
-        if not math.isfinite(loss):
-            raise PersodpoError(f"The auxiliary loss of {name} is {loss}; its weights are damaged.")
+        _check_auxiliary_loss(model, verdict)
     if verdict.reason:
         layout = "grouped rows, with the logits of all positions" if verdict.grouped else "one response per row"
         warnings.warn(
@@ -74,6 +78,50 @@ def check_models(model: Any, reference: Any, *, max_length: int | None, token_bu
             stacklevel=2,
         )
     return verdict
+
+
+def _check_auxiliary_loss(model: Any, verdict: Verdict) -> None:
+    name = type(base_model(model)).__name__
+    group = Group([3, 4], [[5], [6]], [0], [1], [1.0], [0])
+    rows = pack([group], Layout(grouped=verdict.grouped, closed=True)).to(model.device)
+    try:
+        with torch.no_grad():
+            loss = float(model(packed=rows, aux_loss=True)[1])
+    except FAULTS as error:
+        raise PersodpoError(
+            f"The auxiliary loss of {name} cannot be computed ({type(error).__name__}: {first_line(error)}); set "
+            "router_aux_loss_coef=0."
+        ) from error
+    if not math.isfinite(loss):
+        raise PersodpoError(f"The auxiliary loss of {name} is {loss}; its weights are damaged.")
+
+
+def _draws_noise(model: Any, tolerance: float) -> bool:
+    """Tell whether training draws noise by other means than dropout modules, which a warning of their own is about.
+
+    Raises:
+        PersodpoError: Training changes a buffer, so rows of ours would leave other statistics behind than TRL's.
+    """
+    training, devices = model.training, [model.device] if model.device.type == "cuda" else []
+    rows = pack([Group([3, 4], [[5, 6], [6]])]).to(model.device)
+    buffers = [(path, buffer, buffer.clone()) for path, buffer in model.named_buffers()]
+    values = []
+    model.train()
+    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        for seed in range(3):
+            torch.manual_seed(seed)
+            values.append(model(packed=rows))
+    model.train(training)
+    for path, buffer, before in buffers:
+        if not torch.equal(buffer, before):
+            buffer.copy_(before)
+            raise PersodpoError(
+                f"{type(base_model(model)).__name__} changes {path} in training, a statistic of the batch that packed rows "
+                "would change otherwise; use `trl dpo`."
+            )
+    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
+        return False
+    return any(float((value - values[0]).abs().max()) > tolerance for value in values[1:])
 
 
 def check_vocabulary(model: Any, groups: Sequence[Group]) -> None:

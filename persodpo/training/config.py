@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, get_args
 
 from trl import DPOConfig
+from trl.trainer.callbacks import SyncRefModelCallback
 
 from persodpo.errors import PersodpoError
+from persodpo.runfolder import versions
 from persodpo.training.loss import Weighting
 
 #: Arguments that look at a response's partner, change the reference, split a row or draw noise per row, with the only value
@@ -22,6 +25,7 @@ UNGROUPED = {
 OTHERWISE = {
     "precompute_ref_log_probs": (True, "has no effect, reference log-probabilities are computed before training"),
     "precompute_ref_batch_size": (None, "has no effect, token_budget bounds the reference pass"),
+    "include_num_input_tokens_seen": ("no", "has no effect, num_tokens is logged"),
     "disable_dropout": (
         True,
         "lets the responses of a prompt share its dropout, which TRL draws for each side of a pair",
@@ -50,7 +54,7 @@ class GroupedDPOConfig(DPOConfig):  # type: ignore[misc]
     precompute_ref_log_probs: bool = True
 
 
-def check_arguments(args: DPOConfig) -> None:
+def check_arguments(args: DPOConfig, callbacks: Iterable[object] = ()) -> None:
     """Refuse arguments that grouped rows cannot honour, and warn of those that have no effect.
 
     Raises:
@@ -60,15 +64,22 @@ def check_arguments(args: DPOConfig) -> None:
         raise PersodpoError(f"weighting is one of {', '.join(get_args(Weighting))}, not {option(args, 'weighting')!r}.")
     if option(args, "token_budget") < 1:
         raise PersodpoError(f"token_budget is {option(args, 'token_budget')}; it needs at least 1 position.")
-    if args.train_sampling_strategy not in {"random", "sequential"}:
-        raise PersodpoError(
-            f"train_sampling_strategy='{args.train_sampling_strategy}' has no use, as batches are sorted anyway; leave it "
-            "out."
-        )
-    if any(part in str(args.optim).lower() for part in ("layerwise", "lomo")):
-        raise PersodpoError(f"optim={str(args.optim)!r} steps in each backward pass, and a step has several here.")
-    if getattr(args.accelerator_config, "dispatch_batches", None):
-        raise PersodpoError("dispatch_batches=True cannot send packed rows to other processes; leave it out.")
+    refused = {
+        f"train_sampling_strategy={args.train_sampling_strategy!r} has no use, as batches are sorted anyway": (
+            args.train_sampling_strategy not in {"random", "sequential"}
+        ),
+        f"optim={str(args.optim)!r} steps in each backward pass, and a step has several here": (
+            any(part in str(args.optim).lower() for part in ("layerwise", "lomo"))
+        ),
+        "dispatch_batches=True cannot send packed rows to other processes": (
+            getattr(args.accelerator_config, "dispatch_batches", None)
+        ),
+        "SyncRefModelCallback moves the reference, which is computed once here": (
+            any(isinstance(one, SyncRefModelCallback) for one in callbacks)
+        ),
+    }
+    for sentence in filter(refused.get, refused):
+        raise PersodpoError(f"{sentence}; leave it out.")
     for name, allowed in UNGROUPED.items():
         if getattr(args, name, allowed) != allowed:
             raise PersodpoError(
@@ -97,3 +108,16 @@ def option(args: DPOConfig, name: str) -> Any:
     """Return an argument of `GroupedDPOConfig`, its default where another config has none."""
     (default,) = (field.default for field in fields(GroupedDPOConfig) if field.name == name)
     return getattr(args, name, default)
+
+
+def described(args: DPOConfig, skipped: Mapping[str, object], *, grouped: bool) -> str:
+    """Return the section of a model card that says what TRL's does not know."""
+    rows = "all responses of a prompt in one row" if grouped else "one response per row"
+    weighting, scaled = option(args, "weighting"), option(args, "scale_weights")
+    lines = [
+        "", "## Grouped training", "",
+        f"- persodpo {versions().get('persodpo', '')}, `GroupedDPOTrainer`: {rows}, gradients of DPO on all pairs.",
+        f"- Weight of a pair: {weighting}{', scaled to mean 1' if scaled and weighting != 'none' else ''}.",
+        f"- {'; '.join(f'{name} dataset, {text}' for name, text in skipped.items())}.", "",
+    ]  # fmt: skip
+    return "\n".join(lines)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from numpy.typing import NDArray
 
 from persodpo.errors import PersodpoError
@@ -234,6 +234,23 @@ def to_group(example: Mapping[str, Any]) -> Group:
     """Return a dataset row as a group."""
     columns = {field: example[name] for name, field in GROUP_COLUMNS.items()}
     return Group(**columns, reference=example.get("reference", []))
+
+
+def unformatted(dataset: Any, name: str) -> Dataset:
+    """Return a dataset as plain Python values of what its format shows: columns left out, transforms applied.
+
+    Raises:
+        PersodpoError: It is a stream, or was grouped already.
+    """
+    if isinstance(dataset, IterableDataset):
+        raise PersodpoError(f"The {name} dataset is a stream; grouping needs all pairs of a prompt at hand.")
+    if set(GROUP_COLUMNS) <= set(dataset.column_names):
+        raise PersodpoError(f"The {name} dataset was grouped by another trainer; pass the pairs themselves.")
+    columns = dataset.format["columns"]
+    if dataset.format["type"] == "custom":
+        dataset = dataset.map(dict)
+    plain: Dataset = dataset.with_format(None)
+    return plain if set(columns) == set(plain.column_names) else plain.select_columns(columns)
 
 
 def check_scores(dataset: Dataset, weighting: str, dataset_name: str) -> None:

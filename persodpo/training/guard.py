@@ -53,6 +53,8 @@ LENGTHS = (
 )
 #: Tokens of the responses, and of the prompts of the shorter rows at most.
 RESPONSES, PROMPT = (9, 6, 11), 14
+#: Standard deviation of the noise that weights get for the random group, and elements of the largest one that is moved.
+NOISE, SMALL = 0.02, 2**20
 #: Adapters whose router takes means over a sequence or a batch, or that draw noise.
 WHOLE_BATCH = ("XLORA", "LILY", "PVERA")
 #: What a packed pass through an architecture that cannot be packed may raise.
@@ -94,8 +96,8 @@ def check_packing(model: Any, max_length: int | None = 1024, token_budget: int =
     """Find out how a model may be trained, and install its packed forward pass.
 
     The random group has three or more responses of unequal length and stands beside shorter rows. It is as long as a
-    sequence can be in training up to `WHOLE` tokens; beyond that, longer than every window that any config inside the
-    model's config names and that a row can reach.
+    sequence can be in training, and its row as long as a row, up to `WHOLE` tokens; beyond that, longer than every window
+    that any config inside the model's config names and that a row can reach. It holds the tokens that begin and end texts.
 
     Args:
         model: A causal language model of transformers, PEFT-wrapped or not.
@@ -182,11 +184,16 @@ def longest_window(model: Any, limit: int) -> int:
     while pending:
         config = pending.pop()
         entries = config if isinstance(config, dict) else vars(config)
-        pending.extend(value for value in entries.values() if hasattr(value, "to_dict") or isinstance(value, dict))
-        named = [
-            value for name, value in entries.items()
-            if isinstance(value, int) and isinstance(name, str) and any(part in name for part in LENGTHS)
-        ]  # fmt: skip
+        values = [
+            (str(name), value)
+            for name, entry in entries.items()
+            for value in (entry if isinstance(entry, list | tuple) else [entry])
+        ]
+        pending.extend(value for _, value in values if hasattr(value, "to_dict") or isinstance(value, dict))
+        named = {
+            int(value) for name, value in values
+            if isinstance(value, int | float) and value == value // 1 and any(part in name for part in LENGTHS)
+        }  # fmt: skip
         windows.extend([*named, *(one * other for one, other in itertools.combinations(named, 2))])
     return max(window for window in windows if window < limit)
 
@@ -213,11 +220,22 @@ def _random_groups(model: Any, max_length: int | None, token_budget: int) -> lis
     responses = [draw(length) for length in lengths]
     # A response that begins as another shows a leak most clearly in a model that has learned to repeat.
     responses[2][: min(lengths)] = responses[0][: min(lengths)]
-    short = [Group(draw(tokens), responses) for tokens in (max(1, min(prompt // 2, PROMPT)), 1)]
+    short = [Group(draw(count), responses) for count in (max(1, min(prompt // 2, PROMPT)), 1)]
     # A window that no sequence reaches may still be shorter than a row: fill the row up in the middle.
-    lacking, each = max(0, window + 1 - prompt - sum(lengths)), max(1, room - prompt)
+    wide = max(window + 1, min(token_budget, WHOLE))
+    lacking, each = max(0, wide - prompt - sum(lengths)), max(1, room - prompt)
     filler = [draw(each) for _ in range(math.ceil(lacking / each))]
-    return [Group(draw(prompt), [*responses[:1], *filler, *responses[1:]]), *short]
+    first, start = responses[0].copy(), draw(prompt)
+    # Texts of chats have ends inside, and a model may see no further back than to the last one.
+    for tokens in (start, first):
+        ends = [end for name in ("bos_token_id", "eos_token_id") for end in _as_list(getattr(config, name, None))]
+        for place, end in zip(range(len(tokens) // 2, len(tokens)), ends[-2:], strict=False):
+            tokens[place] = end
+    return [Group(start, [first, *filler, *responses[1:]]), *short]
+
+
+def _as_list(value: Any) -> list[int]:
+    return value if isinstance(value, list) else [value] if isinstance(value, int) else []
 
 
 def _plain_ids(model: Any) -> Tensor:
@@ -227,7 +245,7 @@ def _plain_ids(model: Any) -> Tensor:
     for owner in (base_model(model).config, config):
         for name, value in vars(owner).items():
             if name.endswith(("token_id", "token_index")):
-                special.update(value if isinstance(value, list) else [value] if isinstance(value, int) else [])
+                special.update(_as_list(value))
     return torch.tensor([number for number in range(config.vocab_size) if number not in special])
 
 
@@ -253,13 +271,12 @@ def _difference(model: Any, groups: list[Group], plain: list[Tensor], *, grouped
         packed = _packed_log_probs(model, groups, grouped=grouped)
         # Attention is another now; whoever generates with it must not notice.
         again = _plain_log_probs(model, groups[0]) - plain[0] if grouped else plain[0].new_zeros(1)
-        # Other tokens in a response move nothing in the rest of its row, or no more than those of another row do: experts
-        # compute tokens together, so that even other rows move by rounding.
-        *rest, last = (replace(group, responses=_other_first(group)) for group in groups)
-        moved, by_rows = (
-            float((_packed_log_probs(model, changed, grouped=grouped) - packed)[-2:].abs().max())
-            for changed in ([*groups[:-1], last], [*rest, groups[-1]])
-        )
+        moved, by_rows = _moved(model, groups, packed, grouped=grouped)
+        with torch.autocast(
+            model.device.type, torch.bfloat16, enabled=grouped
+        ):  # half precision may take another kernel
+            half = _packed_log_probs(model, groups[-2:], grouped=grouped)
+            in_half, rows_in_half = _moved(model, groups[-2:], half, grouped=grouped)
     except torch.OutOfMemoryError:
         raise
     except FAULTS as error:
@@ -269,9 +286,25 @@ def _difference(model: Any, groups: list[Group], plain: list[Tensor], *, grouped
     rounding = ROUNDING[_precision(model)]
     if difference < math.inf and moved > LEAK * rounding + 10 * by_rows:
         return math.inf, f"a response moves others of its row by {moved:.2g} nats per token"
+    if difference < math.inf and in_half > LEAK * ROUNDING[torch.bfloat16] + 10 * rows_in_half:
+        return math.inf, f"in half precision a response moves others of its row by {in_half:.2g} nats per token"
     if difference < math.inf and by_rows > SHARE * rounding:
         return math.inf, f"a row moves other rows by {by_rows:.2g} nats per token"
     return difference, f"log-probabilities differ by {difference:.2g} nats per token"
+
+
+def _moved(model: Any, groups: list[Group], packed: Tensor, *, grouped: bool) -> tuple[float, float]:
+    """Return how far other tokens in a response move the rest of its row, and those in other rows; nats per token.
+
+    Right rows move by nothing, or no more than by other rows: experts compute tokens together, so that even other rows
+    move by rounding.
+    """
+    *rest, last = (replace(group, responses=_other_first(group)) for group in groups)
+    in_row, in_others = (
+        float((_packed_log_probs(model, changed, grouped=grouped) - packed)[-2:].abs().max())
+        for changed in ([*groups[:-1], last], [*rest, groups[-1]])
+    )
+    return in_row, in_others
 
 
 def _other_first(group: Group) -> list[list[int]]:
@@ -282,6 +315,8 @@ def _other_first(group: Group) -> list[list[int]]:
 
 def _packed_log_probs(model: Any, groups: list[Group], *, grouped: bool) -> Tensor:
     """Return the log-probabilities of the compared responses, nats per token."""
+    if not grouped:  # a row by itself needs nothing that fills it
+        groups = [Group(group.prompt, _compared(group)) for group in groups]
     values = model(packed=pack(groups, Layout(grouped=grouped)).to(model.device))
     parts = torch.split(values, [len(group.responses) for group in groups])
     lengths = torch.tensor([len(response) for group in groups for response in _compared(group)], device=values.device)
@@ -321,11 +356,11 @@ def first_line(error: Exception) -> str:
 
 @contextmanager
 def _as_it_was(model: Any, *, exact: bool) -> Iterator[None]:
-    """Put back each module's mode, weights that begin at zero, half precision and the random state afterwards.
+    """Put back each module's mode, weights, half precision and the random state afterwards.
 
     Meanwhile the model is in evaluation mode, outside mixed precision, and in float32 where it was in half precision and
-    ``exact``: nothing else tells a leak from rounding. New adapters and blocks begin at zero and would hide what they do,
-    so they are filled.
+    ``exact``: nothing else tells a leak from rounding. New adapters and blocks begin at zero or as the identity and would
+    hide what they do, so weights are moved: those that are zero, and those that are small, as all are that mix tokens.
     """
     modes = [(module, module.training) for module in model.modules()]
     devices = [model.device] if model.device.type == "cuda" else []
@@ -333,21 +368,22 @@ def _as_it_was(model: Any, *, exact: bool) -> Iterator[None]:
     for tensor in (*model.parameters(), *model.buffers()) if exact else ():
         if tensor.dtype in {torch.float16, torch.bfloat16}:
             halves.setdefault((tensor.data_ptr(), tensor.shape, tensor.dtype), []).append(tensor)
-    asleep = [p for p in model.parameters() if p.requires_grad and p.is_floating_point() and not p.any()]
+    trained = [p for p in model.parameters() if p.requires_grad and p.is_floating_point()]
+    moved = [(p, p.data.clone() if p.any() else None) for p in trained if p.numel() <= SMALL or not p.any()]
     model.train(mode=False)
     try:
         with torch.random.fork_rng(devices=devices), torch.autocast(model.device.type, enabled=False):
             torch.manual_seed(0)
             for tied in halves.values():
                 _convert(tied, torch.float32)
-            for parameter in asleep:
-                parameter.data.normal_(0, 0.02)
+            for parameter, _ in moved:
+                parameter.data.add_(torch.randn_like(parameter.data), alpha=NOISE)
             yield
     finally:
-        for parameter in asleep:
-            parameter.data.zero_()
         for (_, _, dtype), tied in halves.items():
             _convert(tied, dtype)
+        for parameter, data in moved:
+            parameter.data.zero_() if data is None else parameter.data.copy_(data)
         for module, mode in modes:
             module.training = mode
 

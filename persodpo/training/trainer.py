@@ -25,12 +25,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import use_adapter
+from trl.trainer.utils import hash_module, use_adapter
 
 from persodpo.errors import PersodpoError
-from persodpo.runfolder import versions
-from persodpo.training.checks import check_models, check_vocabulary, trains_adapters_alone
-from persodpo.training.config import GroupedDPOConfig, check_arguments, only_loss, option
+from persodpo.training.checks import check_models, check_vocabulary, trains_adapters_alone, unwrapped
+from persodpo.training.config import GroupedDPOConfig, check_arguments, described, only_loss, option
 from persodpo.training.groups import (
     GROUP_COLUMNS,
     Batch,
@@ -40,6 +39,7 @@ from persodpo.training.groups import (
     group_pairs,
     to_group,
     token_pairs,
+    unformatted,
     without_filling,
 )
 from persodpo.training.guard import Verdict, refuse_prompt_learning
@@ -63,7 +63,7 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
     Takes what TRL's DPOTrainer takes, but for a collator, ``compute_metrics`` (no logits are built) and streams. The
     dataset may hold ``score_chosen`` and ``score_rejected``. A plain dataset of pairs that are no cross product trains
     correctly too. TRL's metrics are logged under its names, but for those that need all logits: ``logits/chosen``,
-    ``logits/rejected``, ``entropy`` and ``mean_token_accuracy``.
+    ``logits/rejected``, ``entropy`` and ``mean_token_accuracy``; tokens are counted in training alone.
 
     Attributes:
         packing: What the guard found: grouped rows, or one response per row.
@@ -94,7 +94,8 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         args = copy.copy(args) if args else GroupedDPOConfig("grouped-dpo")
         if data_collator is not None or compute_metrics is not None:
             raise PersodpoError("data_collator and compute_metrics cannot be used with grouped rows; leave them out.")
-        check_arguments(args)
+        check_arguments(args, kwargs.get("callbacks") or ())
+        model, ref_model = unwrapped(model), unwrapped(ref_model)
         refuse_prompt_learning(kwargs.get("peft_config"))
         LossSettings(only_loss(args), args.beta, args.label_smoothing)  # refuses other losses before anything is loaded
         self.skipped: dict[str, Skipped] = {}
@@ -121,18 +122,13 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: DPOConfig, dataset_name: str) -> Dataset:
         """Tokenise as TRL does, then group."""
-        if isinstance(dataset, IterableDataset):
-            raise PersodpoError(
-                f"The {dataset_name} dataset is a stream; grouping needs all pairs of a prompt at hand."
-            )
-        if set(GROUP_COLUMNS) <= set(dataset.column_names):
-            raise PersodpoError(
-                f"The {dataset_name} dataset was grouped by another trainer; pass the pairs themselves."
-            )
+        dataset = unformatted(dataset, dataset_name)
+        if dataset_name == "train" and "train" in self.skipped:
+            dataset_name = "eval train"
         weighting: Weighting = option(args, "weighting")
         if weighting != "none":
             check_scores(dataset, weighting, dataset_name)
-        tokenised = super()._prepare_dataset(dataset.with_format(None), processing_class, args, dataset_name)
+        tokenised = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         groups, skipped = group_pairs(token_pairs(tokenised, weighting), args.max_length, self._numbered)
         # No two pairs of a trainer have one number, so that datasets can be joined.
         self._numbered += sum(len(group.weights) for group in groups)
@@ -340,19 +336,29 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         """Evaluate as TRL's trainer; a dataset that is new is grouped first.
 
         Raises:
-            PersodpoError: The reference of a new dataset is gone, as all weights were trained.
+            PersodpoError: The dataset is a stream, or its reference is gone, as all weights have changed.
         """
         parts = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
         sets = list(self.eval_dataset.values()) if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         own = {id(one) for one in (self.train_dataset, *sets)}
-        if all(id(part) in own or not isinstance(part, Dataset) for part in parts):
+        if all(id(part) in own or not isinstance(part, Dataset | IterableDataset) for part in parts):
             return super(DPOTrainer, self).evaluate(eval_dataset, *args, **kwargs)  # type: ignore[no-any-return]
-        if self.ref_model is None and not trains_adapters_alone(self.model) and self.state.global_step > 0:
+        if self.ref_model is None and not trains_adapters_alone(self.model) and self._has_changed():
             raise PersodpoError(
-                "The reference of this dataset cannot be computed any more, as its weights were trained; pass ref_model (a "
+                "The reference of this dataset cannot be computed any more, as its weights have changed; pass ref_model (a "
                 "copy of the starting policy), or name the dataset as eval_dataset from the start."
             )
         return super().evaluate(eval_dataset, *args, **kwargs)  # type: ignore[no-any-return]
+
+    def _has_changed(self) -> bool:
+        """Tell whether the weights are no longer those of the start, by training or by hand."""
+        return self.state.global_step > 0 or bool(hash_module(self.model) != self._precompute_model_hash)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Estimate a batch as transformers does, by parameters and positions."""
+        positions: int = sum(rows.input_ids.numel() for rows in inputs["batch"].rows)
+        model: Any = self.accelerator.unwrap_model(self.model)
+        return 6 * positions * int(model.num_parameters(exclude_embeddings=True))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log means over the pairs of all ranks since the last log, under TRL's names."""
@@ -388,13 +394,5 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         path = Path(self.args.output_dir) / "README.md"
         if not self.is_world_process_zero() or self.packing is None or not path.is_file():
             return
-        skipped = "; ".join(f"{name} dataset, {text}" for name, text in self.skipped.items())
-        rows = "all responses of a prompt in one row" if self.packing.grouped else "one response per row"
-        weighting, scaled = option(self.args, "weighting"), option(self.args, "scale_weights")
-        lines = [
-            "", "## Grouped training", "",
-            f"- persodpo {versions().get('persodpo', '')}, `GroupedDPOTrainer`: {rows}, gradients of DPO on all pairs.",
-            f"- Weight of a pair: {weighting}{', scaled to mean 1' if scaled and weighting != 'none' else ''}.",
-            f"- {skipped}.", "",
-        ]  # fmt: skip
-        path.write_text(path.read_text(encoding="utf-8") + "\n".join(lines), encoding="utf-8")
+        text = described(self.args, self.skipped, grouped=self.packing.grouped)
+        path.write_text(path.read_text(encoding="utf-8") + text, encoding="utf-8")
