@@ -37,8 +37,7 @@ LEVELS = [
     ["config", "corrections", "errors", "folders", "imports", "profile_text", "runfolder", "sqlite", "tables"],
     ["completions", "dialogues", "gate", "method", "own_data", "pairs", "prompts", "show"],
     MIDDLE,
-    ["figures", "stages"],
-    ["run"],
+    ["figures", "run", "stages"],
     ["doctor", "explore", "report", "reproduce"],
     ["cli"],
 ]  # fmt: skip
