@@ -257,7 +257,7 @@ class RunFolder:
 
     def _clear_scratch(self) -> None:
         """Remove what killed runs left behind; the folders of running ones stay."""
-        for folder in self.root.glob(".partial-*"):
+        for folder in [*self.root.rglob(".partial-*"), *self.figures.glob(".partial-*")]:
             owner = folder.name.split("-")[1]
             if not (owner.isdigit() and is_running(int(owner))):
                 shutil.rmtree(folder, ignore_errors=True)
