@@ -38,19 +38,8 @@ SHARE = 0.01
 WHOLE = 1024
 #: Parts of the names of config entries that hold a length from which on a model computes otherwise.
 LENGTHS = (
-    "window",
-    "chunk",
-    "local",
-    "original_max",
-    "topk",
-    "top_k",
-    "block",
-    "span",
-    "segment",
-    "floor",
-    "budget",
-    "compress",
-)
+    "window", "chunk", "local", "original_max", "topk", "top_k", "block", "span", "segment", "floor", "budget", "compress",
+)  # fmt: skip
 #: Tokens of the responses, and of the prompts of the shorter rows at most.
 RESPONSES, PROMPT = (9, 6, 11), 14
 #: Standard deviation of the noise that weights get for the random group, and elements of the largest one that is moved.
@@ -59,15 +48,8 @@ NOISE, SMALL = 0.02, 2**20
 WHOLE_BATCH = ("XLORA", "LILY", "PVERA")
 #: What a packed pass through an architecture that cannot be packed may raise.
 FAULTS = (
-    TypeError,
-    ValueError,
-    RuntimeError,
-    KeyError,
-    AttributeError,
-    IndexError,
-    NotImplementedError,
-    AssertionError,
-)
+    TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError, NotImplementedError, AssertionError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -112,14 +94,14 @@ def check_packing(model: Any, max_length: int | None = 1024, token_budget: int =
             plain forward passes, or those fail.
     """
     refuse_prompt_learning(model)
-    groups = _random_groups(model, max_length, token_budget)
+    groups, wide = _random_groups(model, max_length, token_budget)
     try:
-        return _verdict(model, groups, exact=True)
+        return _verdict(model, groups, wide, exact=True)
     except torch.OutOfMemoryError:
-        return _verdict(model, groups, exact=False)
+        return _verdict(model, groups, wide, exact=False)
 
 
-def _verdict(model: Any, groups: list[Group], *, exact: bool) -> Verdict:
+def _verdict(model: Any, groups: list[Group], wide: Group, *, exact: bool) -> Verdict:
     """Return the fastest layout that gives what plain passes give; ``exact`` computes half precision in float32."""
     name, attention = type(base_model(model)).__name__, attention_of(model)
     grouped = attention in PACKED_ATTENTION and exact
@@ -143,6 +125,8 @@ def _verdict(model: Any, groups: list[Group], *, exact: bool) -> Verdict:
             for own_head in (False, True):
                 install_packed_forward(model, grouped=layout, own_head=own_head)
                 difference, why = _difference(model, groups, plain, grouped=layout)
+                if layout and difference <= tolerance and len(wide.responses) > len(groups[0].responses):
+                    difference, why = max((difference, why), _difference_in_wide_row(model, wide, plain[0]))
                 if difference <= tolerance:
                     probe = " ".join(f"{value:.3f}" for value in torch.cat(plain).tolist())
                     return Verdict(layout, own_head, difference, tolerance, reason, probe)
@@ -198,8 +182,8 @@ def longest_window(model: Any, limit: int) -> int:
     return max(window for window in windows if window < limit)
 
 
-def _random_groups(model: Any, max_length: int | None, token_budget: int) -> list[Group]:
-    """Return a group longer than the model's windows, and shorter ones with the same responses."""
+def _random_groups(model: Any, max_length: int | None, token_budget: int) -> tuple[list[Group], Group]:
+    """Return a group longer than the model's windows with shorter ones beside it, and the first filled up to a wide row."""
     config = text_config(model)
     positions = getattr(config, "max_position_embeddings", None) or token_budget
     rope = getattr(config, "rope_parameters", None)
@@ -231,7 +215,7 @@ def _random_groups(model: Any, max_length: int | None, token_budget: int) -> lis
         ends = [end for name in ("bos_token_id", "eos_token_id") for end in _as_list(getattr(config, name, None))]
         for place, end in zip(range(len(tokens) // 2, len(tokens)), ends[-2:], strict=False):
             tokens[place] = end
-    return [Group(start, [first, *filler, *responses[1:]]), *short]
+    return [Group(start, [first, *responses[1:]]), *short], Group(start, [first, *filler, *responses[1:]])
 
 
 def _as_list(value: Any) -> list[int]:
@@ -293,6 +277,18 @@ def _difference(model: Any, groups: list[Group], plain: list[Tensor], *, grouped
     return difference, f"log-probabilities differ by {difference:.2g} nats per token"
 
 
+def _difference_in_wide_row(model: Any, wide: Group, plain: Tensor) -> tuple[float, str]:
+    """Return how far log-probabilities in a wide row are from plain ones, in nats per token, and in words."""
+    try:
+        apart = (_packed_log_probs(model, [wide], grouped=True) - plain).abs().max()
+    except torch.OutOfMemoryError:
+        raise
+    except FAULTS as error:
+        return math.inf, f"a wide row ends with {type(error).__name__}: {first_line(error)}"
+    difference = float(apart) if apart.isfinite() else math.inf
+    return difference, f"log-probabilities in a wide row differ by {difference:.2g} nats per token"
+
+
 def _moved(model: Any, groups: list[Group], packed: Tensor, *, grouped: bool) -> tuple[float, float]:
     """Return how far other tokens in a response move the rest of its row, and those in other rows; nats per token.
 
@@ -315,8 +311,6 @@ def _other_first(group: Group) -> list[list[int]]:
 
 def _packed_log_probs(model: Any, groups: list[Group], *, grouped: bool) -> Tensor:
     """Return the log-probabilities of the compared responses, nats per token."""
-    if not grouped:  # a row by itself needs nothing that fills it
-        groups = [Group(group.prompt, _compared(group)) for group in groups]
     values = model(packed=pack(groups, Layout(grouped=grouped)).to(model.device))
     parts = torch.split(values, [len(group.responses) for group in groups])
     lengths = torch.tensor([len(response) for group in groups for response in _compared(group)], device=values.device)
