@@ -11,11 +11,11 @@ from typing import Any
 import ipywidgets as widgets
 from IPython.display import HTML
 
-from persodpo.config import load_profile, profile_names
+from persodpo.config import profile_names
 from persodpo.explore.command import Command
 from persodpo.explore.panel import WIDTH, Panel, labelled, page
 from persodpo.explore.runs import runs_beside
-from persodpo.runfolder import RunFolder
+from persodpo.run import Run
 
 #: The command of each stage, in order, and what is there afterwards.
 STAGES = {
@@ -45,7 +45,7 @@ class StartPanel(Panel):
     def __init__(self, profile: str, overrides: Sequence[str]) -> None:
         """Start with the profile of the notebook; see `start`."""
         self._own, self._overrides = profile, tuple(overrides)
-        self._first = RunFolder(load_profile(profile, overrides))
+        self._first = Run(profile, overrides)
         self.command: Command | None = None
         self._seen: tuple[int, int | None] = (0, None)
         self._profile = labelled(widgets.Dropdown, "Profile", options=self._profiles(), value=profile)
@@ -59,10 +59,10 @@ class StartPanel(Panel):
         super().__init__(controls, self._render, [self._profile, rows])
 
     @property
-    def run(self) -> RunFolder:
+    def run(self) -> Run:
         """The run folder of the profile that is chosen."""
         chosen = str(self._profile.value)
-        return RunFolder(load_profile(chosen, self._overrides if chosen == self._own else ()))
+        return Run(chosen, self._overrides if chosen == self._own else ())
 
     @property
     def watch(self) -> float:
