@@ -17,7 +17,8 @@ from persodpo.config import Profile, load_profile
 from persodpo.runfolder import RELEASE_VARIABLE, RunFolder
 
 # Two processes on two cores: more threads each would wait for one another.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A shell that starts the tests in its background has interrupts ignored, in them and in what they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -210,5 +210,5 @@ def test_a_button_trains_an_arm(browser, tmp_path):
     notebook(browser, "from persodpo import explore", f"explore.start({str(source)!r})")
     assert errors(browser.run_all(LONGEST)) == []
     browser.page.get_by_role("button", name="train", exact=True).click()
-    browser.page.get_by_text(re.compile("persodpo train --profile .* is done")).wait_for(timeout=180_000)
+    browser.page.get_by_text(re.compile("persodpo train --profile .* is done")).wait_for(timeout=1000 * LONGEST)
     assert RunFolder(profile).read("training/perso/log")["step"].max() > 2
