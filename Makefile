@@ -26,8 +26,8 @@ test-slow: $(STAMP)  ## tests that take longer, whole notebooks among them
 test-reproduced: $(STAMP)  ## what `make reproduce` and `make reproduce PROFILE=release` left
 	$(BIN)/python -m pytest -m reproduced
 
-test-browser: $(STAMP) browser  ## every notebook in JupyterLab by a real browser, under the miniature, which runs first
-	$(BIN)/persodpo reproduce --profile mini
+test-browser: $(STAMP) browser  ## every notebook in JupyterLab by a real browser, under the miniature, which runs first if it has not
+	test -e runs/mini/notebooks/00_start_here.ipynb || $(BIN)/persodpo reproduce --profile mini
 	$(BIN)/python -m pytest -m browser
 
 # A Chromium of this machine is taken; without one, root on Debian installs it and everybody else is told what to do.
