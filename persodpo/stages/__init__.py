@@ -83,5 +83,10 @@ def make(profile: Profile, name: str, overwrite: bool = False, **options: Any) -
                 notes = tuple(stage.after(run, **step[2]))
                 if notes and isinstance(found[-1], StageReport):
                     found[-1] = replace(found[-1], notes=(*found[-1].notes, *notes))
+            if step[0].name != steps[-1][0].name:  # of another run, that arm ``corrected`` needs
+                found = [
+                    replace(one, stage=f"{step[0].name}, {one.stage}") if isinstance(one, StageReport) else one
+                    for one in found
+                ]
             reports += found
     return reports
