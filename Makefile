@@ -18,10 +18,10 @@ install: $(STAMP)  ## only build .venv
 	@echo "source $(VENV)/bin/activate"
 
 test: $(STAMP)  ## quick tests
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not browser and not reproduced"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not browser and not reproduced"
 
 test-slow: $(STAMP)  ## tests that take longer, whole notebooks among them
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 test-reproduced: $(STAMP)  ## what `make reproduce` and `make reproduce PROFILE=release` left
 	$(BIN)/python -m pytest -m reproduced
