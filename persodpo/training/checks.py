@@ -62,7 +62,7 @@ def check_models(model: Any, reference: Any, *, max_length: int | None, token_bu
     verdict = next((one for one in verdicts if not one.grouped), verdicts[0])
     # The reference's own probe is the last: active adapters and the like show in no weight.
     verdict = replace(verdict, probe=verdicts[-1].probe)
-    if _draws_noise(model, verdict.tolerance / 10) and verdict.grouped:
+    if _draws_noise(model, verdict) and verdict.grouped:
         warnings.warn(
             f"{name} draws noise in training that disable_dropout does not switch off, such as attention dropout or router "
             "jitter of its config: the pairs of a prompt share it, where TRL draws it for each side of each pair.",
@@ -96,14 +96,14 @@ def _check_auxiliary_loss(model: Any, verdict: Verdict) -> None:
         raise PersodpoError(f"The auxiliary loss of {name} is {loss}; its weights are damaged.")
 
 
-def _draws_noise(model: Any, tolerance: float) -> bool:
+def _draws_noise(model: Any, verdict: Verdict) -> bool:
     """Tell whether training draws noise by other means than dropout modules, which a warning of their own is about.
 
     Raises:
         PersodpoError: Training changes a buffer, so rows of ours would leave other statistics behind than TRL's.
     """
     training, devices = model.training, [model.device] if model.device.type == "cuda" else []
-    rows = pack([Group([3, 4], [[5, 6], [6]])]).to(model.device)
+    rows = pack([Group([3, 4], [[5, 6], [6]])], Layout(grouped=verdict.grouped)).to(model.device)
     buffers = [(path, buffer, buffer.clone()) for path, buffer in model.named_buffers()]
     values = []
     model.train()
@@ -112,16 +112,17 @@ def _draws_noise(model: Any, tolerance: float) -> bool:
             torch.manual_seed(seed)
             values.append(model(packed=rows))
     model.train(training)
-    for path, buffer, before in buffers:
-        if not torch.equal(buffer, before):
-            buffer.copy_(before)
-            raise PersodpoError(
-                f"{type(base_model(model)).__name__} changes {path} in training, a statistic of the batch that packed rows "
-                "would change otherwise; use `trl dpo`."
-            )
+    changed = [(path, buffer, before) for path, buffer, before in buffers if not torch.equal(buffer, before)]
+    for _, buffer, before in changed:
+        buffer.copy_(before)
+    if changed:
+        raise PersodpoError(
+            f"{type(base_model(model)).__name__} changes {changed[0][0]} in training, a statistic of the batch that packed "
+            "rows would change otherwise; use `trl dpo`."
+        )
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
         return False
-    return any(float((value - values[0]).abs().max()) > tolerance for value in values[1:])
+    return any(float((value - values[0]).abs().max()) > verdict.tolerance / 10 for value in values[1:])
 
 
 def check_vocabulary(model: Any, groups: Sequence[Group]) -> None:
