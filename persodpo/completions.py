@@ -28,6 +28,7 @@ PLACEHOLDERS = ("provide the personalized natural language response here", "your
 _OPENED = re.compile(rf'"{KEY}"\s*:\s*"')
 _CLOSED = re.compile(r'"\s*\}')
 _DECODER = json.JSONDecoder()
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 _LOOP_WINDOW = 16
 _LOOP_MINIMUM = 80
 
@@ -99,6 +100,22 @@ def write_completion(response: str) -> str:
 def count_words(text: str) -> int:
     """Count words as the released method does: what white space separates."""
     return len(text.split())
+
+
+def sentences(text: str) -> list[str]:
+    """Return the sentences of a text: what ends with a mark before white space, or with the text."""
+    return [part for part in _SENTENCE_END.split(text.strip()) if part]
+
+
+def repeats_sentence(text: str) -> bool:
+    """Tell whether a text says a sentence twice, word for word."""
+    said = sentences(text)
+    return len(set(said)) < len(said)
+
+
+def count_distinct_words(text: str) -> int:
+    """Count words with each sentence counted once, however often it stands (correction B1)."""
+    return sum(count_words(sentence) for sentence in set(sentences(text)))
 
 
 def is_one_object(completion: str | None) -> bool:

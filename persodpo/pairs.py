@@ -9,7 +9,7 @@ import pandas as pd
 import polars as pl
 
 from persodpo import method
-from persodpo.completions import count_words, is_one_object, read_completions, write_completion
+from persodpo.completions import count_distinct_words, count_words, is_one_object, read_completions, write_completion
 from persodpo.config import PairSet, Profile, Scoring
 from persodpo.dialogues import overlaps
 from persodpo.errors import PersodpoError
@@ -17,7 +17,7 @@ from persodpo.method import METRICS, Scale
 from persodpo.prompts import load_template, render
 from persodpo.tables import with_none
 
-#: Metric values given to failed responses: the lowest coherence, a contradiction, no entailment, no similarity.
+#: Metric values that the released code gives to failed responses. A cosine could be lower than this one, down to -1.
 WORST_CASE = {"coherence": 0.0, "c_score": -1.0, "ue_score": 0.0, "persona_distance": 0.0}
 #: Dialogue, chosen model and rejected model of each pair.
 PairKeys = set[tuple[str, str, str]]
@@ -53,7 +53,9 @@ class Variant:
     pairs: pd.DataFrame
 
 
-def impute(responses: pd.DataFrame, metrics: pd.DataFrame, *, unread: bool) -> pd.DataFrame:
+def impute(
+    responses: pd.DataFrame, metrics: pd.DataFrame, *, unread: bool, sentences_once: bool = False
+) -> pd.DataFrame:
     """Give failed responses the values of `WORST_CASE`, and unscored ones none.
 
     Args:
@@ -61,6 +63,7 @@ def impute(responses: pd.DataFrame, metrics: pd.DataFrame, *, unread: bool) -> p
         metrics: dialogue_id, model, the four metrics, and parsed: the text that was scored.
         unread: Whether failures without any text are given them too (results tables count every failure, the pool of
             pairs leaves those out).
+        sentences_once: Count the words of each sentence once (correction B1).
 
     Returns:
         One row per response, in the order of ``responses``: dialogue_id, model, the four metrics (NaN: not scored),
@@ -73,7 +76,8 @@ def impute(responses: pd.DataFrame, metrics: pd.DataFrame, *, unread: bool) -> p
     for metric in METRICS:
         frame[metric] = np.where(imputed, WORST_CASE[metric], frame[metric].where(scored))
     frame["imputed"] = imputed
-    frame["words"] = [count_words(text or "") for text in frame["response"]]
+    count = count_distinct_words if sentences_once else count_words
+    frame["words"] = [count(text or "") for text in frame["response"]]
     frame["one_object"] = [is_one_object(text) for text in frame["completion"]]
     return frame[["dialogue_id", "model", *METRICS, "words", "one_object", "imputed"]]
 
@@ -232,7 +236,7 @@ def rebuild(
         Ranking and pairs.
     """
     read = read_completions(responses, profile.reading)
-    ranking = rank(impute(read, metrics, unread=False), profile)
+    ranking = rank(impute(read, metrics, unread=False, sentences_once=profile.corrects("B1")), profile)
     pairs = build_pairs(
         pair_set,
         responses=read,

@@ -22,6 +22,10 @@ _SCORES = [
     ("dialogue_id", _text), ("model", _text), ("coherence", _real), ("c_score", _real), ("ue_score", _real),
     ("persona_distance", _real), ("words", _whole), ("imputed", _flag), ("compliance", _real), ("quality", _real),
 ]  # fmt: skip
+_JUDGED = [
+    ("dialogue_id", _text), ("model", _text), ("rouge_l", _real), ("repeats", _flag), ("answers_question", _flag),
+    ("fits_person", _flag), ("contradicts_nothing", _flag), ("says_once", _flag), ("grounded", _flag), ("added", _whole),
+]  # fmt: skip
 _PAIRS = [
     ("prompt", _text), ("chosen", _text), ("rejected", _text), ("score_chosen", _real), ("score_rejected", _real),
     ("dialogue_id", _text), ("chosen_model", _text), ("rejected_model", _text),
@@ -30,6 +34,15 @@ _ESTIMATES = [
     ("arm", _text), ("metric", _text), ("reading", _text), ("batch_size", _whole), ("hardware", _text),
     ("seeds", _whole), ("responses", _whole), ("left_out", _whole), ("mean", _real), ("low", _real),
     ("high", _real), ("interval", _text), ("reason", _text),
+]  # fmt: skip
+
+_COMPARISONS = [
+    ("arm", _text), ("baseline", _text), ("metric", _text), ("reading", _text), ("arm_seeds", _whole),
+    ("baseline_seeds", _whole), ("seeds_paired", _flag), ("dialogues", _whole), ("left_out", _whole),
+    ("unpaired", _whole), ("difference", _real), ("low", _real), ("high", _real), ("standard_error", _real),
+    ("detectable", _real), ("p_value", _real), ("p_at_floor", _flag), ("p_holm", _real), ("exact_test", _text),
+    ("higher", _whole), ("lower", _whole), ("ties", _whole), ("p_exact", _real), ("p_exact_holm", _real), ("family", _whole),
+    ("reason", _text),
 ]  # fmt: skip
 
 #: Columns of every table, by its name; the file is ``<name>.parquet`` in the run folder, ``<arm>`` the name of an arm.
@@ -62,21 +75,17 @@ SCHEMAS: dict[str, pa.Schema] = {
         ("model", _text), ("metric", _text), ("responses", _whole), ("mean", _real), ("std", _real),
     ]),
     "evaluation/estimates": pa.schema(_ESTIMATES),
-    "evaluation/comparisons": pa.schema([
-        ("arm", _text), ("baseline", _text), ("metric", _text), ("reading", _text), ("arm_seeds", _whole),
-        ("baseline_seeds", _whole), ("seeds_paired", _flag), ("dialogues", _whole), ("left_out", _whole),
-        ("unpaired", _whole), ("difference", _real), ("low", _real), ("high", _real), ("standard_error", _real),
-        ("detectable", _real), ("p_value", _real), ("p_holm", _real), ("exact_test", _text), ("higher", _whole),
-        ("lower", _whole), ("ties", _whole), ("p_exact", _real), ("p_exact_holm", _real), ("family", _whole),
-        ("reason", _text),
-    ]),
+    "evaluation/judged": pa.schema(_JUDGED),
+    "evaluation/comparisons": pa.schema(_COMPARISONS),
     "ablations/pairs": pa.schema([
         ("ablation", _text), ("pairs", _whole), ("prompts", _whole), ("shared_pairs", _whole), ("low", _real),
         ("high", _real),
     ]),
     "ablations/responses": pa.schema(_RESPONSES),
     "ablations/scores": pa.schema(_SCORES),
+    "ablations/judged": pa.schema(_JUDGED),
     "ablations/estimates": pa.schema(_ESTIMATES),
+    "ablations/comparisons": pa.schema(_COMPARISONS),
     "audit/parity": pa.schema([
         ("group", _text), ("quantity", _text), ("published", _text), ("ours", _text), ("verdict", _text),
         ("source", _text),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 
@@ -221,6 +222,18 @@ def test_batched_generations_are_those_of_each_prompt_alone(tokenizer, pairs):
                 break
         alone = tokenizer.decode(ids[0, len(tokenizer(prompt)["input_ids"]) :], skip_special_tokens=True)
         assert text == alone
+
+
+def test_a_sentence_said_again_is_repetition_though_it_reads_well(tmp_path, tokenizer, pairs, monkeypatch):
+    """What preference training on length taught the miniature: a filler, word for word, until the length fits."""
+    padded = json.dumps({"response": "It was opened in 1720. It is closed on Tuesdays. It is closed on Tuesdays."})
+    texts = iter([[GOOD, padded], [GOOD, padded], [padded, padded], [padded, padded]])
+    monkeypatch.setattr(health, "_generate", lambda *_: next(texts))
+    watch = Health(pairs["prompt"], HealthSettings(prompts=2))
+    train(tmp_path, tokenizer, pairs, [watch])
+    verdict = watch.summary().set_index("name").loc["repetition"]
+    assert (verdict["level"], verdict["value"]) == ("bad", 1.0)
+    assert set(watch.generations["outcome"]) == {"ok"}
 
 
 def test_a_collapse_is_announced_and_stops_training(tmp_path, tokenizer, pairs, monkeypatch, capsys):

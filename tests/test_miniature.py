@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
@@ -12,6 +13,7 @@ from persodpo.cli import app
 from persodpo.dialogues import focus_json
 from persodpo.errors import PersodpoError
 from persodpo.miniature import phrases
+from persodpo.miniature.judge import judge, judge_answer
 from persodpo.miniature.world import focus_world, write_world
 from persodpo.runfolder import DATA
 
@@ -89,6 +91,53 @@ def test_answers_are_varied(world):
     assert starts.most_common(1)[0][1] < 150
     questions = {dialogue["utterance"][-1][f"dialogue{len(dialogue['utterance'])}"][-2] for dialogue in world}
     assert len(questions) > 40
+
+
+def test_references_are_grounded_and_others_answers_are_not(world):
+    """An answer to another dialogue speaks of another person and often answers another question."""
+    turns = [dialogue["utterance"][-1][f"dialogue{len(dialogue['utterance'])}"] for dialogue in world[:200]]
+    contexts = ["\n".join(f"User{1 + place % 2}: {text}" for place, text in enumerate(said[:-1])) for said in turns]
+    prompts = [(dialogue["persona"], context) for dialogue, context in zip(world, contexts, strict=False)]
+    own = [judge_answer(*prompt, said[-1]) for prompt, said in zip(prompts, turns, strict=True)]
+    assert all(all(found[:-1]) for found in own)
+    others = [judge_answer(*prompt, said[-1]) for prompt, said in zip(prompts, [*turns[1:], turns[0]], strict=True)]
+    assert sum(all(found[:-1]) for found in others) < 10
+
+
+PERSONAS = ["I like sailing.", "I wear glasses.", "I live in Galen.", "I paint in my free time.", "I like tea."]
+CONTEXT = (
+    "User1: Where is this lighthouse?\nUser2: It stands in Belaby, a town in Galen, not far from you, as you live in "
+    "Galen. It measures 40 metres.\nUser1: "
+)
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "parts", "added"),
+    [
+        ("When was it built?", "Sure. It was opened in 1720, since you like sailing.", [1, 1, 1, 1], 0),
+        ("When was it built?", "It is made of oak, since you like sailing.", [0, 1, 1, 1], 1),
+        ("When was it built?", "It was opened in 1720.", [1, 0, 1, 1], 0),
+        ("When was it built?", "It was opened in 1720, as you paint yourself.", [1, 0, 1, 1], 0),  # true, but of no matter
+        ("When was it built?", "It was opened in 1720, as you love history.", [1, 0, 0, 1], 0),  # of somebody else
+        ("When was it built?", "It was opened in 1720, since you like sailing. It measures 90 metres.", [1, 1, 0, 1], 1),
+        ("When was it built?", "It was opened in 1720, since you like sailing. It was opened in 1721.", [1, 1, 0, 1], 1),
+        ("How large is it?", "It measures 40 metres, since you like sailing.", [1, 1, 1, 1], 0),
+        ("How large is it?", "It measures 90 metres, since you like sailing.", [0, 1, 0, 1], 1),
+        ("What can I see there?", "Do not miss the lamp room, since you like sailing. It is closed on Mondays. "
+         "It is closed on Mondays.", [1, 1, 1, 0], 2),
+        ("What can I see there?", "You can see the fog horn, since you like sailing. It is made of oak. Ada Holt designed "
+         "it. A ticket costs 3 crowns. It was opened in 1720.", [1, 1, 1, 0], 4),
+    ],
+)  # fmt: skip
+def test_judgements_by_hand(question, answer, parts, added):
+    assert judge_answer(PERSONAS, CONTEXT + question, answer) == (*map(bool, parts), added)
+
+
+def test_a_failure_is_not_grounded():
+    dialogues = pd.DataFrame({"dialogue_id": ["d"], "personas": [PERSONAS], "context": [CONTEXT + "Who built it?"]})
+    answers = ["Ada Holt built it, since you like sailing."] * 2
+    responses = pd.DataFrame({"dialogue_id": "d", "model": ["a", "b"], "outcome": ["ok", "loop"], "response": answers})
+    assert judge(dialogues, responses)["grounded"].tolist() == [True, False]
 
 
 def test_no_field_stays_unfilled(world):

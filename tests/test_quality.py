@@ -131,6 +131,18 @@ def test_imputation_by_outcome():
     assert impute(responses, metrics, unread=True)["imputed"].tolist() == [False, True, True, False]
 
 
+def test_a_sentence_that_is_said_again_adds_no_length_under_b1():
+    texts = ["It is old. It is closed. It is closed. It is closed.", "It is old. It is closed."]
+    responses = pd.DataFrame(
+        {"dialogue_id": ["a", "b"], "model": "m", "outcome": "ok", "response": texts, "completion": ""}
+    )
+    metrics = responses[["dialogue_id", "model"]].assign(parsed=texts, **dict.fromkeys(METRICS, 0.7))
+    words = {
+        once: impute(responses, metrics, unread=False, sentences_once=once)["words"].tolist() for once in (False, True)
+    }
+    assert words == {False: [12, 6], True: [6, 6]}
+
+
 def test_rank_gives_scores_scale_and_thresholds():
     ranking = rank(ROWS, PROFILE)
     quality = ranking.scores["quality"]

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.reproduced
 
 TRAINED = ("log", "health", "generations")
 RANKED = ["dialogues", "responses", "scores", "thresholds", "extras", "pairs/simple", "pairs/perso", "pairs/gate"]
-EVALUATED = [f"evaluation/{name}" for name in ("responses", "scores", "results", "estimates", "comparisons")]
+EVALUATED = [f"evaluation/{name}" for name in ("responses", "scores", "judged", "results", "estimates", "comparisons")]
 
 
 def run_of(name: str) -> RunFolder:
@@ -48,7 +48,7 @@ def test_the_miniature_wrote_its_tables():
     arms = [f"{arm}{seed}" for arm in run.profile.training.arms for seed in ("", "@45", "@46")]
     tables = [*RANKED, *EVALUATED, "answers", "probes", "scorers"]
     tables += [f"training/{arm}/{table}" for arm in arms for table in TRAINED]
-    tables += [f"ablations/{name}" for name in ("pairs", "responses", "scores", "estimates")]
+    tables += [f"ablations/{name}" for name in ("pairs", "responses", "scores", "judged", "estimates", "comparisons")]
     assert all(check_table(run.path(table), table) > 0 for table in tables)
 
 

@@ -14,8 +14,9 @@ from scipy.stats import bootstrap as scipy_bootstrap
 
 from persodpo.errors import PersodpoError
 from persodpo.evaluation.bootstrap import Resampling, Statistic, bootstrap
+from persodpo.evaluation.cells import comparison_table
 from persodpo.evaluation.comparisons import compare
-from persodpo.evaluation.observations import COLUMNS, EVERY, IMPUTED, SUCCESSES, TEXT_METRICS, observe
+from persodpo.evaluation.observations import COLUMNS, EVERY, FLAGS, IMPUTED, SUCCESSES, TEXT_METRICS, observe
 from persodpo.evaluation.results import summarise
 from persodpo.evaluation.significance import holm, sign_test, smallest_detectable
 from persodpo.evaluation.statistics import PERCENTILE, PERCENTILE_SEEDS, WILSON, WILSON_SEEDS, estimates
@@ -30,11 +31,12 @@ def observed(arm: str, quality, *, seed: int = 0, failed=False, **columns) -> pd
     table = table.assign(arm=arm, seed=seed, dialogue_id=[f"d{n}" for n in range(len(table))], failed=failed)
     for name in TEXT_METRICS:
         table[name] = table["quality"]
-    return table.assign(**({"response_time": 1.0, "batch_size": 1, "hardware": "cpu"} | columns))[list(COLUMNS)]
+    plain = {"response_time": 1.0, "batch_size": 1, "hardware": "cpu", "grounded": np.nan, "repeats": np.nan}
+    return table.assign(**(plain | columns))[list(COLUMNS)]
 
 
 def row(table: pd.DataFrame, metric: str, reading: str = IMPUTED, arm: str | None = None) -> pd.Series:
-    reading = EVERY if metric in {"failure_ratio", "response_time"} else reading
+    reading = EVERY if metric in {*FLAGS, "response_time"} else reading
     found = table[(table["metric"] == metric) & (table["reading"] == reading)]
     (only,) = (found if arm is None else found[found["arm"] == arm]).to_dict("records")
     return pd.Series(only)
@@ -82,6 +84,28 @@ def test_failures_are_compared_by_mcnemar():
     assert (found["exact_test"], found["higher"], found["lower"], found["ties"]) == ("McNemar", 6, 1, 13)
     assert found["p_exact"] == pytest.approx(0.125)
     assert found["difference"] == pytest.approx(0.25)
+
+
+def test_the_judge_is_a_family_of_its_own_and_so_is_the_clock():
+    """Eight dialogues are grounded in one arm alone; nothing that a scorer or a clock says touches that p-value."""
+    first, second = (
+        observed(name, np.zeros(20), grounded=np.arange(20) < count) for name, count in (("a", 12), ("b", 4))
+    )
+    table = versus(first, second)
+    found = row(table, "grounded")
+    assert (found["exact_test"], found["higher"], found["lower"], found["ties"]) == ("McNemar", 8, 0, 12)
+    assert (found["p_exact"], found["p_exact_holm"], found["family"]) == (pytest.approx(2 / 2**8), found["p_exact"], 1)
+    assert row(table, "response_time")["family"] == 1
+    assert row(table, "quality")["family"] == row(table, "failure_ratio")["family"] == 3
+
+
+def test_a_p_value_that_no_resample_contradicts_is_a_bound():
+    table = versus(observed("a", np.linspace(1, 2, 20)), observed("b", np.zeros(20)))
+    found = row(table, "quality")
+    assert (found["p_value"], found["p_at_floor"]) == (2 / (QUICK.resamples + 1), True)
+    assert f"≤{found['p_value']:.3f}" in comparison_table(table).rows[1]
+    same = row(versus(observed("a", np.ones(20)), observed("b", np.ones(20))), "quality")
+    assert (same["p_at_floor"], np.isnan(same["detectable"])) == (False, True)
 
 
 def test_sign_test_by_hand():

@@ -88,6 +88,7 @@ class Spread:
         freedom: Its degrees of freedom (Satterthwaite 1946): about one less than the seeds where they differ most, one
             less than the dialogues where dialogues do.
         p_value: Two-sided, of no difference from zero; never below 2 / (resamples + 1).
+        at_floor: Whether it is that least value, and so a bound.
     """
 
     estimate: float
@@ -96,6 +97,7 @@ class Spread:
     standard_error: float
     freedom: float
     p_value: float
+    at_floor: bool = False
 
     @property
     def stretch(self) -> float:
@@ -147,7 +149,7 @@ def _spread(statistic: Statistic, drawn: Floats, sampling: Resampling) -> Spread
     p_value = min(1.0, 2 * (min(below, above) + 1) / (len(means) + 1))
     dialogues = int((~np.isnan(statistic.columns)).any(axis=1).sum())
     error, freedom = _standard_error([(own, dialogues - 1), *((part.variance, len(part.seeds) - 1) for part in parts)])
-    return Spread(estimate, float(low), float(high), error, freedom, p_value)
+    return Spread(estimate, float(low), float(high), error, freedom, p_value, min(below, above) == 0)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from persodpo.errors import PersodpoError
-from persodpo.evaluation.observations import EVERY, IMPUTED
+from persodpo.evaluation.observations import EVERY, FLAGS, IMPUTED
 from persodpo.plots.metrics import metric_label, metric_order
 
 _TIME = "response_time"
@@ -70,9 +70,15 @@ def number(value: float, decimals: int) -> str:
     return f"−{text[1:]}" if text.startswith("-") and float(text) else text.lstrip("-")
 
 
-def p_text(p_value: float) -> str:
-    """Write a p-value to three places; one that would read as zero is said to be smaller."""
-    return "<0.001" if p_value < 0.0005 else f"{p_value:.3f}"
+def p_text(p_value: float, bound: str = "") -> str:
+    """Write a p-value to three places, with a sign before one that is a bound; one that would read as zero is smaller."""
+    return "<0.001" if p_value < 0.0005 else f"{bound if p_value < 1 else ''}{p_value:.3f}"
+
+
+def at_least(value: float, decimals: int) -> str:
+    """Write a positive number; one that would read as zero is said to be smaller than the last place."""
+    least = 10.0**-decimals
+    return number(value, decimals) if value >= least / 2 else f"<{number(least, decimals)}"
 
 
 def _interval(row: Row, value: str, decimals: int, notes: _Notes) -> str:
@@ -143,15 +149,16 @@ def results_table(
 
 
 def _counts(own: Mapping[str, Row]) -> tuple[str, str]:
-    """Write how many seeds and responses an arm has, whatever of them a metric counts."""
+    """Write how many seeds an arm has, and how many responses its text metrics count."""
     rows = list(own.values())
-    return f"{max(row['seeds'] for row in rows)}", f"{max(row['responses'] + row['left_out'] for row in rows):,}"
+    counted = [row["responses"] for row in rows if row["metric"] not in FLAGS] or [row["responses"] for row in rows]
+    return f"{max(row['seeds'] for row in rows)}", f"{max(counted):,}"
 
 
 def _caption(rows: pd.DataFrame, reading: str) -> str:
     """Say what the numbers are, and what one seed is."""
     words = f"Means with 95 % intervals, {reading} in text metrics"
-    words += "; failure ratios with Wilson's interval." if "failure_ratio" in set(rows["metric"]) else "."
+    words += "; shares of responses with Wilson's interval." if set(FLAGS) & set(rows["metric"]) else "."
     if rows["seeds"].max() == 1:
         return f"{words} One seed an arm: intervals cover the draw of dialogues, not that of another training."
     return f"{words} Means over {rows['seeds'].max()} seeds at most; intervals cover dialogues and seeds."
@@ -211,10 +218,12 @@ def comparison_table(
     rows: list[tuple[str, ...]] = []
     for row in _rows(comparisons):
         pair = f"{named.get(row['arm'], row['arm'])} − {named.get(row['baseline'], row['baseline'])}"
-        tests = ["" if _missing(row[name]) else p_text(row[name]) for name in ("p_value", "p_holm", "p_exact_holm")]
+        bound = "≤" if row["p_at_floor"] is True or row["p_at_floor"] == 1 else ""
+        tests = ["" if _missing(row[name]) else p_text(row[name], bound) for name in ("p_value", "p_holm")]
+        tests.append("" if _missing(row["p_exact_holm"]) else p_text(row["p_exact_holm"]))
         if tests[2]:
             tests[2] += f" ({row['exact_test']})"
-        detectable = "" if _missing(row["detectable"]) else number(row["detectable"], decimals)
+        detectable = "" if _missing(row["detectable"]) else at_least(row["detectable"], decimals)
         cells = [_interval(row, "difference", decimals, notes), *tests, detectable]
         rows.append((pair, metric_label(row["metric"]), row["reading"], f"{row['dialogues']:,}", *cells))
     low, high = comparisons["family"].min(), comparisons["family"].max()

@@ -17,15 +17,18 @@ import pandas as pd
 
 from persodpo.errors import PersodpoError
 from persodpo.evaluation.bootstrap import Resampling, Spread, Statistic, bootstrap
-from persodpo.evaluation.observations import EVERY, IMPUTED, SUCCESSES, TEXT_METRICS, Bools, Condition, Grid, grid
+from persodpo.evaluation.observations import EVERY, FLAGS, TEXT_METRICS, Bools, Condition, Grid, grid
 from persodpo.evaluation.significance import holm, sign_test, smallest_detectable
 from persodpo.evaluation.statistics import problem_of, too_few
 
 COLUMNS = (
     "arm", "baseline", "metric", "reading", "arm_seeds", "baseline_seeds", "seeds_paired", "dialogues", "left_out",
-    "unpaired", "difference", "low", "high", "standard_error", "detectable", "p_value", "p_holm", "exact_test", "higher",
-    "lower", "ties", "p_exact", "p_exact_holm", "family", "reason",
+    "unpaired", "difference", "low", "high", "standard_error", "detectable", "p_value", "p_at_floor", "p_holm", "exact_test",
+    "higher", "lower", "ties", "p_exact", "p_exact_holm", "family", "reason",
 )  # fmt: skip
+
+#: Families of tests: what the judge says is the question, response times depend on the clock, all else is one family.
+QUESTIONS = {"grounded": "judge", "response_time": "clock"}
 
 #: The exact tests.
 SIGN_TEST, MCNEMAR = "sign test", "McNemar"
@@ -70,15 +73,16 @@ def compare(
     Args:
         observations: From `persodpo.evaluation.observations.observe`.
         pairs: Which arm against which baseline.
-        metrics: Text metrics; failure ratio and response time are always compared.
-        families: Columns that split the table into families, such as ``metric`` where each metric was a question of its
-            own before anyone looked; none: all tests are one family, which is the strictest.
+        metrics: Text metrics; flags and response time are always compared.
+        families: Columns that split the table further than `QUESTIONS` does, such as ``metric`` where each metric was a
+            question of its own before anyone looked.
         sampling: Resamples and their seed; None: 10,000 and 0.
 
     Returns:
         One row a pair, metric and reading. Columns `COLUMNS`: arm_seeds and baseline_seeds (counts), dialogues compared,
         left_out (paired but not counted in this reading), unpaired; difference (arm less baseline), its 95 % interval,
-        standard error and p-value from `persodpo.evaluation.bootstrap`; detectable (see `smallest_detectable`); the
+        standard error and p-value from `persodpo.evaluation.bootstrap`; p_at_floor (no resample contradicts, so that the
+        p-value, and p_holm, are bounds); detectable (see `smallest_detectable`); the
         exact test over dialogues with its counts, on means over seeds where there are several; p_holm and p_exact_holm,
         each corrected over all rows of the family that have such a p-value; family (their number, for p_holm); reason
         (null where nothing is missing).
@@ -131,7 +135,7 @@ def _pair(array: Grid, arm: str, baseline: str) -> _Pair:
 def _rows(array: Grid, pair: _Pair, metrics: Sequence[str]) -> Iterator[tuple[Row, Statistic | None]]:
     """Yield the rows of a pair without what needs a bootstrap, and the statistic that does."""
     seeds = len(array.seeds[pair.arm]), len(array.seeds[pair.baseline])
-    readings = [("failure_ratio", EVERY), *itertools.product(metrics, (IMPUTED, SUCCESSES)), ("response_time", EVERY)]
+    readings = [*array.readings(metrics), ("response_time", EVERY)]
     for metric, reading in readings:
         row: Row = {
             "arm": pair.arm, "baseline": pair.baseline, "metric": metric, "reading": reading, "arm_seeds": seeds[0],
@@ -174,8 +178,10 @@ def _numbers(row: Row, statistic: Statistic, spread: Spread) -> Row:
     single = columns.shape[1] == 1
     return {
         "difference": spread.estimate, "low": spread.low, "high": spread.high,
-        "standard_error": spread.standard_error, "detectable": smallest_detectable(spread.standard_error, spread.freedom),
-        "p_value": spread.p_value, "exact_test": MCNEMAR if row["metric"] == "failure_ratio" and single else SIGN_TEST,
+        "standard_error": spread.standard_error, "p_value": spread.p_value, "p_at_floor": spread.at_floor,
+        # Where no dialogue differs, nothing tells how large a difference would be seen.
+        "detectable": smallest_detectable(spread.standard_error, spread.freedom) if spread.standard_error else np.nan,
+         "exact_test": MCNEMAR if row["metric"] in FLAGS and single else SIGN_TEST,
         "higher": signs.higher, "lower": signs.lower, "ties": signs.ties, "p_exact": signs.p_value,
         "reason": too_few(columns) if few else None,
     }  # fmt: skip
@@ -183,7 +189,11 @@ def _numbers(row: Row, statistic: Statistic, spread: Spread) -> Row:
 
 def _corrected(table: pd.DataFrame, families: Sequence[str], sampling: Resampling) -> pd.DataFrame:
     """Add Holm's corrections, family by family."""
-    number = table.groupby(list(families), sort=False).ngroup() if families else pd.Series(0, table.index)
+    number = (
+        table.assign(question=table["metric"].map(QUESTIONS))
+        .groupby(["question", *families], sort=False, dropna=False)
+        .ngroup()
+    )
     sizes = table["p_value"].notna().groupby(number).transform("sum").astype(int)
     largest = int(sizes.max())
     if largest * 2 / (sampling.resamples + 1) > 0.05:

@@ -6,6 +6,7 @@ of rows never matters.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,24 +22,32 @@ Bools = NDArray[np.bool_]
 #: Batch size and hardware of a response time.
 Condition = tuple[int | None, str | None]
 
-#: Metrics of a response's text, all better when higher.
-TEXT_METRICS = (*SIGNALS, "quality")
+#: Metrics of a response's text, all better when higher. ROUGE-L against the reference is in no quality score.
+TEXT_METRICS = ("quality", *SIGNALS, "rouge_l")
+#: Flags of every response, failed or not. ``grounded`` is the judgement of `persodpo.miniature.judge`.
+FLAGS = ("grounded", "repeats", "failure_ratio")
 
 #: The two ways to count failures in a text metric, and the one way of what needs no text.
 IMPUTED, SUCCESSES, EVERY = "failures imputed", "successes alone", "all responses"
 
 _KEY = ["arm", "seed", "dialogue_id"]
-COLUMNS = (*_KEY, "failed", *TEXT_METRICS, "response_time", "batch_size", "hardware")
+COLUMNS = (*_KEY, "failed", "grounded", "repeats", *TEXT_METRICS, "response_time", "batch_size", "hardware")
 
 
-def observe(responses: pd.DataFrame, scores: pd.DataFrame, arms: pd.DataFrame | None = None) -> pd.DataFrame:
+def observe(
+    responses: pd.DataFrame,
+    scores: pd.DataFrame,
+    arms: pd.DataFrame | None = None,
+    judged: pd.DataFrame | None = None,
+) -> pd.DataFrame:
     """Join responses and scores, and name the arm and the seed of each.
 
     Args:
         responses: Responses table.
-        scores: Scores table of the same responses, failures with their worst-case values.
+        scores: Scores table of the same responses, failures with the values that stand for them.
         arms: Columns model, arm and seed (whole, 0 or more): which arm and seed each model of the two tables is; other
             models are left out. None: each model is an arm of one seed, 0.
+        judged: Judgements of the same responses, failures with a ROUGE-L of 0; None: there are none.
 
     Returns:
         One row a response, columns as in `COLUMNS`: failed (anything but outcome ``ok``), the metrics (NaN: not
@@ -61,6 +70,11 @@ def observe(responses: pd.DataFrame, scores: pd.DataFrame, arms: pd.DataFrame | 
         if silent:
             raise PersodpoError(f"Model {min(silent)} has no responses to evaluate; generate them, or leave it out.")
         frame = frame.merge(arms[["model", "arm", "seed"]], on="model", validate="many_to_one")
+    flags = ["grounded", "repeats", "rouge_l"]
+    if judged is not None:
+        frame = frame.merge(judged[["dialogue_id", "model", *flags]], on=["dialogue_id", "model"], how="left")
+    for flag in flags:
+        frame[flag] = frame[flag].astype(float) if flag in frame else np.nan
     frame["failed"] = frame["outcome"] != "ok"
     return frame[list(COLUMNS)].reset_index(drop=True)
 
@@ -87,6 +101,11 @@ class Grid:
     conditions: tuple[Condition, ...]
     condition: NDArray[np.int64]
 
+    def readings(self, metrics: Sequence[str]) -> list[tuple[str, str]]:
+        """Return metrics with their readings: flags that are known of any response, then text metrics in both readings."""
+        flags = [flag for flag in FLAGS if not np.isnan(self.values[flag]).all()]
+        return [*((flag, EVERY) for flag in flags), *itertools.product(metrics, (IMPUTED, SUCCESSES))]
+
     def columns(self, arm: str) -> list[int]:
         """Return the columns of an arm, by ascending seed."""
         return [self.place[arm, seed] for seed in self.seeds[arm]]
@@ -112,7 +131,7 @@ def grid(observations: pd.DataFrame, metrics: Sequence[str]) -> Grid:
         PersodpoError: The table is empty, lacks a column, holds a response twice or without a name, or a value that is not
             finite.
     """
-    wanted = (*_KEY, "failed", *metrics, "response_time", "batch_size", "hardware")
+    wanted = (*_KEY, "failed", "grounded", "repeats", *metrics, "response_time", "batch_size", "hardware")
     missing = [column for column in wanted if column not in observations.columns]
     if missing:
         raise PersodpoError(f"The observations lack {', '.join(missing)}; make them with `observe`.")
@@ -141,7 +160,9 @@ def grid(observations: pd.DataFrame, metrics: Sequence[str]) -> Grid:
         return found
 
     failed = spread("failed")
-    values = {name: spread(name) for name in (*metrics, "response_time")} | {"failure_ratio": failed}
+    values = {name: spread(name) for name in (*metrics, "response_time", "grounded", "repeats")} | {
+        "failure_ratio": failed
+    }
     names_of, codes = _conditions(observations)
     condition = np.full(failed.shape, -1)
     condition[rows, spots] = codes

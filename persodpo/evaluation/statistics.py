@@ -6,7 +6,6 @@ in the scores), and on successes alone. A number that cannot be derived is NaN, 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from persodpo.evaluation.bootstrap import FEWEST, Resampling, Spread, Statistic, bootstrap
-from persodpo.evaluation.observations import EVERY, IMPUTED, SUCCESSES, TEXT_METRICS, Bools, Floats, Grid, grid
+from persodpo.evaluation.observations import EVERY, FLAGS, TEXT_METRICS, Bools, Floats, Grid, grid
 from persodpo.plots.intervals import wilson
 
 COLUMNS = (
@@ -57,8 +56,8 @@ def estimates(
         One row an arm, metric and reading; response times have a row for each batch size and hardware, as times under
         different ones have no common mean. Columns `COLUMNS`: seeds and responses (counts), left_out (responses that
         the reading leaves out, or that were timed otherwise or not at all), mean over the seeds, its 95 % interval low
-        to high and the interval's name, reason (null where nothing is missing). Failure ratios have Wilson's interval,
-        all else the interval of `persodpo.evaluation.bootstrap`.
+        to high and the interval's name, reason (null where nothing is missing). Flags (see
+        `FLAGS`) have Wilson's interval, all else the interval of `persodpo.evaluation.bootstrap`.
 
     Raises:
         PersodpoError: As `persodpo.evaluation.observations.grid`.
@@ -80,7 +79,7 @@ def estimates(
 def _cells(array: Grid, arm: str, metrics: Sequence[str]) -> Iterator[_Cell]:
     """Yield what an arm's rows are computed from."""
     places, seeds = array.columns(arm), array.seeds[arm]
-    for metric, reading in [("failure_ratio", EVERY), *itertools.product(metrics, (IMPUTED, SUCCESSES))]:
+    for metric, reading in array.readings(metrics):
         values, unknown = array.read(metric, reading)
         yield _Cell({"arm": arm, "metric": metric, "reading": reading}, values[:, places], unknown[:, places], seeds)
     all_times, _ = array.read("response_time", EVERY)
@@ -122,15 +121,15 @@ def too_few(values: Floats) -> str:
 def _numbers(cell: _Cell, spread: Spread) -> Row:
     """Return mean, interval and reason of a row that can be derived."""
     low, high, name = spread.low, spread.high, PERCENTILE if len(cell.seeds) == 1 else PERCENTILE_SEEDS
-    if cell.row["metric"] == "failure_ratio":
-        low, high, name = _failure_interval(cell.values, spread)
+    if cell.row["metric"] in FLAGS:
+        low, high, name = _share_interval(cell.values, spread)
     reason = too_few(cell.values) if np.isnan(low) else None
     return {"mean": spread.estimate, "low": low, "high": high, "interval": name if reason is None else None,
             "reason": reason}  # fmt: skip
 
 
-def _failure_interval(failed: Floats, spread: Spread) -> tuple[float, float, str]:
-    """Return Wilson's interval of a failure ratio.
+def _share_interval(failed: Floats, spread: Spread) -> tuple[float, float, str]:
+    """Return Wilson's interval of a share of responses.
 
     Several seeds answer the same dialogues, so their responses are not independent; what counts then is how many independent
     responses would have the bootstrap's standard error (Kish 1965, the effective sample size), stretched as its degrees of

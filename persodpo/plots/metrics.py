@@ -4,17 +4,20 @@ from __future__ import annotations
 
 #: Name of each metric on axes and in headings, in the order in which tables and figures show them.
 METRIC_LABELS: dict[str, str] = {
+    "grounded": "Grounded",
     "quality": "Quality",
     "coherence": "Coherence",
     "c_score": "C score",
     "ue_score": "UE score",
     "persona_distance": "Persona distance",
     "compliance": "Compliance",
+    "rouge_l": "ROUGE-L",
+    "repeats": "Repeats a sentence",
     "failure_ratio": "Failure ratio",
     "response_time": "Response time (s)",
 }
 #: Metrics of which less is better.
-LOWER_IS_BETTER = frozenset({"failure_ratio", "response_time"})
+LOWER_IS_BETTER = frozenset({"failure_ratio", "repeats", "response_time"})
 
 
 def metric_label(metric: str) -> str:

@@ -13,17 +13,18 @@ import pandas as pd
 
 from persodpo.config import Ablation, Profile, with_overrides
 from persodpo.evaluation.bootstrap import Resampling
+from persodpo.evaluation.comparisons import compare
 from persodpo.evaluation.observations import observe
 from persodpo.evaluation.statistics import estimates
 from persodpo.pairs import Variant, measured, pair_keys, rebuild
 from persodpo.runfolder import RunFolder, StageReport
 from persodpo.stages.base import Need, Targets
-from persodpo.stages.heldout import answer_held_out, score_held_out
+from persodpo.stages.heldout import answer_held_out, judge_held_out, score_held_out
 from persodpo.stages.train import arm_folder, train_on
 from persodpo.tables import write_table
 from persodpo.training.arms import ARMS
 
-_TABLES = ("ablations/pairs", "ablations/responses", "ablations/scores", "ablations/estimates")
+_TABLES = tuple(f"ablations/{kind}" for kind in ("pairs", "responses", "scores", "judged", "estimates", "comparisons"))
 
 
 def needs(profile: Profile) -> list[Need]:
@@ -43,6 +44,7 @@ def ablate(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
     reports.append(_pairs(run, overwrite))
     reports.append(answer_held_out(run, "ablations/responses", folders, 0, overwrite=overwrite))
     reports.append(score_held_out(run, "ablations/responses", "ablations/scores", overwrite=overwrite))
+    reports.append(judge_held_out(run, "ablations/responses", "ablations/judged", overwrite=overwrite))
     return [*reports, _estimates(run, overwrite)]
 
 
@@ -111,24 +113,27 @@ def _pairs(run: RunFolder, overwrite: bool) -> StageReport:
 
 
 def _estimates(run: RunFolder, overwrite: bool) -> StageReport:
-    """Estimate every ablation beside the arm that they start from, one seed each."""
+    """Estimate every ablation, and compare it with the arm that they start from on the same dialogues, one seed each."""
     settings, table = run.profile.evaluation, "ablations/estimates"
-    names = [f"{group}/{kind}" for group in ("evaluation", "ablations") for kind in ("responses", "scores")]
+    compared, kinds = "ablations/comparisons", ("responses", "scores", "judged")
+    names = [f"{group}/{kind}" for group in ("evaluation", "ablations") for kind in kinds]
 
     def build(targets: Targets) -> None:
         own, other = (
-            observe(run.read(f"{group}/responses"), run.read(f"{group}/scores"))
+            observe(*(run.read(f"{group}/{kind}") for kind in kinds[:2]), judged=run.read(f"{group}/judged"))
             for group in ("evaluation", "ablations")
         )
         both = pd.concat([own[own["arm"] == settings.ablated], other], ignore_index=True)
-        found = estimates(both, sampling=Resampling(settings.resamples, run.profile.seed))
-        write_table(targets[table], table, found)
+        sampling = Resampling(settings.resamples, run.profile.seed)
+        write_table(targets[table], table, estimates(both, sampling=sampling))
+        pairs = [(ablation, settings.ablated) for ablation in other["arm"].unique()]
+        write_table(targets[compared], compared, compare(both, pairs, sampling=sampling))
 
     return run.stage(
         "ablations",
         inputs={name: run.path(name) for name in names},
         settings={"ablated": settings.ablated, "resamples": settings.resamples, "seed": run.profile.seed},
-        outputs=[table],
+        outputs=[table, compared],
         code=__name__,
         build=build,
         overwrite=overwrite,

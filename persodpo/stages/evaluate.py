@@ -13,7 +13,7 @@ from persodpo.evaluation.observations import IMPUTED, SUCCESSES, observe
 from persodpo.evaluation.statistics import estimates
 from persodpo.runfolder import RunFolder, StageReport
 from persodpo.stages.base import Need, Targets
-from persodpo.stages.heldout import arms_of, held_out_arms
+from persodpo.stages.heldout import arms_of, held_out_arms, judge_held_out
 from persodpo.tables import write_table
 
 
@@ -36,13 +36,13 @@ def evaluate(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
     """Make the results of the held-out responses: with intervals, paired comparisons, and as published."""
     profile, settings = run.profile, run.profile.evaluation
     by_arms = settings.source == "arms"
-    reports = held_out_arms(run, overwrite) if by_arms else []
     arms = arms_of(profile) if by_arms else None
-    tables = ["evaluation/responses", "evaluation/scores"]
+    tables = ["evaluation/responses", "evaluation/scores", "evaluation/judged"]
+    reports = held_out_arms(run, overwrite) if by_arms else [judge_held_out(run, *tables[::2], overwrite=overwrite)]
 
     def build(targets: Targets) -> None:
-        responses, scores = (run.read(name) for name in tables)
-        observations = observe(responses, scores, arms)
+        responses, scores, judged = (run.read(name) for name in tables)
+        observations = observe(responses, scores, arms, judged)
         sampling = Resampling(settings.resamples, profile.seed)
         found = {
             "results": persodpo.evaluation.results.summarise(responses, scores),

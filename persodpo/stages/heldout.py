@@ -11,20 +11,22 @@ from pathlib import Path
 import pandas as pd
 
 from persodpo import pairs
+from persodpo.completions import repeats_sentence
 from persodpo.config import Profile, TransformersModel
 from persodpo.errors import PersodpoError
 from persodpo.generation.asking import backend_for, job_for, stored_answers
 from persodpo.generation.engine import Job, generate_all
 from persodpo.generation.store import Store
+from persodpo.miniature.judge import judge
 from persodpo.runfolder import RunFolder, StageReport
-from persodpo.scoring import computed
+from persodpo.scoring import computed, extras
 from persodpo.scoring.cache import ScoreCache
 from persodpo.stages import score
 from persodpo.stages.base import Targets
 from persodpo.stages.generate import check_finished, write_answers
 from persodpo.stages.policy import start_policy
 from persodpo.stages.train import arm_folder
-from persodpo.tables import write_table
+from persodpo.tables import SCHEMAS, with_none, write_table
 from persodpo.training.arms import label_of
 
 #: Name of the policy that all arms start from, among the arms.
@@ -44,7 +46,11 @@ def held_out_arms(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
         model: start_policy(run) if model == BASE else arm_folder(run, model) for model in arms_of(profile)["model"]
     }
     answers = answer_held_out(run, "evaluation/responses", models, profile.evaluation.timed, overwrite=overwrite)
-    return [answers, score_held_out(run, "evaluation/responses", "evaluation/scores", overwrite=overwrite)]
+    return [
+        answers,
+        score_held_out(run, "evaluation/responses", "evaluation/scores", overwrite=overwrite),
+        judge_held_out(run, "evaluation/responses", "evaluation/judged", overwrite=overwrite),
+    ]
 
 
 def arms_of(profile: Profile) -> pd.DataFrame:
@@ -112,6 +118,40 @@ def _entry(model: str, weights: str | Path, mode: str, batch_size: int) -> Trans
     return TransformersModel.model_validate(fields)
 
 
+def judge_held_out(run: RunFolder, answers: str, table: str, *, overwrite: bool = False) -> StageReport:
+    """Judge held-out responses by what no pair set was made from: references, and the generated world where there is one.
+
+    Args:
+        run: The run folder.
+        answers: The responses table to judge.
+        table: The table to write.
+        overwrite: Judge even if nothing changed.
+
+    Returns:
+        What was done.
+    """
+    generated = run.profile.dialogues.source == "miniature"
+
+    def build(targets: Targets) -> None:
+        responses, dialogues = run.read(answers), run.read("dialogues")
+        overlap = extras.extras_table(responses, dialogues)["rouge_l"].where(responses["outcome"] == "ok", 0.0)
+        repeats = [repeats_sentence(text or "") for text in with_none(responses)["response"]]
+        frame = responses[["dialogue_id", "model"]].assign(rouge_l=overlap, repeats=repeats)
+        if generated:
+            frame = frame.merge(judge(dialogues, responses), on=["dialogue_id", "model"], validate="one_to_one")
+        write_table(targets[table], table, frame.reindex(columns=SCHEMAS[table].names))
+
+    return run.stage(
+        f"judge {answers}",
+        inputs={name: run.path(name) for name in ("dialogues", answers)},
+        settings={"generated": generated},
+        outputs=[table],
+        code=__name__,
+        build=build,
+        overwrite=overwrite,
+    )
+
+
 def score_held_out(run: RunFolder, answers: str, table: str, *, overwrite: bool = False) -> StageReport:
     """Score held-out responses on the scale of the ranked ones, with the same scorers.
 
@@ -132,7 +172,7 @@ def score_held_out(run: RunFolder, answers: str, table: str, *, overwrite: bool 
         responses, ranked = run.read(answers), run.read("scores")
         with ScoreCache(score.score_cache(run)) as cache, score.backend_of(profile, small) as backend:
             metrics, _, _ = computed.computed_metrics(responses, run.read("dialogues"), scorers, cache, backend=backend)
-        values = pairs.impute(responses, metrics, unread=True)
+        values = pairs.impute(responses, metrics, unread=True, sentences_once=profile.corrects("B1"))
         scale = pairs.scale_of(ranked, profile.scoring)
         write_table(targets[table], table, pairs.rate(values, scale, profile))
 

@@ -50,7 +50,7 @@ def score_settings(profile: Profile) -> dict[str, object]:
     kept = profile.scoring.model_dump(
         mode="json", exclude=set() if profile.scoring.source == "compute" else {"compute"}
     )
-    concerned = ("A1", "A3") if profile.scoring.source == "published" else ("A3", "A10b", "A10c")
+    concerned = ("A1", "A3", "B1") if profile.scoring.source == "published" else ("A3", "A10b", "A10c", "B1")
     return {
         "scoring": kept,
         "corrections": profile.switches(*concerned),
@@ -70,7 +70,12 @@ def write_scores(
         responses: Responses tables, by the name of their scores table.
         metrics: Metric values of parsed responses, by the same names.
     """
-    values = {table: pairs.impute(responses[table], metrics[table], unread=table != "scores") for table in responses}
+    values = {
+        table: pairs.impute(
+            responses[table], metrics[table], unread=table != "scores", sentences_once=profile.corrects("B1")
+        )
+        for table in responses
+    }
     ranking = pairs.rank(values["scores"], profile)
     write_table(targets["scores"], "scores", ranking.scores)
     for table in [table for table in responses if table != "scores"]:

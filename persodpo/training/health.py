@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from persodpo.completions import is_loop, read_completion
+from persodpo.completions import is_loop, read_completion, repeats_sentence
 from persodpo.errors import PersodpoError
 
 Level = Literal["ok", "watch", "bad"]
@@ -50,7 +50,7 @@ class HealthSettings:
         window: Training logs that are averaged, and that must all be saturated.
         saturated_accuracy, saturated_loss: A log is saturated from this accuracy on with a loss below this.
         parse_fall, length_factor: How far the parse rate may fall, and by which factor mean words may change.
-        loops: Share of generations that may loop, unless as many did at the start.
+        loops: Share of generations that may loop or say a sentence twice, unless as many did at the start.
         stop: Stop training when a verdict of `COLLAPSE` is bad; needs evaluations during training.
 
     Raises:
@@ -78,7 +78,7 @@ class HealthSettings:
 
 
 class Measured(NamedTuple):
-    """What the generations of a step amount to: share read, mean words of a response (0 for none), share of loops."""
+    """What the generations of a step amount to: share read, mean words (0: none), share that loops or repeats a sentence."""
 
     step: int
     parse_rate: float
@@ -155,7 +155,7 @@ def _judge_generations(first: Measured, last: Measured, settings: HealthSettings
     length = _level(high / low if low else math.inf, settings.length_factor, least=1.0) if first.words else "watch"
     loops = _level(last.loops, settings.loops)
     loops = "watch" if loops == "bad" and last.loops <= first.loops else loops
-    looping = f"{last.loops:.0%} of the generations loop, {first.loops:.0%} at the start."
+    looping = f"{last.loops:.0%} of the generations repeat themselves, {first.loops:.0%} at the start."
     long = f"A response has {last.words:.1f} words, {first.words:.1f} at the start."
     return [
         Verdict("parse_rate", read, last.step, last.parse_rate, said),
@@ -252,7 +252,10 @@ class Health(TrainerCallback):
         """Read the generations and log what they amount to."""
         readings = [read_completion(text, self.settings.reading) for text in texts]
         words = [len((reading.response or "").split()) for reading in readings]
-        loops = [reading.outcome == "loop" or is_loop(text) for reading, text in zip(readings, texts, strict=True)]
+        loops = [
+            reading.outcome == "loop" or is_loop(text) or repeats_sentence(reading.response or "")
+            for reading, text in zip(readings, texts, strict=True)
+        ]
         read = _mean([reading.outcome == "ok" for reading in readings])
         measured = Measured(state.global_step, read, _mean(words), _mean(loops))
         self._measured.append(measured)

@@ -1,0 +1,200 @@
+"""What the generated world itself says of an answer: the judge of the miniature, of which no scorer and no pair knows.
+
+A world made of templates has a truth that can be read off: what was asked, who asks, and which values the prompt holds. An
+answer is *grounded* if it
+
+- answers what was asked, with the value that the prompt holds where it holds one;
+- takes up a trait of this person that fits the place;
+- says nothing else of the person and gives nothing two values, neither against the prompt nor within the answer;
+- says each thing once, and adds at most `MOST_ADDED` sentences, as many as references do.
+
+References are grounded. The parts were chosen on references and on the answers of the five models, before any trained
+policy was judged. The judge enters neither the quality score nor the pairs.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import pandas as pd
+
+from persodpo.completions import sentences
+from persodpo.dialogues import SPEAKERS
+from persodpo.miniature import phrases
+
+#: Sentences that an answer may add to what was asked.
+MOST_ADDED = 3
+#: The parts of the judgement.
+PARTS = ("answers_question", "fits_person", "contradicts_nothing", "says_once")
+
+_KINDS = "|".join(phrases.KINDS)
+#: What stands in the fields of a template.
+_FIELDS = {
+    "clause": "(?:, (?P<clause>[^.:]+?))?", "year": r"\d+", "size": r"\d+", "price": r"\d+", "town": r"\w+",
+    "name": rf"the (?:{_KINDS}) of \w+|\w+ (?:{_KINDS})",
+    "land": r"\w+", "builder": r"\w+ \w+", "day": r"\w+?", "kind": _KINDS,
+    "material": "|".join(phrases.MATERIALS),
+    "sight": "|".join(sight for _, sights in phrases.KINDS.values() for sight in sights),
+}  # fmt: skip
+_FIELDS["sight2"] = _FIELDS["sight"]
+#: What is asked for under each topic.
+_ASKED = {"name": "name", "where": "town", "when": "year", "who": "builder", "size": "size", "material": "material",
+          "price": "price", "see": "sight", "like": "sight"}  # fmt: skip
+#: The topic under which a trait about lands or kinds of places is taken up.
+_AT_HOME = {"been": "name", "lives": "where", "wishes": "where"}
+
+
+class Statement(NamedTuple):
+    """What a sentence of the world says.
+
+    Attributes:
+        topic: The question that it answers, empty for none.
+        given: Fields and the values that it gives them.
+        clause: What it says of the person, if anything.
+    """
+
+    topic: str
+    given: frozenset[tuple[str, str]]
+    clause: str | None
+
+
+class Judgement(NamedTuple):
+    """The parts in the order of `PARTS`, and how many sentences stand beside the answer."""
+
+    answers_question: bool
+    fits_person: bool
+    contradicts_nothing: bool
+    says_once: bool
+    added: int
+
+
+def judge(dialogues: pd.DataFrame, responses: pd.DataFrame) -> pd.DataFrame:
+    """Judge responses to dialogues of the generated world.
+
+    Args:
+        dialogues: Dialogues table.
+        responses: Responses table; a failure is nothing of what it should be.
+
+    Returns:
+        One row a response, in their order: dialogue_id, model, the flags `PARTS`, their conjunction ``grounded``, and added,
+        the number of sentences beside the answer.
+    """
+    prompts = dialogues.set_index("dialogue_id")
+    rows = []
+    for row in responses[["dialogue_id", "model", "outcome", "response"]].itertuples(index=False):
+        prompt = prompts.loc[row.dialogue_id]
+        found = Judgement(False, False, False, False, 0)
+        if row.outcome == "ok":
+            found = judge_answer(prompt["personas"], prompt["context"], row.response)
+        rows.append((row.dialogue_id, row.model, *found[:-1], all(found[:-1]), found.added))
+    return pd.DataFrame(rows, columns=["dialogue_id", "model", *PARTS, "grounded", "added"])
+
+
+def judge_answer(personas: Sequence[str], context: str, answer: str) -> Judgement:
+    """Judge one answer.
+
+    Args:
+        personas: The person's sentences.
+        context: The turns so far, a question of this world last.
+        answer: The text of the answer.
+    """
+    turns = context.split("\n")
+    topic, kind = _topic(turns[-1].removeprefix(SPEAKERS[0])), _kind(context)
+    told = {("kind", kind)} if kind else set()
+    for turn in turns:
+        told |= {pair for text in sentences(turn.removeprefix(SPEAKERS[1])) for pair in _read(text).given}
+    spoken = sentences(answer)
+    spoken = spoken[1:] if spoken and f"{spoken[0]} " in phrases.OPENINGS else spoken
+    statements = [_read(text) for text in spoken]
+    answers = [statement for statement in statements if statement.topic == topic and _agrees(statement, topic, told)]
+    clauses = [statement.clause for statement in statements if statement.clause]
+    true, fitting = _clauses(personas, topic, kind)
+    given = told.union(*(statement.given for statement in statements))
+    once = Counter(value for statement in statements for value in statement.given if value[0] not in {"kind", "land"})
+    return Judgement(
+        bool(answers),
+        any(clause in fitting for clause in clauses),
+        all(clause in true for clause in clauses)
+        and len({name for name, _ in given if name != "sight"}) == sum(name != "sight" for name, _ in given),
+        len(set(spoken)) == len(spoken) and max(once.given(), default=0) <= 1 and len(spoken) - 1 <= MOST_ADDED,
+        len(spoken) - bool(answers),
+    )
+
+
+def _agrees(statement: Statement, topic: str, told: set[tuple[str, str]]) -> bool:
+    """Tell whether an answer gives the value that the prompt holds, if it holds one; a place has several sights."""
+    asked = _ASKED[topic]
+    held = {value for name, value in told if name == asked}
+    return asked == "sight" or not held or any((asked, value) in statement.given for value in held)
+
+
+@functools.cache
+def _templates() -> list[tuple[str, re.Pattern[str]]]:
+    """Return a pattern for each sentence of the world, with the topic that it answers."""
+    answering = {field: topic for topic, field in _ASKED.items() if topic != "like"} | {"sight2": "see", "day": ""}
+    texts = [(topic, text) for topic, (_, answers) in phrases.QUESTIONS.items() for text in answers]
+    for text in phrases.MORE:
+        texts.append((answering[re.findall(r"\{(\w+)\}", text)[0]], text))
+    return [(topic, re.compile(_pattern(text), re.IGNORECASE)) for topic, text in texts]
+
+
+def _pattern(template: str) -> str:
+    parts = re.split(r"\{(\w+)\}", template)
+    for place in range(1, len(parts), 2):
+        name = parts[place]
+        parts[place] = _FIELDS[name] if name == "clause" else f"(?P<{name}>{_FIELDS[name]})"
+    parts[::2] = map(re.escape, parts[::2])
+    return "".join(parts)
+
+
+@functools.lru_cache(maxsize=10_000)
+def _read(sentence: str) -> Statement:
+    """Read a sentence; one that is none of the world's says nothing."""
+    for topic, pattern in _templates():
+        found = pattern.fullmatch(sentence)
+        if found:
+            values = {
+                (name.rstrip("2"), value.lower()) for name, value in found.groupdict().items() if name != "clause"
+            }
+            clause = found.groupdict().get("clause")
+            # What is said of the person may say where the place is.
+            land = re.search("|".join(phrases.LANDS), clause or "")
+            return Statement(topic, frozenset(values | ({("land", land.group().lower())} if land else set())), clause)
+    return Statement("", frozenset(), None)
+
+
+@functools.cache
+def _topic(question: str) -> str:
+    """Return the topic of a question.
+
+    Raises:
+        ValueError: It is no question of this world.
+    """
+    for topic, (questions, _) in phrases.QUESTIONS.items():
+        if any(re.fullmatch(_pattern(text), question) for text in questions):
+            return topic
+    raise ValueError(f"'{question}' is no question of the generated world.")
+
+
+def _kind(context: str) -> str | None:
+    """Return the kind of place that a context names, None if it names none."""
+    return next((word for word in re.findall(r"\w+", context.lower()) if word in phrases.KINDS), None)
+
+
+def _clauses(personas: Sequence[str], topic: str, kind: str | None) -> tuple[set[str], set[str]]:
+    """Return what an answer may say of this person, and what of it fits the place and the question."""
+    true, fitting = set(), set()
+    for subject, traits in {**phrases.INTERESTS, **phrases.PLACE_TRAITS}.items():
+        at_home = _AT_HOME.get(subject, topic) == topic
+        fits = subject in phrases.PLACE_TRAITS or kind is None or subject in phrases.KINDS[kind][0]
+        for sentence, clause in traits:
+            for found in filter(None, (re.fullmatch(_pattern(sentence), persona) for persona in personas)):
+                text = clause.format(**found.groupdict())
+                true.add(text)
+                if at_home and fits:
+                    fitting.add(text)
+    return true, fitting
