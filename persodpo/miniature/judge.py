@@ -120,7 +120,7 @@ def judge_answer(personas: Sequence[str], context: str, answer: str) -> Judgemen
         any(clause in fitting for clause in clauses),
         all(clause in true for clause in clauses)
         and len({name for name, _ in given if name != "sight"}) == sum(name != "sight" for name, _ in given),
-        len(set(spoken)) == len(spoken) and max(once.given(), default=0) <= 1 and len(spoken) - 1 <= MOST_ADDED,
+        len(set(spoken)) == len(spoken) and max(once.values(), default=0) <= 1 and len(spoken) - 1 <= MOST_ADDED,
         len(spoken) - bool(answers),
     )
 

@@ -35,8 +35,9 @@ FIRST = 1_000_000
 MIDDLING_FAILS, MIDDLING_FORGETS = 0.8, 0.5
 #: Where a cut answer ends, characters.
 LONGEST_CUT = 110
-#: Steps of each model's own finish, after the common warm-up.
-FINISH_STEPS = 80
+#: Steps of each model's own finish after the common warm-up, and their learning rate as a share of the warm-up's. The good
+#: one takes longer: until then it says its last sentence again and again.
+FINISH, GOOD_FINISH = (80, 1 / 3), (300, 1 / 2)
 
 Example = tuple[str, str]
 
@@ -126,7 +127,8 @@ def make_model(name: str, folder: Path, miniature: Miniature, prompts: Prompts, 
     base = make_small_policy(lessons(BASE, folder), size, folder / BASE)
     if name == BASE:
         return base
-    finish = size.model_copy(update={"steps": FINISH_STEPS, "learning_rate": size.learning_rate / 3})
+    steps, share = GOOD_FINISH if name == "good" else FINISH
+    finish = size.model_copy(update={"steps": steps, "learning_rate": size.learning_rate * share})
     return make_small_policy(lessons(name, folder), finish, folder / name, start=base)
 
 
