@@ -20,12 +20,14 @@ from typing import Any
 
 from persodpo.config import Profile, load_profile
 from persodpo.evaluation.cells import number, p_text
-from persodpo.evaluation.observations import IMPUTED
+from persodpo.evaluation.observations import EVERY, IMPUTED, SUCCESSES
 from persodpo.runfolder import PROJECT, RunFolder, git_commit, read_json, versions, write_json
 
 RESULTS = PROJECT / "benchmarks" / "results"
 #: What a run from nothing and a second one may take, seconds, and the former's memory, GiB.
 FIRST, SECOND, MEMORY = 480, 60, 3.0
+#: What ablations are compared in.
+ABLATED = (("grounded", EVERY), ("repeats", EVERY), ("quality", IMPUTED), ("failure_ratio", EVERY))
 
 
 def children(process: int) -> list[int]:
@@ -75,29 +77,41 @@ def reproduce(source: Path) -> tuple[float, float]:
 
 
 def findings(profile: Profile) -> str:
-    """Return the two tables that the README shows."""
+    """Return the tables that the README shows: the judge first, the quality score in both readings beside it."""
     run = RunFolder(profile)
     estimates, comparisons = run.read("evaluation/estimates"), run.read("evaluation/comparisons")
-    lines = [
-        "| arm | quality | failure ratio | coherence | C score | UE score | persona distance |",
-        "| --- " * 7 + "|",
-    ]
+    shown = (("grounded", EVERY), ("repeats", EVERY), ("rouge_l", IMPUTED), ("quality", IMPUTED), ("quality", SUCCESSES),
+             ("failure_ratio", EVERY))  # fmt: skip
+    table = estimates.set_index(["arm", "metric", "reading"])
+    rows = []
     for arm in ("base", *profile.training.arms):
-        rows = estimates[(estimates["arm"] == arm) & (estimates["reading"] != "successes alone")].set_index("metric")
-        cells = [
-            f"{number(row['mean'], 3)} [{number(row['low'], 3)}, {number(row['high'], 3)}]"
-            for row in (rows.loc[name] for name in ("quality", "failure_ratio"))
-        ]
-        plain = ("coherence", "c_score", "ue_score", "persona_distance")
-        cells += [number(rows.loc[name, "mean"], 3) for name in plain]
-        lines.append(f"| `{arm}` | {' | '.join(cells)} |")
-    lines += ["", "| quality | difference | p | p (Holm) | sign test | sign test (Holm) |", "| --- " * 6 + "|"]
-    chosen = comparisons[(comparisons["metric"] == "quality") & (comparisons["reading"] == IMPUTED)]
-    for row in chosen.to_dict("records"):
-        interval = f"{number(row['difference'], 3)} [{number(row['low'], 3)}, {number(row['high'], 3)}]"
-        tests = [p_text(row[name]) for name in ("p_value", "p_holm", "p_exact", "p_exact_holm")]
-        lines.append(f"| `{row['arm']}` less `{row['baseline']}` | {interval} | {' | '.join(tests)} |")
-    return "\n".join(lines) + "\n"
+        cells = [table.loc[arm, metric, reading] for metric, reading in shown]
+        texts = [interval(cell, "mean") if name != "rouge_l" else number(cell["mean"], 3)
+                 for cell, (name, _) in zip(cells, shown, strict=True)]  # fmt: skip
+        texts[4] += f" of {cells[4]['responses']}"
+        rows.append([f"`{arm}`", str(cells[3]["responses"]), *texts])
+    head = ["arm", "responses", "grounded", "repeats a sentence", "ROUGE-L", "quality, failures imputed",
+            "quality, successes alone", "failure ratio"]  # fmt: skip
+    tests = []
+    for metric in ("grounded", "quality"):
+        chosen = comparisons[(comparisons["metric"] == metric) & comparisons["reading"].isin([EVERY, IMPUTED])]
+        for row in chosen.to_dict("records"):
+            values = [p_text(row["p_holm"], "≤" if row["p_at_floor"] else ""), p_text(row["p_exact_holm"])]
+            pair = f"`{row['arm']}` less `{row['baseline']}`"
+            tests.append([metric, pair, interval(row, "difference"), *values, str(row["family"])])
+    names = ["metric", "arms", "difference", "p (Holm)", "sign test (Holm)", "tests in the family"]
+    return f"{pipes(head, rows)}\n{pipes(names, tests)}"
+
+
+def interval(row: Any, name: str) -> str:
+    """Write a value with its interval."""
+    return f"{number(row[name], 3)} [{number(row['low'], 3)}, {number(row['high'], 3)}]"
+
+
+def pipes(head: list[str], rows: list[list[str]]) -> str:
+    """Return a table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def main() -> None:
@@ -128,16 +142,20 @@ def notebook_seconds(profile: Profile) -> dict[str, float]:
 
 
 def ablations(profile: Profile) -> str:
-    """Return quality and failure ratio of every ablation, one seed each."""
+    """Return how every ablation differs from the arm that they start from, one seed each."""
     run = RunFolder(profile)
-    table = run.read("ablations/estimates")
-    table = table[table["metric"].isin(["quality", "failure_ratio"]) & (table["reading"] != "successes alone")]
-    means = table.pivot_table(index="arm", columns="metric", values="mean")
-    names = [profile.evaluation.ablated, *(ablation.name for ablation in profile.evaluation.ablations)]
-    lines = ["| ablation | quality | failure ratio |", "| --- | --- | --- |"]
-    for name, row in means.loc[names].iterrows():
-        lines.append(f"| {name} | {number(row['quality'], 3)} | {number(row['failure_ratio'], 3)} |")
-    return "\n".join(lines) + "\n"
+    means = run.read("ablations/estimates").set_index(["arm", "metric", "reading"])["mean"]
+    table = run.read("ablations/comparisons").set_index(["arm", "metric", "reading"])
+    start = profile.evaluation.ablated
+    rows = [[start, *(number(means.loc[start, name, reading], 3) for name, reading in ABLATED)]]
+    for ablation in profile.evaluation.ablations:
+        rows.append(
+            [
+                ablation.name,
+                *(interval(table.loc[ablation.name, name, reading], "difference") for name, reading in ABLATED),
+            ]
+        )
+    return pipes(["ablation", *(f"{name.replace('_', ' ')}, difference" for name, _ in ABLATED)], rows)
 
 
 if __name__ == "__main__":
