@@ -236,8 +236,8 @@ def summarise(rows: dict[str, list[dict[str, Any]]], sizes: dict[str, float]) ->
 
 def table(found: dict[str, dict[str, float]]) -> str:
     """Format the table."""
-    head = ["rung", "an epoch", "of it reference", "of it guard", "against trl", "against trl-tuned", "against pairs", "peak memory",
-            "tokens computed", "floor / computed"]  # fmt: skip
+    head = ["rung", "an epoch", "of it reference", "of it guard", "against trl", "against trl-tuned", "against pairs",
+            "peak memory", "tokens computed", "floor / computed"]  # fmt: skip
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     for name, entry in found.items():
         ratios = (entry.get(f"against_{other}") for other in ("trl", "trl-tuned", "pairs"))
