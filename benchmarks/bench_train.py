@@ -15,7 +15,8 @@ An optimiser step is a fixed number of pairs of whole prompts, the same for ever
 many pairs share a prompt and its responses, so of a hundred random subsets that one is timed on which it saves as much as
 on the whole set; the fast rungs, for which starting up would otherwise count, on a subset four times as large. Every
 measurement is a process of its own, after one untimed forward and backward pass; seconds are scaled to an epoch by pairs
-and hold one pass for reference log-probabilities where a rung computes them ahead. Before anything is timed, the losses of
+and hold one pass for reference log-probabilities where a rung computes them ahead; the look of the trainer's guard, which
+comes once however many pairs there are, is added as it is. Before anything is timed, the losses of
 the first prompts, pair by pair in float32 and against a reference that is not the policy, must agree.
 
 The second table takes random texts of 300 tokens a prompt and 60 a response, 16 pairs a step, from one pair per prompt to a
@@ -173,7 +174,7 @@ def one(name: str, folder: Path, *, check: bool, times: int) -> None:
     """Print one measurement, or the losses of a check, as JSON."""
     torch.set_num_threads(2)
     rung = Rung(name, folder, check=check)
-    reference = rung.setup_trainer() if name in TRAINERS else rung.setup_loop()
+    reference, guard = rung.setup_trainer() if name in TRAINERS else rung.setup_loop()
     losses = rung.first_losses()
     if check:
         print(json.dumps({"losses": losses}))
@@ -181,8 +182,12 @@ def one(name: str, folder: Path, *, check: bool, times: int) -> None:
     seconds = [rung.train() for _ in range(times)]
     floor = sum(len(group.prompt) + sum(map(len, group.responses)) for group in rung.groups)
     gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    found = {"seconds": seconds[0], "all_seconds": seconds, "reference_seconds": reference, "tokens": rung.tokens()}
-    print(json.dumps(found | {"floor": floor, "gib": gib, "parameters": rung.model.num_parameters()}))
+    found = {"seconds": seconds[0], "all_seconds": seconds, "reference_seconds": reference, "guard_seconds": guard}
+    print(
+        json.dumps(
+            found | {"tokens": rung.tokens(), "floor": floor, "gib": gib, "parameters": rung.model.num_parameters()}
+        )
+    )
 
 
 def run(name: str, folder: Path, *flags: str) -> dict[str, Any]:
@@ -212,10 +217,14 @@ def summarise(rows: dict[str, list[dict[str, Any]]], sizes: dict[str, float]) ->
     found = {}
     for name, runs in rows.items():
         scale = sizes["all_pairs"] / sizes["fast_pairs" if name in FAST else "slow_pairs"]
-        middle = {key: statistics.median(run[key] for run in runs) for key in ("seconds", "reference_seconds")}
+        middle = {
+            key: statistics.median(run[key] for run in runs)
+            for key in ("seconds", "reference_seconds", "guard_seconds")
+        }
         total = statistics.median(run["seconds"] + run["reference_seconds"] for run in runs)
         found[name] = {
-            "epoch_seconds": total * scale, "training_seconds": middle["seconds"] * scale,
+            "epoch_seconds": total * scale + middle["guard_seconds"], "guard_seconds": middle["guard_seconds"],
+            "training_seconds": middle["seconds"] * scale,
             "reference_seconds": middle["reference_seconds"] * scale, "gib": max(run["gib"] for run in runs),
             "tokens": runs[0]["tokens"] * scale, "share_of_floor": runs[0]["floor"] / runs[0]["tokens"],
         }  # fmt: skip
@@ -227,13 +236,14 @@ def summarise(rows: dict[str, list[dict[str, Any]]], sizes: dict[str, float]) ->
 
 def table(found: dict[str, dict[str, float]]) -> str:
     """Format the table."""
-    head = ["rung", "an epoch", "of it reference", "against trl", "against trl-tuned", "against pairs", "peak memory",
-            "tokens computed", "floor / computed"]  # fmt: skip
+    head = ["rung", "an epoch", "of it reference", "of it guard", "against trl", "against trl-tuned", "against pairs",
+            "peak memory", "tokens computed", "floor / computed"]  # fmt: skip
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     for name, entry in found.items():
         ratios = (entry.get(f"against_{other}") for other in ("trl", "trl-tuned", "pairs"))
         cells = [
             name, f"{entry['epoch_seconds']:,.0f} s", f"{entry['reference_seconds']:,.0f} s",
+            f"{entry['guard_seconds']:.0f} s",
             *("" if ratio is None else f"{ratio:.1f}x" for ratio in ratios), f"{entry['gib']:.2f} GiB",
             f"{entry['tokens'] / 1e6:.2f} M", f"{entry['share_of_floor']:.0%}",
         ]  # fmt: skip

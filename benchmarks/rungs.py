@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from datasets import Dataset
@@ -16,8 +17,10 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 from trl import DPOConfig, DPOTrainer
 
+from persodpo.training.checks import check_models
 from persodpo.training.forward import install_packed_forward, response_log_probs
 from persodpo.training.groups import TokenPair, group_pairs
+from persodpo.training.guard import Verdict
 from persodpo.training.loss import LossSettings, Pairs, pair_losses
 from persodpo.training.packing import Group, Layout, PackedRows, pack
 from persodpo.training.trainer import GroupedDPOConfig, GroupedDPOTrainer
@@ -35,7 +38,8 @@ MODEL = {
     "intermediate_size": 1024, "vocab_size": TOKENIZER_WORDS, "tie_word_embeddings": True,
 }  # fmt: skip
 #: Pairs of an optimiser step, pairs of TRL's micro-batch, positions of ours, prompts of the subset.
-STEP_PAIRS, BATCH, BUDGET, PROMPTS = 16, 4, 1024, 10
+#: The budget holds the largest group, so that none is split.
+STEP_PAIRS, BATCH, BUDGET, PROMPTS = 16, 4, 2048, 10
 
 
 class Rung:
@@ -72,8 +76,8 @@ class Rung:
         config.pad_token_id = self.tokenizer.pad_token_id
         return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)
 
-    def setup_trainer(self) -> float:
-        """Make the trainer; return the seconds that reference log-probabilities took."""
+    def setup_trainer(self) -> tuple[float, float]:
+        """Make the trainer; return the seconds that reference log-probabilities took, and the guard, which looks once."""
         common: dict[str, Any] = {
             # A folder of its own, or the second run would find the reference of the first.
             "output_dir": str(self.folder / f"out-{os.getpid()}"), "use_cpu": True, "bf16": False,
@@ -87,13 +91,21 @@ class Rung:
             sizes = {"per_device_train_batch_size": BATCH, "gradient_accumulation_steps": STEP_PAIRS // BATCH}
             args = DPOConfig(**common, **tuned, **sizes)
         data = Dataset.from_dict(dict(zip(("prompt", "chosen", "rejected"), zip(*self.rows, strict=True), strict=True)))
-        seconds = [0.0]
-        made = measured(GroupedDPOTrainer if self.name == "grouped" else DPOTrainer, self.steps, seconds)
-        self.trainer = made(self.model, self.reference, args, train_dataset=data, processing_class=self.tokenizer)
-        return seconds[0]
+        seconds, guard = [0.0], [0.0]
 
-    def setup_loop(self) -> float:
-        """Fill micro-batches; return the seconds that reference log-probabilities took."""
+        def check_timed(*models: Any, **settings: Any) -> Verdict:
+            started = time.perf_counter()
+            verdict = check_models(*models, **settings)
+            guard[0] += time.perf_counter() - started
+            return verdict
+
+        made = measured(GroupedDPOTrainer if self.name == "grouped" else DPOTrainer, self.steps, seconds)
+        with mock.patch("persodpo.training.trainer.check_models", check_timed):
+            self.trainer = made(self.model, self.reference, args, train_dataset=data, processing_class=self.tokenizer)
+        return seconds[0] - guard[0], guard[0]
+
+    def setup_loop(self) -> tuple[float, float]:
+        """Fill micro-batches; return the seconds that reference log-probabilities took, and a guard, which there is none."""
         groups = iter(self.groups)
         steps = [self.fill([unit for _ in step for unit in self.units(next(groups))]) for step in self.steps]
         started = time.perf_counter()
@@ -101,7 +113,7 @@ class Rung:
             for step in steps:
                 known = [response_log_probs(self.reference or self.model, self.pack(rows)) for rows in step]
                 self.micro.append(list(zip(step, known, strict=True)))
-        return time.perf_counter() - started
+        return time.perf_counter() - started, 0.0
 
     def pack(self, rows: list[Group]) -> PackedRows:
         """Return the rows as tensors."""

@@ -18,8 +18,9 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2Model,
 from trl import DPOConfig, DPOTrainer
 
 from persodpo.errors import PersodpoError
-from persodpo.training.guard import check_packing, longest_window
+from persodpo.training.guard import check_packing
 from persodpo.training.packing import Group, Layout, pack
+from persodpo.training.probe import longest_window
 from persodpo.training.trainer import GroupedDPOConfig, GroupedDPOTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -203,6 +204,17 @@ def test_windows_are_found_wherever_a_config_keeps_them():
     nested = architecture("gemma3_text", "sdpa", {"sliding_window": 16, "head_dim": 8})
     nested.config.inner = AutoConfig.for_model("llama4_text", attention_chunk_size=24)
     assert longest_window(nested, 64) == 24
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra"),
+    [
+        ("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}),
+        ("xlm-roberta", {"is_decoder": True, "max_position_embeddings": 64, "pad_token_id": 1}),
+    ],
+)
+def test_a_model_that_ends_before_the_probe_is_tried_on_a_shorter_text(kind, extra):
+    assert not check_packing(architecture(kind, "eager", extra)).grouped
 
 
 def test_a_window_longer_than_the_probe_is_still_reached(monkeypatch):

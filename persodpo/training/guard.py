@@ -7,7 +7,6 @@ log-probabilities differ by more than rounding, one response per row is tried, a
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,9 +23,9 @@ from persodpo.training.forward import (
     attention_of,
     base_model,
     install_packed_forward,
-    text_config,
 )
 from persodpo.training.packing import Group, Layout, pack
+from persodpo.training.probe import RESPONSES, random_groups
 
 #: Nats per token that rounding may explain, by the type of the weights.
 ROUNDING = {torch.float64: 2e-6, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.2}
@@ -34,14 +33,6 @@ ROUNDING = {torch.float64: 2e-6, torch.float32: 1e-3, torch.float16: 0.03, torch
 LEAK = 1e-3
 #: The same as a share of what another prompt does to the log-probabilities.
 SHARE = 0.01
-#: Up to this length of training the random group is as long as a row may be, whatever the config names.
-WHOLE = 1024
-#: Parts of the names of config entries that hold a length from which on a model computes otherwise.
-LENGTHS = (
-    "window", "chunk", "local", "original_max", "topk", "top_k", "block", "span", "segment", "floor", "budget", "compress",
-)  # fmt: skip
-#: Tokens of the responses, and of the prompts of the shorter rows at most.
-RESPONSES, PROMPT = (9, 6, 11), 14
 #: Standard deviation of the noise that weights get for the random group, and elements of the largest one that is moved.
 NOISE, SMALL = 0.02, 2**20
 #: Adapters whose router takes means over a sequence or a batch, or that draw noise.
@@ -94,14 +85,13 @@ def check_packing(model: Any, max_length: int | None = 1024, token_budget: int =
             plain forward passes, or those fail.
     """
     refuse_prompt_learning(model)
-    groups, wide = _random_groups(model, max_length, token_budget)
     try:
-        return _verdict(model, groups, wide, exact=True)
+        return _verdict(model, max_length, token_budget, exact=True)
     except torch.OutOfMemoryError:
-        return _verdict(model, groups, wide, exact=False)
+        return _verdict(model, max_length, token_budget, exact=False)
 
 
-def _verdict(model: Any, groups: list[Group], wide: Group, *, exact: bool) -> Verdict:
+def _verdict(model: Any, max_length: int | None, token_budget: int, *, exact: bool) -> Verdict:
     """Return the fastest layout that gives what plain passes give; ``exact`` computes half precision in float32."""
     name, attention = type(base_model(model)).__name__, attention_of(model)
     grouped = attention in PACKED_ATTENTION and exact
@@ -111,15 +101,7 @@ def _verdict(model: Any, groups: list[Group], wide: Group, *, exact: bool) -> Ve
     worst = math.inf
     with _as_it_was(model, exact=exact), torch.no_grad():
         install_packed_forward(model, grouped=False)
-        try:
-            plain = [_plain_log_probs(model, group) for group in groups]
-        except torch.OutOfMemoryError:
-            raise
-        except FAULTS as error:
-            raise PersodpoError(
-                f"{name} fails on plain text under attention '{attention}' ({type(error).__name__}: {first_line(error)}); "
-                "it cannot be trained here."
-            ) from error
+        groups, wide, plain = _probe(model, max_length, token_budget)
         tolerance = _tolerance(model, *plain)
         for layout in [True, False][not grouped :]:
             for own_head in (False, True):
@@ -137,6 +119,31 @@ def _verdict(model: Any, groups: list[Group], wide: Group, *, exact: bool) -> Ve
         f"{name} under attention '{attention}' gives other log-probabilities in rows of ours than in plain forward passes "
         f"({worst:.2g} nats per token apart, rounding explains {tolerance:.2g}); `trl dpo` trains it on the same pairs."
     )
+
+
+def _probe(model: Any, max_length: int | None, token_budget: int) -> tuple[list[Group], Group, list[Tensor]]:
+    """Return the random groups, the wide one, and what plain passes make of the former.
+
+    A model may end before the length that its config names, or name it otherwise: where a text fails, a shorter one is
+    tried.
+
+    Raises:
+        PersodpoError: Plain passes fail on short texts, too.
+    """
+    longest = max_length
+    while True:
+        groups, wide = random_groups(model, longest, token_budget)
+        try:
+            return groups, wide, [_plain_log_probs(model, group) for group in groups]
+        except torch.OutOfMemoryError:
+            raise
+        except FAULTS as error:
+            longest = len(groups[0].prompt) // 2
+            if longest < sum(RESPONSES):
+                raise PersodpoError(
+                    f"{type(base_model(model)).__name__} fails on plain text under attention '{attention_of(model)}' "
+                    f"({type(error).__name__}: {first_line(error)}); it cannot be trained here."
+                ) from error
 
 
 def refuse_prompt_learning(model: Any) -> None:
@@ -157,80 +164,6 @@ def refuse_prompt_learning(model: Any) -> None:
         raise PersodpoError(
             "A PeftMixedModel has no reference to fall back on; use a PeftModel with one kind of adapter."
         )
-
-
-def longest_window(model: Any, limit: int) -> int:
-    """Return the longest window below ``limit`` that any config inside a model's config names, 0 for none.
-
-    A window may be a product of two entries (blocks to look at, and their size).
-    """
-    pending, windows = [base_model(model).config], [0]
-    while pending:
-        config = pending.pop()
-        entries = config if isinstance(config, dict) else vars(config)
-        values = [
-            (str(name), value)
-            for name, entry in entries.items()
-            for value in (entry if isinstance(entry, list | tuple) else [entry])
-        ]
-        pending.extend(value for _, value in values if hasattr(value, "to_dict") or isinstance(value, dict))
-        named = {
-            int(value) for name, value in values
-            if isinstance(value, int | float) and value == value // 1 and any(part in name for part in LENGTHS)
-        }  # fmt: skip
-        windows.extend([*named, *(one * other for one, other in itertools.combinations(named, 2))])
-    return max(window for window in windows if window < limit)
-
-
-def _random_groups(model: Any, max_length: int | None, token_budget: int) -> tuple[list[Group], Group]:
-    """Return a group longer than the model's windows with shorter ones beside it, and the first filled up to a wide row."""
-    config = text_config(model)
-    positions = getattr(config, "max_position_embeddings", None) or token_budget
-    rope = getattr(config, "rope_parameters", None)
-    # A model with rope goes on beyond its positions, with other angles under some; others cannot go there.
-    longest = (max_length or positions + token_budget) if rope else min(max_length or positions, positions)
-    limit = max(longest, token_budget)
-    changing = positions if "dynamic" in str(rope) or "longrope" in str(rope) else 0
-    window = max(longest_window(model, limit), changing if changing < limit else 0)
-    room = int(max(2, min(longest, max(window + sum(RESPONSES), WHOLE))))
-    lengths = [min(length, max(1, room // 2)) for length in RESPONSES]
-    prompt = max(1, room - max(lengths))
-    source = torch.Generator().manual_seed(0)
-    ids = _plain_ids(model)
-
-    def draw(count: int) -> list[int]:
-        return ids[torch.randint(len(ids), (count,), generator=source)].tolist()
-
-    responses = [draw(length) for length in lengths]
-    # A response that begins as another shows a leak most clearly in a model that has learned to repeat.
-    responses[2][: min(lengths)] = responses[0][: min(lengths)]
-    short = [Group(draw(count), responses) for count in (max(1, min(prompt // 2, PROMPT)), 1)]
-    # A window that no sequence reaches may still be shorter than a row: fill the row up in the middle.
-    wide = max(window + 1, min(token_budget, WHOLE))
-    lacking, each = max(0, wide - prompt - sum(lengths)), max(1, room - prompt)
-    filler = [draw(each) for _ in range(math.ceil(lacking / each))]
-    first, start = responses[0].copy(), draw(prompt)
-    # Texts of chats have ends inside, and a model may see no further back than to the last one.
-    for tokens in (start, first):
-        ends = [end for name in ("bos_token_id", "eos_token_id") for end in _as_list(getattr(config, name, None))]
-        for place, end in zip(range(len(tokens) // 2, len(tokens)), ends[-2:], strict=False):
-            tokens[place] = end
-    return [Group(start, [first, *responses[1:]]), *short], Group(start, [first, *filler, *responses[1:]])
-
-
-def _as_list(value: Any) -> list[int]:
-    return value if isinstance(value, list) else [value] if isinstance(value, int) else []
-
-
-def _plain_ids(model: Any) -> Tensor:
-    """Return the token ids that stand for nothing but text, as far as the configs tell."""
-    config = text_config(model)
-    special: set[int] = set()
-    for owner in (base_model(model).config, config):
-        for name, value in vars(owner).items():
-            if name.endswith(("token_id", "token_index")):
-                special.update(_as_list(value))
-    return torch.tensor([number for number in range(config.vocab_size) if number not in special])
 
 
 def _compared(group: Group) -> list[list[int]]:
