@@ -38,7 +38,7 @@ LEVELS = [
     ["completions", "dialogues", "gate", "method", "own_data", "pairs", "prompts", "show"],
     MIDDLE,
     ["figures", "run", "stages"],
-    ["doctor", "explore", "report", "reproduce"],
+    ["doctor", "explore", "explore_views", "report", "reproduce"],
     ["cli"],
 ]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LEVELS) for name in names}
