@@ -154,7 +154,7 @@ def test_the_quality_panel_shows_the_numbers_of_its_sliders(run):
     assert f"<b>{len(varied.pairs):,} pairs</b> of {gate['prompts']:.0f} prompts" in numbers
     assert f"Rejected up to {varied.ranking.low:.4f}, chosen from {varied.ranking.high:.4f}" in numbers
     assert f"{gate['length_alone']:.1%}" in numbers
-    heights = figure.axes[0].patches[0].get_data().values
+    heights, *_ = figure.axes[0].patches[0].get_data()
     assert heights.sum() == varied.ranking.scores["quality"].notna().sum()
     bars = [container.datavalues.sum() for container in figure.axes[1].containers]
     assert bars == [len(varied.pairs), -len(varied.pairs)]
