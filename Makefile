@@ -27,7 +27,7 @@ test-reproduced: $(STAMP)  ## what `make reproduce` and `make reproduce PROFILE=
 	$(BIN)/python -m pytest -m reproduced
 
 test-browser: $(STAMP) browser  ## every notebook in JupyterLab by a real browser, under the miniature, which runs first if it has not
-	test -e runs/mini/notebooks/00_start_here.ipynb || $(BIN)/persodpo reproduce --profile mini
+	test -e runs/mini/notebooks/explore.ipynb || $(BIN)/persodpo reproduce --profile mini
 	$(BIN)/python -m pytest -m browser
 
 # A Chromium of this machine is taken; without one, root on Debian installs it and everybody else is told what to do.
@@ -49,13 +49,13 @@ format: $(STAMP)
 figures: $(STAMP)  ## redraw every figure from the run folder's tables
 	$(BIN)/persodpo figures --profile $(PROFILE) --overwrite
 
-lab: $(STAMP)  ## open the notebooks at the start page; make lab LAB="--allow-root --port 8890"
-	$(BIN)/jupyter lab --notebook-dir=notebooks --LabApp.default_url=/lab/tree/00_start_here.ipynb $(LAB)
+lab: $(STAMP)  ## open the notebooks at explore.ipynb; make lab LAB="--allow-root --port 8890"
+	$(BIN)/jupyter lab --notebook-dir=notebooks --LabApp.default_url=/lab/tree/explore.ipynb $(LAB)
 
 bench-mini: $(STAMP)  ## the miniature from nothing: time, memory, findings
 	$(BIN)/python benchmarks/bench_mini.py
 
-bench-browser: $(STAMP) browser  ## sliders and menus from the key to the paint; needs the published files
+bench-browser: $(STAMP) browser  ## latency of sliders and menus; needs the published files
 	$(BIN)/persodpo reproduce --profile mini
 	$(BIN)/python benchmarks/bench_browser.py
 

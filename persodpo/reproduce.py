@@ -47,8 +47,8 @@ class Executed:
 
 
 def notebook_files(folder: Path = NOTEBOOKS) -> list[Path]:
-    """Return the numbered notebooks in the order in which they run; 00, which shows what the others make, is the last."""
-    return sorted(folder.glob("[0-9][0-9]_*.ipynb"), key=lambda path: (path.name.startswith("00"), path.name))
+    """Return the numbered notebooks in the order in which they run, then `explore`, which shows what the others make."""
+    return [*sorted(folder.glob("[0-9][0-9]_*.ipynb")), *folder.glob("explore.ipynb")]
 
 
 def parameter_names(notebook: Path) -> set[str]:

@@ -32,20 +32,19 @@ README = (PROJECT / "README.md").read_text()
 MODULES = sorted(path.relative_to(PROJECT) for path in PACKAGE.rglob("*.py"))
 
 #: Levels from the bottom up; a module imports from its own level or below.
-MIDDLE = ["cards", "evaluation", "generation", "miniature", "plots", "release", "scoring", "training"]
+MIDDLE = ["evaluation", "generation", "miniature", "plots", "release", "scoring", "training"]
 LEVELS = [
     ["config", "corrections", "errors", "folders", "imports", "profile_text", "runfolder", "sqlite", "tables"],
-    ["completions", "dialogues", "gate", "method", "own_data", "pairs", "prompts", "show"],
+    ["cards", "completions", "dialogues", "gate", "method", "own_data", "pairs", "prompts", "show"],
     MIDDLE,
     ["figures", "run", "stages"],
-    ["doctor", "explore", "report", "reproduce"],
+    ["doctor", "explore", "explore_views", "report", "reproduce"],
     ["cli"],
 ]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LEVELS) for name in names}
 #: Packages of the middle level that still import one another, with the issue that ends it.
 STILL = {
-    ("generation", "training"): 18, ("miniature", "training"): 17, ("evaluation", "plots"): 19, ("cards", "evaluation"): 19,
-    ("cards", "release"): 19, ("cards", "training"): 19,
+    ("generation", "training"): 18, ("miniature", "training"): 17, ("evaluation", "plots"): 19,
 }  # fmt: skip
 
 

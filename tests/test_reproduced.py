@@ -39,7 +39,7 @@ def test_every_notebook_ran_without_a_warning(name):
         outputs = [out for cell in book.cells for out in cell.get("outputs", [])]
         assert outputs, copy.name
         assert [out["text"] for out in outputs if out.get("name") == "stderr"] == [], copy.name
-    assert "make it with" not in (run.notebooks / "00_start_here.ipynb").read_text(), "the start page runs last"
+    assert "make it with" not in (run.notebooks / "explore.ipynb").read_text(), "it runs last"
     assert {path.stem for path in run.figures.glob("*.json")} >= set(figure_names(run))
 
 

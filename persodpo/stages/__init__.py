@@ -27,7 +27,7 @@ STAGES: Mapping[str, Stage] = {
     "score": Stage(score.make_scores, score.needs),
     "pairs": Stage(pairs.make_pairs, pairs.needs, after=cards.after_pairs),
     "train": Stage(train.train_arms, train.needs, after=cards.after_training),
-    "evaluate": Stage(evaluate.evaluate, evaluate.needs, after=evaluate.after),
+    "evaluate": Stage(evaluate.evaluate, evaluate.needs, after=cards.after_evaluation),
     "ablate": Stage(ablate.ablate, ablate.needs),
     "audit": Stage(audit.judge, audit.needs, profile=audit.as_released),
     "figures": Stage(figures.draw, figures.needs),

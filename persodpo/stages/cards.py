@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from persodpo.cards import write_dataset_card, write_model_card
 from persodpo.runfolder import RunFolder
+from persodpo.stages import evaluate
 from persodpo.stages.train import source_of, trained
 from persodpo.training.arms import label_of
 
@@ -16,7 +17,17 @@ def after_pairs(run: RunFolder) -> list[str]:
 
 
 def after_training(run: RunFolder, *, arms: Sequence[str] = (), seeds: Sequence[int] = ()) -> list[str]:
-    """Write the cards of arms."""
+    """Write the cards of arms, without results: those that lie there may be of an earlier training."""
     for arm, seed in trained(run.profile, arms, seeds):
         write_model_card(run, label_of(arm, seed, run.profile.evaluation.seeds), source_of(run, arm))
     return []
+
+
+def after_evaluation(run: RunFolder) -> list[str]:
+    """Write the tables of the evaluation for reports, and the results into the cards of the arms that were evaluated."""
+    notes = evaluate.after(run)
+    if run.profile.evaluation.source == "arms":
+        estimates, seeds = run.read("evaluation/estimates"), run.profile.evaluation.seeds
+        for arm, seed in trained(run.profile, seeds=seeds):
+            write_model_card(run, label_of(arm, seed, seeds), source_of(run, arm), estimates)
+    return notes

@@ -1,0 +1,260 @@
+"""What the panels of `persodpo.explore` show: tables in, HTML and figures out, no widgets.
+
+Every text of a model or a dialogue is escaped. Figures are drawn in one ink, for which JupyterLab's text colour is set.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import polars as pl
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+
+from persodpo.completions import is_one_object
+from persodpo.method import SIGNALS
+
+#: Width of figures in inches; 864 pixels on screen, where JupyterLab on a laptop has room for 950.
+WIDTH = 9.0
+#: Text and lines of figures.
+INK = "#24292f"
+#: What the controls say now, and the two sides of a pair (palette of Okabe and Ito).
+NOW, CHOSEN, REJECTED = "#0072B2", "#009E73", "#D55E00"
+PALETTE = (NOW, REJECTED, CHOSEN, "#CC79A7", "#E69F00", "#56B4E9", INK)
+LINES = ("-", "--", "-.", ":")
+STYLE: Any = {
+    "font.size": 8.5, "axes.titlesize": 9.5, "axes.titlelocation": "left", "axes.titley": 1.0, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.facecolor": "none", "legend.frameon": False, "svg.fonttype": "none",
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
+}  # fmt: skip
+#: Logged quantities of a training, and what their axes are called.
+QUANTITIES = {
+    "loss": "DPO loss", "grad_norm": "gradient norm", "reward_margin": "reward margin",
+    "reward_accuracy": "reward accuracy",
+}  # fmt: skip
+#: How ``evaluation/comparisons`` names the reading in which a failure does not count.
+SUCCESSES = "successes alone"
+_WORD = re.compile(r"\w+")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What weights and thresholds make of the scored responses of a run.
+
+    Attributes:
+        rated: dialogue_id, model and quality of each.
+        low: Quality at or below which a response may be rejected.
+        high: Quality at or above which it may be chosen.
+        pairs: From `persodpo.method.perso_pairs`, by dialogue, chosen and rejected model.
+    """
+
+    rated: pl.DataFrame
+    low: float
+    high: float
+    pairs: pl.DataFrame
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Rank of each model by mean quality, 1 for the highest, in that order."""
+        means = self.rated.group_by("model").agg(pl.col("quality").mean()).sort("quality", "model", descending=True)
+        return dict(zip(means["model"], means["quality"].rank("min", descending=True), strict=True))
+
+
+def png(figure: Figure) -> bytes:
+    """Return a figure as a picture on white, for pages that have no theme."""
+    data = io.BytesIO()
+    with rc_context(STYLE):
+        figure.savefig(data, format="png", dpi=96, facecolor="white")
+    return data.getvalue()
+
+
+def svg(figure: Figure) -> str:
+    """Return a figure as HTML whose ink is the text colour of JupyterLab's theme, light or dark."""
+    data = io.StringIO()
+    with rc_context(STYLE):
+        figure.savefig(
+            data, format="svg", facecolor="none", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        )
+    drawn = data.getvalue()
+    drawn = drawn[drawn.index("<svg") :].replace("<svg", '<svg style="max-width: 100%; height: auto"', 1)
+    return f'<div style="color: var(--jp-content-font-color1, {INK})">{drawn.replace(INK, "currentColor")}</div>'
+
+
+def dialogue_html(dialogue: Mapping[str, Any], answers: pd.DataFrame) -> str:
+    """Return a dialogue and its answers side by side.
+
+    Args:
+        dialogue: A row of the dialogues table.
+        answers: Its responses with their scores, a row a model.
+
+    Returns:
+        HTML at most 900 pixels wide; words of the persona are bold and underlined.
+    """
+    words = {word.casefold() for text in dialogue["personas"] for word in _WORD.findall(text)} - ENGLISH_STOP_WORDS
+    persona = "".join(f"<li>{marked(text, words)}</li>" for text in dialogue["personas"])
+    turns = "<br>".join(html.escape(turn) for turn in (dialogue["context"] or "").splitlines())
+    reference = f"<p><b>reference</b> {html.escape(dialogue['reference'])}</p>" if dialogue["reference"] else ""
+    cards = "".join(_answer_html(row, words) for row in answers.sort_values("model").to_dict("records"))
+    grid = "display: grid; grid-template-columns: repeat(auto-fill, minmax(270px, 1fr)); gap: 8px; max-width: 900px"
+    return (  # two dollars in a text are money, and no formula
+        f'<div class="tex2jax_ignore mathjax_ignore"><b>{html.escape(dialogue["dialogue_id"])}</b><ul>{persona}</ul>'
+        f'<p>{turns}</p>{reference}<div style="{grid}">{cards}</div></div>'
+    )
+
+
+def _answer_html(row: Mapping[Any, Any], words: Collection[str]) -> str:
+    """Return an answer: what was read of it, its scores, and the completion where that is not one JSON object."""
+    text = "<i>nothing could be read</i>" if row["response"] is None else marked(row["response"], words)
+    signals = ", ".join(f"{name.replace('_', ' ')} {row[name]:.2f}" for name in SIGNALS)
+    scores = "not scored" if pd.isna(row["quality"]) else f"<b>quality {row['quality']:.3f}</b> ({signals})"
+    state, raw = "" if row["outcome"] == "ok" else f"failed: {row['outcome']}", ""
+    if row["completion"] is not None and not is_one_object(row["completion"]):
+        state = state or "read, but not exactly one JSON object"
+        bar = f"white-space: pre-wrap; border-left: 3px solid {REJECTED}; padding-left: 6px"
+        raw = f'<div style="{bar}">{html.escape(row["completion"])}</div>'
+    return (
+        f'<div style="border: 1px solid #9A9A9A; padding: 6px; overflow-wrap: anywhere"><b>{html.escape(row["model"])}</b> '
+        f"<i>{html.escape(state)}</i><p>{text}</p><p>{scores}</p>{raw}</div>"
+    )
+
+
+def marked(text: str, words: Collection[str]) -> str:
+    """Return a text as HTML with some words, given in lower case, bold and underlined."""
+    pieces, end = [], 0
+    for match in _WORD.finditer(text):
+        if match[0].casefold() in words:
+            pieces += [html.escape(text[end : match.start()]), f"<b><u>{html.escape(match[0])}</u></b>"]
+            end = match.end()
+    return "".join([*pieces, html.escape(text[end:])])
+
+
+def quality_figure(now: Outcome, own: Outcome) -> Figure:
+    """Draw the quality of all responses with both thresholds, and each model's rank and pairs.
+
+    Args:
+        now: What the sliders give.
+        own: What the profile gives.
+    """
+    with rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 3.2))
+        margins = {"left": 0.05, "right": 0.98, "bottom": 0.1, "top": 0.88, "wspace": 0.45}
+        left, right = figure.subplots(1, 2, gridspec_kw=margins)
+        top = max(1.0, now.rated["quality"].to_numpy().max(), own.rated["quality"].to_numpy().max())
+        edges = np.linspace(0, top, 41)
+        counts = [np.histogram(each.rated["quality"].to_numpy(), edges)[0] for each in (now, own)]
+        left.stairs(counts[0], edges, color=NOW, fill=True, alpha=0.6)
+        left.stairs(counts[1], edges, color=INK, linewidth=0.8)
+        height = 1.1 * np.max(counts)
+        for place, colour, side, label in (
+            (now.low, REJECTED, "right", "rejected "),
+            (now.high, CHOSEN, "left", " chosen"),
+        ):
+            left.vlines(place, 0, height, color=colour, linewidth=1.6)
+            left.text(place, height, label, ha=side, va="top")
+        left.set(title="Quality of the scored responses (line: under the profile)", xlim=(0, top), ylim=(0, height))
+        left.locator_params(axis="y", nbins=3)
+        _draw_models(right, now, own)
+    return figure
+
+
+def _draw_models(axes: Axes, now: Outcome, own: Outcome) -> None:
+    """Draw a row for each model, best of the profile first: its rank, and how often it is chosen and rejected."""
+    ranks, before = now.ranks, own.ranks
+    models = list(before)
+    for side, colour, sign in (("chosen", CHOSEN, 1), ("rejected", REJECTED, -1)):
+        counts = dict(now.pairs[f"model_{side}"].value_counts().iter_rows())
+        bars = axes.barh(models, [sign * counts.get(model, 0) for model in models], color=colour, alpha=0.75)
+        axes.bar_label(bars, [f"{counts.get(model, 0):,}" for model in models], padding=2, fontsize=7.5)
+    moved = {model: f" (was {before[model]})" if before[model] != ranks[model] else "" for model in models}
+    axes.set_yticks(range(len(models)), [f"{ranks[model]}. {model[:24]}{moved[model]}" for model in models])
+    axes.axvline(0, color=INK, linewidth=0.8)
+    axes.margins(x=0.18)
+    axes.invert_yaxis()
+    axes.set(title="Rank by mean quality; pairs rejected, chosen", xticks=[])
+
+
+def curves_figure(curves: Mapping[str, pd.DataFrame], strength: float, *, share: bool) -> Figure:
+    """Draw four quantities of some trainings.
+
+    Args:
+        curves: Logged steps by name.
+        strength: Weight of the past in exponentially weighted means, 0 (what was logged) to below 1.
+        share: Draw over the share of each training in place of its steps.
+    """
+    rows = -(-len(curves) // 3)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 3.9 + 0.17 * rows))
+        top = 1 - (0.2 + 0.17 * rows) / figure.get_figheight()
+        margins = {"left": 0.07, "right": 0.98, "bottom": 0.1, "top": top, "wspace": 0.2, "hspace": 0.15}
+        panels = figure.subplots(2, 2, sharex=True, gridspec_kw=margins).ravel()
+        for axes, (quantity, label) in zip(panels, QUANTITIES.items(), strict=True):
+            for number, (name, curve) in enumerate(curves.items()):
+                logged = curve[curve[quantity].notna()]
+                steps = logged["step"] / (logged["step"].max() / 100 if share else 1)
+                colour, line = PALETTE[number % len(PALETTE)], LINES[number % len(LINES)]
+                if strength:
+                    axes.plot(steps, logged[quantity], color=colour, linewidth=0.6, alpha=0.35)
+                means = logged[quantity].ewm(alpha=1 - strength).mean()
+                axes.plot(steps, means, color=colour, linestyle=line, label=name)
+            axes.set_ylabel(label)
+        for axes in panels[2:]:
+            axes.set_xlabel("share of the training (%)" if share else "optimiser step")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="upper left", ncols=3)
+    return figure
+
+
+def differences(
+    comparisons: pd.DataFrame, rows: pd.DataFrame, dialogue: str | None, metric: str, reading: str
+) -> pd.DataFrame:
+    """Set each difference between two arms in one dialogue beside that of all dialogues.
+
+    Args:
+        comparisons: Comparisons table.
+        rows: Held-out responses with their scores.
+        dialogue: Which dialogue.
+        metric: Which metric.
+        reading: How failures count.
+
+    Returns:
+        The rows of ``comparisons`` with a column ``here``: the mean difference over seeds, NaN where it does not count.
+    """
+    here = rows[rows["dialogue_id"] == dialogue]
+    failed = here["outcome"] != "ok"
+    values = (failed if metric == "failure_ratio" else here[metric]).astype(float)
+    if reading == SUCCESSES:
+        values = values.where(~failed)
+    labels = [model.partition("@") for model in here["model"]]
+    seeded = values.set_axis([seed for _, _, seed in labels])
+    by_arm: dict[Any, Any] = dict(iter(seeded.groupby([arm for arm, _, _ in labels])))
+    table, nothing = comparisons.query("metric == @metric and reading == @reading"), pd.Series(dtype=float)
+    means = []
+    for row in table.itertuples():
+        left, right = by_arm.get(row.arm, nothing), by_arm.get(row.baseline, nothing)
+        means.append((left - right).mean() if row.seeds_paired else left.mean() - right.mean())
+    return table.assign(here=means)
+
+
+def differences_html(table: pd.DataFrame) -> str:
+    """Return differences between arms; an arm is named by what follows a slash.
+
+    Args:
+        table: Rows of the comparisons table, with a column here: the difference in the dialogue that is shown.
+    """
+    names = [f"{arm.split('/')[-1]} − {base.split('/')[-1]}" for arm, base in table[["arm", "baseline"]].to_numpy()]
+    spans = [
+        f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" for mean, low, high in table[["difference", "low", "high"]].to_numpy()
+    ]
+    here = ["–" if np.isnan(value) else f"{value:+.3f}" for value in table["here"]]
+    p_values = ["–" if np.isnan(value) else f"{value:.2g}" for value in table["p_holm"]]
+    shown = {"difference": names, "this dialogue": here, "all dialogues, with interval": spans,
+             "dialogues": table["dialogues"].to_numpy(), "p (Holm)": p_values}  # fmt: skip
+    return pd.DataFrame(shown).to_html(index=False)
