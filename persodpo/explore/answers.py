@@ -12,9 +12,9 @@ from typing import Any
 import pandas as pd
 
 from persodpo.completions import KEY
+from persodpo.figures.style import SKY, VERMILLION
 from persodpo.method import SIGNALS
-from persodpo.plots.metrics import metric_label
-from persodpo.plots.style import SKY, VERMILLION
+from persodpo.metrics import metric_label
 from persodpo.scoring.stop_words import STOP_WORDS
 
 _WORD = re.compile(r"\w+")

@@ -15,9 +15,8 @@ from persodpo.evaluation.observations import EVERY, IMPUTED, SUCCESSES, observe
 from persodpo.explore.answers import dialogue_html
 from persodpo.explore.finder import Finder
 from persodpo.explore.panel import Panel, labelled, or_sentence, page, printed
-from persodpo.figures import short_names
-from persodpo.plots import forest
-from persodpo.plots.metrics import metric_label, metric_order
+from persodpo.figures.forest import forest, forest_successes, short_names
+from persodpo.metrics import metric_label, metric_order
 from persodpo.runfolder import RunFolder
 from persodpo.show import text_table
 from persodpo.stages.heldout import arms_of
@@ -37,7 +36,7 @@ class ArmsPanel(Panel):
         arms: pd.DataFrame | None,
     ) -> None:
         """Start with the first held-out dialogue and quality; see `arms` for the last two tables."""
-        self._comparisons, self._names = comparisons, short_names({"evaluation/comparisons": comparisons})
+        self._comparisons, self._names = comparisons, short_names(comparisons)
         joined = responses.merge(scores, on=["dialogue_id", "model"], how="left", validate="one_to_one")
         self._answers = joined.set_index("dialogue_id").sort_index(kind="stable")
         self._own = _by_dialogue(observe(responses, scores, arms))
@@ -63,7 +62,7 @@ class ArmsPanel(Panel):
     def _render(self) -> Sequence[Any]:
         reading = self._reading.value
         if reading not in self._pictures:
-            figure = forest.draw(self._comparisons, reading, labels=self._names)
+            figure = (forest_successes if reading == SUCCESSES else forest)(self._comparisons)
             self._pictures[reading] = printed(figure, f"Paired differences between arms with intervals, {reading}.")
         return page(self._answered()), text_table(self._differences()), self._pictures[reading]
 

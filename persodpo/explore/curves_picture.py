@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from numpy.typing import NDArray
 
 from persodpo.explore.panel import encoded
-from persodpo.plots.style import (
+from persodpo.figures.style import (
     BLACK,
     DOUBLE,
     LINES,

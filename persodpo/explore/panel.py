@@ -21,7 +21,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from persodpo.errors import PersodpoError
-from persodpo.plots.style import DOUBLE, SCREEN_DPI, context
+from persodpo.figures.style import DOUBLE, SCREEN_DPI, context
 
 P = ParamSpec("P")
 
@@ -180,7 +180,7 @@ def picture(figure: Figure, alternative: str) -> Image:
     """Return a figure as a picture of the width of the panel.
 
     Args:
-        figure: The figure, `persodpo.plots.style.DOUBLE` wide.
+        figure: The figure, `persodpo.figures.style.DOUBLE` wide.
         alternative: What it says, for those who cannot see it.
     """
     figure.set_dpi(SCREEN_DPI)
@@ -194,7 +194,7 @@ def printed(figure: Figure, alternative: str) -> Image:
     """Return a figure of the paper as it is printed, shown at the width of the panel: slow, and laid out to the pixel.
 
     Args:
-        figure: The figure, `persodpo.plots.style.DOUBLE` wide.
+        figure: The figure, `persodpo.figures.style.DOUBLE` wide.
         alternative: What it says, for those who cannot see it.
     """
     data = io.BytesIO()

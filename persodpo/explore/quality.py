@@ -14,7 +14,7 @@ from persodpo.explore.moving import Outcome, Pool, Setting, moved
 from persodpo.explore.panel import Panel, labelled, or_sentence
 from persodpo.explore.quality_picture import QualityPicture
 from persodpo.method import SIGNALS
-from persodpo.plots.metrics import metric_label
+from persodpo.metrics import metric_label
 from persodpo.runfolder import RunFolder
 from persodpo.show import text_table
 

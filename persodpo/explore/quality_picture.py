@@ -15,7 +15,7 @@ from matplotlib.text import Text
 
 from persodpo.explore.moving import Floats, Outcome, Pool
 from persodpo.explore.panel import encoded
-from persodpo.plots.style import (
+from persodpo.figures.style import (
     BLACK,
     BLUE,
     CHOSEN,

@@ -12,7 +12,7 @@ from persodpo.completions import OUTCOMES
 from persodpo.explore.answers import dialogue_html
 from persodpo.explore.finder import Finder
 from persodpo.explore.panel import Panel, labelled, or_sentence, page
-from persodpo.plots.style import ordered
+from persodpo.figures.style import ordered
 from persodpo.runfolder import RunFolder
 
 _ANY = "any"

@@ -15,8 +15,8 @@ from persodpo.errors import PersodpoError
 from persodpo.explore.choices import Choices
 from persodpo.explore.curves_picture import QUANTITIES, CurvesPicture, places, smoothed
 from persodpo.explore.panel import Panel, labelled, or_sentence
-from persodpo.figures import PAPER_RUN
-from persodpo.plots.style import PALETTE
+from persodpo.figures.curves import PAPER_RUN
+from persodpo.figures.style import PALETTE
 from persodpo.release import published
 from persodpo.runfolder import RunFolder
 from persodpo.show import text_table
