@@ -86,8 +86,7 @@ def save_figure(run: RunFolder, name: str, *, overwrite: bool = False) -> Figure
     """
     started, spec = time.perf_counter(), _spec(name)
     sources = {table: path for pattern in spec.tables for table, path in _files(run, pattern).items()}
-    inputs = {table: sha256(path) for table, path in sources.items()}
-    inputs["code"] = figure_code(name)
+    inputs = {table: sha256(path) for table, path in sources.items()} | figure_code(name)
     files = tuple(run.figures / f"{name}.{suffix}" for suffix in ("pdf", "png", "json"))
     if not overwrite and file_is_current(files[-1], inputs):
         return FigureReport(name, True, files, 0.0)
@@ -101,9 +100,9 @@ def save_figure(run: RunFolder, name: str, *, overwrite: bool = False) -> Figure
     return FigureReport(name, False, files, time.perf_counter() - started)
 
 
-def figure_code(name: str) -> str:
-    """Return the sha256 of the code of a figure: of its module and of the style."""
-    return code_of(_spec(name).draw.__module__, within="persodpo.figures")
+def figure_code(name: str) -> dict[str, str]:
+    """Return the sha256 of the code that draws a figure, within `persodpo.figures`, and of the style sheet."""
+    return {"code": code_of(_spec(name).draw.__module__, within="persodpo.figures"), "style": sha256(style.STYLE)}
 
 
 def _spec(name: str) -> style.FigureSpec:
