@@ -129,8 +129,7 @@ def main() -> None:
         (RESULTS / "mini.md").write_text(findings(profile), encoding="utf-8")
         (RESULTS / "mini-ablations.md").write_text(ablations(profile), encoding="utf-8")
         write_json(RESULTS / "mini.json", noted)
-        for name in ("forest", "figure_2a_arms"):
-            shutil.copy(RunFolder(profile).figures / f"{name}.png", PROJECT / "figures" / "mini" / f"{name}.png")
+        shutil.copy(RunFolder(profile).figures / "forest.png", PROJECT / "figures" / "mini" / "forest.png")
     for name, value, limit in (("first", first, FIRST), ("second", second, SECOND), ("GiB", memory, MEMORY)):
         print(f"{name}: {value:.1f}, at most {limit:g}: {'held' if value <= limit else 'MISSED'}")
 

@@ -79,8 +79,8 @@ class Run(RunFolder):
         """Draw a figure from the run's tables; stage ``figures`` saves them all as PDF, PNG and JSON.
 
         Raises:
-            PersodpoError: As `persodpo.figures.draw_figure`.
+            PersodpoError: As `persodpo.stages.figures.draw_figure`.
         """
-        from persodpo.figures import draw_figure  # noqa: PLC0415 - the same
+        from persodpo.stages.figures import draw_figure  # noqa: PLC0415 - the same
 
         return draw_figure(self, name)

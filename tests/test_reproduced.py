@@ -11,10 +11,10 @@ import pandas as pd
 import pytest
 
 from persodpo.config import load_profile
-from persodpo.figures import figure_names
 from persodpo.miniature import models
 from persodpo.reproduce import notebook_files
 from persodpo.runfolder import PROJECT, RunFolder
+from persodpo.stages.figures import figure_names
 from persodpo.tables import check_table
 
 pytestmark = pytest.mark.reproduced

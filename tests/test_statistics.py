@@ -16,11 +16,11 @@ from persodpo.errors import PersodpoError
 from persodpo.evaluation.bootstrap import Resampling, Statistic, bootstrap
 from persodpo.evaluation.cells import comparison_table
 from persodpo.evaluation.comparisons import compare
+from persodpo.evaluation.intervals import wilson
 from persodpo.evaluation.observations import COLUMNS, EVERY, FLAGS, IMPUTED, SUCCESSES, TEXT_METRICS, observe
 from persodpo.evaluation.results import summarise
 from persodpo.evaluation.significance import holm, sign_test, smallest_detectable
 from persodpo.evaluation.statistics import PERCENTILE, PERCENTILE_SEEDS, WILSON, WILSON_SEEDS, estimates
-from persodpo.plots.intervals import wilson
 
 QUICK = Resampling(2000, 1)
 

@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from persodpo.cli import app
 from persodpo.config import load_profile
 from persodpo.errors import PersodpoError
-from persodpo.figures import CURVES, PAPER_RUN, arm_curves
+from persodpo.figures.curves import PAPER_RUN, arm_curves
 from persodpo.release import published
 from persodpo.tables import check_table, write_table
 from persodpo.training import run
@@ -271,8 +271,7 @@ def test_an_unknown_arm_is_one_sentence(tmp_path, capsys):
 
 
 def test_curves_of_arms_stand_beside_the_papers_on_one_axis(trained):
-    tables = {"training/perso_weighted/log": trained[1].log, CURVES: published.training_curves()}
-    curves, labels = arm_curves(tables)
+    curves, labels = arm_curves({"perso_weighted": trained[1].log}, published.training_curves())
     assert labels == {"perso_weighted": "perso_weighted: small policy, 0.0 M parameters"}
     ours = curves[curves["run"] == "perso_weighted"]
     assert ours["epoch"].iloc[-1] == 2

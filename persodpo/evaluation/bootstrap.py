@@ -25,8 +25,8 @@ import numpy as np
 from scipy.stats import t as student
 
 from persodpo.errors import PersodpoError
+from persodpo.evaluation.intervals import Z95
 from persodpo.evaluation.observations import Floats
-from persodpo.plots.intervals import Z95
 
 #: Below so many dialogues a percentile interval holds the truth far less often than it says, so none is given.
 FEWEST = 10

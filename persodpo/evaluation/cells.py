@@ -13,7 +13,7 @@ import pandas as pd
 
 from persodpo.errors import PersodpoError
 from persodpo.evaluation.observations import EVERY, FLAGS, IMPUTED
-from persodpo.plots.metrics import metric_label, metric_order
+from persodpo.metrics import metric_label, metric_order
 
 _TIME = "response_time"
 

@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 
 from persodpo.evaluation.bootstrap import FEWEST, Resampling, Spread, Statistic, bootstrap
+from persodpo.evaluation.intervals import wilson
 from persodpo.evaluation.observations import EVERY, FLAGS, TEXT_METRICS, Bools, Floats, Grid, grid
-from persodpo.plots.intervals import wilson
 
 COLUMNS = (
     "arm", "metric", "reading", "batch_size", "hardware", "seeds", "responses", "left_out", "mean", "low", "high",

@@ -1,11 +1,47 @@
-"""From tables to figures."""
+"""From tables to figures/<profile>/."""
 
 from __future__ import annotations
 
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
 from persodpo.config import Profile
-from persodpo.figures import FigureReport, save_figures
-from persodpo.runfolder import RunFolder
+from persodpo.errors import NothingToShowError, PersodpoError
+from persodpo.figures import FIGURES, style
+from persodpo.imports import code_of
+from persodpo.release import published
+from persodpo.runfolder import RunFolder, file_is_current, sha256
 from persodpo.stages.base import Need
+
+
+@dataclass(frozen=True)
+class FigureReport:
+    """What became of a figure.
+
+    Attributes:
+        figure: Its name.
+        skipped: True if its tables and code were unchanged, so the files were left alone.
+        files: PDF, PNG and JSON; none where the run has nothing that it could show.
+        seconds: Wall time.
+    """
+
+    figure: str
+    skipped: bool
+    files: tuple[Path, ...]
+    seconds: float
+
+    def __str__(self) -> str:
+        """Return one line for logs."""
+        done = "unchanged, skipped" if self.skipped else f"drawn in {self.seconds:.1f} s"
+        done = done if self.files else "left out, as the run has nothing that it could show"
+        return f"figure {self.figure}: {done}"
 
 
 def needs(_profile: Profile) -> list[Need]:
@@ -14,5 +50,80 @@ def needs(_profile: Profile) -> list[Need]:
 
 
 def draw(run: RunFolder, overwrite: bool = False) -> list[FigureReport]:
-    """Draw the figures of a run."""
-    return list(save_figures(run, overwrite=overwrite))
+    """Write every figure whose tables the profile makes, with a progress bar where someone watches."""
+    names = tqdm(figure_names(run), desc="figures", leave=False, disable=not sys.stderr.isatty())
+    return [save_figure(run, name, overwrite=overwrite) for name in names]
+
+
+def figure_names(run: RunFolder) -> list[str]:
+    """Return the figures whose tables the profile makes."""
+    profile = run.profile
+    absent = {f"pairs/{name}" for name in ("simple", "perso") if name not in profile.pairs.sets}
+    if not profile.evaluation.ablations:
+        absent.add("ablations/estimates")
+    return [
+        name
+        for name, spec in FIGURES.items()
+        if spec.source in {None, profile.evaluation.source} and not absent & set(spec.tables)
+    ]
+
+
+def draw_figure(run: RunFolder, name: str) -> Figure:
+    """Draw a figure from the run's tables, without writing it.
+
+    Raises:
+        PersodpoError: There is no such figure, or a table is missing or was edited.
+    """
+    spec = _spec(name)
+    return spec.draw(*(_table(run, table) for table in spec.tables))
+
+
+def save_figure(run: RunFolder, name: str, *, overwrite: bool = False) -> FigureReport:
+    """Draw a figure and write it to figures/<profile>/, unless its tables and code are those it was drawn from.
+
+    Raises:
+        PersodpoError: As `draw_figure`, or the folder cannot be written.
+    """
+    started, spec = time.perf_counter(), _spec(name)
+    sources = {table: path for pattern in spec.tables for table, path in _files(run, pattern).items()}
+    inputs = {table: sha256(path) for table, path in sources.items()} | figure_code(name)
+    files = tuple(run.figures / f"{name}.{suffix}" for suffix in ("pdf", "png", "json"))
+    if not overwrite and file_is_current(files[-1], inputs):
+        return FigureReport(name, True, files, 0.0)
+    try:
+        figure = draw_figure(run, name)
+    except NothingToShowError:
+        for path in files:
+            path.unlink(missing_ok=True)
+        return FigureReport(name, False, (), 0.0)
+    style.save(figure, name, run.figures, inputs, spec.note)
+    return FigureReport(name, False, files, time.perf_counter() - started)
+
+
+def figure_code(name: str) -> dict[str, str]:
+    """Return the sha256 of the code that draws a figure, within `persodpo.figures`, and of the style sheet."""
+    return {"code": code_of(_spec(name).draw.__module__, within="persodpo.figures"), "style": sha256(style.STYLE)}
+
+
+def _spec(name: str) -> style.FigureSpec:
+    if name not in FIGURES:
+        raise PersodpoError(f"There is no figure '{name}'; there are {', '.join(FIGURES)}.")
+    return FIGURES[name]
+
+
+def _files(run: RunFolder, table: str) -> dict[str, Path]:
+    """Return the file of a table, or those of all arms, by name."""
+    if table.startswith("published/"):
+        return {table: published.fact_files()[table]}
+    arms = run.profile.training.arms if "<arm>" in table else [""]
+    names = [table.replace("<arm>", arm) for arm in arms]
+    return {name: run.checked_path(name) for name in names}
+
+
+def _table(run: RunFolder, table: str) -> Any:
+    """Read what a draw function is given: a table, or a dictionary of tables by arm."""
+    if table.startswith("published/"):
+        return pd.read_csv(published.fact_files()[table])
+    if "<arm>" in table:
+        return {arm: run.read(table.replace("<arm>", arm)) for arm in run.profile.training.arms}
+    return run.read(table)

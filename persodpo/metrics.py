@@ -1,4 +1,4 @@
-"""What metrics are called in figures and tables, and which way is better; needs no matplotlib."""
+"""What metrics are called in figures and tables, and which way is better."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Intervals that both tables and figures state; needs no matplotlib."""
+"""The interval of a share."""
 
 from __future__ import annotations
 

@@ -1,0 +1,154 @@
+"""Figures of the evaluation: paired differences between arms, and what each ablation does.
+
+In: ``evaluation/comparisons`` (one row per comparison, metric and reading), ``ablations/estimates`` (one row per arm, metric
+and reading), ``ablations/pairs`` (one row per ablation).
+
+Response times are left out: a committed figure holds nothing that depends on the clock. They stand in the tables.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from persodpo.errors import NothingToShowError
+from persodpo.figures.style import BLUE, DOUBLE, FAINT, GREY, VERMILLION, figure, new_figure
+from persodpo.metrics import LOWER_IS_BETTER, metric_label, metric_order
+
+_ACROSS = 4
+_LEVEL = 0.05
+
+
+@figure("forest", ["evaluation/comparisons"])
+def forest(comparisons: pd.DataFrame) -> Figure:
+    """Paired differences on held-out dialogues, failures imputed."""
+    return _forest(comparisons, "failures imputed", "failures imputed at their worst value")
+
+
+@figure("forest_successes", ["evaluation/comparisons"])
+def forest_successes(comparisons: pd.DataFrame) -> Figure:
+    """Paired differences on held-out dialogues that both arms answered."""
+    return _forest(comparisons, "successes alone", "successes alone: dialogues that both arms answered")
+
+
+def short_names(comparisons: pd.DataFrame) -> dict[str, str]:
+    """Name published arms by what they were tuned to, the untuned model as that; our arms keep their names."""
+    names = {*comparisons["arm"], *comparisons["baseline"]}
+    if not any("/" in name for name in names):
+        return {name: name for name in names}
+    return {name: name.split("/")[1] if "/" in name else "untuned" for name in names}
+
+
+def _forest(comparisons: pd.DataFrame, reading: str, title: str) -> Figure:
+    """Draw each difference with its interval and corrected p-value, one panel per metric, around a line at zero.
+
+    A filled point is a difference that stays under 0.05 after correction, a blue dot where the arm is better and a
+    red square where it is worse; all others are hollow and grey. A dash stands where nothing could be derived.
+    """
+    rows = comparisons[comparisons["reading"].isin([reading, "all responses"])]
+    rows = rows[rows["metric"] != "response_time"]
+    # A metric of which nothing could be derived has nothing to show; the tables say why.
+    metrics = sorted(rows.loc[rows["difference"].notna(), "metric"].unique(), key=metric_order)
+    if not metrics:
+        raise NothingToShowError(f"No difference was derived with {reading}; the comparisons' column reason says why.")
+    pairs, names = list(dict.fromkeys(zip(rows["arm"], rows["baseline"], strict=True))), short_names(comparisons)
+    across = min(_ACROSS, len(metrics))
+    down = -(-len(metrics) // across)
+    drawn = new_figure(0.65 + down * (0.62 + 0.19 * len(pairs)), DOUBLE)
+    panels = drawn.subplots(down, across, sharey=True, squeeze=False).ravel()
+    for axes, metric in zip(panels, metrics, strict=False):
+        _differences(axes, rows[rows["metric"] == metric].set_index(["arm", "baseline"]).reindex(pairs), metric)
+    for axes in panels[len(metrics) :]:
+        axes.set_axis_off()
+    panels[0].set_yticks(range(len(pairs)), [f"{names[arm]} − {names[baseline]}" for arm, baseline in pairs])
+    panels[0].set_ylim(len(pairs) - 0.4, -1.1)
+    drawn.suptitle(f"Paired differences, {title}", x=0.01, ha="left", fontsize=8)
+    looks = (
+        (BLUE, BLUE, "o", "better, p < 0.05 (Holm)"), (VERMILLION, VERMILLION, "s", "worse, p < 0.05 (Holm)"),
+        (GREY, "white", "o", "p ≥ 0.05 (Holm)"), ("black", "black", "", "95 % interval, not adjusted"),
+    )  # fmt: skip
+    handles = [
+        Line2D([], [], color=edge, marker=marker, markerfacecolor=face, linewidth=1.0, label=label)
+        for edge, face, marker, label in looks
+    ]
+    drawn.legend(handles=handles, loc="outside lower center", ncols=4, handlelength=1.0)
+    return drawn
+
+
+def _differences(axes: Axes, table: pd.DataFrame, metric: str) -> None:
+    """Draw one metric, and the corrected p-values at the panel's right."""
+    axes.axvline(0, color="black", linewidth=0.6, zorder=0)
+    values = table[["difference", "low", "high", "p_holm"]].to_numpy(dtype=float)
+    for row, (difference, low, high, p_value) in enumerate(values):
+        significant, better = p_value < _LEVEL, (difference > 0) ^ (metric in LOWER_IS_BETTER)
+        colour = (BLUE if better else VERMILLION) if significant else GREY
+        marker = "s" if significant and not better else "o"
+        face = colour if significant else "white"
+        _interval(axes, row, (difference, low, high), colour=colour, marker=marker, face=face)
+        _right(axes, row, "–" if np.isnan(p_value) else "<0.001" if p_value < 0.0005 else f"{p_value:.3f}")
+    _right(axes, -0.85, "p (Holm)")
+    _metric_axis(axes, metric, ticks=3)
+
+
+def _interval(axes: Axes, row: int, values: tuple[float, float, float], *, colour: str, marker: str, face: str) -> None:
+    """Draw an estimate and its interval in a row; what is missing is left out."""
+    middle, low, high = values
+    if np.isfinite(low) and np.isfinite(high):
+        axes.plot([low, high], [row, row], color=colour, linewidth=1.0)
+    if np.isfinite(middle):
+        axes.plot(middle, row, marker, color=colour, markerfacecolor=face)
+
+
+def _right(axes: Axes, row: float, text: str) -> None:
+    """Write a text at the panel's right."""
+    place = axes.get_yaxis_transform()
+    axes.annotate(text, (1, row), (3, 0), xycoords=place, textcoords="offset points", va="center", fontsize=6.5)
+
+
+def _metric_axis(axes: Axes, metric: str, ticks: int) -> None:
+    """Title a panel, and say which way is better."""
+    axes.margins(x=0.08)
+    axes.xaxis.set_major_locator(MaxNLocator(ticks))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.set_title(metric_label(metric))
+    axes.set_xlabel("← better" if metric in LOWER_IS_BETTER else "better →")
+
+
+@figure("ablations", ["ablations/estimates", "ablations/pairs"], source="arms")
+def ablations(estimates: pd.DataFrame, pairs: pd.DataFrame) -> Figure:
+    """One thing done otherwise: quality and failures on held-out dialogues.
+
+    The arm that every ablation changes one setting of stands on top, its interval as a band through all rows. Intervals
+    are of each arm by itself; whether two arms differ is what paired comparisons say.
+    """
+    rows = estimates[estimates["reading"].isin(["failures imputed", "all responses"])]
+    changed = pairs["ablation"].tolist()
+    names = [next(arm for arm in rows["arm"] if arm not in changed), *changed]
+    drawn = new_figure(0.75 + 0.19 * len(names), DOUBLE)
+    panels = drawn.subplots(1, 2, sharey=True)
+    for axes, metric in zip(panels, ("quality", "failure_ratio"), strict=True):
+        table = rows[rows["metric"] == metric].set_index("arm").reindex(names)
+        values = table[["mean", "low", "high"]].to_numpy(dtype=float)
+        axes.axvspan(values[0, 1], values[0, 2], color=FAINT, linewidth=0, zorder=0)
+        axes.axvline(values[0, 0], color="black", linestyle="--", linewidth=0.8, zorder=1)
+        for row, (mean, low, high) in enumerate(values):
+            colour = BLUE if row else "black"
+            _interval(axes, row, (mean, low, high), colour=colour, marker="o" if row else "s", face=colour)
+            _right(axes, row, "–" if np.isnan(mean) else f"{mean:.3f}")
+        axes.grid(axis="x")
+        _metric_axis(axes, metric, ticks=4)
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].set_ylim(len(names) - 0.4, -0.6)
+    handles = [
+        Line2D([], [], color="black", linestyle="--", linewidth=0.8, label=names[0]),
+        Patch(color=FAINT, label="its 95 % interval"),
+    ]
+    drawn.legend(handles=handles, loc="outside lower center", ncols=2)
+    return drawn

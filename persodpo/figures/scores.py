@@ -1,0 +1,235 @@
+"""Figures of the scores: signals by model, quality between the thresholds, and how far signals rank alike.
+
+In: ``scores`` or ``evaluation/scores``, one row per response; ``thresholds``. Rows without a quality are left out.
+Imputed rows hold worst-case values, not measurements.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from numpy.typing import NDArray
+
+from persodpo.errors import NothingToShowError
+from persodpo.figures.style import BLUE, CHOSEN, DOUBLE, GREY, REJECTED, figure, model_styles, new_figure
+from persodpo.metrics import metric_label
+
+Floats = NDArray[np.float64]
+
+#: The five signals: usual range, and width of a bin. Ranges grow where a table goes beyond them.
+SIGNALS: dict[str, tuple[tuple[float, float], float]] = {
+    "coherence": ((0.0, 1.0), 0.05),
+    "c_score": ((-1.0, 1.0), 0.125),
+    "ue_score": ((0.0, 2.0), 0.125),
+    "persona_distance": ((0.0, 1.0), 0.05),
+    "compliance": ((0.0, 1.0), 0.05),
+}
+_QUALITY_BIN = 0.025
+_RIDGE = 0.78  # height of the tallest bar, in rows
+_MEAN: dict[str, Any] = {"marker": "o", "linestyle": "none", "color": "black", "markersize": 2.2, "label": "mean"}
+_FAILED: dict[str, Any] = {"facecolor": "white", "edgecolor": "#555555", "hatch": "//////", "linewidth": 0.4}
+
+
+@figure("score_metrics", ["scores"])
+def score_metrics(scores: pd.DataFrame) -> Figure:
+    """The five signals of parsed responses."""
+    return _signals(scores)
+
+
+@figure("score_metrics_evaluation", ["evaluation/scores"])
+def score_metrics_evaluation(scores: pd.DataFrame) -> Figure:
+    """The five signals of parsed held-out responses."""
+    measured = scores.loc[~scores["imputed"] & scores["quality"].notna(), "model"]
+    return _signals(scores[scores["model"].isin(measured)])  # one set was published without scores
+
+
+def _signals(scores: pd.DataFrame) -> Figure:
+    """Draw a histogram of each signal for each model, over the responses that were measured.
+
+    The bars of a column share one scale, so that areas compare between models.
+    """
+    measured = scores[~scores["imputed"] & scores["quality"].notna()]
+    if measured.empty:
+        raise NothingToShowError("The signals have nothing to show: every response is imputed or lacks a quality.")
+    styles = model_styles(scores["model"])
+    drawn = new_figure(0.6 + 0.36 * len(styles), DOUBLE)
+    panels = drawn.subplots(1, len(SIGNALS), sharey=True, gridspec_kw={"wspace": 0.08})
+    for axes, signal in zip(panels, SIGNALS, strict=True):
+        by_model = measured.groupby("model")[signal]
+        values = {model: by_model.get_group(model).dropna().to_numpy(float) for model in by_model.groups}
+        _signal(axes, signal, [(values.get(model, np.array([])), look.colour) for model, look in styles.items()])
+    counts = measured["model"].value_counts()
+    names = [f"{look.label}\nn = {counts.get(model, 0):,}" for model, look in styles.items()]
+    panels[0].set_yticks([row - 0.3 for row in range(len(styles))], names)
+    # The corner below the models' names is free in every table.
+    drawn.legend(handles=[Line2D([], [], **_MEAN)], loc="lower left", borderaxespad=0.8)
+    return drawn
+
+
+def _signal(axes: Axes, signal: str, rows: Sequence[tuple[Floats, str]]) -> None:
+    """Draw one signal's histogram and mean, one row per model."""
+    limits, width = SIGNALS[signal]
+    edges = _edges(np.concatenate([values for values, _ in rows]), limits, width, centred=True)
+    heights = [np.histogram(values, edges)[0] / max(len(values), 1) for values, _ in rows]
+    unit = max(float(height.max()) for height in heights) or 1.0
+    for row, ((values, colour), height) in enumerate(zip(rows, heights, strict=True)):
+        _ridge(axes, row, edges, [(height / unit, {"facecolor": colour, "linewidth": 0.0})])
+        if len(values):
+            axes.plot(values.mean(), row + 0.1, **_MEAN)
+    _rows(axes, len(rows))
+    if not any(len(values) for values, _ in rows):
+        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", fontsize=7)
+    axes.set_xlim(edges[0], edges[-1])
+    axes.set_xlabel(metric_label(signal) + ("\n(cosine)" if signal == "persona_distance" else ""))
+
+
+@figure("quality", ["scores", "thresholds"])
+def quality(scores: pd.DataFrame, thresholds: pd.DataFrame) -> Figure:
+    """Quality and the two thresholds."""
+    scored, edges = _scored(scores)
+    drawn = new_figure(2.3)
+    axes = drawn.add_subplot()
+    parsed, failed = _parsed_and_failed(scored, edges)
+    axes.stairs(parsed, edges, fill=True, color=BLUE, label="parsed")
+    # Empty bins are gaps, or the outline of the failed would run along the parsed.
+    top = np.where(failed > 0, parsed + failed, np.nan)
+    axes.stairs(top, edges, baseline=parsed, fill=True, label="failed (imputed)", **_FAILED)
+    axes.set_ylim(0, 1.05 * float((parsed + failed).max()))
+    axes.set_ylabel("Responses")
+    _thresholds(drawn, scored, thresholds, edges)
+    return drawn
+
+
+@figure("quality_by_model", ["scores", "thresholds"])
+def quality_by_model(scores: pd.DataFrame, thresholds: pd.DataFrame) -> Figure:
+    """Quality and the two thresholds, by model, in shares of its responses."""
+    scored, edges = _scored(scores)
+    styles = model_styles(scored["model"])
+    drawn = new_figure(0.8 + 0.3 * len(styles))
+    axes = drawn.add_subplot()
+    parts = [_parsed_and_failed(scored[scored["model"] == model], edges) for model in styles]
+    shares = [(parsed / (parsed + failed).sum(), failed / (parsed + failed).sum()) for parsed, failed in parts]
+    unit = max(float((parsed + failed).max()) for parsed, failed in shares)
+    for row, ((parsed, failed), look) in enumerate(zip(shares, styles.values(), strict=True)):
+        fill = {"facecolor": look.colour, "linewidth": 0.0}
+        _ridge(axes, row, edges, [(parsed / unit, fill), (failed / unit, _FAILED)])
+    _rows(axes, len(styles))
+    axes.set_yticks([row - 0.3 for row in range(len(styles))], [look.label for look in styles.values()])
+    axes.stairs([0.0], [0.0, 0.0], fill=True, color=GREY, label="parsed")
+    axes.stairs([0.0], [0.0, 0.0], fill=True, label="failed (imputed)", **_FAILED)
+    _thresholds(drawn, scored, thresholds, edges)
+    return drawn
+
+
+def _scored(scores: pd.DataFrame) -> tuple[pd.DataFrame, Floats]:
+    """Return the rows that have a quality, and the edges of bins over it."""
+    scored = scores[scores["quality"].notna()]
+    if scored.empty:
+        raise NothingToShowError("Quality has nothing to show: every quality is null.")
+    return scored, _edges(scored["quality"].to_numpy(float), (0.0, 1.0), _QUALITY_BIN)
+
+
+def _parsed_and_failed(scored: pd.DataFrame, edges: Floats) -> tuple[Floats, Floats]:
+    """Count parsed and failed responses in each bin."""
+    failed = scored["imputed"].astype(bool)
+    counts = [np.histogram(scored.loc[side, "quality"], edges)[0].astype(float) for side in (~failed, failed)]
+    return counts[0], counts[1]
+
+
+def _thresholds(drawn: Figure, scored: pd.DataFrame, thresholds: pd.DataFrame, edges: Floats) -> None:
+    """Shade what may be rejected and chosen, and say how many responses that is."""
+    (axes,), value = drawn.axes, thresholds.set_index("name")["value"]
+    quality, failed = scored["quality"], scored["imputed"].astype(bool)
+    low, high = float(value["low"]), float(value["high"])
+    for text, threshold, end, colour, side, align in (
+        (f"rejected: ≤ {low:.3f}", low, edges[0], REJECTED, quality <= low, "left"),
+        (f"chosen: ≥ {high:.3f}", high, edges[-1], CHOSEN, quality >= high, "right"),
+    ):
+        axes.axvspan(threshold, end, color=colour, alpha=0.10, linewidth=0, zorder=0)
+        axes.axvline(threshold, color="black", linewidth=0.7, linestyle=(0, (4, 2)), zorder=4)
+        share = 100 * float(failed[side].mean()) if side.any() else 0.0
+        axes.annotate(
+            f"{text}\n{int(side.sum()):,} ({share:.0f} % failed)", (float(align == "right"), 1), (0, 2), fontsize=7,
+            xycoords="axes fraction", textcoords="offset points", ha=align, va="bottom",
+        )  # fmt: skip
+    axes.set_xlim(edges[0], edges[-1])
+    axes.set_xlabel("Quality score")
+    drawn.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=2)
+
+
+def _edges(values: Floats, limits: tuple[float, float], width: float, *, centred: bool = False) -> Floats:
+    """Return bin edges over the usual range, grown by whole bins to hold all values.
+
+    Centred bins have the limits at their middle: signals that take a few whole values then stand over their ticks.
+    """
+    low, high = float(values.min(initial=limits[0])), float(values.max(initial=limits[1]))
+    first, last = math.floor(low / width + 1e-9), math.ceil(high / width - 1e-9)
+    return np.asarray((np.arange(first, last + 1 + centred) - 0.5 * centred) * width, dtype=np.float64)
+
+
+def _ridge(axes: Axes, row: int, edges: Floats, layers: Sequence[tuple[Floats, Mapping[str, Any]]]) -> None:
+    """Stack histograms upward from a row's base line; a height of 1 reaches almost to the next row."""
+    base: Floats = np.full(len(edges) - 1, float(row))
+    for heights, look in layers:
+        top = np.where(heights > 0, base - _RIDGE * heights, np.nan)
+        axes.stairs(top, edges, baseline=base, fill=True, **look)
+        base = np.subtract(base, _RIDGE * heights, dtype=np.float64)
+
+
+def _rows(axes: Axes, count: int) -> None:
+    """Prepare the axis of rows: the first on top, a base line under each."""
+    axes.set_ylim(count - 0.78, -0.95)
+    axes.hlines(range(count), 0, 1, transform=axes.get_yaxis_transform(), color=GREY, linewidth=0.5, zorder=2)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+
+
+@figure("metric_correlation", ["scores"])
+def metric_correlation(scores: pd.DataFrame) -> Figure:
+    """Rank correlation, failures left out and imputed.
+
+    Failed responses get the worst value of every signal at once, so over all rows the signals seem to agree; over the
+    measured rows they agree only as far as they measure the same.
+    """
+    scored = scores[scores["quality"].notna()]
+    measured = scored[~scored["imputed"].astype(bool)]
+    if len(measured) < 3:
+        raise NothingToShowError("Rank correlation has nothing to show: under three responses were measured.")
+    drawn = new_figure(2.9, DOUBLE)
+    left, right = drawn.subplots(1, 2, sharey=True)
+    _triangle(left, measured, f"(a) measured responses, n = {len(measured):,}")
+    _triangle(right, scored, f"(b) with imputed failures, n = {len(scored):,}")
+    bar = drawn.colorbar(ScalarMappable(Normalize(-1, 1), "RdBu_r"), ax=[left, right], shrink=0.8, pad=0.01, aspect=25)
+    bar.set_label("Spearman's ρ")
+    bar.outline.set_visible(False)
+    return drawn
+
+
+def _triangle(axes: Axes, rows: pd.DataFrame, title: str) -> None:
+    """Draw the lower triangle of a matrix of Spearman's rank correlations."""
+    columns = [*SIGNALS, "quality"]
+    names = [metric_label(column) for column in columns]
+    matrix = rows[columns].astype(float).corr(method="spearman").iloc[1:, :-1]
+    texts = matrix.map(lambda value: "–" if np.isnan(value) else f"{value:.2f}".replace("-", "−"))
+    sns.heatmap(
+        matrix.fillna(0), mask=np.triu(np.ones(matrix.shape, dtype=bool), k=1), ax=axes, cmap="RdBu_r", vmin=-1, vmax=1,
+        cbar=False, annot=texts, fmt="", annot_kws={"fontsize": 7}, linewidths=0.8, linecolor="white",
+        xticklabels=names[:-1], yticklabels=names[1:],
+    )  # fmt: skip
+    axes.set_title(title, fontweight="normal")
+    axes.set(xlabel="", ylabel="")
+    axes.tick_params(length=0)
+    axes.tick_params(axis="x", rotation=30)
+    axes.tick_params(axis="y", rotation=0)
+    for text in axes.get_xticklabels():
+        text.set(ha="right", rotation_mode="anchor")

@@ -1,0 +1,248 @@
+"""The look of every figure, the register of figures, and the one place that writes figures to disk.
+
+In: tables. Out: figures, and ``<name>.pdf``, ``<name>.png`` and ``<name>.json``, repeatable byte for byte under the same
+versions of matplotlib and its fonts.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import inspect
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import matplotlib.style
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
+
+from persodpo.errors import NothingToShowError
+from persodpo.runfolder import sha256, write_atomically, write_json
+
+STYLE = Path(__file__).with_name("persodpo.mplstyle")
+#: Where names are written in characters that DejaVu Sans lacks; those that the machine has are used, in this order.
+FALLBACK_FONTS = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei",
+    "Microsoft YaHei", "PingFang SC", "Hiragino Sans GB", "Arial Unicode MS", "Droid Sans Fallback", "Unifont",
+)  # fmt: skip
+
+#: Width of one text column and of the whole text block, in inches.
+COLUMN = 3.3
+DOUBLE = 6.9
+#: Points an inch on screen, in notebooks.
+SCREEN_DPI = 130
+
+#: The palette of Okabe and Ito; yellow is left out, as it vanishes on white.
+BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000",
+)  # fmt: skip
+PALETTE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK)
+GREY = "#9A9A9A"
+FAINT = "#D9D9D9"
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (3, 1)), (0, (1, 1)))
+#: The two sides of a preference pair, in every figure.
+CHOSEN, REJECTED = GREEN, VERMILLION
+
+LineStyle = str | tuple[int, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class ModelStyle:
+    """How a model looks: label with its true size, hex colour, marker, line style, and hatch of a tuned one's bars."""
+
+    label: str
+    colour: str
+    marker: str
+    line: LineStyle
+    hatch: str = ""
+
+
+#: Models whose responses are ranked: open ones by size, then those behind an API.
+MODEL_STYLES: dict[str, ModelStyle] = {
+    "Qwen2-0.5B-Instruct": ModelStyle("Qwen2-0.5B", SKY, "o", "-"),
+    "Qwen2-7B-Instruct": ModelStyle("Qwen2-7B", BLUE, "s", "--"),
+    "Mistral-7B-Instruct": ModelStyle("Mistral-7B", VERMILLION, "^", "-."),
+    "Llama3-1-8B-Instruct": ModelStyle("Llama-3.1-8B", ORANGE, "D", ":"),
+    "gpt-3.5-turbo": ModelStyle("GPT-3.5 Turbo", PURPLE, "v", LINES[4]),
+    "gpt-4o-mini": ModelStyle("GPT-4o mini", GREEN, "P", LINES[5]),
+    "gpt-4-turbo": ModelStyle("GPT-4 Turbo", BLACK, "X", LINES[6]),
+}
+
+
+def _base(name: str) -> str | None:
+    """Return the model of `MODEL_STYLES` that a name is, or is tuned from."""
+    return next((model for model in MODEL_STYLES if name.startswith(model)), None)
+
+
+def ordered(models: Iterable[str]) -> list[str]:
+    """Return the distinct models in the order of `MODEL_STYLES`, each before its tuned arms, all others at the end."""
+    places = {model: place for place, model in enumerate(MODEL_STYLES)}
+    return sorted(set(models), key=lambda name: (places.get(_base(name) or "", len(places)), name))
+
+
+def model_styles(models: Iterable[str]) -> dict[str, ModelStyle]:
+    """Give each distinct model its look, in the order of `ordered`.
+
+    A model of `MODEL_STYLES` always looks the same; an arm named after one, such as ``Qwen2-0.5B-Instruct/perso``, keeps
+    its colour under a hatch. All others take the palette in turn.
+    """
+    styles: dict[str, ModelStyle] = {}
+    strangers = 0
+    for name in ordered(models):
+        base = _base(name)
+        if base is None:
+            slot = strangers % len(PALETTE)
+            styles[name] = ModelStyle(" ".join(name.split()), PALETTE[slot], MARKERS[slot], LINES[slot])
+            strangers += 1
+        elif name == base:
+            styles[name] = MODEL_STYLES[name]
+        else:
+            arm = " ".join(name.removeprefix(base).strip("/-_ ").replace("_", " ").split())
+            styles[name] = replace(MODEL_STYLES[base], label=f"{MODEL_STYLES[base].label} {arm}", hatch="////")
+    return styles
+
+
+def three_digits(value: float) -> str:
+    """Write a number to three significant digits, a missing one as a dash."""
+    return "–" if np.isnan(value) else f"{value:#.3g}".rstrip(".")
+
+
+def context() -> AbstractContextManager[None]:
+    """Return a context in which matplotlib follows the project's style and nothing of the user's own settings."""
+    installed = {font.name for font in fontManager.ttflist}
+    fonts = {"font.family": ["DejaVu Sans", *(name for name in FALLBACK_FONTS if name in installed)]}
+    manager: AbstractContextManager[None] = matplotlib.style.context([STYLE, fonts], after_reset=True)
+    return manager
+
+
+class PaperFigure(Figure):
+    """A figure that no global state of pyplot knows, and that a notebook shows all the same."""
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
+        """Return the picture a notebook shows: at print resolution, for which it is laid out, and its size on screen."""
+        picture = io.BytesIO()
+        with context():
+            self.savefig(picture, format="png", dpi=300)
+        return picture.getvalue(), {"width": round(self.get_figwidth() * SCREEN_DPI)}
+
+
+def new_figure(height: float, width: float = COLUMN) -> Figure:
+    """Return an empty figure; height and width (`COLUMN` or `DOUBLE`) in inches. Call it, and draw, in `context`."""
+    return PaperFigure(figsize=(width, height))
+
+
+Draw = Callable[..., Figure]
+
+
+def styled(draw: Draw) -> Draw:
+    """Make a draw function follow the project's style, whatever settings it is called under, and lay its figure out.
+
+    It is laid out once and for all, at print resolution, as the width of text depends on it: every rendering would move
+    things a little, so that a figure shown in a notebook and then saved would differ from one saved at once.
+    """
+
+    @functools.wraps(draw)
+    def draw_in_style(*arguments: Any, **options: Any) -> Figure:
+        with context():
+            drawn = draw(*arguments, **options)
+            screen = drawn.get_dpi()
+            drawn.set_dpi(300)
+            for _ in range(2):  # the second pass settles the first
+                drawn.draw_without_rendering()
+            drawn.set_dpi(screen)
+            drawn.set_layout_engine("none")
+            return drawn
+
+    return draw_in_style
+
+
+@dataclass(frozen=True)
+class FigureSpec:
+    """A figure of a run.
+
+    Attributes:
+        draw: Draws it, given its tables in order.
+        tables: Names of run tables. One with ``<arm>`` stands for those of all arms, and comes as a dictionary by arm; one
+            that starts with ``published/`` is a file of published numbers.
+        note: What it shows, in a sentence.
+        source: The ``evaluation.source`` that it belongs to; None for any.
+    """
+
+    draw: Draw
+    tables: tuple[str, ...]
+    note: str
+    source: Literal["published", "arms"] | None
+
+
+#: Every figure by name, in the order in which they are drawn.
+FIGURES: dict[str, FigureSpec] = {}
+
+
+def figure(
+    name: str, tables: Sequence[str], source: Literal["published", "arms"] | None = None
+) -> Callable[[Draw], Draw]:
+    """Enter a draw function into `FIGURES`, and let it draw in the project's style.
+
+    Args:
+        name: Name of the figure and of its files.
+        tables: As in `FigureSpec`.
+        source: As in `FigureSpec`.
+
+    Returns:
+        A decorator. The first line of the function's docstring becomes the figure's note. The decorated function raises
+        NothingToShowError if one of its tables is empty.
+    """
+
+    def register(draw: Draw) -> Draw:
+        draw_in_style = styled(draw)
+
+        @functools.wraps(draw)
+        def draw_from_rows(*tables: Any) -> Figure:
+            if any(table.empty for table in tables if isinstance(table, pd.DataFrame)):
+                raise NothingToShowError(f"Figure {name} has nothing to show: a table that it is drawn from is empty.")
+            return draw_in_style(*tables)
+
+        FIGURES[name] = FigureSpec(draw_from_rows, tuple(tables), (inspect.getdoc(draw) or "").split("\n")[0], source)
+        return draw_from_rows
+
+    return register
+
+
+def save(drawn: Figure, name: str, folder: Path, inputs: Mapping[str, str], note: str) -> tuple[Path, ...]:
+    """Write a figure as PDF and PNG (300 dpi), and what it was drawn from as JSON.
+
+    Args:
+        drawn: The figure.
+        name: Base name of the files.
+        folder: Their folder; it is created.
+        inputs: sha256 of every table the figure was drawn from, and of its code, by name.
+        note: One sentence for the reader of the JSON.
+
+    Returns:
+        The three files: PDF, PNG, JSON. Each is written under a temporary name and renamed, the JSON last.
+
+    Raises:
+        PersodpoError: The disk is full or the folder cannot be written.
+    """
+    pdf, png, record = (folder / f"{name}.{suffix}" for suffix in ("pdf", "png", "json"))
+    # A date, and in the PNG a version, would make two runs differ; the JSON holds the versions.
+    metadata = {
+        pdf: {"CreationDate": None, "Title": name, "Creator": "persodpo"}, png: {"Software": None, "Title": name},
+    }  # fmt: skip
+    with context():
+        for path, texts in metadata.items():
+            write_atomically(path, functools.partial(drawn.savefig, metadata=texts))
+    content = {
+        "figure": name, "note": note, "inputs": dict(sorted(inputs.items())),
+        "files": {path.name: sha256(path) for path in metadata},
+        "versions": {package: importlib.metadata.version(package) for package in ("matplotlib", "seaborn")},
+    }  # fmt: skip
+    write_json(record, content)
+    return pdf, png, record
