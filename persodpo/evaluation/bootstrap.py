@@ -133,7 +133,7 @@ def _spread(statistic: Statistic, drawn: Floats, sampling: Resampling) -> Spread
     seed_means = np.nanmean(statistic.columns, axis=0)
     estimate = float(seed_means.mean())
     if (~np.isnan(statistic.columns)).sum(axis=0).min() < FEWEST:
-        return Spread(estimate, *[np.nan] * 5)
+        return Spread(estimate, np.nan, np.nan, np.nan, np.nan, np.nan)
     # A resample may hold none of the few dialogues that count: one in twenty thousand where ten do, fewer where more.
     whole = ~np.isnan(drawn).any(axis=1)
     parts = _seed_parts(seed_means, drawn[whole], statistic.seeds)

@@ -83,14 +83,15 @@ def judge(dialogues: pd.DataFrame, responses: pd.DataFrame) -> pd.DataFrame:
         One row a response, in their order: dialogue_id, model, the flags `PARTS`, their conjunction ``grounded``, and added,
         the number of sentences beside the answer.
     """
-    prompts = dialogues.set_index("dialogue_id")
-    rows = []
-    for row in responses[["dialogue_id", "model", "outcome", "response"]].itertuples(index=False):
-        prompt = prompts.loc[row.dialogue_id]
-        found = Judgement(False, False, False, False, 0)
-        if row.outcome == "ok":
-            found = judge_answer(prompt["personas"], prompt["context"], row.response)
-        rows.append((row.dialogue_id, row.model, *found[:-1], all(found[:-1]), found.added))
+    prompts = dialogues.set_index("dialogue_id")[["personas", "context"]].T.to_dict("list")
+    rows: list[tuple[object, ...]] = []
+    for dialogue_id, model, outcome, text in zip(
+        *(responses[name] for name in ("dialogue_id", "model", "outcome", "response")), strict=True
+    ):
+        personas, context = prompts[dialogue_id]
+        failed = Judgement(False, False, False, False, 0)
+        found = judge_answer(personas, context, text) if outcome == "ok" else failed
+        rows.append((dialogue_id, model, *found[:-1], all(found[:-1]), found.added))
     return pd.DataFrame(rows, columns=["dialogue_id", "model", *PARTS, "grounded", "added"])
 
 

@@ -115,12 +115,12 @@ def _pairs(run: RunFolder, overwrite: bool) -> StageReport:
 def _estimates(run: RunFolder, overwrite: bool) -> StageReport:
     """Estimate every ablation, and compare it with the arm that they start from on the same dialogues, one seed each."""
     settings, table = run.profile.evaluation, "ablations/estimates"
-    compared, kinds = "ablations/comparisons", ("responses", "scores", "judged")
-    names = [f"{group}/{kind}" for group in ("evaluation", "ablations") for kind in kinds]
+    compared = "ablations/comparisons"
+    names = [f"{group}/{kind}" for group in ("evaluation", "ablations") for kind in ("responses", "scores", "judged")]
 
     def build(targets: Targets) -> None:
         own, other = (
-            observe(*(run.read(f"{group}/{kind}") for kind in kinds[:2]), judged=run.read(f"{group}/judged"))
+            observe(run.read(f"{group}/responses"), run.read(f"{group}/scores"), judged=run.read(f"{group}/judged"))
             for group in ("evaluation", "ablations")
         )
         both = pd.concat([own[own["arm"] == settings.ablated], other], ignore_index=True)

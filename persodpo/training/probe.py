@@ -51,7 +51,7 @@ def random_groups(model: Any, max_length: int | None, token_budget: int) -> tupl
     positions = getattr(config, "max_position_embeddings", None) or token_budget
     # RoBERTa's positions begin after that of the padding, and an index beyond the table ends a GPU's process.
     padding = getattr(config, "pad_token_id", None)
-    most = positions - (1 + padding if padding in range(8) else 0)
+    most = positions - (1 + padding if isinstance(padding, int) and 0 <= padding <= 2 else 0)
     rope = getattr(config, "rope_parameters", None)
     # A model with rope goes on beyond its positions, with other angles under some; others cannot go there.
     longest = (max_length or positions + token_budget) if rope else min(max_length or most, most)
