@@ -54,7 +54,7 @@ def measure(browser: lab.Browser, source: str) -> dict[str, dict[str, float]]:
         middle, slow = (round(float(value), 1) for value in np.percentile(times, [50, 95]))
         latencies[name] = {"median ms": middle, "95th percentile ms": slow, "moves": len(times)}
     if source == "mini":
-        browser.cell(1).locator(".jp-OutputArea").screenshot(path=PICTURE)
+        browser.cell(1).locator(".jp-Cell-outputArea").screenshot(path=PICTURE)
     browser.close()
     return latencies
 

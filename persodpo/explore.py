@@ -36,7 +36,7 @@ from persodpo.explore_views import (
 )
 from persodpo.gate import FEATURES, label_accuracy
 from persodpo.pairs import answers_of, effective_weights, prompt_table, scale_of
-from persodpo.release.published import training_curves, true_name
+from persodpo.release.published import training_curves
 from persodpo.runfolder import RunFolder
 
 P = ParamSpec("P")
@@ -311,8 +311,8 @@ def _curves(run: RunFolder) -> dict[str, pd.DataFrame]:
     labels = [path.parent.name for path in run.root.glob("training/*/log.parquet")]
     labels.sort(key=lambda label: (label not in run.profile.training.arms, "@" not in label, label))
     logs = {label: run.read(f"training/{label}/log").query("kind == 'train'") for label in labels}
-    published = training_curves()
-    return logs | {f"published {true_name(str(name))}": group for name, group in published.groupby("run")}
+    published = training_curves().replace({"run": r"Qwen2-(0\.)?5B-"}, "", regex=True)  # all are of Qwen2-0.5B
+    return logs | {f"published {name}": group for name, group in published.groupby("run")}
 
 
 # --- arms ------------------------------------------------------------------------------------------------------------

@@ -161,7 +161,7 @@ def quality_figure(now: Outcome, own: Outcome) -> Figure:
             left.vlines(place, 0, height, color=colour, linewidth=1.6)
             left.text(place, height, label, ha=side, va="top")
         left.set(title="Quality of the scored responses (line: under the profile)", xlim=(0, top), ylim=(0, height))
-        left.locator_params(axis="y", nbins=3)
+        left.locator_params(nbins=3)
         _draw_models(right, now, own)
     return figure
 
@@ -169,13 +169,13 @@ def quality_figure(now: Outcome, own: Outcome) -> Figure:
 def _draw_models(axes: Axes, now: Outcome, own: Outcome) -> None:
     """Draw a row for each model, best of the profile first: its rank, and how often it is chosen and rejected."""
     ranks, before = now.ranks, own.ranks
-    models = list(before)
+    models, places = list(before), range(len(before))
     for side, colour, sign in (("chosen", CHOSEN, 1), ("rejected", REJECTED, -1)):
         counts = dict(now.pairs[f"model_{side}"].value_counts().iter_rows())
-        bars = axes.barh(models, [sign * counts.get(model, 0) for model in models], color=colour, alpha=0.75)
+        bars = axes.barh(places, [sign * counts.get(model, 0) for model in models], color=colour, alpha=0.75)
         axes.bar_label(bars, [f"{counts.get(model, 0):,}" for model in models], padding=2, fontsize=7.5)
     moved = {model: f" (was {before[model]})" if before[model] != ranks[model] else "" for model in models}
-    axes.set_yticks(range(len(models)), [f"{ranks[model]}. {model[:24]}{moved[model]}" for model in models])
+    axes.set_yticks(places, [f"{ranks[model]}. {model[:24]}{moved[model]}" for model in models])
     axes.axvline(0, color=INK, linewidth=0.8)
     axes.margins(x=0.18)
     axes.invert_yaxis()

@@ -224,7 +224,7 @@ def test_differences_in_one_dialogue_by_hand(evaluated):
 def test_curves_of_arms_beside_the_published_ones(evaluated):
     panel = explore.training(evaluated)
     ticked = [name for name, control in panel.controls.items() if control.value is True]
-    assert ticked == ["perso", "published Qwen2-0.5B-Instruct-FoCus-perso-DPO"]
+    assert ticked == ["perso", "published Instruct-FoCus-perso-DPO"]
     panel.controls["axis"].value, panel.controls["smoothing"].value = "step", 0.5
     panel.controls[ticked[1]].value = False
     (figure,) = panel.shown()
