@@ -22,18 +22,14 @@ from numpy.typing import NDArray
 
 from persodpo.errors import NothingToShowError
 from persodpo.figures.style import BLUE, CHOSEN, DOUBLE, GREY, REJECTED, figure, model_styles, new_figure
+from persodpo.method import SIGNALS
 from persodpo.metrics import metric_label
 
 Floats = NDArray[np.float64]
 
-#: The five signals: usual range, and width of a bin. Ranges grow where a table goes beyond them.
-SIGNALS: dict[str, tuple[tuple[float, float], float]] = {
-    "coherence": ((0.0, 1.0), 0.05),
-    "c_score": ((-1.0, 1.0), 0.125),
-    "ue_score": ((0.0, 2.0), 0.125),
-    "persona_distance": ((0.0, 1.0), 0.05),
-    "compliance": ((0.0, 1.0), 0.05),
-}
+#: Usual range of a signal, and width of a bin; of those that are not named, 0 to 1 and 0.05. Ranges grow where a table goes
+#: beyond them.
+RANGES = {"c_score": ((-1.0, 1.0), 0.125), "ue_score": ((0.0, 2.0), 0.125)}
 _QUALITY_BIN = 0.025
 _RIDGE = 0.78  # height of the tallest bar, in rows
 _MEAN: dict[str, Any] = {"marker": "o", "linestyle": "none", "color": "black", "markersize": 2.2, "label": "mean"}
@@ -78,7 +74,7 @@ def _signals(scores: pd.DataFrame) -> Figure:
 
 def _signal(axes: Axes, signal: str, rows: Sequence[tuple[Floats, str]]) -> None:
     """Draw one signal's histogram and mean, one row per model."""
-    limits, width = SIGNALS[signal]
+    limits, width = RANGES.get(signal, ((0.0, 1.0), 0.05))
     edges = _edges(np.concatenate([values for values, _ in rows]), limits, width, centred=True)
     heights = [np.histogram(values, edges)[0] / max(len(values), 1) for values, _ in rows]
     unit = max(float(height.max()) for height in heights) or 1.0
