@@ -15,7 +15,7 @@ from persodpo.completions import KEY
 from persodpo.method import SIGNALS
 from persodpo.plots.metrics import metric_label
 from persodpo.plots.style import SKY, VERMILLION
-from persodpo.scoring.stop_words import STOP_WORDS
+from persodpo.scoring.persona import STOP_WORDS
 
 _WORD = re.compile(r"\w+")
 _DECODER = json.JSONDecoder()
