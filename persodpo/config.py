@@ -40,8 +40,7 @@ Labels = Annotated[tuple[ClassName, ClassName, ClassName], AfterValidator(distin
 DialogueSource = Literal["miniature", "published_focus", "focus_json", "csv"]
 PairSet = Literal["simple", "perso"]
 ARMS: tuple[ArmName, ...] = ("simple", "perso", "perso_weighted", "corrected")
-#: What stands for the frozen encoder as a scorer's model, and the encoder that is fetched.
-ENCODER, HUB_ENCODER = "encoder", "sentence-transformers/all-MiniLM-L6-v2"
+ENCODER, HUB_ENCODER = "encoder", "sentence-transformers/all-MiniLM-L6-v2"  # as a scorer's model; what is fetched
 Variable = Annotated[str, Field(pattern=r"^[A-Z_][A-Z0-9_]{0,63}$")]
 TokenLimit = Literal["max_tokens", "max_completion_tokens"]
 Format = Literal["raw", "chat", "chat_with_system"]
@@ -224,8 +223,7 @@ class Weights(Section):
 
     @model_validator(mode="after")
     def _sum_to_one(self) -> Self:
-        weights = self.model_dump()
-        total = sum(weights.values())
+        total = sum((weights := self.model_dump()).values())
         if abs(total - 1.0) > 1e-6:
             shares = ", ".join(f"{name}: {weight / total:.6g}" for name, weight in weights.items()) if total else ""
             remedy = f'; in the same proportion: --set "scoring.weights={{{shares}}}"' if total else ""
