@@ -84,15 +84,15 @@ def recent(context: str) -> str:
     return "\n".join(turns(context)[-2:])
 
 
-def examples_of(dialogues: pd.DataFrame, seed: int) -> dict[str, Examples]:
-    """Return the labelled pairs that each head learns from or is measured on, by the head's name."""
-    rows = own_or_lent(dialogues, seed, REPLIES)
+def examples_of(dialogues: pd.DataFrame, seed: int, share: float = 1.0) -> dict[str, Examples]:
+    """Return the labelled pairs of each head, by its name, from a share of `CLAIMS` and `REPLIES`."""
+    rows = own_or_lent(dialogues, seed, round(share * REPLIES))
     coherence: Examples = [((reply, recent(history)), own) for reply, history, own in rows]
     coherence += [(("", recent(history)), 0) for _, history, _ in rows[:: max(1, len(rows) // 20)]]
     queries: Examples = [
         ((last_user_turn(history), _answer(reply)), ENTAILMENT if own else NEUTRAL) for reply, history, own in rows
     ]
-    personas = persona_examples(dialogues, seed, CLAIMS)
+    personas = persona_examples(dialogues, seed, round(share * CLAIMS))
     return {"coherence": coherence, "c_score": personas, "ue_score": [*personas, *queries]}
 
 

@@ -31,6 +31,8 @@ HEADS = ("coherence", "c_score", "ue_score")
 RECORD, WEIGHTS = "heads.json", "heads.safetensors"
 #: Dialogues without which nothing is learned, and the share of them that is held out.
 MINIMUM, HELD_OUT = 10, 0.15
+#: Examples that are measured on, as a share of those learned from.
+MEASURED = 1 / 3
 #: Hidden units and passes over the examples.
 UNITS, EPOCHS = 32, 40
 
@@ -158,7 +160,8 @@ def _fit_all(dialogues: pd.DataFrame, encoder: Encoder, scratch: Path, seed: int
 
     order = np.random.default_rng(seed).permutation(len(dialogues))
     count = max(2, round(HELD_OUT * len(dialogues)))  # whole dialogues: their examples share sentences
-    train, held_out = (examples_of(dialogues.iloc[np.sort(part)], seed) for part in (order[count:], order[:count]))
+    train = examples_of(dialogues.iloc[np.sort(order[count:])], seed)
+    held_out = examples_of(dialogues.iloc[np.sort(order[:count])], seed, MEASURED)
     weights: dict[str, np.ndarray] = {}
     record: dict[str, Any] = {}
     with remembered():
