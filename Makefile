@@ -3,13 +3,14 @@ PYTHON  ?= python3
 PROFILE ?= mini
 SET     ?=
 LAB     ?=
+NLI     ?=
 VENV    := .venv
 BIN     := $(VENV)/bin
 LOCKED  := $(VENV)/.built-from-lock
 STAMP   := $(VENV)/.installed
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
-.PHONY: reproduce install test test-slow test-reproduced test-browser browser lint format figures lab bench-mini bench-browser bench-pairs bench-generate bench-train bench-batches check-architectures bench-score lock clean
+.PHONY: reproduce install test test-slow test-reproduced test-browser browser lint format figures lab bench-mini bench-browser bench-pairs bench-generate bench-train bench-batches check-architectures bench-score check-scorers lock clean
 
 reproduce: $(STAMP)  ## run every notebook in order under PROFILE
 	$(BIN)/persodpo reproduce --profile $(PROFILE) $(foreach s,$(SET),--set $(s))
@@ -78,6 +79,9 @@ bench-batches: $(STAMP)  ## whole prompts a step against shuffled pairs, over se
 bench-score: $(STAMP)  ## scorers against the released loops, growth, a full cache; needs the published files
 	$(BIN)/python benchmarks/bench_score.py
 
+check-scorers: $(STAMP)  ## other scorers against the published scores; make check-scorers NLI=folder, see its options
+	$(BIN)/python benchmarks/check_scorers.py $(NLI)
+
 $(LOCKED): requirements.lock
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; name another with make PYTHON=python3.12")'
 	$(PYTHON) -m venv --clear $(VENV)
@@ -86,6 +90,7 @@ $(LOCKED): requirements.lock
 
 $(STAMP): $(LOCKED) pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(BIN)/persodpo fetch encoder
 	@touch $@
 
 # The packages that torch pins for its own CUDA builds are left to torch, so that one lock serves CPU and GPU machines.

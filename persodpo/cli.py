@@ -130,35 +130,6 @@ def train(
     _print_all(Run(profile, set_ or ()).make("train", overwrite, arms=arm or ()))
 
 
-@app.command("finetune-scorer")
-def finetune_scorer_command(
-    data: Annotated[list[Path], typer.Argument(help="Files of labelled examples, all of one format.")],
-    *,
-    kind: Annotated[
-        str, typer.Option("--format", "-f", help="snli, sick, dialogue_nli, jsonl, or coherence (answers Yes or No).")
-    ],
-    base: Annotated[str, typer.Option("--base", "-b", help="Model to start from: a folder or a name on the Hub.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the result.")],
-    held_out: Annotated[
-        list[Path] | None, typer.Option(help="Held-out files; repeatable. Default: a tenth of the data.")
-    ] = None,
-    fields: Annotated[
-        tuple[str, str, str] | None, typer.Option(help="Names of the two texts and the label, for jsonl and coherence.")
-    ] = None,
-    epochs: Annotated[float, typer.Option(min=1e-6)] = 1.0,
-    learning_rate: Annotated[float, typer.Option(min=0.0)] = 2e-5,
-    batch_size: Annotated[int, typer.Option(min=1)] = 16,
-    max_length: Annotated[int, typer.Option(min=8, help="Longest input, tokens.")] = 210,
-    seed: Annotated[int, typer.Option(min=0)] = 44,
-) -> None:
-    """Fine-tune the model of a scorer: C score, UE score or coherence. Defaults are those of the paper where known."""
-    from persodpo.scoring.finetune_scorer import finetune_scorer  # noqa: PLC0415
-    from persodpo.scoring.scorer_card import FineTuning  # noqa: PLC0415
-
-    settings = FineTuning(epochs, learning_rate, batch_size, max_length, seed)
-    print(finetune_scorer(data, kind, base, output, settings=settings, held_out=held_out or (), fields=fields))
-
-
 @app.command()
 def miniature(
     dialogues: Annotated[
@@ -176,22 +147,26 @@ def miniature(
 
 @app.command()
 def fetch(
-    what: Annotated[str, typer.Argument(help="What to fetch: release.")],
+    what: Annotated[str, typer.Argument(help="What to fetch: release or encoder.")],
     source: Annotated[
         str | None,
         typer.Option(
-            help="A folder, an archive or an HTTPS address; default: PERSODPO_RELEASE, else the pinned commit."
+            help="A folder, an archive or an HTTPS address of the release; default: PERSODPO_RELEASE, else the pinned one."
         ),
     ] = None,
     profile: ProfileOption = DEFAULT_PROFILE,
     set_: SetOption = None,
 ) -> None:
-    """Fetch the published files and check every byte."""
+    """Fetch the published files, or the frozen sentence encoder of offline scorers, and check every byte."""
     from persodpo.release.fetch import fetch_release  # noqa: PLC0415
+    from persodpo.scoring.encoder import fetch_encoder  # noqa: PLC0415
 
-    if what != "release":
-        raise PersodpoError(f"Nothing called '{what}' can be fetched; fetch release.")
-    print(fetch_release(Run(profile, set_ or ()).release, source))
+    if what == "encoder":
+        print(f"encoder: all files are in {fetch_encoder()}, verified")
+    elif what == "release":
+        print(fetch_release(Run(profile, set_ or ()).release, source))
+    else:
+        raise PersodpoError(f"Nothing called '{what}' can be fetched; fetch release or encoder.")
 
 
 @app.command()

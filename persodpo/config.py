@@ -40,11 +40,12 @@ Labels = Annotated[tuple[ClassName, ClassName, ClassName], AfterValidator(distin
 DialogueSource = Literal["miniature", "published_focus", "focus_json", "csv"]
 PairSet = Literal["simple", "perso"]
 ARMS: tuple[ArmName, ...] = ("simple", "perso", "perso_weighted", "corrected")
+ENCODER, HUB_ENCODER = "encoder", "sentence-transformers/all-MiniLM-L6-v2"  # as a scorer's model; what is fetched
 Variable = Annotated[str, Field(pattern=r"^[A-Z_][A-Z0-9_]{0,63}$")]
 TokenLimit = Literal["max_tokens", "max_completion_tokens"]
 Format = Literal["raw", "chat", "chat_with_system"]
 #: Settings that an ablation may change: none that shapes answers and scores, or that it names by itself.
-_RERANKING = re.compile(r"(scoring|pairs|training)\.(?!(source|compute|weights|arms|sets)\b)")
+_RERANKING = re.compile(r"(scoring|pairs|training)\.(?!(source|encoder|compute|weights|arms|sets)\b)")
 
 
 class Paths(Section):
@@ -193,12 +194,12 @@ class Generation(Section):
 
 
 class Models(Section):
-    """The model of each scorer: small (made on the spot), a folder, or a name on the Hugging Face Hub."""
+    """The model of each scorer: encoder (heads on `scoring.encoder`, its cosine), a folder, or a name on the Hub."""
 
-    coherence: Text = setting("T5 that answers Yes or No; the authors: MingZhong/unieval-dialog", "small")
-    c_score: Text = setting("three-way NLI classifier; the authors: BERT fine-tuned on Dialogue NLI", "small")
-    ue_score: Text = setting("three-way NLI classifier; the authors: BERT fine-tuned on SNLI", "small")
-    persona_distance: Text = setting("word2vec or GloVe file, or a sentence-transformers model", "small")
+    coherence: Text = setting("T5 that answers Yes or No; the authors: MingZhong/unieval-dialog", ENCODER)
+    c_score: Text = setting("three-way NLI classifier; the authors: BERT fine-tuned on Dialogue NLI", ENCODER)
+    ue_score: Text = setting("three-way NLI classifier; the authors: BERT fine-tuned on SNLI", ENCODER)
+    persona_distance: Text = setting("word2vec or GloVe file, or a sentence encoder", ENCODER)
 
 
 class Compute(Section):
@@ -208,7 +209,6 @@ class Compute(Section):
     labels: dict[Literal["c_score", "ue_score"], Labels] = setting("outputs of a checkpoint that names none", {})
     nli_tokens: int = setting("longest input of the classifiers, tokens", 210, ge=8)
     batch_tokens: Count = setting("tokens of a batch, padding included; changes speed, never scores", 8192)
-    small_examples: int = setting("of the small classifier's training; small coherence: two fifths", 16_000, ge=20)
     accept_failed_probes: Several[ScorerName] = setting("scorers that count although they fail their probes", ())
 
 
@@ -223,8 +223,7 @@ class Weights(Section):
 
     @model_validator(mode="after")
     def _sum_to_one(self) -> Self:
-        weights = self.model_dump()
-        total = sum(weights.values())
+        total = sum((weights := self.model_dump()).values())
         if abs(total - 1.0) > 1e-6:
             shares = ", ".join(f"{name}: {weight / total:.6g}" for name, weight in weights.items()) if total else ""
             remedy = f'; in the same proportion: --set "scoring.weights={{{shares}}}"' if total else ""
@@ -236,6 +235,7 @@ class Scoring(Section):
     """Metric values and the quality score made of them."""
 
     source: Literal["published", "compute"] = setting("published (the released metric files) | compute", "compute")
+    encoder: Text = setting("frozen sentence encoder: the one of `persodpo fetch encoder`, or a folder", HUB_ENCODER)
     compute: Compute = Compute()
     weights: Weights = Weights()
     normalisation: Literal["observed", "declared"] = setting("min and max | own range of each metric", "observed")

@@ -13,14 +13,14 @@ from typing import NamedTuple
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-from persodpo.config import OpenAIModel, Profile, ServedModel, TransformersModel, with_overrides
+from persodpo.config import ENCODER, HUB_ENCODER, OpenAIModel, Profile, ServedModel, TransformersModel, with_overrides
 from persodpo.errors import PersodpoError
 from persodpo.generation.endpoint import api_key
 from persodpo.release.fetch import release_files
 from persodpo.run import Run
 from persodpo.runfolder import DATA, PROJECT, RunFolder, StageReport, read_json, sha256
-from persodpo.scoring.checkpoints import device_name
-from persodpo.scoring.computed import SMALL
+from persodpo.scoring.encoder import FILES, encoder_folder
+from persodpo.scoring.models import device_name
 from persodpo.stages.generate import Scope, forecast_report
 from persodpo.stages.policy import PREFIX, miniature_folder, policy_folder
 
@@ -48,22 +48,23 @@ def diagnose(profile: Profile) -> Iterator[Finding]:
         elif entry.model in asked and isinstance(entry, TransformersModel | ServedModel):
             name = str(PROJECT / entry.weights) if (PROJECT / entry.weights).is_dir() else entry.weights
             models.append((entry.model, name, getattr(entry, "revision", None)))
-            models.append((f"{entry.model}'s adapter", str(getattr(entry, "adapter", None) or SMALL), None))
-    scorers = profile.scoring.compute.models.model_dump() if profile.scoring.source == "compute" else {}
-    for use, name, revision in [*models, *((scorer, name, None) for scorer, name in scorers.items())]:
-        if name not in {SMALL, "policy"} and not name.startswith(PREFIX):  # those are made by the run
+            if adapter := getattr(entry, "adapter", None):
+                models.append((f"{entry.model}'s adapter", str(adapter), None))
+    if profile.scoring.source == "compute":
+        scorers = profile.scoring.compute.models.model_dump()
+        models += [(scorer, name, None) for scorer, name in scorers.items() if name != ENCODER]
+        models += [("the sentence encoder", profile.scoring.encoder, None)] if ENCODER in scorers.values() else []
+    for use, name, revision in models:
+        if name not in {"small", "policy"} and not name.startswith(PREFIX):  # those are made by the run
             yield _model(use, name, revision)
-    vectors = Path(scorers.get("persona_distance", SMALL))
-    optional = {"ray": bool(scorers) and profile.engine.scorers == "ray"}
-    optional["sentence_transformers"] = vectors.name != SMALL and vectors.suffix not in {".bin", ".gz", ".txt", ".vec"}
-    for module in filter(optional.get, optional):
-        there = importlib.util.find_spec(module)
-        yield Finding("ok" if there else "missing", f"Package {module}: pip install 'persodpo[ray,sentences]'")
+    if profile.scoring.source == "compute" and profile.engine.scorers == "ray":
+        state = "ok" if importlib.util.find_spec("ray") else "missing"
+        yield Finding(state, "Package ray: pip install 'persodpo[ray]'")
     yield from _machine(profile)
 
 
 def _files(profile: Profile) -> Iterator[Finding]:
-    """Run the stages that read files in a scratch folder that sees the run's stored answers and its small models."""
+    """Run the stages that read files in a scratch folder that sees the run's stored answers and its models."""
     run, source = RunFolder(profile), profile.generation.source
     if PUBLISHED & {profile.dialogues.source, source, profile.scoring.source, profile.evaluation.source}:
         found = release_files(run.release)
@@ -96,7 +97,10 @@ def _key(entry: OpenAIModel, has_budget: bool) -> Finding:
 
 
 def _model(use: str, name: str, revision: str | None) -> Finding:
-    """Look for a file of word vectors, or for weights in a folder or in the Hub's cache."""
+    """Look for the fetched encoder, a file of word vectors, or weights in a folder or in the Hub's cache."""
+    if name == HUB_ENCODER:
+        there = all((encoder_folder() / file).is_file() for file in FILES)
+        return Finding("ok" if there else "missing", f"Model of {use}: {name}; `persodpo fetch encoder` fetches it.")
     place = Path(name)
     with suppress(HFValidationError, LocalEntryNotFoundError):
         place = place if place.exists() else Path(snapshot_download(name, revision=revision, local_files_only=True))

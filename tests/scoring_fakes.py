@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
 from persodpo.runfolder import RunFolder
-from persodpo.scoring.engine import Asked
-from persodpo.scoring.scorers import Item, Scored
+from persodpo.scoring.score import Item, Scored
 from persodpo.tables import schema_of, write_table
 
 
@@ -19,41 +18,38 @@ class Letters:
     """Scores a response by its letters; counts what it was asked, and may kill its process before a batch."""
 
     def __init__(
-        self, name: str = "coherence", limit: int = 10**9, killed_before: int = -1, **identity: object
+        self, name: str = "coherence", limit: int = 10**9, killed_before: int = -1, key: str = "letters"
     ) -> None:
-        """Name the scorer, how many letters it reads, the batch before which it kills its process, and its identity."""
-        self._name, self.limit, self.killed_before, self._identity = name, limit, killed_before, identity
-        self.batches: list[list[tuple[str, ...]]] = []
+        """Name the scorer, how many letters it reads, the batch before which it kills its process, and its key."""
+        self._name, self.limit, self.killed_before, self._key = name, limit, killed_before, key
+        self.batches: list[list[str]] = []
 
     @property
     def name(self) -> str:
         return self._name
 
     @property
-    def asked(self) -> list[tuple[str, ...]]:
-        return [texts for batch in self.batches for texts in batch]
+    def key(self) -> str:
+        return f"{self._key} {self.limit}"
 
-    def identity(self) -> Mapping[str, object]:
-        return {"kind": "letters", **self._identity}
+    @property
+    def asked(self) -> list[str]:
+        return [text for batch in self.batches for text in batch]
 
-    def texts(self, item: Item) -> tuple[str, ...]:
-        return (item.context, item.response)
+    def value(self, item: Item) -> float:
+        return sum(map(ord, item.response[: self.limit])) / 1000 + len(item.context)
 
-    def value(self, texts: tuple[str, ...]) -> float:
-        return sum(map(ord, texts[1][: self.limit])) / 1000 + len(texts[0])
-
-    def score(self, texts: Sequence[tuple[str, ...]]) -> Scored:
+    def score(self, items: Sequence[Item]) -> Scored:
         if len(self.batches) == self.killed_before:
             os.kill(os.getpid(), signal.SIGKILL)
-        self.batches.append(list(texts))
-        cut = sum(len(text[1]) > self.limit for text in texts)
-        vowels = [sum(letter in "aeiou" for letter in text[1]) / max(1, len(text[1])) for text in texts]
-        return Scored(np.array([self.value(text) for text in texts]), cut, {"vowels": float(np.mean(vowels))})
+        self.batches.append([item.response for item in items])
+        unread = [max(0.0, 1 - self.limit / max(1, len(item.response))) for item in items]
+        return Scored(np.array([self.value(item) for item in items]), np.array(unread))
 
 
-def ask(*responses: str, context: str = "User1: hi", personas: tuple[str, ...] = ("I like art.",)) -> list[Asked]:
+def ask(*responses: str, context: str = "User1: hi", personas: tuple[str, ...] = ("I like art.",)) -> list[Item]:
     """Ask about responses to one dialogue."""
-    return [Asked(f"dialogue d{n}, model m", Item(personas, context, "ref", text)) for n, text in enumerate(responses)]
+    return [Item(personas, context, "ref", text) for text in responses]
 
 
 def write_run(run: RunFolder, dialogues: pd.DataFrame, responses: pd.DataFrame) -> None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -17,11 +15,10 @@ from scorer_models import T5_WORDS, counting_t5
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from persodpo.errors import PersodpoError
-from persodpo.runfolder import PROJECT
-from persodpo.scoring import inference
-from persodpo.scoring.checkpoints import Checkpoint
+from persodpo.scoring import coherence
 from persodpo.scoring.coherence import CoherenceScorer, write_input
-from persodpo.scoring.scorers import Item
+from persodpo.scoring.models import Checkpoint
+from persodpo.scoring.score import Item
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,6 +26,11 @@ ITEM = Item(("I like x.", "I have x."), "User1: x good\nUser2: x", "gold", "good
 #: Tokens of the coherence question up to the response, and with all marks; each is another than "good".
 HEAD = 12
 FRAME = HEAD + 4
+
+
+def items(*texts: tuple[str, str]) -> list[Item]:
+    """Return items of these responses and histories."""
+    return [Item((), history, "", response) for response, history in texts]
 
 
 def share(good: int, rest: int) -> float:
@@ -55,12 +57,10 @@ def trained(tmp_path_factory):
 def test_the_share_of_yes_is_the_one_computed_by_hand(counting):
     scorer = CoherenceScorer(counting)
     # Two of "good", and "x", "User1:", "x", "User2:", "x" besides the question.
-    assert scorer.texts(ITEM) == ("good x", ITEM.context)
-    other = ITEM._replace(response="x")
-    scored = scorer.score([scorer.texts(ITEM), scorer.texts(other)])
+    scored = scorer.score([ITEM, ITEM._replace(response="x")])
     assert scored.values == pytest.approx([share(2, FRAME + 5), share(1, FRAME + 5)], abs=1e-6)
     assert scored.values.dtype == np.float64
-    assert (scored.truncated, scored.notes) == (0, {})
+    assert scored.unread.tolist() == [0, 0]
 
 
 def test_the_input_is_the_published_checkpoints():
@@ -100,18 +100,18 @@ def test_scores_follow_their_texts_whatever_the_order_batch_and_padding(trained,
     assert np.ptp(alone) > 0.01
     order = random.Random(1).sample(range(len(texts)), len(texts))
     scorer = CoherenceScorer(trained, batch_tokens=batch_tokens)
-    found = scorer.score([texts[n] for n in order])
+    found = scorer.score(items(*(texts[n] for n in order)))
     assert found.values == pytest.approx([alone[n] for n in order], abs=1e-5)
 
 
 def test_equal_inputs_are_run_once(trained, monkeypatch):
     seen = []
-    run = inference.run
+    run = coherence.run
     monkeypatch.setattr(
-        inference, "run", lambda loaded, rows, *rest: seen.append(len(rows)) or run(loaded, rows, *rest)
+        coherence, "run", lambda loaded, rows, *rest: seen.append(len(rows)) or run(loaded, rows, *rest)
     )
     texts = made_up(3)
-    scored = CoherenceScorer(trained).score([*texts, *texts[::-1]])
+    scored = CoherenceScorer(trained).score(items(*texts, *texts[::-1]))
     assert seen == [3]
     assert scored.values[:3].tolist() == scored.values[:2:-1].tolist()
 
@@ -121,30 +121,22 @@ def test_the_oldest_turns_are_cut_and_counted(counting, good, rest):
     """Of the history "x x x ... good good ..." as much of the end stays as fits."""
     room = 5
     history = " ".join(["x"] * rest + ["good"] * good)
-    scored = CoherenceScorer(counting, max_length=FRAME + 1 + room).score([("x", history)])
+    scored = CoherenceScorer(counting, max_length=FRAME + 1 + room).score(items(("x", history)))
     kept = min(good, room)
     left = min(rest, room - kept)
     assert scored.values[0] == pytest.approx(share(kept, FRAME + 1 + left), abs=1e-6)
-    assert scored.truncated == (good + rest > room)
-
-
-def test_as_released_cuts_the_latest_turns(counting):
-    history = "good good good x x x"
-    length = FRAME + 1 + 2
-    for truncation, kept in (("as_released", 2), ("corrected", 0)):
-        scored = CoherenceScorer(counting, max_length=length, truncation=truncation).score([("x", history), ("x", "x")])
-        assert scored.values == pytest.approx([share(kept, length - kept), share(0, FRAME + 2)], abs=1e-6)
-        assert scored.truncated == 1
+    lost = max(0, good + rest - room)
+    assert scored.unread[0] == pytest.approx(lost / (FRAME + 1 + good + rest))
 
 
 def test_a_response_longer_than_the_model_loses_its_end(counting):
-    scored = CoherenceScorer(counting, max_length=20).score([("good " * 50, "x good")])
+    scored = CoherenceScorer(counting, max_length=20).score(items(("good " * 50, "x good")))
     assert scored.values[0] == pytest.approx(share(20 - HEAD - 1, HEAD + 1), abs=1e-6)
-    assert scored.truncated == 1
+    assert scored.unread[0] == pytest.approx(1 - 20 / (FRAME + 52))
 
 
 def test_empty_texts_are_scored_and_nothing_is_nothing(counting):
-    assert CoherenceScorer(counting).score([("", "")]).values == pytest.approx([share(0, FRAME)])
+    assert CoherenceScorer(counting).score(items(("", ""))).values == pytest.approx([share(0, FRAME)])
     assert len(CoherenceScorer(counting).score([]).values) == 0
 
 
@@ -159,7 +151,7 @@ def test_empty_texts_are_scored_and_nothing_is_nothing(counting):
 def test_a_tokenizer_without_yes_and_no_is_refused(tmp_path, words):
     counting_t5(tmp_path, words)
     with pytest.raises(PersodpoError, match="no single, different tokens for Yes and No"):
-        CoherenceScorer(Checkpoint(str(tmp_path))).score([("x", "x")])
+        CoherenceScorer(Checkpoint(str(tmp_path))).score(items(("x", "x")))
 
 
 def test_yes_in_two_pieces_is_refused(tmp_path, counting):
@@ -168,7 +160,7 @@ def test_yes_in_two_pieces_is_refused(tmp_path, counting):
     content["pre_tokenizer"] = {"type": "Split", "pattern": {"String": "e"}, "behavior": "Isolated", "invert": False}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(PersodpoError, match="single, different tokens"):
-        CoherenceScorer(Checkpoint(str(tmp_path))).score([("x", "x")])
+        CoherenceScorer(Checkpoint(str(tmp_path))).score(items(("x", "x")))
 
 
 def test_weights_outside_safetensors_are_refused(tmp_path):
@@ -177,17 +169,17 @@ def test_weights_outside_safetensors_are_refused(tmp_path):
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(PersodpoError, match=r"no weights in safetensors.*convert it once"):
-        CoherenceScorer(Checkpoint(str(tmp_path))).score([("x", "x")])
+        CoherenceScorer(Checkpoint(str(tmp_path))).score(items(("x", "x")))
 
 
 def test_damaged_or_unfit_checkpoints_are_one_sentence(tmp_path):
     counting_t5(tmp_path / "damaged")
     (tmp_path / "damaged" / "model.safetensors").write_bytes(b"\0" * 20)
     with pytest.raises(PersodpoError, match=r"Model '.*damaged' cannot be loaded"):
-        CoherenceScorer(Checkpoint(str(tmp_path / "damaged"))).score([("x", "x")])
+        CoherenceScorer(Checkpoint(str(tmp_path / "damaged"))).score(items(("x", "x")))
     (tmp_path / "empty").mkdir()
     with pytest.raises(PersodpoError, match=r"empty holds no model \(there is no config.json\)"):
-        CoherenceScorer(Checkpoint(str(tmp_path / "empty"))).identity()
+        _ = CoherenceScorer(Checkpoint(str(tmp_path / "empty"))).key
 
 
 def test_values_that_are_not_finite_are_refused(tmp_path):
@@ -197,23 +189,20 @@ def test_values_that_are_not_finite_are_refused(tmp_path):
         model.lm_head.weight[3] = float("nan")
     model.save_pretrained(tmp_path)
     with pytest.raises(PersodpoError, match="values that are not finite"):
-        CoherenceScorer(Checkpoint(str(tmp_path))).score([("x", "x")])
+        CoherenceScorer(Checkpoint(str(tmp_path))).score(items(("x", "x")))
 
 
-def test_identity_follows_the_files_and_settings_and_nothing_beside_them(tmp_path):
+def test_the_key_follows_the_files_and_settings_and_nothing_else(tmp_path):
     first, second = (str(counting_t5(tmp_path / name)) for name in ("first", "second"))
-    before = CoherenceScorer(Checkpoint(first)).identity()
-    assert before == CoherenceScorer(Checkpoint(second)).identity()
+    before = CoherenceScorer(Checkpoint(first)).key
+    assert before == CoherenceScorer(Checkpoint(second)).key
     (tmp_path / "second" / "README.md").write_text("a card")
-    assert before == CoherenceScorer(Checkpoint(second)).identity()
-    assert before["dtype"] == "float32"
-    json.dumps(before)
-    for change in ({"max_length": 9}, {"truncation": "as_released"}):
-        assert CoherenceScorer(Checkpoint(first), **change).identity() != before
-    assert CoherenceScorer(Checkpoint(first), batch_tokens=7).identity() == before
+    assert before == CoherenceScorer(Checkpoint(second)).key
+    assert CoherenceScorer(Checkpoint(first), max_length=9).key != before
+    assert CoherenceScorer(Checkpoint(first), batch_tokens=7).key == before
     config = tmp_path / "second" / "config.json"
     config.write_text(config.read_text().replace('"num_heads": 1', '"num_heads": 2'))
-    assert CoherenceScorer(Checkpoint(second)).identity() != before
+    assert CoherenceScorer(Checkpoint(second)).key != before
 
 
 def test_a_model_on_the_hub_is_known_by_its_commit(monkeypatch, tmp_path):
@@ -222,30 +211,17 @@ def test_a_model_on_the_hub_is_known_by_its_commit(monkeypatch, tmp_path):
 
     def cached(name, file, revision):
         assert (name, file) == ("someone/model", "config.json")
-        return str(tmp_path / {"main": "abc", None: "abc", "v2": "def"}[revision] / file)
+        return str(tmp_path / {None: "abc", "v2": "def"}[revision] / file)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", cached)
-    assert Checkpoint("someone/model").identity() == {
-        "checkpoint": "someone/model", "commit": "abc", "dtype": "float32"
-    }  # fmt: skip
+    assert Checkpoint("someone/model").key == "someone/model@abc"
     assert Checkpoint("someone/model", "v2").commit == "def"
 
     def offline(*_, **__):
         raise LocalEntryNotFoundError("offline")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with pytest.raises(PersodpoError, match="'someone/other' is neither a folder nor found on the Hugging Face Hub"):
-        Checkpoint("someone/other").identity()
-
-
-def test_asking_for_the_identity_loads_no_torch(counting):
-    code = (
-        "import sys; from persodpo.scoring.coherence import CoherenceScorer; from persodpo.scoring.checkpoints import "
-        "Checkpoint; from persodpo.scoring.nli import CScorer; "
-        "from persodpo.scoring.nli_model import NliModel; c = Checkpoint(sys.argv[1]); "
-        "CoherenceScorer(c).identity(), CScorer(NliModel(c)).identity(); print('torch' in sys.modules)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, counting.name], capture_output=True, text=True, check=True, cwd=PROJECT
-    )
-    assert done.stdout.strip() == str(torch.cuda.is_available())
+    with pytest.raises(
+        PersodpoError, match="'someone/other' is neither a folder nor reachable on the Hugging Face Hub"
+    ):
+        _ = Checkpoint("someone/other").key

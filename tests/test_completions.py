@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from persodpo.completions import OUTCOMES, Reading, is_loop, is_one_object, read_completion
+from persodpo.completions import OUTCOMES, Reading, count_words, is_loop, is_one_object, read_completion
 
 GOOD = '{"response": "Hello there."}'
 CUT = '{\n  "response": "The tower was built in 1889 and'
@@ -111,3 +111,21 @@ def test_as_released_takes_the_spans_of_the_released_pattern(text):
 def test_what_is_written_as_json_reads_back(text):
     clean = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
     assert read_completion(json.dumps({"response": text}), "strict").response == clean
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", 0), ("It is a church, isn't it?", 6), (" two\u00a0words\n", 2), ("Straße — 12 km", 4),
+        ("你好世界", 4), ("你好，世界。", 4), ("ABC你好", 3), ("東京タワー is high", 6),
+        ("고궁에 갑니다", 2), ("สวัสดีครับ", 3),
+    ],
+)  # fmt: skip
+def test_words_of_scripts_without_spaces_are_counted_by_rule(text, words):
+    """Han and kana one each, Thai and the like one for four letters; elsewhere what white space separates."""
+    assert count_words(text) == words
+
+
+@given(st.text(st.characters(max_codepoint=0x0DFF)))
+def test_elsewhere_words_are_what_white_space_separates(text):
+    assert count_words(text) == len(text.split())

@@ -83,7 +83,7 @@ def test_a_price_that_a_budget_needs(tmp_path):
 
 
 def test_models_in_folders_and_in_the_cache_of_the_hub(tmp_path):
-    profile = equipped(tmp_path, policy__model="someone/model", scoring__compute__models__persona_distance="small")
+    profile = equipped(tmp_path, policy__model="someone/model", scoring__compute__models__persona_distance="encoder")
     (tmp_path / "c_score" / "model.safetensors").rename(tmp_path / "c_score" / "pytorch_model.bin")
     shutil.rmtree(tmp_path / "ue_score")
     lost = missing(profile)
@@ -99,7 +99,7 @@ def test_packages_gpu_and_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda _: None)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 2**29))
     found = missing(equipped(tmp_path, engine__scorers="ray", training__bf16=True))
-    wanted = ["Package ray", "Package sentence_transformers", "GPU", "Disk", "Disk"]
+    wanted = ["Package ray", "GPU", "Disk", "Disk"]
     assert [sentence.split(":")[0] for sentence in found] == wanted
 
 

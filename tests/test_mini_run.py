@@ -22,7 +22,7 @@ from persodpo.stages.policy import small_policy
 SMALL = {
     "miniature.train": 60, "miniature.valid": 24, "miniature.model_dialogues": 600,
     "policy.small.hidden_size": 64, "policy.small.intermediate_size": 128, "policy.small.steps": 300,
-    "policy.small.batch_tokens": 2048, "scoring.compute.small_examples": 3000,
+    "policy.small.batch_tokens": 2048,
     "scoring.compute.accept_failed_probes": "[coherence, c_score, ue_score]",
     "training.arms": "[perso, corrected]", "training.epochs": 1, "training.health_prompts": 2,
     "evaluation.seeds": "[44, 45]", "evaluation.timed": 4, "evaluation.pairs": "[[perso, base], [corrected, perso]]",
@@ -33,7 +33,7 @@ SMALL = {
 }  # fmt: skip
 
 TINIER = {
-    "generation.models": "[good, cut]", "scoring.compute.small_examples": 400,
+    "generation.models": "[good, cut]",
     "scoring.compute.accept_failed_probes": "[coherence, c_score, ue_score, persona_distance]",
     "training.arms": "[perso]", "evaluation.seeds": "[44]", "training.health_tokens": 8, "miniature.valid": 20,
     "evaluation.pairs": "[[perso, base]]",

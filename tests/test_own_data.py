@@ -31,7 +31,6 @@ QUICK = {
     "policy.small.vocabulary": 400, "policy.small.hidden_size": 32, "policy.small.intermediate_size": 64,
     "policy.small.steps": 10, "training.epochs": 0.5, "training.health_tokens": 4,
     "training.health_prompts": 2,
-    "scoring.compute.small_examples": 200,
     "scoring.compute.accept_failed_probes": "[coherence, c_score, ue_score, persona_distance]",
 }  # fmt: skip
 

@@ -7,17 +7,15 @@ import zlib
 
 import numpy as np
 import pytest
-from scoring_fakes import Letters
+from scoring_fakes import Letters, ask
 
 from persodpo.errors import PersodpoError
 from persodpo.release.findings.scores import scored_response
 from persodpo.release.loops import windowed
 from persodpo.scoring import probes
-from persodpo.scoring.cache import ScoreCache
-from persodpo.scoring.persona_distance import persona_distance
-from persodpo.scoring.probe_cases import CASES
-from persodpo.scoring.probes import KNOWN, admit, order_verdicts, probe, probe_once
-from persodpo.scoring.scorers import Scored
+from persodpo.scoring.persona import PersonaDistance, WordMeans
+from persodpo.scoring.probes import CASES, KNOWN, admit, order_verdicts, probe
+from persodpo.scoring.score import Scored
 
 
 class Rule:
@@ -27,14 +25,11 @@ class Rule:
         """Name the scorer; the rule takes personas (joined by a bar), context, reference and response."""
         self.name, self.rule = name, rule
 
-    def identity(self):
-        return {"kind": "rule"}
+    key = "rule"
 
-    def texts(self, item):
-        return ("|".join(item.personas), item.context, item.reference, item.response)
-
-    def score(self, texts):
-        return Scored(np.array([float(self.rule(*text)) for text in texts]), 0, {})
+    def score(self, items):
+        values = [self.rule("|".join(item.personas), item.context, item.reference, item.response) for item in items]
+        return Scored(np.array(values, dtype=float), np.zeros(len(items)))
 
 
 def words(text: str) -> set[str]:
@@ -86,7 +81,7 @@ def test_word_vectors_pass(tmp_path, setting):
     )
     lines = [f"{word} {' '.join(f'{source.gauss(0, 1):.4f}' for _ in range(50))}" for word in vocabulary]
     (tmp_path / "vectors.txt").write_text("\n".join(lines) + "\n")
-    assert not failed(probe(persona_distance(str(tmp_path / "vectors.txt"), setting)))
+    assert not failed(probe(PersonaDistance(WordMeans(tmp_path / "vectors.txt", setting), setting)))
 
 
 @pytest.mark.parametrize(
@@ -119,15 +114,16 @@ def test_tossed_coins_fail():
 class Scrambled(Letters):
     """Scores as the release did (audit A1)."""
 
-    def score(self, texts):
+    def score(self, items):
         straight = super().score
-        return Scored(np.array(windowed(lambda part: straight(part).values, texts)), 0, {})
+        values = windowed(lambda part: straight(part).values, list(items))
+        return Scored(np.array(values), np.zeros(len(values)))
 
 
 def test_the_released_coherence_loop_fails_the_order_probes():
-    texts = [("", letter * 3) for letter in "abcdefghijklmnopqrstuvwxyz"]
-    straight, scrambled = Letters().score(texts).values, Scrambled().score(texts).values
-    assert (scrambled == straight[scored_response(len(texts))]).all()
+    items = ask(*(letter * 3 for letter in "abcdefghijklmnopqrstuvwxyz"))
+    straight, scrambled = Letters().score(items).values, Scrambled().score(items).values
+    assert (scrambled == straight[scored_response(len(items))]).all()
     assert sorted(scrambled.tolist()) != sorted(straight.tolist())
     assert {"permutation", "batch size"} <= failed(order_verdicts(Scrambled()))
     assert not failed(order_verdicts(Letters()))
@@ -141,9 +137,9 @@ class Faulty(Letters):
         super().__init__()
         self.fault = fault
 
-    def score(self, texts):
-        values = super().score(texts).values
-        return Scored(np.asarray(self.fault(values, texts)), 0, {})
+    def score(self, items):
+        values = np.asarray(self.fault(super().score(items).values, items))
+        return Scored(values, np.zeros(len(values)))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +147,7 @@ class Faulty(Letters):
     [
         (lambda values, _: np.sort(values), {"permutation", "batch size", "padding"}),
         (lambda values, _: values + 0.1 * (len(values) == 1), {"batch size"}),
-        (lambda values, texts: values + 1e-4 * max(len(text[1]) for text in texts), {"batch size", "padding"}),
+        (lambda values, texts: values + 1e-4 * max(len(item.response) for item in texts), {"batch size", "padding"}),
         (lambda values, _: values - values.mean(), {"batch size", "padding"}),
         (lambda values, _: values[:-1], {"permutation", "batch size", "padding"}),
         (lambda values, _: values + np.linspace(0, 9e-6, len(values)), set()),
@@ -162,14 +158,11 @@ def test_order_probes_find_each_fault(fault, expected):
     assert failed(order_verdicts(Faulty(fault))) == expected
 
 
-def test_half_precision_may_round():
-    class Half(Faulty):
-        def identity(self):
-            return {"dtype": "bfloat16"}
-
+def test_half_precision_may_round(monkeypatch):
     noisy = lambda values, _: values + np.linspace(0, 0.01, len(values))  # noqa: E731
     assert failed(order_verdicts(Faulty(noisy)))
-    verdicts = order_verdicts(Half(noisy))
+    monkeypatch.setattr(probes, "dtype_name", lambda: "bfloat16")
+    verdicts = order_verdicts(Faulty(noisy))
     assert not failed(verdicts)
     assert all("0.02" in verdict.expected for verdict in verdicts)
 
@@ -177,19 +170,6 @@ def test_half_precision_may_round():
 def test_a_scorer_that_gives_no_number_is_one_sentence():
     with pytest.raises(PersodpoError, match="coherence did not give one finite score"):
         probe(Rule("coherence", lambda *_: float("nan")))
-
-
-def test_probes_run_once_for_a_scorer(tmp_path, monkeypatch):
-    first, second = Letters(), Letters()
-    with ScoreCache(tmp_path / "scores.sqlite") as cache:
-        verdicts = probe_once(first, cache)
-        assert probe_once(second, cache) == verdicts
-        assert first.asked
-        assert not second.asked
-        probe_once(Letters(checkpoint="other"), cache)
-        monkeypatch.setattr(probes, "code_of", lambda *_: "other code")
-        probe_once(second, cache)
-        assert second.asked
 
 
 def test_who_may_enter_the_quality_score():

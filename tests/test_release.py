@@ -243,7 +243,7 @@ def test_an_arm_without_its_pairs_is_one_sentence(tmp_path):
 
 
 @pytest.mark.slow
-def test_small_scorers_pass_their_probes_and_score_the_published_responses(release_run, tmp_path):
+def test_scorers_on_the_encoder_pass_their_probes_and_score_the_published_responses(release_run, tmp_path):
     changes = [f"paths.runs={tmp_path}", "scoring.source=compute", "generation.models=[Qwen2-7B-Instruct]"]
     profile = with_overrides(release_run.profile, changes)
     run = RunFolder(profile)
@@ -259,4 +259,8 @@ def test_small_scorers_pass_their_probes_and_score_the_published_responses(relea
     assert measured[["persona_distance", "persona_distance_published"]].corr("spearman").iloc[0, 1] > 0.3
     again = make(profile, "score", overwrite=True)[-1]
     assert all(", 0 from the cache" not in note for note in again.notes)
-    assert again.seconds < 5
+    accuracy = (
+        run.read("scorers").query("table == 'heads'").pivot_table(index="scorer", columns="quantity", values="value")
+    )
+    assert (accuracy["head_accuracy"] > accuracy["head_majority"] + 0.05).all()
+    assert len(accuracy) == 3

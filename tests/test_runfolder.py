@@ -276,7 +276,7 @@ RUN_AGAIN = {
     "method": set(STAGES) - {"dialogues"},
     "gate": {"pairs", "audit"},
     "evaluation.intervals": {"evaluate", "ablate"},
-    "scoring.nli_model": {"score", "heldout", "evaluate", "ablate"},
+    "scoring.nli": {"score", "heldout", "evaluate", "ablate"},
     "generation.local": {"generate", "heldout", "evaluate", "ablate"},
     "cards": set(),
     "cli": set(),

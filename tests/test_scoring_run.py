@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import file_size_limit, profile_in
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scorer_models import counting_bert, counting_t5
 from scoring_fakes import Letters, ask, small_world, write_run
@@ -24,12 +24,10 @@ from persodpo.imports import imported_modules
 from persodpo.method import METRICS
 from persodpo.pairs import WORST_CASE
 from persodpo.runfolder import RunFolder
-from persodpo.scoring.cache import ScoreCache, text_key
+from persodpo.scoring import score
 from persodpo.scoring.coherence import write_input
-from persodpo.scoring.computed import computed_metrics
-from persodpo.scoring.engine import fingerprint, score_items
 from persodpo.scoring.extras import extras_table
-from persodpo.scoring.scorers import Scored
+from persodpo.scoring.score import Item, ScoreCache, Scored, computed_metrics, fingerprint, item_key, score_items
 from persodpo.stages.score import CACHE, make_scores
 
 
@@ -39,86 +37,87 @@ def cache(tmp_path):
         yield made
 
 
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    monkeypatch.setattr(score, "BATCH", 2)
+
+
 def test_equal_texts_are_scored_once_and_every_response_gets_its_own_score(cache):
-    scorer = Letters()
-    asked = ask("b", "a", "ccc", "a", "b")
-    values, tally = score_items(scorer, asked, cache, batch=2)
-    assert values.tolist() == [scorer.value(scorer.texts(one.item)) for one in asked]
-    assert sorted(text for _, text in scorer.asked) == ["a", "b", "ccc"]
+    scorer, items = Letters(), ask("b", "a", "ccc", "a", "b")
+    values, tally = score_items(scorer, items, cache)
+    assert values.tolist() == [scorer.value(item) for item in items]
+    assert sorted(scorer.asked) == ["a", "b", "ccc"]
     assert (tally.responses, tally.distinct, tally.scored) == (5, 3, 3)
 
 
 def test_texts_of_a_batch_are_of_like_length(cache):
     scorer = Letters()
-    score_items(scorer, ask("b" * 9, "a", "b" * 8, "aa"), cache, batch=2)
-    assert [[len(text) for _, text in batch] for batch in scorer.batches] == [[9, 8], [2, 1]]
+    score_items(scorer, ask("b" * 9, "a", "b" * 8, "aa"), cache)
+    assert [[len(text) for text in batch] for batch in scorer.batches] == [[9, 8], [2, 1]]
 
 
-@settings(max_examples=25)
-@given(
-    responses=st.lists(st.text(max_size=6), max_size=40), portion=st.integers(1, 9), batch=st.integers(1, 9),
-    seed=st.integers(0, 9),
-)  # fmt: skip
-def test_scores_do_not_depend_on_order_portion_or_batch(tmp_path_factory, responses, portion, batch, seed):
-    asked, scorer = ask(*responses), Letters()
-    expected = np.array([scorer.value(scorer.texts(one.item)) for one in asked])
-    order = np.random.default_rng(seed).permutation(len(asked))
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(responses=st.lists(st.text(max_size=6), max_size=40), seed=st.integers(0, 9))
+def test_scores_do_not_depend_on_order(tmp_path_factory, responses, seed):
+    items, scorer = ask(*responses), Letters()
+    expected = np.array([scorer.value(item) for item in items])
+    order = np.random.default_rng(seed).permutation(len(items))
     with ScoreCache(tmp_path_factory.mktemp("cache") / "scores.sqlite") as cache:
-        values, tally = score_items(scorer, [asked[n] for n in order], cache, portion=portion, batch=batch)
+        values, tally = score_items(scorer, [items[n] for n in order], cache)
     assert (values == expected[order]).all()
     assert len(scorer.asked) == len(set(responses)) == tally.distinct == tally.scored
 
 
-def test_a_second_run_asks_nothing_and_tells_the_same(tmp_path):
+def test_a_second_run_asks_nothing_and_reports_the_same(tmp_path):
     first, second = Letters(limit=2), Letters(limit=2)
     with ScoreCache(tmp_path / "scores.sqlite") as cache:
-        values, tally = score_items(first, ask("abc", "b", "xyz", "b"), cache, batch=2)
+        values, tally = score_items(first, ask("abcd", "b", "xyzx", "b"), cache)
     with ScoreCache(tmp_path / "scores.sqlite") as cache:
-        again, retold = score_items(second, ask("abc", "b", "xyz", "b"), cache)
-        more, extended = score_items(second, ask("abc", "new"), cache)
+        again, repeated = score_items(second, ask("abcd", "b", "xyzx", "b"), cache)
+        more, extended = score_items(second, ask("abcd", "new"), cache)
     assert (values == again).all()
-    assert (second.asked, retold.scored, extended.scored, extended.distinct) == ([("User1: hi", "new")], 0, 1, 2)
-    assert (retold.truncated, retold.distinct, dict(retold.notes)) == (2, 3, dict(tally.notes))
-    assert tally.truncated == 2
-    assert tally.notes["vowels"] == pytest.approx((1 / 3 + 0 + 0) / 3)
+    assert (second.asked, repeated.scored, extended.scored, extended.distinct) == (["new"], 0, 1, 2)
+    assert tally.unread == repeated.unread == pytest.approx((0.5 + 0 + 0.5) / 3)
     assert more[0] == values[0]
 
 
-def test_another_identity_name_or_text_bound_is_another_score(cache):
+def test_another_key_name_or_text_bound_is_another_score(cache):
     score_items(Letters(), ask("a"), cache)
-    for other in (Letters(name="ue_score"), Letters(checkpoint="other"), Letters(max_length=3)):
+    for other in (Letters(name="ue_score"), Letters(key="other"), Letters(limit=3)):
         score_items(other, ask("a"), cache)
         assert len(other.asked) == 1
-    assert text_key(("ab", "c")) != text_key(("a", "bc")) != text_key(("a", "b", "c"))
-    assert text_key(("a\ud800",)) != text_key(("a\ud801",))
+    keys = [
+        item_key("s", Item(personas, "", "", response))
+        for personas, response in (
+            (("ab", "c"), ""),
+            (("a", "bc"), ""),
+            (("a", "b", "c"), ""),
+            ((), "a\ud800"),
+            ((), "a\ud801"),
+        )
+    ]
+    assert len(set(keys)) == 5
 
 
 def test_the_fingerprint_holds_the_code_that_a_scorer_runs():
-    from persodpo.scoring.persona_distance import persona_distance
+    from persodpo.scoring.persona import PersonaDistance, WordMeans
 
     vectors = Path(__file__).with_name("conftest.py")  # any file has a hash
-    scorer = persona_distance(str(vectors))
-    before = fingerprint(scorer)
-    sources = imported_modules(type(scorer).__module__, "persodpo.scoring")
-    assert {f"persodpo.scoring.{name}" for name in ("persona_distance", "word_vectors", "stop_words")} <= sources
-    nli = imported_modules("persodpo.scoring.nli", "persodpo.scoring")
-    assert {f"persodpo.scoring.{name}" for name in ("nli", "nli_model", "inference", "checkpoints")} <= nli
-    assert (
-        before
-        == fingerprint(persona_distance(str(vectors)))
-        != fingerprint(persona_distance(str(vectors), "corrected"))
-    )
+    one, same = (PersonaDistance(WordMeans(vectors)) for _ in range(2))
+    assert fingerprint(one) == fingerprint(same) != fingerprint(PersonaDistance(WordMeans(vectors, "as_released")))
+    sources = imported_modules("persodpo.scoring.nli", "persodpo.scoring")
+    assert {f"persodpo.scoring.{name}" for name in ("nli", "models", "score")} <= sources
 
 
 SCRIPT = """
 import sys
 from pathlib import Path
 from scoring_fakes import Letters, ask
-from persodpo.scoring.cache import ScoreCache
-from persodpo.scoring.engine import score_items
+from persodpo.scoring import score
 
-with ScoreCache(Path(sys.argv[1])) as cache:
-    score_items(Letters(killed_before=2), ask(*"abcdefgh"), cache, batch=2)
+score.BATCH = 2
+with score.ScoreCache(Path(sys.argv[1])) as cache:
+    score.score_items(Letters(killed_before=2), ask(*"abcdefgh"), cache)
 """
 
 
@@ -128,27 +127,27 @@ def test_a_killed_run_loses_at_most_the_batch_under_way(tmp_path):
     done = subprocess.run([sys.executable, "-c", SCRIPT, str(path)], env=environment, check=False)
     assert done.returncode == -signal.SIGKILL
     with ScoreCache(path) as cache:
-        values, tally = score_items(scorer, ask(*"abcdefgh"), cache, batch=2)
+        values, tally = score_items(scorer, ask(*"abcdefgh"), cache)
     assert (tally.distinct, tally.scored, len(scorer.asked)) == (8, 4, 4)
-    assert values.tolist() == [scorer.value(("User1: hi", letter)) for letter in "abcdefgh"]
+    assert values.tolist() == [scorer.value(item) for item in ask(*"abcdefgh")]
 
 
 def test_a_run_that_was_stopped_goes_on_where_it_stopped(cache):
     class Stopped(Letters):
         stop = True
 
-        def score(self, texts):
+        def score(self, items):
             if self.stop and len(self.batches) == 2:
                 raise KeyboardInterrupt
-            return super().score(texts)
+            return super().score(items)
 
     scorer = Stopped()
     with pytest.raises(KeyboardInterrupt):
-        score_items(scorer, ask(*"abcdefgh"), cache, batch=2)
+        score_items(scorer, ask(*"abcdefgh"), cache)
     scorer.stop = False
-    values, tally = score_items(scorer, ask(*"abcdefgh"), cache, batch=2)
+    values, tally = score_items(scorer, ask(*"abcdefgh"), cache)
     assert (len(scorer.asked), tally.scored, tally.distinct) == (8, 4, 8)
-    assert values.tolist() == [scorer.value(("User1: hi", letter)) for letter in "abcdefgh"]
+    assert values.tolist() == [scorer.value(item) for item in ask(*"abcdefgh")]
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
@@ -156,14 +155,14 @@ def test_scores_that_are_not_finite_are_refused_by_name_and_not_kept(cache, brok
     class Broken(Letters):
         heal = False
 
-        def score(self, texts):
-            scored = super().score(texts)
-            wrong = [not self.heal and text == "bad" for _, text in texts]
+        def score(self, items):
+            scored = super().score(items)
+            wrong = [not self.heal and item.response == "bad" for item in items]
             return scored._replace(values=np.where(wrong, broken, scored.values))
 
     scorer = Broken()
-    with pytest.raises(PersodpoError, match=r"Scorer coherence gave 1 scores .* not finite.*dialogue d2, model m"):
-        score_items(scorer, ask("aaaa", "bbbb", "bad", "c"), cache, batch=2)
+    with pytest.raises(PersodpoError, match=r"Scorer coherence gave 1 scores .* not finite.*to the response 'bad'"):
+        score_items(scorer, ask("aaaa", "bbbb", "bad", "c"), cache)
     scorer.heal = True
     _, tally = score_items(scorer, ask("aaaa", "bbbb", "bad", "c"), cache)
     assert tally.scored == 2  # the batch before it was kept
@@ -171,22 +170,19 @@ def test_scores_that_are_not_finite_are_refused_by_name_and_not_kept(cache, brok
 
 def test_another_number_of_values_is_refused(cache):
     class Short(Letters):
-        def score(self, texts):
-            return Scored(np.zeros(len(texts) - 1), 0, {})
+        def score(self, items):
+            return Scored(np.zeros(len(items) - 1), np.zeros(len(items)))
 
     with pytest.raises(PersodpoError, match="one a text"):
         score_items(Short(), ask("a", "b"), cache)
 
 
-def test_a_backend_that_loses_a_batch_is_refused(cache):
-    class Lossy:
-        portion = 10
+def test_an_engine_that_loses_a_batch_is_refused(cache):
+    def lossy(scorer, batches):
+        yield 0, scorer.score(batches[0])
 
-        def __call__(self, scorer, batches):
-            yield 0, scorer.score(batches[0])
-
-    with pytest.raises(PersodpoError, match="gave no score to dialogue d1, model m and 1 more"):
-        score_items(Letters(), ask("aaa", "b", "c"), cache, backend=Lossy(), batch=1)
+    with pytest.raises(PersodpoError, match="gave no score to 1 texts"):
+        score_items(Letters(), ask("aaa", "b", "c"), cache, engine=lossy)
 
 
 def test_two_processes_may_use_one_cache(tmp_path):
@@ -213,12 +209,13 @@ def test_files_that_are_no_cache_are_left_alone(tmp_path):
         ScoreCache(tmp_path)
 
 
-def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path):
+def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path, monkeypatch):
     path = tmp_path / "scores.sqlite"
     with ScoreCache(path) as cache:
         score_items(Letters(), ask("first"), cache)
+        monkeypatch.setattr(score, "BATCH", 500)
         with file_size_limit(path.stat().st_size + 40_000), pytest.raises(PersodpoError, match="full or refuses"):
-            score_items(Letters(), ask(*map(str, range(5000))), cache, batch=500)
+            score_items(Letters(), ask(*map(str, range(5000))), cache)
     with ScoreCache(path) as cache:
         _, tally = score_items(Letters(), ask("first"), cache)
         assert tally.scored == 0
@@ -233,10 +230,11 @@ def test_only_readable_responses_are_scored_and_the_others_reported(cache):
     assert set(metrics.columns) == {"dialogue_id", "model", "parsed", *METRICS}
     value = report.set_index(["scorer", "quantity"])["value"]
     assert value["coherence"].to_dict() == {
-        "responses": 10, "not_read": 2, "without_text": 1, "empty_personas": 3, "distinct_texts": 10, "truncated": 0,
-        "vowels": pytest.approx(value["coherence", "vowels"]),
+        "responses": 10, "not_read": 2, "without_text": 1, "empty_personas": 3, "distinct_texts": 10, "unread": 0,
     }  # fmt: skip
-    assert "3 without a persona" in str(tallies[0])
+    assert str(tallies[0]).startswith(
+        "coherence: 10 responses, 10 distinct texts, 0 from the cache, 0.0% of a text unread"
+    )
     with pytest.raises(PersodpoError, match="dialogue d0: there is no such dialogue"):
         computed_metrics(responses, dialogues[1:], scorers, cache)
 
@@ -297,12 +295,8 @@ def test_the_stage_says_what_scorers_saw_and_what_probes_found(computed_run):
     assert any(note.startswith("warning: coherence enters the quality score although") for note in report.notes)
     seen = run.read("scorers").set_index(["table", "scorer", "quantity"])["value"]
     assert seen["scores", "coherence", "responses"] == 10
-    assert 0 < seen["scores", "persona_distance", "out_of_vocabulary"] < 1
-    identity = run.provenance("scores")["settings"]["scorers"]
-    assert set(identity) == set(METRICS)
-    assert {"scorers/c_score/model.safetensors", "scorers/persona_distance/vectors.txt"} <= set(
-        run.provenance("scores")["inputs"]
-    )
+    assert 0 < seen["scores", "persona_distance", "unread"] < 1
+    assert set(run.provenance("scores")["settings"]["scorers"]) == set(METRICS)
 
 
 def test_an_unchanged_stage_is_skipped_with_its_warnings_and_a_changed_one_uses_the_cache(computed_run, models):
@@ -347,3 +341,27 @@ def test_extras_are_reported_beside_the_scores():
     assert list(known.index) == ["words"]
     assert extras.loc[("d3", "m3"), "words"] == 1
     assert pd.isna(extras.loc[("d0", "m3"), "distinct_2"])
+
+
+def test_without_ray_there_is_one_sentence(tmp_path, monkeypatch, models):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    run = RunFolder(computing(tmp_path, models, "engine.scorers=ray"))
+    write_run(run, *small_world())
+    with pytest.raises(PersodpoError, match=r"pip install 'persodpo\[ray\]', or set engine.scorers=local"):
+        make_scores(run)
+
+
+@pytest.mark.slow
+def test_the_stage_gives_the_same_tables_over_ray(tmp_path, monkeypatch, models):
+    ray = pytest.importorskip("ray", reason="ray is not installed (pip install 'persodpo[ray]')")
+    runs = []
+    for engine in ("local", "ray"):
+        run = RunFolder(computing(tmp_path / engine, models, f"engine.scorers={engine}"))
+        write_run(run, *small_world(12))
+        make_scores(run)
+        runs.append(run)
+    ray.shutdown()
+    for table in ("scores", "evaluation/scores", "thresholds", "scorers", "probes"):
+        local, clustered = (run.read(table) for run in runs)
+        pd.testing.assert_frame_equal(local, clustered, atol=1e-9)
+    assert runs[0].provenance("scores")["settings"] == runs[1].provenance("scores")["settings"]

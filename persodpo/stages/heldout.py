@@ -19,8 +19,7 @@ from persodpo.generation.engine import Job, generate_all
 from persodpo.generation.store import Store
 from persodpo.miniature.judge import judge
 from persodpo.runfolder import RunFolder, StageReport
-from persodpo.scoring import computed, extras
-from persodpo.scoring.cache import ScoreCache
+from persodpo.scoring import extras
 from persodpo.stages import score
 from persodpo.stages.base import Targets
 from persodpo.stages.generate import check_finished, write_answers
@@ -165,21 +164,19 @@ def score_held_out(run: RunFolder, answers: str, table: str, *, overwrite: bool 
         What was done.
     """
     profile, names = run.profile, ("dialogues", "scores", answers)
-    small = score.small_scorers(run)
     scorers = score.run_scorers(run)
 
     def build(targets: Targets) -> None:
         responses, ranked = run.read(answers), run.read("scores")
-        with ScoreCache(score.score_cache(run)) as cache, score.backend_of(profile, small) as backend:
-            metrics, _, _ = computed.computed_metrics(responses, run.read("dialogues"), scorers, cache, backend=backend)
+        metrics, _, _ = score.measure(run, responses, scorers)
         values = pairs.impute(responses, metrics, unread=True, sentences_once=profile.corrects("B1"))
         scale = pairs.scale_of(ranked, profile.scoring)
         write_table(targets[table], table, pairs.rate(values, scale, profile))
 
     return run.stage(
         f"score {answers}",
-        inputs={name: run.path(name) for name in names} | computed.model_files(profile.scoring.compute, small),
-        settings=score.score_settings(profile) | {"scorers": {one.name: dict(one.identity()) for one in scorers}},
+        inputs={name: run.path(name) for name in names},
+        settings=score.score_settings(profile) | {"scorers": score.keys_of(scorers)},
         outputs=[table],
         code=__name__,
         build=build,

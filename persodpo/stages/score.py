@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
-import persodpo.method
 from persodpo import pairs
 from persodpo.config import Profile
 from persodpo.release import published
 from persodpo.runfolder import RunFolder, StageReport
-from persodpo.scoring import computed, engine, extras, probes
-from persodpo.scoring.cache import ScoreCache
-from persodpo.scoring.engine import Backend
-from persodpo.scoring.scorers import Scorer
+from persodpo.scoring import extras, factory, heads, probes
+from persodpo.scoring.encoder import Encoder, remembered
+from persodpo.scoring.score import Engine, ScoreCache, Scorer, Tally, computed_metrics, one_by_one
 from persodpo.stages.base import Need, Targets, published_files
 from persodpo.tables import write_table
 
 #: The responses that are ranked, and the held-out ones.
 TABLES = ("scores", "evaluation/scores")
-#: Under the folder of all runs, for scores and small scorers do not depend on a run's name; no run can be called so.
-CACHE, SMALL = "_scores.sqlite", "_scorers"
+#: Under the folder of all runs, for scores and heads do not depend on a run's name; no run can be called so.
+CACHE, HEADS = "_scores.sqlite", "_heads"
 
 
 def needs(_profile: Profile) -> list[Need]:
@@ -47,13 +44,11 @@ def tables_of(profile: Profile) -> tuple[str, ...]:
 
 def score_settings(profile: Profile) -> dict[str, object]:
     """Return the settings that scores depend on, those that are not used left out."""
-    kept = profile.scoring.model_dump(
-        mode="json", exclude=set() if profile.scoring.source == "compute" else {"compute"}
-    )
-    concerned = ("A1", "A3", "B1") if profile.scoring.source == "published" else ("A3", "A10b", "A10c", "B1")
+    computes = profile.scoring.source == "compute"
+    kept = profile.scoring.model_dump(mode="json", exclude=set() if computes else {"compute", "encoder"})
     return {
         "scoring": kept,
-        "corrections": profile.switches(*concerned),
+        "corrections": profile.switches(*(("A3", "A10b", "A10c", "B1") if computes else ("A1", "A3", "B1"))),
         "quantiles": [profile.pairs.low_quantile, profile.pairs.high_quantile],
         "models": list(profile.generation.models),
     }
@@ -135,33 +130,36 @@ def _computed(run: RunFolder, overwrite: bool) -> StageReport:
 
     Raises:
         PersodpoError: A scorer that failed its probes would enter the quality score and is not accepted by name, or as
-            `persodpo.scoring.computed.computed_metrics`.
+            `persodpo.scoring.score.computed_metrics`.
     """
-    profile, small = run.profile, small_scorers(run)
-    scorers = _scorers(profile, small)
+    profile, scorers = run.profile, run_scorers(run)
     wanted = tables_of(profile)
     answers = {table: table.replace("scores", "responses") for table in wanted}
     notes: list[str] = []
 
     def build(targets: Targets) -> None:
-        with ScoreCache(score_cache(run)) as cache:
-            found = [verdict for scorer in scorers for verdict in probes.probe_once(scorer, cache)]
-            _warnings(profile, found)
-            tables = {table: run.read(name) for table, name in answers.items()}
-            with backend_of(profile, small) as backend:
-                metrics, reports = _compute(run, tables, scorers, cache, backend=backend, notes=notes)
+        found = [verdict for scorer in scorers for verdict in probes.probe(scorer)]
+        _warnings(profile, found)
+        tables = {table: run.read(name) for table, name in answers.items()}
+        metrics, reports = (
+            {},
+            [heads.head_report(heads_folder(run)).assign(table="heads")] if run_needs_heads(run) else [],
+        )
+        for table, frame in tables.items():
+            metrics[table], report, tallies = measure(run, frame, scorers)
+            reports.append(report.assign(table=table))
+            notes.extend(f"{table}, {tally}" for tally in tallies)
         write_scores(profile, targets, tables, metrics)
         write_table(targets["probes"], "probes", pd.DataFrame(found))
-        write_table(targets["scorers"], "scorers", reports)
+        write_table(targets["scorers"], "scorers", pd.concat(reports, ignore_index=True))
         if profile.evaluation.source == "published":
             for left in set(TABLES) - set(wanted):
                 run.forget(left)
 
     report = run.stage(
         "score",
-        inputs={name: run.path(name) for name in ("dialogues", *answers.values())}
-        | computed.model_files(profile.scoring.compute, small),
-        settings=score_settings(profile) | {"scorers": {one.name: dict(one.identity()) for one in scorers}},
+        inputs={name: run.path(name) for name in ("dialogues", *answers.values())},
+        settings=score_settings(profile) | {"scorers": keys_of(scorers)},
         outputs=[*answers, "thresholds", "probes", "scorers"],
         code=__name__,
         build=build,
@@ -172,77 +170,58 @@ def _computed(run: RunFolder, overwrite: bool) -> StageReport:
 
 
 def _warnings(profile: Profile, found: Sequence[probes.Verdict]) -> list[str]:
-    accepted = profile.scoring.compute.accept_failed_probes
-    return probes.admit(found, pairs.effective_weights(profile), accepted)
+    return probes.admit(found, pairs.effective_weights(profile), profile.scoring.compute.accept_failed_probes)
+
+
+def keys_of(scorers: Sequence[Scorer]) -> dict[str, str]:
+    """Return each scorer's key, for the provenance of what it scored."""
+    return {scorer.name: scorer.key for scorer in scorers}
 
 
 def run_scorers(run: RunFolder) -> list[Scorer]:
-    """Return the four scorers of a run's profile, in the order of the metrics; small models are made if need be."""
-    return _scorers(run.profile, small_scorers(run))
+    """Return the four scorers of a run's profile, in the order of the metrics; heads are fitted if need be."""
+    return factory.make_scorers(run.profile, heads_folder(run) if run_needs_heads(run) else None)
 
 
-def _scorers(profile: Profile, small: Mapping[str, str]) -> list[Scorer]:
-    return [computed.make_scorer(metric, profile, small) for metric in persodpo.method.METRICS]
+def run_needs_heads(run: RunFolder) -> bool:
+    """Tell whether a run's profile scores with heads on the encoder."""
+    return factory.needs_heads(run.profile)
 
 
-def score_cache(run: RunFolder) -> Path:
-    """Return the file that keeps the scores of all runs beside this one."""
-    return run.root.with_name(CACHE)
+def heads_folder(run: RunFolder) -> Path:
+    """Return the heads of a run, fitted on its dialogues if need be.
 
-
-def small_scorers(run: RunFolder) -> dict[str, str]:
-    """Return the small models that the profile asks for, by metric, made if need be.
-
-    They learn from the run's dialogues; in the miniature from those of its models, which are more and none of the run's.
+    In the miniature they learn from the dialogues of its models, which are more and none of the run's.
     """
-    wanted = computed.small_models(run.profile.scoring.compute)
-    if not wanted:
-        return {}
-    from persodpo.scoring.small import SmallScorers, make_small_scorers  # noqa: PLC0415 - torch is slow to load
-
     dialogues = run.read("dialogues")
     if run.profile.dialogues.source == "miniature":
-        from persodpo.miniature.models import own_dialogues  # noqa: PLC0415 - the same
+        from persodpo.miniature.models import own_dialogues  # noqa: PLC0415 - torch is slow to load
         from persodpo.stages.policy import miniature_folder  # noqa: PLC0415
 
         dialogues = own_dialogues(miniature_folder(run), run.profile.miniature, run.profile.seed)
-    settings = SmallScorers.of(run.profile.scoring.compute.small_examples, run.profile.seed)
-    made = make_small_scorers(dialogues, run.root.with_name(SMALL), settings)
-    places = {"coherence": made.coherence, "c_score": made.nli, "ue_score": made.nli, "persona_distance": made.vectors}
-    return {metric: str(places[metric]) for metric in wanted}
+    encoder = Encoder(run.profile.scoring.encoder, run.profile.scoring.compute.batch_tokens)
+    return heads.make_heads(dialogues, encoder, run.root.with_name(HEADS), run.profile.seed)
 
 
-@contextmanager
-def backend_of(profile: Profile, small: Mapping[str, str]) -> Iterator[Backend]:
-    """Give what scores batches under a profile: this process, or a Ray cluster.
+def measure(
+    run: RunFolder, responses: pd.DataFrame, scorers: Sequence[Scorer]
+) -> tuple[pd.DataFrame, pd.DataFrame, list[Tally]]:
+    """Score responses to a run's dialogues, on a Ray cluster where ``engine.scorers`` says so, from the cache of all runs.
 
-    Raises:
-        PersodpoError: Ray is asked for and not installed.
+    Args:
+        run: Its dialogues, settings and cache.
+        responses: A responses table.
+        scorers: From `run_scorers`, or others.
+
+    Returns:
+        As `persodpo.scoring.score.computed_metrics`.
     """
-    if profile.engine.scorers == "local":
-        yield engine.LOCAL
-        return
-    from persodpo.scoring.ray_engine import RayBackend  # noqa: PLC0415 - optional
+    engine: Engine = one_by_one
+    if run.profile.engine.scorers == "ray":
+        from persodpo.scoring.cluster import ray_engine  # noqa: PLC0415 - optional
 
-    make = partial(computed.make_scorer, profile=profile, small=small)
-    with RayBackend(make, profile.engine.ray_workers) as backend:
-        yield backend
-
-
-def _compute(
-    run: RunFolder,
-    tables: Mapping[str, pd.DataFrame],
-    scorers: Sequence[Scorer],
-    cache: ScoreCache,
-    *,
-    backend: Backend,
-    notes: list[str],
-) -> tuple[dict[str, pd.DataFrame], pd.DataFrame]:
-    """Score both tables; notes what was cut, unknown and cached."""
-    dialogues = run.read("dialogues")
-    metrics, reports = {}, []
-    for table, frame in tables.items():
-        metrics[table], report, tallies = computed.computed_metrics(frame, dialogues, scorers, cache, backend=backend)
-        reports.append(report.assign(table=table))
-        notes.extend(f"{table}, {tally}" for tally in tallies)
-    return metrics, pd.concat(reports, ignore_index=True)
+        folder = heads_folder(run) if run_needs_heads(run) else None
+        make = partial(factory.make_scorer, profile=run.profile, heads=folder)
+        engine = ray_engine(make, run.profile.engine.ray_workers)
+    with ScoreCache(run.root.with_name(CACHE)) as cache, remembered():
+        return computed_metrics(responses, run.read("dialogues"), scorers, cache, engine=engine)

@@ -1,11 +1,10 @@
-"""Persona distance: hand-computed cosines, the released way word by word, files that are cut off, mapped vectors."""
+"""Persona distance: hand-computed cosines, the released way word by word, files that are cut off or hold odd words."""
 
 from __future__ import annotations
 
 import gzip
-import json
 import struct
-import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from persodpo.errors import PersodpoError
-from persodpo.scoring.persona_distance import PersonaDistance, SentenceVectors, WordMeans, persona_distance
-from persodpo.scoring.scorers import Item
-from persodpo.scoring.stop_words import STOP_WORDS
-from persodpo.scoring.word_vectors import load_word_vectors, vectors_sha256
+from persodpo.scoring.nli import Way
+from persodpo.scoring.persona import STOP_WORDS, PersonaDistance, WordMeans, read_word_vectors
+from persodpo.scoring.score import Item, Scored
 
 VECTORS = {
     "art": [1.0, 0.0], "history": [0.0, 1.0], "museum": [3.0, 4.0], "the": [5.0, 5.0], "café": [-1.0, 0.0],
@@ -48,8 +46,17 @@ def vectors(tmp_path):
     return path
 
 
+def distance(path: Path, way: Way = "as_released") -> PersonaDistance:
+    return PersonaDistance(WordMeans(path, way), way)
+
+
+def scored(scorer: PersonaDistance, pairs: list[tuple[str, str]]) -> Scored:
+    """Score a persona of one sentence and a response each."""
+    return scorer.score([Item((persona,), "", "", response) for persona, response in pairs])
+
+
 def cosine(scorer: PersonaDistance, personas: tuple[str, ...], response: str) -> float:
-    return float(scorer.score([scorer.texts(Item(personas, "", "", response))]).values[0])
+    return float(scorer.score([Item(personas, "", "", response)]).values[0])
 
 
 def test_the_stop_words_are_nltks():
@@ -60,7 +67,7 @@ def test_the_stop_words_are_nltks():
 
 
 def test_hand_computed_cosines(vectors):
-    scorer = persona_distance(str(vectors))
+    scorer = distance(vectors)
     assert cosine(scorer, ("I love art",), "LOVE the Art") == pytest.approx(1.0)
     # mean of art and museum is (2, 2); history is (0, 1)
     assert cosine(scorer, ("art museum",), "history") == pytest.approx(np.sqrt(0.5))
@@ -69,29 +76,25 @@ def test_hand_computed_cosines(vectors):
 
 
 def test_nothing_in_the_vocabulary_is_zero(vectors):
-    scorer = persona_distance(str(vectors))
+    scorer = distance(vectors)
     assert [cosine(scorer, ("art",), text) for text in ("", "the of", "Zebra!", " ")] == [0.0] * 4
     assert cosine(scorer, (), "art") == 0.0
 
 
 def test_as_released_keeps_punctuation_and_joins_sentences_and_corrected_does_not(vectors):
-    released, corrected = (persona_distance(str(vectors), words) for words in ("as_released", "corrected"))
+    released, corrected = (distance(vectors, way) for way in ("as_released", "corrected"))
     personas = ("I love art.", "Museum fan.")
-    assert released.texts(Item(personas, "", "", "x"))[0] == "I love art.Museum fan."
     # As released only "love" is known: (1, 1) against museum. (0, -1); mended love, art, museum against museum.
     assert cosine(released, personas, "museum.") == pytest.approx(-np.sqrt(0.5))
     mean = np.array([5.0, 5.0]) / 3
     assert cosine(corrected, personas, "“Museum.”") == pytest.approx(mean @ [0.6, 0.8] / np.linalg.norm(mean))
-    assert released.identity() != corrected.identity()
+    assert released.key != corrected.key
 
 
 def test_the_share_of_unknown_words_is_reported(vectors):
-    scorer = persona_distance(str(vectors))
-    scored = scorer.score([("art zebra", "the lion history"), ("art zebra", "unknown")])
-    assert scored.notes == {"out_of_vocabulary": pytest.approx(4 / 7)}
-    assert scored.truncated == 0
-    assert scorer.score([("the", "of")]).notes == {}
-    assert scorer.score([]).values.shape == (0,)
+    found = scored(distance(vectors), [("art zebra", "the lion history"), ("art zebra", "unknown"), ("the", "of")])
+    assert found.unread.tolist() == [0.5, 0.75, 0.0]
+    assert scored(distance(vectors), []).values.shape == (0,)
 
 
 def released_way(table: dict[str, np.ndarray], persona: str, response: str) -> float:
@@ -115,20 +118,31 @@ TEXT = st.lists(st.sampled_from([*VECTORS, "zebra", "I", "Museum", "history,"]),
 def test_equals_the_released_way_in_any_order_and_batch(tmp_path_factory, pairs, seed):
     path = tmp_path_factory.getbasetemp() / "property.txt"
     path.write_bytes(text_bytes())
-    scorer, table = persona_distance(str(path)), {word: np.array(v) for word, v in VECTORS.items()}
+    scorer, table = distance(path), {word: np.array(v) for word, v in VECTORS.items()}
     expected = [released_way(table, *pair) for pair in pairs]
-    assert scorer.score(pairs).values == pytest.approx(expected, abs=1e-9)
+    assert scored(scorer, pairs).values == pytest.approx(expected, abs=1e-9)
     order = np.random.default_rng(seed).permutation(len(pairs))
-    assert (scorer.score([pairs[n] for n in order]).values == scorer.score(pairs).values[order]).all()
-    assert [scorer.score([pair]).values[0] for pair in pairs] == scorer.score(pairs).values.tolist()
+    assert (scored(scorer, [pairs[n] for n in order]).values == scored(scorer, pairs).values[order]).all()
+    assert [scored(scorer, [pair]).values[0] for pair in pairs] == scored(scorer, pairs).values.tolist()
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_format_gives_the_same_vectors(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(FILES[name])
-    found = load_word_vectors(path)
-    assert {word: found.vectors[row].tolist() for word, row in found.rows.items()} == VECTORS
+    rows, table = read_word_vectors(path)
+    assert {word: table[row].tolist() for word, row in rows.items()} == VECTORS
+
+
+@pytest.mark.parametrize("header", [True, False])
+def test_a_word_may_hold_spaces(tmp_path, header):
+    """As lines of the published GloVe file of 840 billion tokens do; the vector is the last numbers of the line."""
+    path = tmp_path / "glove.txt"
+    lines = [". . . 0.125 0.25 0.375 0.5", "at name@domain.com 1 2 3 4", "the 0.5 0.25 1 2", "of 1 1 1 1"]
+    path.write_text("\n".join(["4 4", *lines] if header else lines) + "\n")
+    rows, table = read_word_vectors(path)
+    assert list(rows) == [". . .", "at name@domain.com", "the", "of"]
+    assert table[0].tolist() == [0.125, 0.25, 0.375, 0.5]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -145,7 +159,7 @@ def test_a_file_cut_off_anywhere_is_refused(tmp_path, name):
         with pytest.raises(
             PersodpoError, match=r"Word vectors .* (are cut off|are damaged|hold no word).*; fetch the file"
         ):
-            load_word_vectors(path)
+            read_word_vectors(path)
 
 
 def test_files_that_are_no_vectors(tmp_path):
@@ -154,70 +168,10 @@ def test_files_that_are_no_vectors(tmp_path):
         "b.bin": b"\x00\x01",
         "c.txt": b"art 1.0 nan\n",
         "d.gz": b"no",
+        "e.txt": b"0 2\n",
     }.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(PersodpoError, match="fetch the file again"):
-            load_word_vectors(tmp_path / name)
+            read_word_vectors(tmp_path / name)
     with pytest.raises(PersodpoError, match="There is no file of word vectors at"):
-        load_word_vectors(tmp_path / "absent.bin")
-
-
-def test_large_files_are_mapped_and_read_once(tmp_path, monkeypatch):
-    path = tmp_path / "vectors.bin"
-    path.write_bytes(binary_bytes())
-    first = load_word_vectors(path, map_from=1)
-    assert isinstance(first.vectors, np.memmap)
-    assert first.sha256 == vectors_sha256(path, map_from=1) == load_word_vectors(path).sha256
-    folder = tmp_path / "vectors.bin.mapped"
-    assert sorted(file.name for file in folder.iterdir()) == ["record.json", "vectors.npy", "words.json"]
-    monkeypatch.setitem(sys.modules, "gensim.models", None)  # a second reading would need it
-    again = load_word_vectors(path, map_from=1)
-    assert again.rows == first.rows
-    assert (again.vectors == first.vectors).all()
-
-
-def test_a_changed_file_is_mapped_anew(tmp_path):
-    path = tmp_path / "vectors.txt"
-    path.write_bytes(text_bytes())
-    before = load_word_vectors(path, map_from=1)
-    path.write_bytes(b"2 2\nzebra 1.0 2.0\nlion 0.5 0.5\n")
-    after = load_word_vectors(path, map_from=1)
-    assert set(after.rows) == {"zebra", "lion"}
-    assert after.sha256 != before.sha256
-    assert json.loads((tmp_path / "vectors.txt.mapped" / "words.json").read_text()) == ["zebra", "lion"]
-    assert not list(tmp_path.glob(".*partial*"))
-
-
-def test_a_missing_package_or_model_is_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
-    scorer = persona_distance(str(tmp_path / "no-such-file.bin"))
-    with pytest.raises(PersodpoError, match="pip install sentence-transformers, or name a word2vec or GloVe file"):
-        scorer.score([("a", "b")])
-
-
-def test_sentence_transformers_models_work_too(tmp_path, one_thread):
-    pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
-    from scorer_models import counting_bert
-    from transformers import AutoTokenizer, BertModel
-
-    counting_bert(tmp_path / "bert", max_length=16)
-    BertModel.from_pretrained(tmp_path / "bert").save_pretrained(tmp_path / "sentences")
-    AutoTokenizer.from_pretrained(tmp_path / "bert").save_pretrained(tmp_path / "sentences")
-    scorer = persona_distance(str(tmp_path / "sentences"))
-    assert isinstance(scorer.embedder, SentenceVectors)
-    scored = scorer.score([("agree agree", "agree agree"), ("agree", ""), ("agree", "deny"), ("x", "x " * 40)])
-    assert scored.values[0] == pytest.approx(1.0)
-    assert scored.values[1] == 0.0
-    assert scored.values[2] < 0.999
-    assert scored.truncated == 1
-    other = persona_distance(str(tmp_path / "sentences"), "corrected")
-    assert scorer.identity()["sha256"] == other.identity()["sha256"]
-    assert scorer.identity() != other.identity()
-    with pytest.raises(PersodpoError, match="neither a file of word vectors nor a sentence-transformers model"):
-        persona_distance(str(tmp_path / "bert" / "config")).score([("a", "b")])
-
-
-def test_a_scorer_travels_without_its_vectors(vectors):
-    means = WordMeans(vectors)
-    assert means.table.rows["art"] == 0
-    assert means.__getstate__() == {"path": vectors, "words": "as_released"}
+        read_word_vectors(tmp_path / "absent.bin")

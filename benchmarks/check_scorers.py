@@ -1,0 +1,147 @@
+"""How far do other scorers agree with the published scores, and what becomes of the ranking and the pairs?
+
+Run by ``make check-scorers NLI=folder``; needs the published files and a folder with SICK (``SICK*.txt``) and SNLI
+(``snli*.jsonl``). On the published responses, asked as released and corrected (audit A10):
+
+- persona distance by the frozen encoder's cosine, and by a file of word vectors where ``--vectors`` names one;
+- C score and UE score by a head on the frozen encoder that learns from those files, and by checkpoints that ``--nli``
+  names, such as the whole encoder fine-tuned on the same files by ``examples/finetune_nli.py``.
+
+Written down are Spearman's correlation with the published column, over all responses and within each model, the order of the
+seven models, and how many of the perso pairs stay when this signal alone is exchanged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import runpy
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from persodpo import stages
+from persodpo.config import Profile, load_profile
+from persodpo.pairs import measured, pair_keys, rebuild
+from persodpo.runfolder import PROJECT, RunFolder, git_commit
+from persodpo.scoring.encoder import Encoder, remembered
+from persodpo.scoring.heads import Head
+from persodpo.scoring.models import Checkpoint
+from persodpo.scoring.nli import Classifier, CScorer, NliModel, UEScorer, Way
+from persodpo.scoring.persona import PersonaDistance, WordMeans
+from persodpo.scoring.score import ScoreCache, Scorer, readable, score_items
+
+OUTPUT = PROJECT / "benchmarks" / "results" / "scorers.md"
+WAYS: tuple[Way, ...] = ("as_released", "corrected")
+#: NLI pairs of each file that the head learns from, and held-out ones it is measured on.
+LEARNED, HELD_OUT, SEED = 6_000, 1_000, 44
+
+
+def nli_head(folder: Path, encoder: Encoder) -> tuple[Head, str]:
+    """Fit a head to SICK and SNLI; returns it and a line about its held-out accuracy."""
+    read = runpy.run_path(str(PROJECT / "examples" / "finetune_nli.py"))["examples"]
+    draw, learned, held_out, names = np.random.default_rng(SEED), [], [], []
+    for path in sorted([*folder.glob("SICK*.txt"), *folder.glob("snli*.jsonl")]):
+        pairs = [((premise, hypothesis), label) for premise, hypothesis, label in read(path)]
+        order = [pairs[place] for place in draw.permutation(len(pairs))[: LEARNED + HELD_OUT]]
+        learned, held_out, names = learned + order[HELD_OUT:], held_out + order[:HELD_OUT], [*names, path.name]
+    head = Head.fit(encoder, learned, SEED)
+    answers = head.shares([pair for pair, _ in held_out])[0].argmax(axis=1)
+    truth = [label for _, label in held_out]
+    accuracy, majority = float(np.mean(answers == truth)), max(Counter(truth).values()) / len(truth)
+    line = f"{len(learned):,} pairs of {', '.join(names)}; {accuracy:.1%} of {len(truth):,} held-out pairs right"
+    return head, f"The head learns from {line} (commonest class {majority:.1%})."
+
+
+def scorers_of(asked: argparse.Namespace) -> tuple[dict[str, dict[Way, Scorer]], str]:
+    """Return the scorers by what they run, each asked in both ways, and what there is to say about the head."""
+    encoder = Encoder()
+    found: dict[str, dict[Way, Scorer]] = {
+        "persona distance, encoder": {way: PersonaDistance(encoder, way) for way in WAYS}
+    }
+    if asked.vectors:
+        found["persona distance, word vectors"] = {
+            way: PersonaDistance(WordMeans(asked.vectors, way), way) for way in WAYS
+        }
+    head, line = nli_head(asked.folder, encoder)
+    classifiers: dict[str, Classifier] = {"head on the encoder": head}
+    classifiers |= {Path(name).name: NliModel(Checkpoint(name)) for name in asked.nli}
+    for label, classifier in classifiers.items():
+        found[f"C score, {label}"] = {way: CScorer(classifier, way) for way in WAYS}
+        found[f"UE score, {label}"] = {way: UEScorer(classifier, way) for way in WAYS}
+    return found, line
+
+
+def compared(column: str, values: np.ndarray, published: pd.DataFrame) -> dict[str, str]:
+    """Hold computed values against a published column, row by row."""
+    both = published.assign(ours=values)
+    overall = both["ours"].corr(both[column], "spearman")
+    within = [part["ours"].corr(part[column], "spearman") for _, part in both.groupby("model")]
+    within = [value for value in within if np.isfinite(value)] or [np.nan]
+    means = both.groupby("model")[[column, "ours"]].mean()
+    commonest = both["ours"].round(6).value_counts(normalize=True).iloc[0]
+    return {
+        "Spearman": f"{overall:.2f}", "within models": f"{min(within):.2f} to {max(within):.2f}",
+        "order of models": f"{means[column].corr(means['ours'], 'spearman'):.2f}", "commonest value": f"{commonest:.0%}",
+    }  # fmt: skip
+
+
+def kept_pairs(
+    run: RunFolder, column: str, values: pd.DataFrame, dialogues: pd.DataFrame, profile: Profile
+) -> tuple[int, int, int]:
+    """Count the perso pairs by the published scores, those with one column exchanged, and those in both."""
+    ids = set(dialogues["dialogue_id"])
+    responses, scores = (frame[frame["dialogue_id"].isin(ids)] for frame in (run.read("responses"), run.read("scores")))
+    base = measured(responses, scores)
+    other = base.merge(values, on=["dialogue_id", "model"], how="left", validate="one_to_one")
+    exchanged = other.assign(**{column: other["ours"].fillna(other[column])}).drop(columns="ours")
+    before, after = (pair_keys(rebuild(responses, frame, dialogues, profile).pairs) for frame in (base, exchanged))
+    return len(before), len(after), len(before & after)
+
+
+def main() -> None:
+    """Score, compare and write the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path, help="holds SICK*.txt and snli*.jsonl")
+    parser.add_argument("--vectors", type=Path, help="a word2vec or GloVe file")
+    parser.add_argument("--nli", nargs="*", default=[], help="folders of NLI classifiers")
+    parser.add_argument("--dialogues", type=int, help="only the first of each split's dialogues; default: all")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    asked = parser.parse_args()
+    run = RunFolder(load_profile("release"))
+    stages.make(run.profile, "score")
+    dialogues, responses = run.read("dialogues"), run.read("responses")
+    some = dialogues[dialogues["dialogue_id"].isin(responses["dialogue_id"])]
+    some = some.head(asked.dialogues) if asked.dialogues else some
+    table, items = readable(responses[responses["dialogue_id"].isin(some["dialogue_id"])], dialogues)
+    published = table.merge(measured(responses, run.read("scores")), on=["dialogue_id", "model"], how="left")
+    there = published["persona_distance"].notna().to_numpy()
+    rows, started = [], time.perf_counter()
+    scorers, line = scorers_of(asked)
+    with ScoreCache(run.root.with_name("_scores.sqlite")) as cache, remembered():
+        for name, ways in scorers.items():
+            for way, scorer in ways.items():
+                values, _ = score_items(scorer, items, cache)
+                ours = table[["dialogue_id", "model"]].assign(ours=values)
+                before, after, kept = kept_pairs(run, scorer.name, ours, some, run.profile)
+                row = {"scorer": name, "asked": way.replace("_", " ")}
+                row |= compared(scorer.name, values[there], published[there])
+                rows.append(
+                    row | {"pairs": f"{after:,}", "of the published": f"{kept:,} of {before:,} ({kept / before:.0%})"}
+                )
+                print(rows[-1], f"{time.perf_counter() - started:.0f} s", flush=True)
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + " --- |" * len(rows[0])]
+    lines += ["| " + " | ".join(row.values()) + " |" for row in rows]
+    note = (
+        f"{int(there.sum()):,} published responses to {len(some):,} dialogues; order of models: Spearman over the means of "
+        f"the seven models; commonest value: share of the responses that get it; pairs: perso pairs of these dialogues when "
+        f"this signal alone is exchanged. {line} Commit {git_commit()}."
+    )
+    asked.output.write_text("\n".join([*lines, "", note]) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,282 @@
+"""Responses and scorers in, one value each out: every distinct text once, from the cache where it was scored before.
+
+A scorer has a name, a key of all that shapes its scores, and `Scorer.score`. Its scores are kept in one SQLite file under
+name, key, code and texts, so that another checkpoint, setting or code never answers for this one. Texts that are not there
+are scored in batches of like length, and each batch is written before the next is asked for: a run that is killed loses at
+most the batch under way. The file holds nothing that cannot be computed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol, Self
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from persodpo.errors import PersodpoError
+from persodpo.imports import code_of
+from persodpo.runfolder import digest_of
+from persodpo.sqlite import Sentences, connect, lay_out, transaction
+
+#: Texts scored, and written to the cache, together.
+BATCH = 256
+APPLICATION = 0x50445343  # "PDSC", in the file's header, tells the cache from any other SQLite file
+VERSION = 2
+_SCHEMA = f"""
+CREATE TABLE scores (key BLOB PRIMARY KEY, value REAL NOT NULL, unread REAL NOT NULL) WITHOUT ROWID;
+PRAGMA application_id = {APPLICATION};
+PRAGMA user_version = {VERSION};
+"""
+_FULL = (
+    "The disk holding {path} is full or refuses to write; free some space and run again, scores that were stored are "
+    "safe."
+)
+_SENTENCES = Sentences(
+    locked="The cached scores in {path} are locked by another process; wait for it.",
+    damaged="The cached scores in {path} are damaged; delete the file, they will be computed again.",
+    full=_FULL,
+    refusing=_FULL,
+    closed="{path} cannot be opened for writing; make the file and its folder writable.",
+)
+
+
+class Item(NamedTuple):
+    """A response and what it answers.
+
+    Attributes:
+        personas: Persona sentences of User1.
+        context: The turns so far, one a line, each led by its speaker (``User1: ...``).
+        reference: The gold answer, without its speaker.
+        response: What is scored.
+    """
+
+    personas: tuple[str, ...]
+    context: str
+    reference: str
+    response: str
+
+
+class Scored(NamedTuple):
+    """What a scorer says about some items.
+
+    Attributes:
+        values: One finite number each, in their order, [items].
+        unread: Share of each input that the scorer did not read, 0..1: tokens beyond its length, unknown words, [items].
+    """
+
+    values: np.ndarray
+    unread: np.ndarray
+
+
+class Scorer(Protocol):
+    """One signal. A score depends on its item alone, not on order, batch or padding, to 1e-5."""
+
+    @property
+    def name(self) -> str:
+        """Column of the scores table: coherence, c_score, ue_score or persona_distance; or another name."""
+        ...
+
+    @property
+    def key(self) -> str:
+        """Digest of all that shapes a score besides texts and code: checkpoint, settings, number type."""
+        ...
+
+    def score(self, items: Sequence[Item]) -> Scored:
+        """Score items; a model is loaded on first use."""
+        ...
+
+
+#: Scores batches in any order and yields each one's number and scores.
+Engine = Callable[[Scorer, Sequence[Sequence[Item]]], Iterable[tuple[int, Scored]]]
+
+
+def one_by_one(scorer: Scorer, batches: Sequence[Sequence[Item]]) -> Iterator[tuple[int, Scored]]:
+    """Score batches one after another in this process."""
+    return ((number, scorer.score(batch)) for number, batch in enumerate(batches))
+
+
+def fingerprint(scorer: Scorer) -> str:
+    """Return the digest of all that shapes a scorer's values, the source that it runs included."""
+    code = code_of(type(scorer).__module__, "persodpo.scoring")
+    return digest_of({"name": scorer.name, "key": scorer.key, "code": code})
+
+
+class ScoreCache:
+    """The scores of all scorers, in one file; several processes may use it at once."""
+
+    def __init__(self, path: Path, wait_seconds: float = 30.0) -> None:
+        """Open a cache, or make one where there is none.
+
+        Args:
+            path: The file.
+            wait_seconds: How long to wait for another process that is writing.
+
+        Raises:
+            PersodpoError: The file is damaged, locked, of another program or version, or cannot be made.
+        """
+        self.path = path
+        self._connection = connect(path, wait_seconds, self._prepare, sentences=_SENTENCES)
+
+    def __enter__(self) -> Self:
+        """Return the open cache."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self._connection.close()
+
+    def find(self, keys: Sequence[bytes]) -> dict[bytes, tuple[float, float]]:
+        """Return value and unread share of those keys that are stored."""
+        stored: dict[bytes, tuple[float, float]] = {}
+        with _SENTENCES.of(self.path):
+            for start in range(0, len(keys), 500):
+                part = keys[start : start + 500]
+                query = f"SELECT key, value, unread FROM scores WHERE key IN ({', '.join('?' * len(part))})"
+                stored.update((key, (value, unread)) for key, value, unread in self._connection.execute(query, part))
+        return stored
+
+    def store(self, keys: Sequence[bytes], scored: Scored) -> None:
+        """Write a batch in one transaction; when this returns, its scores outlive the process."""
+        rows = zip(keys, map(float, scored.values), map(float, scored.unread), strict=True)
+        with _SENTENCES.of(self.path), transaction(self._connection):
+            self._connection.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?)", sorted(rows))
+
+    def _prepare(self, connection: sqlite3.Connection) -> None:
+        with transaction(connection):
+            application, version, tables = lay_out(connection, _SCHEMA)
+        if application != APPLICATION or version != VERSION or not tables:
+            raise PersodpoError(
+                f"{self.path} holds no cached scores of this version of persodpo; move it away, or delete it if it is a "
+                "cache: its scores will be computed again."
+            )
+        connection.execute("PRAGMA journal_mode = WAL")
+        # Scores outlive a killed process; those of the last moments before a power cut are computed again.
+        connection.execute("PRAGMA synchronous = NORMAL")
+
+
+class Tally(NamedTuple):
+    """What a scorer saw: responses, distinct items, those scored now and not in the cache, mean unread share, seconds."""
+
+    scorer: str
+    responses: int
+    distinct: int
+    scored: int
+    unread: float
+    seconds: float
+
+    def __str__(self) -> str:
+        """Return one line for logs and notebooks."""
+        return (
+            f"{self.scorer}: {self.responses:,} responses, {self.distinct:,} distinct texts, "
+            f"{self.distinct - self.scored:,} from the cache, {self.unread:.1%} of a text unread, {self.seconds:.1f} s"
+        )
+
+
+def item_key(scorer: str, item: Item) -> bytes:
+    """Return the sha256 of a scorer's fingerprint and an item; texts with other bounds give another one."""
+    # A lone surrogate is no Unicode text, but a model may write one.
+    texts = (scorer, item.context, item.reference, item.response, *item.personas)
+    parts = [text.encode("utf-8", "surrogatepass") for text in texts]
+    return hashlib.sha256(b"".join([len(part).to_bytes(8, "little") + part for part in parts])).digest()
+
+
+def score_items(
+    scorer: Scorer, items: Sequence[Item], cache: ScoreCache, *, engine: Engine = one_by_one, progress: bool = True
+) -> tuple[np.ndarray, Tally]:
+    """Score responses; a progress bar is shown on a terminal only.
+
+    Returns:
+        One float64 each, in their order, and what the scorer saw.
+
+    Raises:
+        PersodpoError: A score is not finite, the scorer gives another number of values than items, or the cache fails.
+            Batches that were finished before stay in the cache.
+    """
+    started, name = time.perf_counter(), fingerprint(scorer)
+    keys = [item_key(name, item) for item in items]
+    distinct = dict(zip(keys, items, strict=True))
+    known = cache.find(list(distinct))
+    missing = sorted((key for key in distinct if key not in known), key=lambda key: -len(distinct[key].response))
+    batches = [missing[start : start + BATCH] for start in range(0, len(missing), BATCH)]
+    silent = not (progress and sys.stderr.isatty())
+    with tqdm(total=len(missing), desc=scorer.name, unit=" texts", leave=False, disable=silent) as bar:
+        for number, scored in engine(scorer, [[distinct[key] for key in batch] for batch in batches]):
+            _check(scorer, [distinct[key] for key in batches[number]], scored)
+            cache.store(batches[number], scored)
+            known.update(zip(batches[number], np.column_stack(scored).tolist(), strict=True))
+            bar.update(len(batches[number]))
+    if lost := len(distinct) - len(known):
+        raise PersodpoError(f"Scorer {scorer.name} gave no score to {lost} texts; run again.")
+    values = np.array([known[key][0] for key in keys], dtype=float)
+    unread = float(np.mean([share for _, share in known.values()])) if known else 0.0
+    return values, Tally(scorer.name, len(items), len(distinct), len(missing), unread, time.perf_counter() - started)
+
+
+def _check(scorer: Scorer, items: Sequence[Item], scored: Scored) -> None:
+    """Refuse what is no score."""
+    if any(np.shape(part) != (len(items),) for part in scored):
+        raise PersodpoError(
+            f"Scorer {scorer.name} gave values of another shape for {len(items)} texts; it must give one a text."
+        )
+    broken = np.flatnonzero(~np.isfinite(np.asarray(scored.values, dtype=float)))
+    if len(broken):
+        raise PersodpoError(
+            f"Scorer {scorer.name} gave {len(broken)} scores that are not finite, the first to the response "
+            f"{items[broken[0]].response[:60]!r}; check its model, scores that were finished before are kept."
+        )
+
+
+def readable(responses: pd.DataFrame, dialogues: pd.DataFrame) -> tuple[pd.DataFrame, list[Item]]:
+    """Return the responses that could be read (dialogue_id, model, parsed), and the item of each.
+
+    Raises:
+        PersodpoError: A response answers a dialogue that is not there.
+    """
+    there = responses["outcome"].eq("ok") & responses["response"].notna()
+    table = responses.loc[there, ["dialogue_id", "model", "response"]].rename(columns={"response": "parsed"})
+    if unknown := set(table["dialogue_id"]) - set(dialogues["dialogue_id"]):
+        raise PersodpoError(
+            f"Response to dialogue {min(unknown)}: there is no such dialogue; make both tables again with "
+            "`persodpo generate`."
+        )
+    both = table.merge(dialogues[["dialogue_id", "personas", "context", "reference"]], on="dialogue_id", how="left")
+    rows = both[["personas", "context", "reference", "parsed"]].itertuples(index=False)
+    items = [Item(tuple(personas), context or "", reference or "", text) for personas, context, reference, text in rows]
+    return table.reset_index(drop=True), items
+
+
+def computed_metrics(
+    responses: pd.DataFrame,
+    dialogues: pd.DataFrame,
+    scorers: Sequence[Scorer],
+    cache: ScoreCache,
+    *,
+    engine: Engine = one_by_one,
+    progress: bool = True,
+) -> tuple[pd.DataFrame, pd.DataFrame, list[Tally]]:
+    """Score the readable responses of a table; what failed ones are given is decided by `persodpo.pairs.impute`.
+
+    Returns:
+        Columns dialogue_id, model, parsed and one for each scorer; what there is to report, columns scorer, quantity and
+        value; and each scorer's tally.
+    """
+    metrics, items = readable(responses, dialogues)
+    rows, tallies = [], []
+    for scorer in scorers:
+        metrics[scorer.name], tally = score_items(scorer, items, cache, engine=engine, progress=progress)
+        tallies.append(tally)
+        quantities = {
+            "responses": len(items), "not_read": len(responses) - len(items),
+            "without_text": responses["response"].isna().sum(),
+            "empty_personas": sum(not "".join(item.personas).strip() for item in items),
+            "distinct_texts": tally.distinct, "unread": tally.unread,
+        }  # fmt: skip
+        rows += [(scorer.name, quantity, float(value)) for quantity, value in quantities.items()]
+    return metrics, pd.DataFrame(rows, columns=["scorer", "quantity", "value"]), tallies
