@@ -26,8 +26,9 @@ from persodpo.scoring.score import Item, Scorer
 MOST = 0.75
 #: Largest difference between two scores of one text; half precision rounds earlier.
 TOLERANCE, HALF_TOLERANCE = 1e-5, 2e-2
-#: Cases of the order probes, and how often the words of the text that pads the others are repeated.
-ORDERED, LONG = 8, 400
+#: Cases of the order probes, of two texts each: more than a window of the released loop; and how often the words of the text
+#: that pads the others are repeated.
+ORDERED, LONG = 5, 400
 #: How far the other case is whose persona or context each case is set against.
 OTHER = 7
 
@@ -144,7 +145,7 @@ def order_verdicts(scorer: Scorer) -> list[Verdict]:
     permuted = _values(scorer, [items[place] for place in order])[np.argsort(order)]
     sized = [
         np.concatenate([_values(scorer, items[start : start + size]) for start in range(0, len(items), size)])
-        for size in (1, 5)
+        for size in (1, 4)
     ]
     padded = _values(scorer, [_lengthened(items[0]), *items])[1:]
     found = {"permutation": [permuted], "batch size": sized, "padding": [padded]}
