@@ -104,12 +104,17 @@ def write_completion(response: str) -> str:
 
 
 def count_words(text: str) -> int:
-    """Count words as the released method does: what white space separates.
+    """Count words as the released method does: what white space separates."""
+    return len(text.split())
 
-    In scripts that part no words, each Han character or kana counts as one, and every four letters of Thai, Lao, Khmer or
-    Burmese in a row, their marks included, as one.
+
+def count_words_of_any_script(text: str) -> int:
+    """Count words also where no space parts them (correction B2).
+
+    Each Han character or kana is one word, and so are every four letters of Thai, Lao, Khmer or Burmese in a row, their
+    marks included; elsewhere it is what white space separates.
     """
-    return sum(1 for _ in _WORD.finditer(text)) if _UNSPACED.search(text) else len(text.split())
+    return sum(1 for _ in _WORD.finditer(text)) if _UNSPACED.search(text) else count_words(text)
 
 
 def sentences(text: str) -> list[str]:
@@ -121,11 +126,6 @@ def repeats_sentence(text: str) -> bool:
     """Tell whether a text says a sentence twice, word for word."""
     said = sentences(text)
     return len(set(said)) < len(said)
-
-
-def count_distinct_words(text: str) -> int:
-    """Count words with each sentence counted once, however often it stands (correction B1)."""
-    return sum(count_words(sentence) for sentence in set(sentences(text)))
 
 
 def is_one_object(completion: str | None) -> bool:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator
 
-Correction = Literal["A1", "A3", "A4", "A5", "A10a", "A10b", "A10c", "A12", "A18", "B1"]
+Correction = Literal["A1", "A3", "A4", "A5", "A10a", "A10b", "A10c", "A12", "A18", "B1", "B2"]
 CORRECTIONS: dict[Correction, str] = {
     "A1": "the published coherence column, which is scrambled, is left out and its weight shared by the other signals",
     "A3": "the bonus for JSON is looked for in the completion, not in text that was taken out of its JSON",
@@ -20,10 +20,11 @@ CORRECTIONS: dict[Correction, str] = {
     "A10c": "persona distance strips punctuation and parts persona sentences, instead of joining them as they are",
     "A12": "train dialogues whose context or personas are in the valid split make no pairs",
     "A18": "an answer is one JSON object with nothing after it, no placeholder (A11), no loop, not any span that parses",
-    "B1": "length counts each sentence once, so that saying it again does not pay (a proposal of ours, no defect of theirs)",
+    "B1": "length counts each sentence once, so that saying it again does not pay (ours, as B2; no defect of theirs)",
+    "B2": "in scripts that part no words, each Han character or kana counts as one, and four letters of Thai and its like",
 }
 #: What arm ``corrected`` switches on: every one that needs neither new answers nor new scores.
-WITHOUT_ASKING: tuple[Correction, ...] = ("A1", "A3", "A4", "A10a", "A12", "A18", "B1")
+WITHOUT_ASKING: tuple[Correction, ...] = ("A1", "A3", "A4", "A10a", "A12", "A18", "B1", "B2")
 #: The comment of the setting.
 MENDED = "\n  ".join(["what is mended, or all:", *map(": ".join, CORRECTIONS.items())])
 
@@ -40,4 +41,4 @@ def _or_all(value: Any) -> Any:
 #: The type of the setting; ``all`` stands for every one.
 Corrections = Annotated[tuple[Correction, ...], BeforeValidator(_or_all), AfterValidator(in_order)]
 #: Those that need neither new answers nor new scores, so that an ablation may switch them on.
-Reranking = Literal["A1", "A3", "A4", "A12", "A18", "B1"]
+Reranking = Literal["A1", "A3", "A4", "A12", "A18", "B1", "B2"]

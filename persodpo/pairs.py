@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,14 @@ import pandas as pd
 import polars as pl
 
 from persodpo import method
-from persodpo.completions import count_distinct_words, count_words, is_one_object, read_completions, write_completion
+from persodpo.completions import (
+    count_words,
+    count_words_of_any_script,
+    is_one_object,
+    read_completions,
+    sentences,
+    write_completion,
+)
 from persodpo.config import PairSet, Profile, Scoring
 from persodpo.dialogues import overlaps
 from persodpo.errors import PersodpoError
@@ -54,7 +62,7 @@ class Variant:
 
 
 def impute(
-    responses: pd.DataFrame, metrics: pd.DataFrame, *, unread: bool, sentences_once: bool = False
+    responses: pd.DataFrame, metrics: pd.DataFrame, *, unread: bool, count: Callable[[str], int] = count_words
 ) -> pd.DataFrame:
     """Give failed responses the values of `WORST_CASE`, and unscored ones none.
 
@@ -63,7 +71,7 @@ def impute(
         metrics: dialogue_id, model, the four metrics, and parsed: the text that was scored.
         unread: Whether failures without any text are given them too (results tables count every failure, the pool of
             pairs leaves those out).
-        sentences_once: Count the words of each sentence once (correction B1).
+        count: Counts the words of a response; see `word_counter`.
 
     Returns:
         One row per response, in the order of ``responses``: dialogue_id, model, the four metrics (NaN: not scored),
@@ -76,10 +84,17 @@ def impute(
     for metric in METRICS:
         frame[metric] = np.where(imputed, WORST_CASE[metric], frame[metric].where(scored))
     frame["imputed"] = imputed
-    count = count_distinct_words if sentences_once else count_words
     frame["words"] = [count(text or "") for text in frame["response"]]
     frame["one_object"] = [is_one_object(text) for text in frame["completion"]]
     return frame[["dialogue_id", "model", *METRICS, "words", "one_object", "imputed"]]
+
+
+def word_counter(profile: Profile) -> Callable[[str], int]:
+    """Return what counts words under a profile's corrections B1 and B2, as released without them."""
+    count = count_words_of_any_script if profile.corrects("B2") else count_words
+    if not profile.corrects("B1"):
+        return count
+    return lambda text: sum(count(sentence) for sentence in set(sentences(text)))
 
 
 def effective_weights(profile: Profile) -> dict[str, float]:
@@ -236,7 +251,7 @@ def rebuild(
         Ranking and pairs.
     """
     read = read_completions(responses, profile.reading)
-    ranking = rank(impute(read, metrics, unread=False, sentences_once=profile.corrects("B1")), profile)
+    ranking = rank(impute(read, metrics, unread=False, count=word_counter(profile)), profile)
     pairs = build_pairs(
         pair_set,
         responses=read,

@@ -9,7 +9,15 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from persodpo.completions import OUTCOMES, Reading, count_words, is_loop, is_one_object, read_completion
+from persodpo.completions import (
+    OUTCOMES,
+    Reading,
+    count_words,
+    count_words_of_any_script,
+    is_loop,
+    is_one_object,
+    read_completion,
+)
 
 GOOD = '{"response": "Hello there."}'
 CUT = '{\n  "response": "The tower was built in 1889 and'
@@ -123,9 +131,9 @@ def test_what_is_written_as_json_reads_back(text):
 )  # fmt: skip
 def test_words_of_scripts_without_spaces_are_counted_by_rule(text, words):
     """Han and kana one each, Thai and the like one for four letters; elsewhere what white space separates."""
-    assert count_words(text) == words
+    assert count_words_of_any_script(text) == words
 
 
 @given(st.text(st.characters(max_codepoint=0x0DFF)))
 def test_elsewhere_words_are_what_white_space_separates(text):
-    assert count_words(text) == len(text.split())
+    assert count_words_of_any_script(text) == count_words(text) == len(text.split())

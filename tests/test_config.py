@@ -263,7 +263,7 @@ def test_digest_follows_results_not_places():
 
 
 def test_corrections_are_the_audit_s_and_switch_one_by_one():
-    assert set(get_args(Correction)) == set(CORRECTIONS) >= set(WITHOUT_ASKING) == {*mended_findings(), "B1"}
+    assert set(get_args(Correction)) == set(CORRECTIONS) >= set(WITHOUT_ASKING) == {*mended_findings(), "B1", "B2"}
     assert load_profile("mini", ["corrections=all"]).corrections == tuple(CORRECTIONS)
     profile = load_profile("mini", ["corrections=[A18, A4]"])
     assert [name for name in CORRECTIONS if profile.corrects(name)] == ["A4", "A18"]

@@ -236,5 +236,5 @@ def test_files_that_are_not_there_or_not_named(tmp_path):
 def test_dialogues_without_references_or_earlier_turns_teach_no_scorer_of_coherence(tmp_path):
     rows = "".join(f"d{n},train,I like thing {n}.,User1: Hello {n}?\n" for n in range(12))
     profile = own(tmp_path, HEAD + rows, ASKED + GOOD)
-    with pytest.raises(PersodpoError, match=r"No dialogue has a reply"):
+    with pytest.raises(PersodpoError, match=r"there are no replies; name real checkpoints"):
         stages.make(profile, "score")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from persodpo.config import load_profile
 from persodpo.errors import PersodpoError
 from persodpo.method import METRICS, measure_scale, thresholds
-from persodpo.pairs import WORST_CASE, impute, rank, rate, scale_of
+from persodpo.pairs import WORST_CASE, impute, rank, rate, scale_of, word_counter
 
 PROFILE = load_profile("release")
 ROWS = pd.DataFrame({
@@ -137,10 +137,9 @@ def test_a_sentence_that_is_said_again_adds_no_length_under_b1():
         {"dialogue_id": ["a", "b"], "model": "m", "outcome": "ok", "response": texts, "completion": ""}
     )
     metrics = responses[["dialogue_id", "model"]].assign(parsed=texts, **dict.fromkeys(METRICS, 0.7))
-    words = {
-        once: impute(responses, metrics, unread=False, sentences_once=once)["words"].tolist() for once in (False, True)
-    }
-    assert words == {False: [12, 6], True: [6, 6]}
+    for corrections, words in (("[]", [12, 6]), ("[B1]", [6, 6])):
+        count = word_counter(load_profile("mini", [f"corrections={corrections}"]))
+        assert impute(responses, metrics, unread=False, count=count)["words"].tolist() == words
 
 
 def test_rank_gives_scores_scale_and_thresholds():

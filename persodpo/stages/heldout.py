@@ -169,7 +169,7 @@ def score_held_out(run: RunFolder, answers: str, table: str, *, overwrite: bool 
     def build(targets: Targets) -> None:
         responses, ranked = run.read(answers), run.read("scores")
         metrics, _, _ = score.measure(run, responses, scorers)
-        values = pairs.impute(responses, metrics, unread=True, sentences_once=profile.corrects("B1"))
+        values = pairs.impute(responses, metrics, unread=True, count=pairs.word_counter(profile))
         scale = pairs.scale_of(ranked, profile.scoring)
         write_table(targets[table], table, pairs.rate(values, scale, profile))
 

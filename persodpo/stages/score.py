@@ -48,7 +48,9 @@ def score_settings(profile: Profile) -> dict[str, object]:
     kept = profile.scoring.model_dump(mode="json", exclude=set() if computes else {"compute", "encoder"})
     return {
         "scoring": kept,
-        "corrections": profile.switches(*(("A3", "A10b", "A10c", "B1") if computes else ("A1", "A3", "B1"))),
+        "corrections": profile.switches(
+            *(("A3", "A10b", "A10c", "B1", "B2") if computes else ("A1", "A3", "B1", "B2"))
+        ),
         "quantiles": [profile.pairs.low_quantile, profile.pairs.high_quantile],
         "models": list(profile.generation.models),
     }
@@ -67,7 +69,7 @@ def write_scores(
     """
     values = {
         table: pairs.impute(
-            responses[table], metrics[table], unread=table != "scores", sentences_once=profile.corrects("B1")
+            responses[table], metrics[table], unread=table != "scores", count=pairs.word_counter(profile)
         )
         for table in responses
     }
