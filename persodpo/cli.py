@@ -148,12 +148,6 @@ def miniature(
 @app.command()
 def fetch(
     what: Annotated[str, typer.Argument(help="What to fetch: release or encoder.")],
-    source: Annotated[
-        str | None,
-        typer.Option(
-            help="A folder, an archive or an HTTPS address of the release; default: PERSODPO_RELEASE, else the pinned one."
-        ),
-    ] = None,
     profile: ProfileOption = DEFAULT_PROFILE,
     set_: SetOption = None,
 ) -> None:
@@ -164,7 +158,8 @@ def fetch(
     if what == "encoder":
         print(f"encoder: all files are in {fetch_encoder()}, verified")
     elif what == "release":
-        print(fetch_release(Run(profile, set_ or ()).release, source))
+        folder = Run(profile, set_ or ()).release
+        print(f"release: all {len(fetch_release(folder))} files are in {folder}, verified")
     else:
         raise PersodpoError(f"Nothing called '{what}' can be fetched; fetch release or encoder.")
 

@@ -18,7 +18,7 @@ from persodpo.errors import PersodpoError
 from persodpo.generation.endpoint import api_key
 from persodpo.release.fetch import release_files
 from persodpo.run import Run
-from persodpo.runfolder import DATA, PROJECT, RunFolder, StageReport, read_json, sha256
+from persodpo.runfolder import PROJECT, RunFolder, StageReport
 from persodpo.scoring.encoder import FILES, encoder_folder
 from persodpo.scoring.models import device_name
 from persodpo.stages.generate import Scope, forecast_report
@@ -67,11 +67,8 @@ def _files(profile: Profile) -> Iterator[Finding]:
     """Run the stages that read files in a scratch folder that sees the run's stored answers and its models."""
     run, source = RunFolder(profile), profile.generation.source
     if PUBLISHED & {profile.dialogues.source, source, profile.scoring.source, profile.evaluation.source}:
-        found = release_files(run.release)
-        for file in read_json(DATA / "release_manifest.json")["files"]:  # a stage would fetch what is not right
-            if sha256(found[file["path"]]) != file["sha256"]:
-                raise PersodpoError(f"{found[file['path']]} is not as published; run `persodpo fetch release`.")
-        yield Finding("ok", f"Files: all {len(found)} published ones are in {run.release}.")
+        count = len(release_files(run.release))
+        yield Finding("ok", f"Files: all {count} published ones are in {run.release}.")
     with TemporaryDirectory(prefix="persodpo-doctor-") as scratch:
         shadow = with_overrides(profile, [f"paths.runs={scratch}"])
         copy = Run(shadow)

@@ -44,7 +44,7 @@ def test_profile_shows_what_overrides_resolve_to():
         (["pairs", "--set", "pairs.high_quantile=1.5"], "pairs.high_quantile: Input should be less than or equal to 1"),
         (["pairs", "--profile", "nonesuch"], "nonesuch"),
         (["fetch", "weights"], "Nothing called 'weights' can be fetched"),
-        (["fetch", "release", "--source", "/nonexistent/folder"], "/nonexistent/folder"),
+        (["fetch", "release"], "/nonexistent/folder"),
         (["score", "-p", "release", "--set", "generation.models=[gpt-9]"], "gpt-9"),
         (["generate", "-p", "release", "--set", "dialogues.source=miniature"], "set dialogues.source=published_focus"),
     ],
@@ -57,6 +57,7 @@ def test_errors_are_one_sentence_without_a_traceback(arguments, words, tmp_path)
             pytest.skip(f"{RELEASE_VARIABLE} is not set: the published files are not at hand")
         places.append(f"paths.release={tmp_path / 'release'}")
     elif arguments[0] == "fetch":
+        source = "/nonexistent/folder"
         places.append(f"paths.release={tmp_path / 'release'}")
     given = [part for place in places for part in ("--set", place)]
     done = run(*arguments, *given, **({RELEASE_VARIABLE: source} if source else {}))

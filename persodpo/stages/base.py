@@ -65,5 +65,4 @@ def published_at_hand(run: RunFolder) -> bool:
 
 def published_files(run: RunFolder) -> dict[str, Path]:
     """Return the published files by manifest path, fetching them first if any is missing."""
-    fetch_release(run.release)
-    return release_files(run.release)
+    return fetch_release(run.release)
