@@ -81,12 +81,13 @@ def write_model_card(run: RunFolder, label: str, source: RunFolder, estimates: p
         base_model=policy if on_hub else None, model_name=f"persodpo {arm}", tags=["dpo", "trl", "persona", "persodpo"],
     )  # fmt: skip
     last = log.groupby("kind", sort=False).tail(1).set_index("kind")[list(_LOGGED)].dropna(axis="columns", how="all")
-    judges = {} if estimates is None else run.provenance("evaluation/scores")["settings"].get("scorers", {})
+    scored = {} if estimates is None else run.provenance("evaluation/scores")["settings"]
     text = ModelCard.from_template(
         data, str(TEMPLATES / "model_card.md"), plain=plain, number=number, run=run.profile.name, label=label,
         source=source.profile.name, record=record, settings=settings, pairs=settings["arm"]["pairs"],
         pairs_sha256=source.provenance(f"pairs/{settings['arm']['pairs']}")["sha256"], made=made, last=last,
-        health=run.read(f"{folder}/health").to_dict("records"), judges=judges,
+        health=run.read(f"{folder}/health").to_dict("records"), judges=scored.get("scorers", {}),
+        models=run.profile.scoring.compute.models.model_dump(),
         results=[] if estimates is None else estimates[estimates["arm"] == arm].to_dict("records"),
     ).content  # fmt: skip
     return _write(run.path(f"{folder}/log").parent, text)

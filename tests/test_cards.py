@@ -149,11 +149,11 @@ def test_results_come_with_their_judge(trained):
            "mean": 0.5, "low": 0.4, "high": 0.6}  # fmt: skip
     estimates = pd.DataFrame([dict.fromkeys(schema_of("evaluation/estimates").names) | row, row | {"arm": "simple"}])
     judged = provenance_path(trained.path("evaluation/scores"))
-    write_json(judged, {"settings": {"scorers": {"c_score": {"kind": "nli", "checkpoint": "c0ffee"}}}})
+    write_json(judged, {"settings": {"scorers": {"c_score": "c0ffee"}}})
     text = write_model_card(trained, "perso_weighted", trained, estimates).read_text()
     judged.unlink()
     assert cells(text, "quality") == ["quality", "failures imputed", "12", "0.5", "0.4 to 0.6"]
-    assert r"- c\_score: kind nli, checkpoint c0ffee" in text
+    assert r"- c\_score: encoder (key c0ffee)" in text
     assert "over 3 trainings" in text
 
 
