@@ -69,8 +69,8 @@ def test_the_paper_profile_with_small_models_trains_an_arm(tmp_path, monkeypatch
         evaluated = stages.make(profile, "evaluate")
         assert len(server.received()) == asked
     assert all(report.skipped for report in again), [str(report) for report in again]
-    assert [report.stage for report in evaluated[-3:]] == [
-        "evaluation/responses", "score evaluation/responses", "evaluate",
+    assert [report.stage for report in evaluated[-4:]] == [
+        "evaluation/responses", "score evaluation/responses", "judge evaluation/responses", "evaluate",
     ]  # fmt: skip
     run = RunFolder(profile)
     assert [report.stage for report in reports] == [
