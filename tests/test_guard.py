@@ -529,15 +529,18 @@ def test_statistics_of_the_batch_are_refused(tmp_path):
             self.register_buffer("phi", torch.ones(32))
 
         def forward(self, states):
-            if self.training:
+            if self.training and in_place:
                 self.phi.mul_(0.9).add_(states.detach().pow(2).mean((0, 1)), alpha=0.1)
+            elif self.training:
+                self.phi = 0.9 * self.phi + 0.1 * states.detach().pow(2).mean((0, 1))
             return states / self.phi.sqrt()
 
-    model = tiny_model()
-    model.model.norm = PowerNorm()
-    with pytest.raises(PersodpoError, match=r"changes model\.norm\.phi in training"):
-        trainer_of(model, tmp_path)
-    assert torch.equal(model.model.norm.phi, torch.ones(32))
+    for in_place in (True, False):
+        model = tiny_model()
+        model.model.norm = PowerNorm()
+        with pytest.raises(PersodpoError, match=r"changes model\.norm\.phi in training"):
+            trainer_of(model, tmp_path)
+        assert torch.equal(model.model.norm.phi, torch.ones(32))
     model = tiny_model()
     model.model.norm = torch.nn.Sequential(model.model.norm, Swapped(torch.nn.BatchNorm1d(32)))
     with pytest.raises(PersodpoError, match="normalises over the batch"):
@@ -588,3 +591,32 @@ def test_quantised_weights_have_the_tolerance_of_half_precision():
     exact = check_packing(model, max_length=64).tolerance
     model.is_loaded_in_8bit = True
     assert check_packing(model, max_length=64).tolerance > 10 * exact
+
+
+def test_weights_that_a_model_scales_for_evaluation_come_back():
+    sizes = {"num_hidden_layers": 4, "rescale_every": 2, "attention_hidden_size": 32, "context_length": 256}
+    model = architecture("rwkv", "eager", sizes).train()
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    check_packing(model, max_length=64, token_budget=128)
+    model(input_ids=torch.tensor([[3, 4, 5]]))  # scales back what evaluation scaled
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+
+
+def test_ends_beyond_the_vocabulary_are_left_out_of_the_random_text():
+    model = tiny_model()
+    model.config.bos_token_id, model.config.eos_token_id = 151_643, [1, 151_645]
+    assert check_packing(model, max_length=64, token_budget=128).grouped
+
+
+def test_a_model_that_chooses_by_the_name_of_its_attention_generates_as_before():
+    sizes = {
+        "index_topk": 40, "index_head_dim": 8, "index_n_heads": 16, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8,
+        "v_head_dim": 8, "qk_nope_head_dim": 8, "num_key_value_heads": 4, "n_routed_experts": 4, "moe_intermediate_size": 64,
+        "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "mlp_layer_types": ["dense", "sparse"],
+    }  # fmt: skip
+    model = architecture("deepseek_v32", "sdpa", sizes)
+    ids = torch.randint(10, 60, (1, 90), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = model(input_ids=ids, use_cache=False).logits
+        assert check_packing(model, max_length=30, token_budget=38).grouped
+        assert torch.equal(model(input_ids=ids, use_cache=False).logits, before)

@@ -648,6 +648,12 @@ def test_what_cannot_be_grouped_is_refused_by_name(tmp_path, changes, words):
     assert words in str(refused.value)
 
 
+def test_a_compiled_model_is_refused_however_it_was_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+    with pytest.raises(PersodpoError, match="ACCELERATE_DYNAMO_BACKEND"):
+        grouped(tmp_path)
+
+
 def test_weighting_needs_scores(tmp_path):
     bare = tiny_pairs().remove_columns(["score_chosen"])
     with pytest.raises(PersodpoError, match="needs the columns score_chosen and score_rejected in the train dataset"):
@@ -757,3 +763,33 @@ def test_joined_datasets_are_evaluated_whole(tmp_path):
 
 def test_datasets_in_torch_format_are_grouped(tmp_path):
     assert len(grouped(tmp_path, tiny_pairs().with_format("torch")).train_dataset) == 24
+
+
+def test_a_reference_of_its_own_trains_in_half_precision_as_stock(tmp_path):
+    ours = grouped(tmp_path / "a", ref_model=tiny_model(seed=5), bf16=True, max_steps=2)
+    ours.train()
+    theirs = DPOTrainer(
+        model=tiny_model(), ref_model=tiny_model(seed=5), train_dataset=tiny_pairs(), processing_class=tiny_tokenizer(),
+        args=DPOConfig(str(tmp_path / "b"), **TINY | {"per_device_train_batch_size": 24, "max_steps": 2, "bf16": True}),
+    )  # fmt: skip
+    theirs.train()
+    assert ours.packing.grouped
+    assert logs(ours) == pytest.approx(logs(theirs), abs=0.02)
+
+
+def test_what_is_frozen_of_an_adapter_stays_frozen(tmp_path):
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for name, weight in model.named_parameters():
+        weight.requires_grad_("lora_B" in name)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    grouped(tmp_path, model=model, max_steps=2).train()
+    weights = {name: weight for name, weight in model.named_parameters() if name in before}
+    moved = {name for name, weight in weights.items() if not torch.equal(weight, before[name])}
+    assert moved
+    assert all("lora_B" in name for name in moved)
+
+
+def test_a_callback_that_moves_the_reference_is_refused_later_too(tmp_path):
+    trainer = grouped(tmp_path, max_steps=1)
+    with pytest.raises(PersodpoError, match="SyncRefModelCallback"):
+        trainer.add_callback(SyncRefModelCallback(tiny_model(), trainer.accelerator))

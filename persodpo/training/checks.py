@@ -58,6 +58,8 @@ def check_models(model: Any, reference: Any, *, max_length: int | None, token_bu
             "4-bit weights on a CPU cannot be trained: bitsandbytes packs them at the first evaluation, and no gradient "
             "passes them from then on; load the model on a GPU, or without quantisation."
         )
+    # TRL has put the reference under mixed precision already, which the trainer does around each pass of its own.
+    reference = unwrapped(reference)
     verdicts = [check_packing(one, max_length, token_budget) for one in (model, reference) if one is not None]
     verdict = next((one for one in verdicts if not one.grouped), verdicts[0])
     # The reference's own probe is the last: active adapters and the like show in no weight.
@@ -104,7 +106,7 @@ def _draws_noise(model: Any, verdict: Verdict) -> bool:
     """
     training, devices = model.training, [model.device] if model.device.type == "cuda" else []
     rows = pack([Group([3, 4], [[5, 6], [6]])], Layout(grouped=verdict.grouped)).to(model.device)
-    buffers = [(path, buffer, buffer.clone()) for path, buffer in model.named_buffers()]
+    buffers = {path: (buffer, buffer.clone()) for path, buffer in model.named_buffers()}
     values = []
     model.train()
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
@@ -112,12 +114,14 @@ def _draws_noise(model: Any, verdict: Verdict) -> bool:
             torch.manual_seed(seed)
             values.append(model(packed=rows))
     model.train(training)
-    changed = [(path, buffer, before) for path, buffer, before in buffers if not torch.equal(buffer, before)]
-    for _, buffer, before in changed:
-        buffer.copy_(before)
+    after = dict(model.named_buffers())  # a statistic may be another tensor now
+    changed = [path for path, (_, before) in buffers.items() if not torch.equal(after[path], before)]
+    for path in changed:
+        owner, _, name = path.rpartition(".")
+        model.get_submodule(owner)._buffers[name] = buffers[path][0].copy_(buffers[path][1])
     if changed:
         raise PersodpoError(
-            f"{type(base_model(model)).__name__} changes {changed[0][0]} in training, a statistic of the batch that packed "
+            f"{type(base_model(model)).__name__} changes {changed[0]} in training, a statistic of the batch that packed "
             "rows would change otherwise; use `trl dpo`."
         )
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):

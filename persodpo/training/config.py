@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -71,15 +72,16 @@ def check_arguments(args: DPOConfig, callbacks: Iterable[object] = ()) -> None:
         f"optim={str(args.optim)!r} steps in each backward pass, and a step has several here": (
             any(part in str(args.optim).lower() for part in ("layerwise", "lomo"))
         ),
+        "ACCELERATE_DYNAMO_BACKEND compiles the model, which sees rows of every length here": (
+            os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"
+        ),
         "dispatch_batches=True cannot send packed rows to other processes": (
             getattr(args.accelerator_config, "dispatch_batches", None)
-        ),
-        "SyncRefModelCallback moves the reference, which is computed once here": (
-            any(isinstance(one, SyncRefModelCallback) for one in callbacks)
         ),
     }
     for sentence in filter(refused.get, refused):
         raise PersodpoError(f"{sentence}; leave it out.")
+    check_callbacks(*callbacks)
     for name, allowed in UNGROUPED.items():
         if getattr(args, name, allowed) != allowed:
             raise PersodpoError(
@@ -88,6 +90,17 @@ def check_arguments(args: DPOConfig, callbacks: Iterable[object] = ()) -> None:
     for name, (value, sentence) in OTHERWISE.items():
         if getattr(args, name) != value:
             warnings.warn(f"{name}={getattr(args, name)!r} {sentence}.", stacklevel=3)
+
+
+def check_callbacks(*callbacks: object) -> None:
+    """Refuse callbacks that grouped rows cannot honour, as objects or classes.
+
+    Raises:
+        PersodpoError: There is one.
+    """
+    for one in callbacks:
+        if issubclass(one if isinstance(one, type) else type(one), SyncRefModelCallback):
+            raise PersodpoError("SyncRefModelCallback moves the reference, which is computed once here; leave it out.")
 
 
 def only_loss(args: DPOConfig) -> str:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -133,11 +135,26 @@ def install_packed_forward(model: Any, *, grouped: bool = True, own_head: bool =
     @wraps(plain)
     def forward(*args: Any, packed: PackedRows | None = None, aux_loss: bool = False, **kwargs: Any) -> Any:
         if packed is None:
-            return plain(*args, **kwargs)
+            with _own_attention(base):
+                return plain(*args, **kwargs)
         return (log_probs_and_auxiliary_loss if aux_loss else response_log_probs)(base, packed)
 
     forward.packs_for = base  # type: ignore[attr-defined]
     base.forward = forward
+
+
+@contextmanager
+def _own_attention(base: Any) -> Iterator[None]:
+    """Give attention its own name back meanwhile: some models choose by it what a long sequence attends to."""
+    name = base.config._attn_implementation
+    if name not in PACKED_ATTENTION.values():
+        yield
+        return
+    base.set_attn_implementation(attention_of(base))
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(name)
 
 
 def attention_of(model: Any) -> str:

@@ -286,18 +286,21 @@ def _as_it_was(model: Any, *, exact: bool) -> Iterator[None]:
     """Put back each module's mode, weights, half precision and the random state afterwards.
 
     Meanwhile the model is in evaluation mode, outside mixed precision, and in float32 where it was in half precision and
-    ``exact``: nothing else tells a leak from rounding. New adapters and blocks begin at zero or as the identity and would
+    ``exact``: nothing else tells a leak from rounding. A first pass lets models scale weights for evaluation, as RWKV does,
+    and training scale back what is put back here. New adapters and blocks begin at zero or as the identity and would
     hide what they do, so weights are moved: those that are zero, and those that are small, as all are that mix tokens.
     """
     modes = [(module, module.training) for module in model.modules()]
     devices = [model.device] if model.device.type == "cuda" else []
+    model.train(mode=False)
+    with suppress(*FAULTS), torch.no_grad(), torch.random.fork_rng(devices=devices):
+        model(input_ids=torch.tensor([[3, 4]], device=model.device), use_cache=False)
     halves: dict[tuple[int, torch.Size, torch.dtype], list[Tensor]] = {}
     for tensor in (*model.parameters(), *model.buffers()) if exact else ():
         if tensor.dtype in {torch.float16, torch.bfloat16}:
             halves.setdefault((tensor.data_ptr(), tensor.shape, tensor.dtype), []).append(tensor)
     trained = [p for p in model.parameters() if p.requires_grad and p.is_floating_point()]
     moved = [(p, p.data.clone() if p.any() else None) for p in trained if p.numel() <= SMALL or not p.any()]
-    model.train(mode=False)
     try:
         with torch.random.fork_rng(devices=devices), torch.autocast(model.device.type, enabled=False):
             torch.manual_seed(0)

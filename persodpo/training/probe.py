@@ -79,6 +79,7 @@ def random_groups(model: Any, max_length: int | None, token_budget: int) -> tupl
     # Texts of chats have ends inside, and a model may see no further back than to the last one.
     for tokens in (start, first):
         ends = [end for name in ("bos_token_id", "eos_token_id") for end in _as_list(getattr(config, name, None))]
+        ends = [end for end in ends if 0 <= end < config.vocab_size]
         for place, end in zip(range(len(tokens) // 2, len(tokens)), ends[-2:], strict=False):
             tokens[place] = end
     return [Group(start, [first, *responses[1:]]), *short], Group(start, [first, *filler, *responses[1:]])

@@ -13,7 +13,7 @@ import copy
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from trl.trainer.utils import hash_module, use_adapter
 
 from persodpo.errors import PersodpoError
 from persodpo.training.checks import check_models, check_vocabulary, trains_adapters_alone, unwrapped
-from persodpo.training.config import GroupedDPOConfig, check_arguments, described, only_loss, option
+from persodpo.training.config import GroupedDPOConfig, check_arguments, check_callbacks, described, only_loss, option
 from persodpo.training.groups import (
     GROUP_COLUMNS,
     Batch,
@@ -111,6 +111,15 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         super().__init__(model=model, ref_model=ref_model, args=args, **datasets, **kwargs)
         self.data_collator = GroupCollator(option(args, "token_budget"), self._layout())
+
+    def add_callback(self, callback: Any) -> None:
+        """Add a callback as transformers does.
+
+        Raises:
+            PersodpoError: It moves the reference.
+        """
+        check_callbacks(callback)
+        super().add_callback(callback)
 
     def _layout(self) -> Layout:
         return Layout(
@@ -204,14 +213,18 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
             raise PersodpoError("A reference log-probability is not a number; the model's weights are damaged.")
         return values
 
-    def _adapters_off(self) -> AbstractContextManager[Any]:
-        """Return a context in which a PEFT policy is its own reference; nothing where another model is."""
+    @contextmanager
+    def _adapters_off(self) -> Iterator[None]:
+        """Let a PEFT policy be its own reference meanwhile; nothing where another model is."""
         if self.ref_model is not None or not isinstance(self.model, PeftModel):
-            return nullcontext()
-        context: AbstractContextManager[Any] = use_adapter(
-            self.model, "ref" if "ref" in self.model.peft_config else None
-        )
-        return context
+            yield
+            return
+        trained = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+        with use_adapter(self.model, "ref" if "ref" in self.model.peft_config else None):
+            yield
+        # PEFT lets the whole adapter be trained again, also what the user had frozen of it.
+        for parameter, was_trained in trained:
+            parameter.requires_grad_(was_trained)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Batch]], device: torch.device) -> Tensor:
         """Count the pairs of the optimiser step over all ranks."""
