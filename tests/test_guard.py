@@ -524,12 +524,13 @@ def test_windows_in_lists_are_found():
 
 def test_statistics_of_the_batch_are_refused(tmp_path):
     class PowerNorm(torch.nn.Module):
-        def __init__(self):
+        def __init__(self, in_place):
             super().__init__()
+            self.in_place = in_place
             self.register_buffer("phi", torch.ones(32))
 
         def forward(self, states):
-            if self.training and in_place:
+            if self.training and self.in_place:
                 self.phi.mul_(0.9).add_(states.detach().pow(2).mean((0, 1)), alpha=0.1)
             elif self.training:
                 self.phi = 0.9 * self.phi + 0.1 * states.detach().pow(2).mean((0, 1))
@@ -537,7 +538,7 @@ def test_statistics_of_the_batch_are_refused(tmp_path):
 
     for in_place in (True, False):
         model = tiny_model()
-        model.model.norm = PowerNorm()
+        model.model.norm = PowerNorm(in_place)
         with pytest.raises(PersodpoError, match=r"changes model\.norm\.phi in training"):
             trainer_of(model, tmp_path)
         assert torch.equal(model.model.norm.phi, torch.ones(32))
@@ -610,8 +611,8 @@ def test_ends_beyond_the_vocabulary_are_left_out_of_the_random_text():
 
 def test_a_model_that_chooses_by_the_name_of_its_attention_generates_as_before():
     sizes = {
-        "index_topk": 40, "index_head_dim": 8, "index_n_heads": 16, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8,
-        "v_head_dim": 8, "qk_nope_head_dim": 8, "num_key_value_heads": 4, "n_routed_experts": 4, "moe_intermediate_size": 64,
+        "index_topk": 40, "index_head_dim": 8, "index_n_heads": 16, "kv_lora_rank": 8, "q_lora_rank": 8,
+        "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_nope_head_dim": 8, "num_key_value_heads": 4, "n_routed_experts": 4, "moe_intermediate_size": 64,
         "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "mlp_layer_types": ["dense", "sparse"],
     }  # fmt: skip
     model = architecture("deepseek_v32", "sdpa", sizes)
