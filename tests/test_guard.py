@@ -611,9 +611,9 @@ def test_ends_beyond_the_vocabulary_are_left_out_of_the_random_text():
 
 def test_a_model_that_chooses_by_the_name_of_its_attention_generates_as_before():
     sizes = {
-        "index_topk": 40, "index_head_dim": 8, "index_n_heads": 16, "kv_lora_rank": 8, "q_lora_rank": 8,
-        "qk_rope_head_dim": 8, "v_head_dim": 8, "qk_nope_head_dim": 8, "num_key_value_heads": 4, "n_routed_experts": 4, "moe_intermediate_size": 64,
-        "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "mlp_layer_types": ["dense", "sparse"],
+        "index_topk": 40, "index_head_dim": 8, "index_n_heads": 16, "kv_lora_rank": 8, "q_lora_rank": 8, "v_head_dim": 8,
+        "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "num_key_value_heads": 4, "mlp_layer_types": ["dense", "sparse"],
+        "moe_intermediate_size": 64, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
     }  # fmt: skip
     model = architecture("deepseek_v32", "sdpa", sizes)
     ids = torch.randint(10, 60, (1, 90), generator=torch.Generator().manual_seed(0))
