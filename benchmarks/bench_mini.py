@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from persodpo.config import Profile, load_profile
-from persodpo.evaluation.cells import number, p_text
+from persodpo.evaluation.exports import number, p_text
 from persodpo.evaluation.observations import EVERY, IMPUTED, SUCCESSES
 from persodpo.runfolder import PROJECT, RunFolder, git_commit, read_json, versions, write_json
 

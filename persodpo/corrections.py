@@ -1,4 +1,4 @@
-"""What can be mended of the released method, by the ids of the audit (`persodpo.release.findings`); ids with B are our own.
+"""What can be mended of the released method, by the ids of the audit (``release/findings.yaml``); ids with B are our own.
 
 What a profile does not list in ``corrections`` stays as the authors did it, so that each correction can be measured alone.
 """

@@ -18,7 +18,7 @@ from persodpo.config import PROFILES, Profile, load_profile, profile_names, with
 from persodpo.corrections import CORRECTIONS, WITHOUT_ASKING, Correction
 from persodpo.errors import PersodpoError
 from persodpo.profile_text import fields_of, read_yaml, resolve
-from persodpo.release.corrections import mended_findings
+from persodpo.release.audit import mended_findings
 
 SECRET = "sk-canary/9d+1Z=="  # noqa: S105 - made up
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import subprocess
-import sys
 import warnings
 
 import matplotlib as mpl
@@ -17,11 +16,15 @@ from scipy.stats import binomtest, spearmanr
 
 from persodpo.completions import OUTCOMES
 from persodpo.errors import NothingToShowError
-from persodpo.figures import FIGURES, answers, curves, forest, pairs, scores, style
+from persodpo.figures import FIGURES, answers, curves, scores, style
 from persodpo.runfolder import PROJECT, sha256
 
 SEVEN, HALF, ARM = "Qwen2-7B-Instruct", "Qwen2-0.5B-Instruct", "Qwen2-0.5B-Instruct/length_prior"
 NAMES = ["gpt$4$mini", "a$_$b", r"$\frac{$", "m_1^2"]
+
+
+def draw(name, *tables):
+    return FIGURES[name].draw(*tables)
 
 
 def bars(axes):
@@ -55,13 +58,13 @@ def results():
 
 
 def test_published_bars_are_the_tables_numbers(results):
-    axes = answers.figure_2a_published(results).axes[0]
+    axes = draw("figure_2a_published", results).axes[0]
     assert [[bar.get_height() for bar in group] for group in bars(axes)] == [[4.0213, 0.627], [0.4936, 0.148]]
     assert texts(axes) == ["4.02 s", "0.627", "0.494 s", "0.148"]
 
 
 def test_our_bars_carry_intervals_three_digits_and_the_number_of_seeds(results):
-    drawn = answers.figure_2a(results)
+    drawn = draw("figure_2a", results)
     left, right = drawn.axes
     assert [group[0].get_width() for group in bars(left)] == [4.0213, 0.76, 0.4936]
     assert [group[0].get_width() for group in bars(right)] == [0.627, 0.390, 0.148]
@@ -79,18 +82,18 @@ def test_arms_stand_under_their_first_seed():
         "model": ["base"] * 4 + ["perso"] * 4 + ["perso@45"] * 4, "response_time": [0.1, None, None, None] * 3,
         "outcome": ["ok", "ok", "loop", "empty"] + ["ok", "ok", "ok", "empty"] + ["loop"] * 4,
     })  # fmt: skip
-    drawn = answers.figure_2a_arms(table)
+    drawn = draw("figure_2a_arms", table)
     assert [group[0].get_width() for group in bars(drawn.axes[1])] == [0.5, 0.25]
     assert texts(drawn.axes[0]) == ["0.100", "0.100"]
     assert drawn.get_suptitle() == "4 answers each; the first of 2 seeds"
-    never_timed = answers.figure_2a_arms(table.assign(response_time=np.nan))
+    never_timed = draw("figure_2a_arms", table.assign(response_time=np.nan))
     assert texts(never_timed.axes[0]) == ["–", "–"]
 
 
 def test_stack_holds_the_shares_of_outcomes():
     outcomes = ["ok"] * 6 + ["truncated"] * 3 + ["loop"]
     table = pd.DataFrame({"model": [SEVEN] * 10 + ["gpt-4-turbo"] * 10, "outcome": outcomes + ["ok"] * 10})
-    axes = answers.failure_classes(table).axes[0]
+    axes = draw("failure_classes", table).axes[0]
     widths = np.array([[bar.get_width() for bar in group] for group in bars(axes)])
     np.testing.assert_allclose(widths.T, [[0.6, 0.3, 0.1], [1, 0, 0]])
     low, high = wilson(4, 10)
@@ -105,11 +108,11 @@ def test_stack_holds_the_shares_of_outcomes():
 @pytest.fixture(scope="module")
 def scored():
     """400 responses of two models; every fourth failed and imputed, two were not scored."""
-    draw, count = np.random.default_rng(7), 400
+    random, count = np.random.default_rng(7), 400
     table = pd.DataFrame({
-        "model": np.where(np.arange(count) % 2, SEVEN, "gpt-4o-mini"), "coherence": draw.beta(8, 1, count),
-        "c_score": draw.integers(-1, 2, count).astype(float), "ue_score": draw.integers(0, 3, count).astype(float),
-        "persona_distance": draw.beta(4, 4, count), "compliance": draw.beta(6, 2, count),
+        "model": np.where(np.arange(count) % 2, SEVEN, "gpt-4o-mini"), "coherence": random.beta(8, 1, count),
+        "c_score": random.integers(-1, 2, count).astype(float), "ue_score": random.integers(0, 3, count).astype(float),
+        "persona_distance": random.beta(4, 4, count), "compliance": random.beta(6, 2, count),
         "imputed": np.arange(count) % 4 == 0,
     })  # fmt: skip
     table.loc[table["imputed"], ["coherence", "c_score", "ue_score", "persona_distance"]] = [0.0, -1.0, 0.0, 0.0]
@@ -122,7 +125,7 @@ THRESHOLDS = pd.DataFrame({"name": ["low", "high"], "value": [0.3, 0.5]})
 
 
 def test_metric_histograms_hold_every_measured_response(scored):
-    drawn = scores.score_metrics(scored)
+    drawn = draw("score_metrics", scored)
     measured = scored[~scored["imputed"] & scored["quality"].notna()]
     counts = measured["model"].value_counts()
     assert rows(drawn.axes[0]) == [f"Qwen2-7B\nn = {counts[SEVEN]}", f"GPT-4o mini\nn = {counts['gpt-4o-mini']}"]
@@ -135,12 +138,12 @@ def test_metric_histograms_hold_every_measured_response(scored):
             heights = np.nan_to_num(base - tops)
             shares = np.histogram(values, edges)[0] / len(values)
             np.testing.assert_allclose(heights / heights.sum(), shares, atol=1e-12)
-    absent = scores.score_metrics(scored.assign(coherence=np.nan)).axes[0]
+    absent = draw("score_metrics", scored.assign(coherence=np.nan)).axes[0]
     assert texts(absent) == ["not measured"]
 
 
 def test_quality_histogram_counts_parsed_and_failed(scored):
-    axes = scores.quality(scored, THRESHOLDS).axes[0]
+    axes = draw("quality", scored, THRESHOLDS).axes[0]
     (parsed, edges, _), (top, _, base) = (patch.get_data() for patch in axes.patches if isinstance(patch, StepPatch))
     rated = scored.dropna(subset="quality")
     np.testing.assert_array_equal(parsed, np.histogram(rated.loc[~rated["imputed"], "quality"], edges)[0])
@@ -155,7 +158,7 @@ def test_quality_histogram_counts_parsed_and_failed(scored):
 
 
 def test_quality_by_model_stacks_the_shares_of_each_model(scored):
-    axes = scores.quality_by_model(scored, THRESHOLDS).axes[0]
+    axes = draw("quality_by_model", scored, THRESHOLDS).axes[0]
     assert rows(axes) == ["Qwen2-7B", "GPT-4o mini"]
     layers = [patch.get_data() for patch in axes.patches if isinstance(patch, StepPatch)][:4]
     sums = [np.nan_to_num(base - tops).sum() for tops, _, base in layers]
@@ -166,13 +169,13 @@ def test_quality_by_model_stacks_the_shares_of_each_model(scored):
 
 
 def test_correlations_are_spearmans_with_and_without_imputed_rows(scored):
-    drawn = scores.metric_correlation(scored)
+    drawn = draw("metric_correlation", scored)
     rated, lower = scored.dropna(subset="quality"), np.tril_indices(5)
     for axes, part in zip(drawn.axes, (rated[~rated["imputed"]], rated), strict=False):
         assert f"n = {len(part)}" in axes.get_title(loc="left")
         expected = spearmanr(part[[*scores.SIGNALS, "quality"]]).statistic[1:, :-1]
         np.testing.assert_allclose(axes.collections[0].get_array().reshape(5, 5)[lower], expected[lower])
-    assert texts(scores.metric_correlation(scored.assign(coherence=1.0)).axes[0])[0] == "–"
+    assert texts(draw("metric_correlation", scored.assign(coherence=1.0)).axes[0])[0] == "–"
 
 
 # --- pairs -----------------------------------------------------------------------------------------------------------
@@ -180,7 +183,7 @@ def test_correlations_are_spearmans_with_and_without_imputed_rows(scored):
 
 def test_heat_map_counts_pairs_and_sums_them_at_its_sides():
     table = pd.DataFrame({"chosen_model": ["gpt-4-turbo"] * 3 + [HALF], "rejected_model": [SEVEN, SEVEN, HALF, SEVEN]})
-    top, corner, heat, right = pairs.pair_sources(table).axes
+    top, corner, heat, right = draw("pair_sources", table).axes
     np.testing.assert_array_equal(heat.collections[0].get_array().reshape(3, 3), [[0, 1, 0], [0, 0, 0], [1, 2, 0]])
     assert [bar.get_height() for bar in bars(top)[0]] == [1, 3, 0]
     assert [bar.get_width() for bar in bars(right)[0]] == [1, 0, 3]
@@ -199,7 +202,7 @@ def published():
 
 def test_published_curves_stand_on_twin_axes(published):
     paper = published[published["run"] == curves.PAPER_RUN]
-    drawn = curves.figure_2b_published(published)
+    drawn = draw("figure_2b_published", published)
     for axes, quantity in zip(drawn.axes, ("loss", "grad_norm"), strict=True):
         (line,) = axes.lines
         np.testing.assert_array_equal(line.get_xydata(), paper[["step", quantity]])
@@ -207,7 +210,7 @@ def test_published_curves_stand_on_twin_axes(published):
 
 def test_curves_share_an_axis_and_small_values_stand_on_its_last_line(published):
     paper = published[published["run"] == curves.PAPER_RUN]
-    loss, norm = curves.figure_2b(published).axes
+    loss, norm = draw("figure_2b", published).axes
     line = loss.lines[-1]
     np.testing.assert_array_equal(line.get_ydata(), paper["loss"].clip(lower=1e-4))
     assert (loss.get_yscale(), rows(loss)[0]) == ("log", "≤ 10⁻⁴")
@@ -220,7 +223,7 @@ def test_axes_fit_the_arms_and_not_the_papers_run(published):
         "kind": ["train", "train", "health"], "epoch": [0.5, 1.0, 1.0], "reward_margin": [0.1, 0.4, None],
         "reward_accuracy": [0.5, 0.9, None], "policy": "tiny",
     })  # fmt: skip
-    drawn = curves.figure_2c_arms({"perso": log}, published)
+    drawn = draw("figure_2c_arms", {"perso": log}, published)
     margin, _ = drawn.axes
     paper, ours = margin.lines
     assert ours.get_xydata().tolist() == [[0.5, 0.1], [1.0, 0.4]]
@@ -257,7 +260,7 @@ def drawn_rows(axes):
 
 
 def test_forest_holds_the_tables_numbers(comparisons):
-    drawn = forest.forest(comparisons)
+    drawn = draw("forest", comparisons)
     quality, failures = drawn.axes
     assert [axes.get_title(loc="left") for axes in drawn.axes] == ["Quality", "Failure ratio"]
     assert rows(quality) == ["simple − base", "perso − base"]
@@ -274,12 +277,23 @@ def test_forest_holds_the_tables_numbers(comparisons):
 
 
 def test_forests_differ_in_title_and_show_what_is_worse_or_missing(comparisons):
-    imputed, successes = forest.forest(comparisons), forest.forest_successes(comparisons)
+    imputed, successes = draw("forest", comparisons), draw("forest_successes", comparisons)
     assert imputed.get_suptitle() != successes.get_suptitle()
     assert drawn_rows(successes.axes[0])[0] == {0: (pytest.approx(-0.3), style.VERMILLION)}
     assert texts(successes.axes[0]) == ["0.010", "–", "p (Holm)"]
     with pytest.raises(NothingToShowError):
-        forest.forest(comparisons.assign(difference=np.nan))
+        draw("forest", comparisons.assign(difference=np.nan))
+
+
+def test_numbers_under_a_narrow_panel_do_not_touch(comparisons):
+    row = comparisons.iloc[0].to_dict() | {"difference": -0.002, "low": -0.005, "high": 0.0}
+    names = ["repeats", "failure_ratio", "grounded", "grounded_too"]
+    drawn = draw("forest", pd.DataFrame([row | {"metric": name} for name in names]))
+    for axes in drawn.axes:
+        labels = [label for label in axes.get_xticklabels() if axes.get_xlim()[0] <= label.get_position()[0]]
+        boxes = [label.get_window_extent() for label in labels]
+        assert len(boxes) > 1
+        assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))
 
 
 def test_ablations_stand_beside_what_they_change():
@@ -291,7 +305,7 @@ def test_ablations_stand_beside_what_they_change():
             ("failure_ratio", "all responses", failures),
         )
     ], columns=["arm", "metric", "reading", "mean", "low", "high"])  # fmt: skip
-    quality, failures = forest.ablations(estimates, pd.DataFrame({"ablation": ["b", "a"]})).axes
+    quality, failures = draw("ablations", estimates, pd.DataFrame({"ablation": ["b", "a"]})).axes
     assert rows(quality) == ["corrected", "b", "a"]
     assert texts(quality) == ["0.600", "–", "0.500"]
     points, intervals = drawn_rows(failures)
@@ -306,8 +320,8 @@ def test_ablations_stand_beside_what_they_change():
 
 def test_names_are_text(tmp_path):
     table = pd.DataFrame({"model": NAMES * 2, "outcome": ["ok"] * 4 + ["loop"] * 4})
-    drawn = answers.failure_classes(table)
-    heat = pairs.pair_sources(pd.DataFrame({"chosen_model": NAMES, "rejected_model": NAMES[::-1]}))
+    drawn = draw("failure_classes", table)
+    heat = draw("pair_sources", pd.DataFrame({"chosen_model": NAMES, "rejected_model": NAMES[::-1]}))
     for picture, axes in ((drawn, drawn.axes[0]), (heat, heat.axes[2])):
         assert sorted(rows(axes)) == sorted(NAMES)
         assert not any(label.get_parse_math() for label in axes.get_yticklabels())
@@ -320,11 +334,11 @@ def test_a_name_in_another_script_takes_a_font_of_the_machine(monkeypatch):
     """STIX, which comes with matplotlib, has a sign that DejaVu Sans lacks, as a machine's fonts have Chinese."""
     table = pd.DataFrame({"model": ["\ue0d2"], "outcome": ["ok"]})
     with pytest.warns(UserWarning, match="missing from font"):
-        answers.failure_classes(table)
+        draw("failure_classes", table)
     monkeypatch.setattr(style, "FALLBACK_FONTS", ("no such font", "STIXNonUnicode"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        answers.failure_classes(table)
+        draw("failure_classes", table)
 
 
 def test_every_figure_says_what_it_shows_and_refuses_an_empty_table():
@@ -345,35 +359,20 @@ def test_models_look_the_same_in_every_figure():
     assert len({look.colour for look in strangers}) == 7
 
 
-def test_own_settings_of_a_user_do_not_leak_in(results, tmp_path):
-    expected = style.save(answers.figure_2a(results), "a", tmp_path / "a", {}, "")
-    with mpl.rc_context({"font.size": 20, "font.family": "serif", "axes.grid": True, "text.parse_math": True}):
-        drawn = style.save(answers.figure_2a(results), "a", tmp_path / "b", {}, "")
-    assert [path.read_bytes() for path in drawn] == [path.read_bytes() for path in expected]
-
-
-def test_files_are_the_same_byte_for_byte(tmp_path, results):
+def test_files_are_the_same_byte_for_byte_whatever_a_user_has_set(tmp_path, results):
     inputs = {"evaluation/results": "f" * 64, "code": "0" * 64}
-    drawn = answers.figure_2a(results)
+    drawn = draw("figure_2a", results)
     first = style.save(drawn, "figure_2a", tmp_path / "a", inputs, "Beside Figure 2a.")
     picture, size = drawn._repr_png_()
     assert (picture[:4], size) == (b"\x89PNG", {"width": round(drawn.get_figwidth() * style.SCREEN_DPI)})
-    again = style.save(drawn, "figure_2a", tmp_path / "b", inputs, "Beside Figure 2a.")
-    assert [path.read_bytes() for path in again] == [path.read_bytes() for path in first]
-    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [
-        "figure_2a.json",
-        "figure_2a.pdf",
-        "figure_2a.png",
-    ]
+    with mpl.rc_context({"font.size": 20, "font.family": "serif", "axes.grid": True, "text.parse_math": True}):
+        other = style.save(draw("figure_2a", results), "figure_2a", tmp_path / "b", inputs, "Beside Figure 2a.")
+    again = style.save(drawn, "figure_2a", tmp_path / "c", inputs, "Beside Figure 2a.")
+    expected = [path.read_bytes() for path in first]
+    assert [[path.read_bytes() for path in files] for files in (other, again)] == [expected, expected]
+    assert [path.name for path in first] == ["figure_2a.pdf", "figure_2a.png", "figure_2a.json"]
     record = json.loads(first[2].read_text())
     assert record["inputs"] == inputs
     assert record["files"] == {path.name: sha256(path) for path in first[:2]}
     assert set(record["versions"]) == {"matplotlib", "seaborn"}
     assert b"Type3" not in first[0].read_bytes()
-
-
-def test_figures_import_neither_torch_nor_a_stage():
-    heavy = {"torch", "transformers", "trl", "datasets", "persodpo.stages", "persodpo.release"}
-    program = f"import sys, persodpo.figures\nprint(sorted({heavy} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=PROJECT)
-    assert done.stdout.strip() == "[]"

@@ -14,13 +14,18 @@ from scipy.stats import bootstrap as scipy_bootstrap
 
 from persodpo.errors import PersodpoError
 from persodpo.evaluation.bootstrap import Resampling, Statistic, bootstrap
-from persodpo.evaluation.cells import comparison_table
 from persodpo.evaluation.comparisons import compare
-from persodpo.evaluation.intervals import wilson
+from persodpo.evaluation.estimates import (
+    PERCENTILE,
+    PERCENTILE_SEEDS,
+    WILSON,
+    WILSON_SEEDS,
+    estimates,
+    summarise,
+)
+from persodpo.evaluation.exports import comparison_table
 from persodpo.evaluation.observations import COLUMNS, EVERY, FLAGS, IMPUTED, SUCCESSES, TEXT_METRICS, observe
-from persodpo.evaluation.results import summarise
-from persodpo.evaluation.significance import holm, sign_test, smallest_detectable
-from persodpo.evaluation.statistics import PERCENTILE, PERCENTILE_SEEDS, WILSON, WILSON_SEEDS, estimates
+from persodpo.evaluation.significance import holm, sign_test, smallest_detectable, wilson
 
 QUICK = Resampling(2000, 1)
 
@@ -103,20 +108,18 @@ def test_a_p_value_that_no_resample_contradicts_is_a_bound():
     table = versus(observed("a", np.linspace(1, 2, 20)), observed("b", np.zeros(20)))
     found = row(table, "quality")
     assert (found["p_value"], found["p_at_floor"]) == (2 / (QUICK.resamples + 1), True)
-    assert f"≤{found['p_value']:.3f}" in comparison_table(table).rows[1]
+    assert f"≤{found['p_value']:.3f}" in comparison_table(table).cells["p"][1]
     same = row(versus(observed("a", np.ones(20)), observed("b", np.ones(20))), "quality")
     assert (same["p_at_floor"], np.isnan(same["detectable"])) == (False, True)
 
 
-def test_sign_test_by_hand():
-    """Five up, none down, two ties: 2 / 2 ** 5."""
-    signs = sign_test(np.array([0.1, 2, 3, 0.4, 1e-3, 0, 1e-15, np.nan]))
-    assert (signs.higher, signs.lower, signs.ties, signs.p_value) == (5, 0, 2, 0.0625)
+def test_exact_test_and_holm_by_hand():
+    """Five up, none down, two ties: 2 / 2 ** 5.
+
+    Sorted 0.005, 0.01, 0.03, 0.04 times 4, 3, 2, 1 give 0.02, 0.03, 0.06, 0.04; the last may not fall below 0.06.
+    """
+    assert tuple(sign_test(np.array([0.1, 2, 3, 0.4, 1e-3, 0, 1e-15, np.nan]))) == (5, 0, 2, 0.0625)
     assert sign_test(np.zeros(4)).p_value == 1.0
-
-
-def test_holm_by_hand():
-    """Sorted 0.005, 0.01, 0.03, 0.04 times 4, 3, 2, 1 give 0.02, 0.03, 0.06, 0.04; the last may not fall below 0.06."""
     found = holm(np.array([0.01, 0.04, np.nan, 0.03, 0.005]))
     np.testing.assert_allclose(found, [0.03, 0.06, np.nan, 0.06, 0.02])
     assert smallest_detectable(1.0) == pytest.approx(2.802, abs=1e-3)  # 1.960 + 0.842
@@ -237,8 +240,6 @@ def test_too_few_resamples_for_a_family_are_refused():
     table = pd.concat([observed("a", np.arange(12.0)), observed("b", np.zeros(12))])
     with pytest.raises(PersodpoError, match=r"100 resamples cannot tell 15 comparisons .* at least 600"):
         compare(table, [("a", "b")], sampling=Resampling(100))
-    with pytest.raises(PersodpoError, match="100 resamples at least"):
-        Resampling(99)
 
 
 def test_families_are_corrected_apart():
@@ -247,14 +248,10 @@ def test_families_are_corrected_apart():
     table = pd.concat(arms)
     pairs = [("a", "c"), ("b", "c")]
     whole = compare(table, pairs, metrics=["quality"], sampling=QUICK)
-    apart = compare(table, pairs, metrics=["quality"], families=["metric", "reading"], sampling=QUICK)
     assert set(whole["family"]) == {6, 2}  # two pairs of failure ratio and quality in two readings; of response time
-    assert set(apart["family"]) == {2}
-    for _, group in apart.groupby(["metric", "reading"]):
-        np.testing.assert_allclose(group["p_holm"], holm(group["p_value"].to_numpy()))
-        np.testing.assert_allclose(group["p_exact_holm"], holm(group["p_exact"].to_numpy()))
     for _, group in whole.groupby(whole["metric"] == "response_time"):
         np.testing.assert_allclose(group["p_holm"], holm(group["p_value"].to_numpy()))
+        np.testing.assert_allclose(group["p_exact_holm"], holm(group["p_exact"].to_numpy()))
 
 
 # --- response times --------------------------------------------------------------------------------------------------
@@ -384,11 +381,7 @@ def test_lost_rows_are_named(tables):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: pd.concat([t, t[:1]]), "Arm a, seed 0, answers dialogue d0 twice"),
         (lambda t: t[:0], "nothing to evaluate"),
-        (lambda t: t.assign(seed=-1), r"lacks its arm, seed \(0 or more\) or dialogue_id"),
-        (lambda t: t.assign(dialogue_id=None), r"lacks its arm, seed"),
-        (lambda t: t.drop(columns="quality"), "lack quality"),
         (lambda t: t.assign(quality=np.inf), "quality has values that are not finite"),
     ],
 )
@@ -410,8 +403,9 @@ def test_order_of_rows_and_arms_changes_nothing(values, shuffle):
     order = list(table.index)
     shuffle.shuffle(order)
     for make in (estimates, lambda t, **rest: compare(t, [("a", "b")], **rest)):
-        found = [make(one, metrics=["quality"], sampling=QUICK) for one in (table, table.loc[order])]
-        pd.testing.assert_frame_equal(*found)
+        pd.testing.assert_frame_equal(
+            *(make(t, metrics=["quality"], sampling=QUICK) for t in (table, table.loc[order]))
+        )
 
 
 @settings(max_examples=25)

@@ -1,124 +1,220 @@
-"""Tables in; CSV, Markdown and LaTeX (booktabs) out.
+"""Estimates and comparisons in, tables as they are printed out, as CSV, Markdown and LaTeX (booktabs).
 
-CSV holds a tidy table with all its digits; Markdown and LaTeX hold a `TextTable` made from the same tidy table. What stands
-in cells is escaped, as arms are named by users.
+A cell that cannot be derived is a dash with a letter, and the note of that letter says why. CSV holds the tidy table with
+all its digits.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+import string
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
-from persodpo.evaluation.cells import TextTable
-from persodpo.runfolder import write_atomically
+from persodpo.errors import PersodpoError
+from persodpo.evaluation.observations import EVERY, FLAGS, TIME
+from persodpo.metrics import metric_label, metric_order
+from persodpo.runfolder import write_atomically, write_text
 
-#: What LaTeX reads as a command, and how it prints it instead.
+_PLACES = 3
+#: What LaTeX reads as a command or its usual fonts lack, and how it prints it instead.
 _LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "_": r"\_", "%": r"\%",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-    "|": r"\textbar{}", "−": "$-$", "–": "--", "\n": " ",
+    "|": r"\textbar{}", "−": "$-$", "–": "--", "≤": r"$\leq$",
 }  # fmt: skip
-_LATEX_SPECIAL = re.compile("|".join(map(re.escape, _LATEX)))
-_MARKDOWN_SPECIAL = re.compile(r"([\\|*_`<>\[\]#~])")
-#: An interval at the end of a cell, of which Markdown needs no escapes.
-_INTERVAL = re.compile(r"^([−\d.]+) \[([−\d.]+), ([−\d.]+)\]$")
+
+Row = Mapping[str, Any]
 
 
-def csv(tidy: pd.DataFrame) -> str:
-    """Return a tidy table as CSV: every column, every digit, missing values empty."""
-    return tidy.to_csv(index=False, lineterminator="\n")
+class TextTable(NamedTuple):
+    """A table as it is printed, without escapes: what it shows, its cells, and what the letters in them stand for."""
+
+    caption: str
+    cells: pd.DataFrame
+    notes: list[str]
 
 
-def escape_markdown(text: str) -> str:
-    """Return ``text`` so that Markdown prints it as it is, in a cell of a table too."""
-    if _INTERVAL.match(text):
-        return text
-    return _MARKDOWN_SPECIAL.sub(r"\\\1", text).replace("\n", " ")
+class _Notes(list[str]):
+    """Reasons, each with its letter, in the order in which they come up."""
+
+    def letter(self, reason: str) -> str:
+        if reason not in self:
+            self.append(reason)
+        number = self.index(reason)
+        return f"({string.ascii_lowercase[number % 26] * (number // 26 + 1)})"
+
+    def dash(self, reason: str) -> str:
+        return f"– {self.letter(reason)}"
+
+    def lines(self) -> list[str]:
+        return [f"{self.letter(reason)} {reason}" for reason in self]
 
 
-def escape_latex(text: str) -> str:
-    r"""Return ``text`` so that LaTeX prints it as it is.
+def number(value: float, places: int = _PLACES) -> str:
+    """Write a number with a real minus sign, and without one if it rounds to zero."""
+    text = f"{value:.{places}f}"
+    return f"−{text[1:]}" if text.startswith("-") and float(text) else text.lstrip("-")
 
-    A leading bracket or star is shielded: at the start of a row, the ``\\`` before it would take it for its own.
+
+def p_text(p_value: float, bound: str = "") -> str:
+    """Write a p-value to three places, with a sign before one that is a bound; one that would read as zero is smaller."""
+    return "<0.001" if p_value < 0.0005 else f"{bound if p_value < 1 else ''}{p_value:.3f}"
+
+
+def _rows(table: pd.DataFrame) -> list[Row]:
+    """Return rows by column, None where nothing stands."""
+    rows = table.astype(object).where(table.notna(), None).to_dict("records")
+    return [{str(name): value for name, value in row.items()} for row in rows]
+
+
+def _interval(row: Row, name: str, notes: _Notes) -> str:
+    """Write a value with its interval, as far as they could be derived.
+
+    Raises:
+        PersodpoError: The value is missing and no reason is given.
     """
-    escaped = _LATEX_SPECIAL.sub(lambda found: _LATEX[found.group()], text)
-    return f"{{}}{escaped}" if escaped.lstrip().startswith(("[", "*")) else escaped
+    value, reason = row[name], row["reason"]
+    if value is None and reason is None:
+        raise PersodpoError(f"{row['metric']} of {row['arm']} has neither value nor reason; derive it again.")
+    if value is None:
+        return notes.dash(reason)
+    if row["low"] is None:
+        return f"{number(value)} {notes.letter(reason)}" if reason else number(value)
+    return f"{number(value)} [{number(row['low'])}, {number(row['high'])}]"
+
+
+def results_table(estimates: pd.DataFrame, reading: str) -> TextTable:
+    """Lay estimates out as the results table: one row per arm, one column per metric.
+
+    Args:
+        estimates: From `persodpo.evaluation.estimates.estimates`.
+        reading: How text metrics count failures.
+
+    Returns:
+        The table. Response times are those of answers given one at a time: those of batches are nobody's own.
+
+    Raises:
+        PersodpoError: A cell has neither value nor reason.
+    """
+    shown = estimates[estimates["reading"].isin([reading, EVERY])].copy()
+    times = shown["metric"] == TIME
+    for rows, reason in (
+        (times & shown["batch_size"].astype("Int64").gt(1).fillna(False),
+         "answered in batches, which have no response time of their own"),
+        (times & shown.duplicated(["arm", "metric"], keep=False),
+         "timed under several conditions, which have no common mean"),
+    ):  # fmt: skip
+        shown.loc[rows, "mean"] = np.nan
+        shown.loc[rows, "reason"] = reason
+    notes, cell = _Notes(), {(row["arm"], row["metric"]): row for row in _rows(shown)}
+    arms, metrics = list(shown["arm"].unique()), sorted(shown["metric"].unique(), key=metric_order)
+    cells = pd.DataFrame(
+        [[_interval(cell[arm, metric], "mean", notes) for metric in metrics] for arm in arms],
+        columns=list(map(metric_label, metrics)),
+    )
+    counted = shown[~shown["metric"].isin([*FLAGS, TIME])].groupby("arm")[["seeds", "responses"]].max().loc[arms]
+    cells.insert(0, "Arm", arms)
+    cells.insert(1, "Seeds", counted["seeds"].astype(str).to_list())
+    cells.insert(2, "Responses", counted["responses"].map("{:,}".format).to_list())
+    caption = f"Means with 95 % intervals, {reading} in text metrics"
+    caption += "; shares of responses with Wilson's interval." if set(FLAGS) & set(metrics) else "."
+    seeds = shown["seeds"].max()
+    caption += (
+        " One seed an arm: intervals cover the draw of dialogues, not that of another training." if seeds == 1
+        else f" Means over {seeds} seeds at most; intervals cover dialogues and seeds."
+    )  # fmt: skip
+    return TextTable(caption, cells, notes.lines())
+
+
+def comparison_table(comparisons: pd.DataFrame) -> TextTable:
+    """Lay paired comparisons out, one row per comparison, metric and reading.
+
+    Args:
+        comparisons: From `persodpo.evaluation.comparisons.compare`.
+
+    Raises:
+        PersodpoError: A comparison has neither value nor reason.
+    """
+    notes, rows = _Notes(), []
+    for row in _rows(comparisons):
+        bound = "≤" if row["p_at_floor"] else ""
+        tests = {name: "" if row[name] is None else p_text(row[name], bound) for name in ("p_value", "p_holm")}
+        exact, detectable = row["p_exact_holm"], row["detectable"]
+        least = 10.0**-_PLACES
+        rows.append({
+            "Difference of": f"{row['arm']} − {row['baseline']}", "Metric": metric_label(row["metric"]),
+            "Reading": row["reading"], "Dialogues": f"{row['dialogues']:,}",
+            "Difference": _interval(row, "difference", notes), "p": tests["p_value"], "p (Holm)": tests["p_holm"],
+            "p exact (Holm)": "" if exact is None else f"{p_text(exact)} ({row['exact_test']})",
+            "Detectable": "" if detectable is None else number(detectable) if detectable >= least / 2 else f"<{least}",
+        })  # fmt: skip
+    low, high = comparisons["family"].min(), comparisons["family"].max()
+    family = f"{high} tests" if low == high else f"families of {low} to {high} tests"
+    seeds = comparisons[["arm_seeds", "baseline_seeds"]].to_numpy().max()
+    caption = (
+        f"Paired differences with 95 % bootstrap intervals; p-values corrected over {family} (Holm). Detectable: the "
+        f"true difference found four times in five, by itself. {'One seed' if seeds == 1 else f'{seeds} seeds'} an arm"
+        f"{'' if seeds == 1 else ' at most'}."
+    )
+    return TextTable(caption, pd.DataFrame(rows), notes.lines())
 
 
 def markdown(table: TextTable) -> str:
-    """Return a table as Markdown: caption, pipe table, notes."""
-    lines = [
-        escape_markdown(table.caption),
-        "",
-        _pipes(map(escape_markdown, table.columns)),
-        _pipes(["---"] * len(table.columns)),
-    ]
-    lines += [_pipes(map(escape_markdown, row)) for row in table.rows]
-    if table.notes:
-        lines += ["", *(f"{escape_markdown(note)}  " for note in table.notes)]
-    return "\n".join(lines) + "\n"
+    """Return a table as Markdown: caption, pipe table, notes; names with characters of markup stand as they are."""
 
+    def plain(text: str) -> str:
+        return " ".join(re.sub(r"([\\|*_`<>#~])", r"\\\1", text).split())
 
-def _pipes(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    cells = [list(table.cells), *table.cells.to_numpy().tolist()]
+    rows = [[plain(str(cell)) for cell in row] for row in cells]
+    rows.insert(1, ["---"] * len(rows[0]))
+    notes = ["", *(f"{plain(note)}  " for note in table.notes)] if table.notes else []
+    return "\n".join([plain(table.caption), "", *(f"| {' | '.join(row)} |" for row in rows), *notes]) + "\n"
 
 
 def latex(table: TextTable, label: str) -> str:
-    """Return a table as a LaTeX ``table`` with the rules of booktabs.
+    """Return a table as a LaTeX ``table`` with the rules of booktabs; names with characters of LaTeX stand as they are.
 
     Args:
         table: The table.
         label: Its name for references; letters, digits, colons and hyphens.
-
-    Returns:
-        The source; text columns stand left, all others right.
     """
-    frame = pd.DataFrame(
-        [[escape_latex(cell) for cell in row] for row in table.rows],
-        columns=[escape_latex(name) for name in table.columns],
-    )
-    tabular = frame.style.hide(axis="index").to_latex(hrules=True, column_format=_alignment(table))
-    notes = [rf"\par\footnotesize {escape_latex(note)}" for note in table.notes]
-    lines = [
-        "% needs \\usepackage{booktabs}", r"\begin{table}", r"\centering", rf"\caption{{{escape_latex(table.caption)}}}",
-        rf"\label{{{label}}}", tabular.rstrip("\n"), *notes, r"\end{table}",
-    ]  # fmt: skip
-    return "\n".join(lines) + "\n"
+
+    def tex(text: str) -> str:
+        return "".join(_LATEX.get(sign, sign) for sign in " ".join(text.split()))
+
+    numbers = [table.cells[name].str.match(r"[−–<≤\d]|$").all() for name in table.cells]
+    text = table.cells.map(tex).rename(columns=tex).style.hide(axis="index").to_latex(
+        hrules=True, column_format="".join("r" if right else "l" for right in numbers), caption=tex(table.caption),
+        label=label, position_float="centering",
+    )  # fmt: skip
+    # At the start of a row, the \\ before it would take a bracket or star for its own.
+    text = re.sub(r"(?m)^([\[*])", r"{}\1", text)
+    notes = "".join(f"\\par\\footnotesize {tex(note)}\n" for note in table.notes)
+    return "% needs \\usepackage{booktabs}\n" + text.replace("\\end{table}", f"{notes}\\end{{table}}")
 
 
-def _alignment(table: TextTable) -> str:
-    """Set columns of numbers right, others left."""
-    columns = zip(*table.rows, strict=True)
-    return "".join("r" if all(re.match(r"[−–<\d]|$", cell) for cell in column) else "l" for column in columns)
-
-
-def write_exports(folder: Path, name: str, tidy: pd.DataFrame, table: TextTable) -> list[Path]:
+def write_exports(folder: Path, name: str, tidy: pd.DataFrame, table: TextTable) -> None:
     """Write a table as CSV, Markdown and LaTeX.
 
     Args:
-        folder: Where; it is created.
+        folder: Where.
         name: Base name of the files, and the LaTeX label after ``tab:``.
         tidy: For the CSV.
         table: The same, as it is printed.
 
-    Returns:
-        The three files, each written under a temporary name and renamed.
-
     Raises:
         PersodpoError: The disk is full or the folder cannot be written.
     """
-    texts = {"csv": csv(tidy), "md": markdown(table), "tex": latex(table, f"tab:{name.replace('_', '-')}")}
-    files = []
+    texts = {
+        "csv": tidy.to_csv(index=False, lineterminator="\n"), "md": markdown(table),
+        "tex": latex(table, f"tab:{name.replace('_', '-')}"),
+    }  # fmt: skip
     for suffix, text in texts.items():
-        path = folder / f"{name}.{suffix}"
-        write_atomically(path, partial(_write, text=text))
-        files.append(path)
-    return files
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+        write_atomically(folder / f"{name}.{suffix}", partial(write_text, text=text))

@@ -1,4 +1,4 @@
-"""Responses and scores of one or several seeds in, one table of observations out, and as arrays by dialogue.
+"""Responses and scores in, one table of observations out, and the same by dialogue, arm and seed.
 
 An observation is what one arm, trained under one seed, made of one dialogue. Everything joins on ``dialogue_id``; the order
 of rows never matters.
@@ -18,20 +18,21 @@ from persodpo.errors import PersodpoError
 from persodpo.method import SIGNALS
 
 Floats = NDArray[np.float64]
-Bools = NDArray[np.bool_]
-#: Batch size and hardware of a response time.
-Condition = tuple[int | None, str | None]
+#: Batch size and hardware of a response time; 0 and an empty text where they are not known.
+Condition = tuple[int, str]
 
 #: Metrics of a response's text, all better when higher. ROUGE-L against the reference is in no quality score.
 TEXT_METRICS = ("quality", *SIGNALS, "rouge_l")
 #: Flags of every response, failed or not. ``grounded`` is the judgement of `persodpo.miniature.judge`.
 FLAGS = ("grounded", "repeats", "failure_ratio")
+TIME = "response_time"
 
 #: The two ways to count failures in a text metric, and the one way of what needs no text.
 IMPUTED, SUCCESSES, EVERY = "failures imputed", "successes alone", "all responses"
 
 _KEY = ["arm", "seed", "dialogue_id"]
-COLUMNS = (*_KEY, "failed", "grounded", "repeats", *TEXT_METRICS, "response_time", "batch_size", "hardware")
+_JUDGED = ["grounded", "repeats", "rouge_l"]
+COLUMNS = (*_KEY, "failed", "grounded", "repeats", *TEXT_METRICS, TIME, "batch_size", "hardware")
 
 
 def observe(
@@ -50,71 +51,63 @@ def observe(
         judged: Judgements of the same responses, failures with a ROUGE-L of 0; None: there are none.
 
     Returns:
-        One row a response, columns as in `COLUMNS`: failed (anything but outcome ``ok``), the metrics (NaN: not
+        One row per response, columns as in `COLUMNS`: failed (anything but outcome ``ok``), the metrics (NaN: not
         scored), response_time in seconds with its batch_size and hardware.
 
     Raises:
         PersodpoError: A response has no scores, or a model of ``arms`` has no responses.
     """
-    frame = responses.merge(scores, on=["dialogue_id", "model"], how="left", validate="one_to_one", indicator=True)
-    if not frame["_merge"].eq("both").all():
-        first = frame[frame["_merge"] != "both"].iloc[0]
+    key = ["dialogue_id", "model"]
+    frame = responses.merge(scores, on=key, how="left", validate="one_to_one", indicator=True)
+    for lost in frame[frame["_merge"] != "both"].to_dict("records"):
         raise PersodpoError(
-            f"The response of {first['model']} to dialogue {first['dialogue_id']} has no row in the scores; run the score "
+            f"The response of {lost['model']} to dialogue {lost['dialogue_id']} has no row in the scores; run the score "
             "stage on these responses."
         )
     if arms is None:
-        frame = frame.assign(arm=frame["model"], seed=0)
-    else:
-        silent = set(arms["model"]).difference(frame["model"])
-        if silent:
-            raise PersodpoError(f"Model {min(silent)} has no responses to evaluate; generate them, or leave it out.")
-        frame = frame.merge(arms[["model", "arm", "seed"]], on="model", validate="many_to_one")
-    flags = ["grounded", "repeats", "rouge_l"]
+        arms = pd.DataFrame({"model": frame["model"].unique()}).assign(arm=lambda table: table["model"], seed=0)
+    if silent := set(arms["model"]).difference(frame["model"]):
+        raise PersodpoError(f"Model {min(silent)} has no responses to evaluate; generate them, or leave it out.")
+    frame = frame.merge(arms[["model", "arm", "seed"]], on="model", validate="many_to_one")
     if judged is not None:
-        frame = frame.merge(judged[["dialogue_id", "model", *flags]], on=["dialogue_id", "model"], how="left")
-    for flag in flags:
-        frame[flag] = frame[flag].astype(float) if flag in frame else np.nan
-    frame["failed"] = frame["outcome"] != "ok"
-    return frame[list(COLUMNS)].reset_index(drop=True)
+        frame = frame.merge(judged[[*key, *_JUDGED]], on=key, how="left")
+    judgements = {name: frame[name].astype(float) if name in frame else np.nan for name in _JUDGED}
+    return frame.assign(**judgements, failed=frame["outcome"] != "ok")[list(COLUMNS)].reset_index(drop=True)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Observations as arrays: a row a dialogue, a column an arm and seed, both sorted.
+    """Observations by dialogue: tables with a row per dialogue and a column per arm and seed, both sorted.
 
     Attributes:
         seeds: The seeds of each arm, ascending.
-        place: The column of each arm and seed.
         present: Whether there is an observation.
         failed: Whether it is a failure.
-        values: Each metric, NaN where it is not known.
-        conditions: The batch size and hardware of response times, None where not known, in order.
-        condition: Which of them each response was timed under; -1 where its time is not known.
+        metrics: Each metric, NaN where it is not known.
+        condition: What each response was timed under; NaN where its time is not known.
     """
 
     seeds: Mapping[str, tuple[int, ...]]
-    place: Mapping[tuple[str, int], int]
-    present: Bools
-    failed: Bools
-    values: Mapping[str, Floats]
-    conditions: tuple[Condition, ...]
-    condition: NDArray[np.int64]
+    present: pd.DataFrame
+    failed: pd.DataFrame
+    metrics: Mapping[str, pd.DataFrame]
+    condition: pd.DataFrame
 
     def readings(self, metrics: Sequence[str]) -> list[tuple[str, str]]:
         """Return metrics with their readings: flags that are known of any response, then text metrics in both readings."""
-        flags = [flag for flag in FLAGS if not np.isnan(self.values[flag]).all()]
+        flags = [flag for flag in FLAGS if self.metrics[flag].notna().any(axis=None)]
         return [*((flag, EVERY) for flag in flags), *itertools.product(metrics, (IMPUTED, SUCCESSES))]
 
-    def columns(self, arm: str) -> list[int]:
-        """Return the columns of an arm, by ascending seed."""
-        return [self.place[arm, seed] for seed in self.seeds[arm]]
-
-    def read(self, metric: str, reading: str) -> tuple[Floats, Bools]:
+    def read(self, metric: str, reading: str) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Return a metric's values, NaN where they do not count, and where one that should count is not known."""
-        values = self.values[metric]
         counted = self.present & ~self.failed if reading == SUCCESSES else self.present
-        return np.where(counted, values, np.nan), counted & np.isnan(values)
+        values = self.metrics[metric].where(counted)
+        return values, counted & values.isna()
+
+    def conditions(self, arm: str, dialogues: pd.Series[bool] | None = None) -> list[Condition]:
+        """Return what an arm was timed under, in order, in all dialogues or in some."""
+        table = self.condition[arm] if dialogues is None else self.condition.loc[dialogues, arm]
+        return sorted({one for one in table.to_numpy().ravel() if isinstance(one, tuple)})
 
 
 def grid(observations: pd.DataFrame, metrics: Sequence[str]) -> Grid:
@@ -122,61 +115,53 @@ def grid(observations: pd.DataFrame, metrics: Sequence[str]) -> Grid:
 
     Args:
         observations: From `observe`.
-        metrics: Text metrics to arrange; failures and response times always are.
-
-    Returns:
-        The arrays.
+        metrics: Text metrics to arrange; flags and response times always are.
 
     Raises:
-        PersodpoError: The table is empty, lacks a column, holds a response twice or without a name, or a value that is not
-            finite.
+        PersodpoError: The table is empty, or a value is not finite.
     """
-    wanted = (*_KEY, "failed", "grounded", "repeats", *metrics, "response_time", "batch_size", "hardware")
-    missing = [column for column in wanted if column not in observations.columns]
-    if missing:
-        raise PersodpoError(f"The observations lack {', '.join(missing)}; make them with `observe`.")
     if observations.empty:
         raise PersodpoError("There is nothing to evaluate; generate and score held-out responses first.")
-    if observations[_KEY].isna().any(axis=None) or observations["seed"].lt(0).any():
-        raise PersodpoError("An observation lacks its arm, seed (0 or more) or dialogue_id; make them with `observe`.")
-    twice = observations.duplicated(_KEY)
-    if twice.any():
-        first = observations[twice].iloc[0]
-        raise PersodpoError(
-            f"Arm {first['arm']}, seed {first['seed']}, answers dialogue {first['dialogue_id']} twice; keep one of them."
-        )
-    rows, order = pd.factorize(observations["dialogue_id"], sort=True)
-    names = [(str(arm), int(seed)) for arm, seed in zip(observations["arm"], observations["seed"], strict=True)]
-    keys = sorted(set(names))
-    place = {key: number for number, key in enumerate(keys)}
-    spots = np.array([place[name] for name in names])
-    seeds = {arm: tuple(seed for other, seed in keys if other == arm) for arm, _ in keys}
+    frame = observations.reset_index(drop=True)
+    sizes, machines = frame["batch_size"].fillna(0).astype(int), frame["hardware"].astype(object).fillna("")
+    conditions = pd.Series(list(zip(sizes, machines, strict=True)), dtype=object)
+    frame = frame.assign(condition=conditions.where(frame[TIME] >= 0)).set_index(_KEY)
 
-    def spread(column: str) -> Floats:
-        found = np.full((len(order), len(keys)), np.nan)
-        found[rows, spots] = observations[column].to_numpy(dtype=float, na_value=np.nan)
-        if np.isinf(found).any():
-            raise PersodpoError(f"{column} has values that are not finite; score those responses again.")
-        return found
+    def by_dialogue(column: pd.Series) -> pd.DataFrame:
+        return column.unstack(["arm", "seed"]).sort_index().sort_index(axis=1)  # noqa: PD010 - nothing is aggregated
 
-    failed = spread("failed")
-    values = {name: spread(name) for name in (*metrics, "response_time", "grounded", "repeats")} | {
-        "failure_ratio": failed
+    values = {
+        name: by_dialogue(frame[name].astype(float)) for name in (*metrics, TIME, "grounded", "repeats", "failed")
     }
-    names_of, codes = _conditions(observations)
-    condition = np.full(failed.shape, -1)
-    condition[rows, spots] = codes
-    return Grid(seeds, place, ~np.isnan(failed), failed == 1, values, names_of, condition)
+    for name, table in values.items():
+        if np.isinf(table.to_numpy()).any():
+            raise PersodpoError(f"{name} has values that are not finite; score those responses again.")
+    failed = values.pop("failed")
+    seeds: dict[str, tuple[int, ...]] = {}
+    for arm, seed in sorted(set(zip(observations["arm"], observations["seed"], strict=True))):
+        seeds[arm] = (*seeds.get(arm, ()), int(seed))
+    values["failure_ratio"] = failed
+    return Grid(seeds, failed.notna(), failed == 1, values, by_dialogue(frame["condition"]))
 
 
-def _conditions(observations: pd.DataFrame) -> tuple[tuple[Condition, ...], NDArray[np.int64]]:
-    """Number the conditions of response times."""
-    found: list[Condition | None] = [
-        (None if pd.isna(size) else int(size), None if pd.isna(machine) else str(machine)) if seconds >= 0 else None
-        for seconds, size, machine in zip(
-            observations["response_time"], observations["batch_size"], observations["hardware"], strict=True
-        )
-    ]
-    distinct = sorted({one for one in found if one}, key=lambda one: (one[0] or 0, one[1] or ""))
-    number = {one: place for place, one in enumerate(distinct)}
-    return tuple(distinct), np.array([-1 if one is None else number[one] for one in found])
+def of_arm(table: pd.DataFrame, arm: str) -> pd.DataFrame:
+    """Return an arm's columns of a table of `Grid`, by seed."""
+    return table.loc[:, [arm]].droplevel("arm", axis=1)
+
+
+def problem_of(values: Floats, unknown: NDArray[np.bool_], metric: str, reading: str) -> str | None:
+    """Say why a mean cannot be derived, None if it can.
+
+    Args:
+        values: A column per seed or pair of seeds, NaN where a dialogue does not count.
+        unknown: Where a value that should count is not known.
+        metric: The metric.
+        reading: One of the readings.
+    """
+    if unknown.any():
+        # Half a column is no result.
+        return f"no score in {int(unknown.any(axis=1).sum()):,} of {len(unknown):,} dialogues"
+    empty = int(np.isnan(values).all(axis=0).sum())
+    if empty == values.shape[1]:
+        return "no response time was measured" if metric == TIME else f"nothing counts ({reading})"
+    return f"nothing counts ({reading}) in {empty} of {values.shape[1]} seeds" if empty else None

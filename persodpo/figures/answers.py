@@ -15,21 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from scipy.stats import binomtest
 
-from persodpo.figures.style import (
-    BLACK,
-    BLUE,
-    FAINT,
-    GREEN,
-    GREY,
-    ORANGE,
-    PURPLE,
-    SKY,
-    VERMILLION,
-    figure,
-    model_styles,
-    new_figure,
-    three_digits,
-)
+from persodpo.figures import style
+from persodpo.figures.style import beside, figure, model_styles, new_figure, three_digits
 
 _EDGE: dict[str, Any] = {"edgecolor": "white", "linewidth": 0.5}
 #: Models of the paper's Figure 2a, and the untuned one of the tuned one's size.
@@ -37,15 +24,15 @@ BENCHMARK, UNTUNED, TUNED = "Qwen2-7B-Instruct", "Qwen2-0.5B-Instruct", "Qwen2-0
 
 #: Outcome classes in the order of the stack: (label, colour, hatch). The success is pale: the failures are the subject.
 OUTCOMES: dict[str, tuple[str, str, str]] = {
-    "ok": ("parsed", FAINT, ""),
-    "truncated": ("truncated", VERMILLION, ""),
-    "malformed": ("malformed JSON", ORANGE, "////"),
-    "no_json": ("no JSON", BLUE, ""),
-    "missing_key": ("key missing", SKY, "...."),
-    "echo": ("template echoed", PURPLE, ""),
-    "loop": ("loop", GREEN, "\\\\\\\\"),
-    "empty": ("empty", GREY, ""),
-    "api_error": ("API error", BLACK, ""),
+    "ok": ("parsed", style.FAINT, ""),
+    "truncated": ("truncated", style.VERMILLION, ""),
+    "malformed": ("malformed JSON", style.ORANGE, "////"),
+    "no_json": ("no JSON", style.BLUE, ""),
+    "missing_key": ("key missing", style.SKY, "...."),
+    "echo": ("template echoed", style.PURPLE, ""),
+    "loop": ("loop", style.GREEN, "\\\\\\\\"),
+    "empty": ("empty", style.GREY, ""),
+    "api_error": ("API error", style.BLACK, ""),
     "unknown": ("unknown", "#6B6B6B", "xxxx"),
 }
 
@@ -56,9 +43,12 @@ def wilson(count: float, total: float) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-@figure("figure_2a_published", ["evaluation/results"], source="published")
+@figure(
+    "figure_2a_published", ["evaluation/results"],
+    "Figure 2a as published: two models of different size, two units on one axis (audit A6, A7).", "published",
+)  # fmt: skip
 def figure_2a_published(results: pd.DataFrame) -> Figure:
-    """Figure 2a as published: two models of different size, two units on one axis (audit A6, A7)."""
+    """Draw two units on one axis, as the paper does."""
     rows = _from_results(results, {BENCHMARK: "Benchmark (Qwen2-7B)", TUNED: "PersoDPO (Qwen2-0.5B)"})
     styles = model_styles(rows.index)
     drawn, width = new_figure(2.2), 0.8 / len(rows)
@@ -78,18 +68,26 @@ def figure_2a_published(results: pd.DataFrame) -> Figure:
     return drawn
 
 
-@figure("figure_2a", ["evaluation/results"], source="published")
+@figure(
+    "figure_2a",
+    ["evaluation/results"],
+    "Figure 2a with the untuned model of the tuned one's size beside it.",
+    "published",
+)
 def figure_2a(results: pd.DataFrame) -> Figure:
-    """Figure 2a with the untuned model of the tuned one's size beside it."""
+    """Draw the published models, a panel per unit."""
     labels = {
         BENCHMARK: "Qwen2-7B\nuntuned", UNTUNED: "Qwen2-0.5B\nuntuned", TUNED: "Qwen2-0.5B\nlength_prior",
     }  # fmt: skip
     return _two_units(_from_results(results, labels), "trained under one seed")
 
 
-@figure("figure_2a_arms", ["evaluation/responses"], source="arms")
+@figure(
+    "figure_2a_arms", ["evaluation/responses"],
+    "Figure 2a of the arms trained here: before and after, at equal size; of several seeds the first.", "arms",
+)  # fmt: skip
 def figure_2a_arms(responses: pd.DataFrame) -> Figure:
-    """Figure 2a of the arms trained here: before and after, at equal size; of several seeds the first."""
+    """Draw the arms trained here, a panel per unit."""
     arms = responses["model"].str.partition("@")[0]
     seeds = responses.groupby(arms)["model"].nunique().max()
     first = responses[responses["model"] == arms].groupby("model", sort=False)
@@ -128,9 +126,8 @@ def _two_units(rows: pd.DataFrame, seeds: str) -> Figure:
     looks = [styles[model] for model in rows.index]
     drawn = new_figure(0.95 + 0.27 * len(rows))
     left, right = drawn.subplots(1, 2, sharey=True)
-    seconds, spread = rows["seconds"].to_numpy(float), rows["spread"].to_numpy(float)
-    ratios = (rows["failures"] / rows["responses"]).to_numpy(float)
-    bounds = np.array([wilson(*counts) for counts in rows[["failures", "responses"]].to_numpy(float)])
+    seconds, spread, failures, responses = rows[["seconds", "spread", "failures", "responses"]].to_numpy(float).T
+    ratios, bounds = failures / responses, np.array(list(map(wilson, failures, responses)))
     # A time below zero does not exist, so a wide spread stops there.
     for axes, values, errors in (
         (left, seconds, np.array([np.minimum(spread, seconds), spread])),
@@ -138,12 +135,10 @@ def _two_units(rows: pd.DataFrame, seeds: str) -> Figure:
     ):
         ends = np.nan_to_num(values + errors[1])
         for row, (look, value, end) in enumerate(zip(looks, values, ends, strict=True)):
-            shown = float(np.nan_to_num(value))
-            axes.barh(row, shown, 0.68, color=look.colour, hatch=look.hatch, **_EDGE)
+            axes.barh(row, np.nan_to_num(value), 0.68, color=look.colour, hatch=look.hatch, **_EDGE)
             error = np.nan_to_num(errors[:, [row]])
-            axes.errorbar(shown, row, xerr=error, fmt="none", ecolor="#333333", elinewidth=0.8)
-            place: dict[str, Any] = {"textcoords": "offset points", "va": "center", "fontsize": 7}
-            axes.annotate(three_digits(value), (end, row), (3, 0), **place)
+            axes.errorbar(np.nan_to_num(value), row, xerr=error, fmt="none", ecolor="#333333", elinewidth=0.8)
+            axes.annotate(three_digits(value), (end, row), (3, 0), textcoords="offset points", va="center", fontsize=7)
         axes.set_xlim(0, 1.45 * float(ends.max()) or 1.0)  # room for the numbers, which stand outside the bars
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x")
@@ -157,19 +152,12 @@ def _two_units(rows: pd.DataFrame, seeds: str) -> Figure:
     return drawn
 
 
-@figure("failure_classes", ["responses"])
+@figure(
+    "failure_classes_evaluation", ["evaluation/responses"],
+    "Why held-out responses failed; unknown where no completion was published (audit A16, A17).",
+)  # fmt: skip
+@figure("failure_classes", ["responses"], "Why train responses failed, by model.")
 def failure_classes(responses: pd.DataFrame) -> Figure:
-    """Why train responses failed, by model."""
-    return _failure_classes(responses)
-
-
-@figure("failure_classes_evaluation", ["evaluation/responses"])
-def failure_classes_evaluation(responses: pd.DataFrame) -> Figure:
-    """Why held-out responses failed; unknown where no completion was published (audit A16, A17)."""
-    return _failure_classes(responses)
-
-
-def _failure_classes(responses: pd.DataFrame) -> Figure:
     """Draw a stacked bar per model, and its failure ratio with Wilson's 95 % interval beside it."""
     styles = model_styles(responses["model"])
     counts = pd.crosstab(responses["model"], responses["outcome"]).reindex(list(styles))
@@ -178,14 +166,11 @@ def _failure_classes(responses: pd.DataFrame) -> Figure:
     axes = drawn.add_subplot()
     _stack(axes, counts)
     totals = counts.sum(axis=1)
-    place: dict[str, Any] = {
-        "xycoords": axes.get_yaxis_transform(), "textcoords": "offset points", "fontsize": 7, "va": "center",
-    }  # fmt: skip
-    axes.annotate("% failed [95 % CI]", (1, -0.75), (4, 0), **place)
+    beside(axes, -0.75, "% failed [95 % CI]", 4, 7)
     failures = totals - counts.get("ok", 0)
     for row, (failed, total) in enumerate(zip(failures, totals, strict=True)):
         low, high = wilson(failed, total)
-        axes.annotate(f"{100 * failed / total:.1f} [{100 * low:.1f}, {100 * high:.1f}]", (1, row), (4, 0), **place)
+        beside(axes, row, f"{100 * failed / total:.1f} [{100 * low:.1f}, {100 * high:.1f}]", 4, 7)
     same = totals.min() == totals.max()
     names = [look.label if same else f"{look.label} ({totals[name]:,})" for name, look in styles.items()]
     axes.set_yticks(range(len(names)), names)
@@ -202,8 +187,7 @@ def _stack(axes: Axes, counts: pd.DataFrame) -> None:
     for outcome in counts.columns:
         label, colour, hatch = OUTCOMES[outcome]
         width = shares[outcome].to_numpy()
-        look: dict[str, Any] = {"label": label, "color": colour, "hatch": hatch}
-        axes.barh(rows, width, 0.72, left, edgecolor="white", linewidth=0, **look)
+        axes.barh(rows, width, 0.72, left, edgecolor="white", linewidth=0, label=label, color=colour, hatch=hatch)
         left += width
     axes.set_xlim(0, 1)
     axes.set_xticks([0, 0.5, 1])

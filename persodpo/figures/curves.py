@@ -26,6 +26,7 @@ OTHERS = "other published runs"
 #: Optimiser steps of an epoch of the paper's run: 9,184 pairs, 16 a step.
 PAPER_EPOCH = 9_184 / 16
 
+LOSS, REWARD = ("loss", "grad_norm"), ("reward_margin", "reward_accuracy")
 LABELS = {
     "loss": "DPO loss", "grad_norm": "Gradient norm", "reward_margin": "Reward margin", "reward_accuracy": "Reward accuracy",
 }  # fmt: skip
@@ -36,44 +37,6 @@ FLOORS = {"loss": 1e-4, "grad_norm": 1e-2}
 _DECADES = 30
 _TIMES = {"step": "Optimiser step", "epoch": "Epoch"}
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-
-
-@figure("figure_2b_published", [CURVES])
-def figure_2b_published(curves: pd.DataFrame) -> Figure:
-    """Figure 2b as published: loss and gradient norm."""
-    return _twin_axes(curves, "loss", "grad_norm")
-
-
-@figure("figure_2b", [CURVES])
-def figure_2b(curves: pd.DataFrame) -> Figure:
-    """Figure 2b in panels that share the step axis."""
-    return _panels(curves, ["loss", "grad_norm"], {PAPER_RUN: PAPER_RUN_LABEL}, OTHERS)
-
-
-@figure("figure_2c_published", [CURVES])
-def figure_2c_published(curves: pd.DataFrame) -> Figure:
-    """Figure 2c as published: reward margin, accuracy."""
-    return _twin_axes(curves, "reward_margin", "reward_accuracy")
-
-
-@figure("figure_2c", [CURVES])
-def figure_2c(curves: pd.DataFrame) -> Figure:
-    """Figure 2c in panels that share the step axis."""
-    return _panels(curves, ["reward_margin", "reward_accuracy"], {PAPER_RUN: PAPER_RUN_LABEL}, OTHERS)
-
-
-@figure("figure_2b_arms", [LOGS, CURVES])
-def figure_2b_arms(logs: Mapping[str, pd.DataFrame], published: pd.DataFrame) -> Figure:
-    """Figure 2b of the arms trained here, the paper's run behind."""
-    curves, names = arm_curves(logs, published)
-    return _panels(curves, ["loss", "grad_norm"], names, PAPER_RUN_LABEL, time="epoch")
-
-
-@figure("figure_2c_arms", [LOGS, CURVES])
-def figure_2c_arms(logs: Mapping[str, pd.DataFrame], published: pd.DataFrame) -> Figure:
-    """Figure 2c of the arms trained here, the paper's run behind."""
-    curves, names = arm_curves(logs, published)
-    return _panels(curves, ["reward_margin", "reward_accuracy"], names, PAPER_RUN_LABEL, time="epoch")
 
 
 def arm_curves(logs: Mapping[str, pd.DataFrame], published: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, str]]:
@@ -94,7 +57,9 @@ def _points(curves: pd.DataFrame, run: str, time: str, quantity: str) -> tuple[p
     return points[time], points[quantity].clip(lower=FLOORS.get(quantity))
 
 
-def _twin_axes(curves: pd.DataFrame, *quantities: str) -> Figure:
+@figure("figure_2c_published", [CURVES], "Figure 2c as published: reward margin, accuracy.", quantities=REWARD)
+@figure("figure_2b_published", [CURVES], "Figure 2b as published: loss and gradient norm.", quantities=LOSS)
+def twin_axes(curves: pd.DataFrame, *, quantities: Sequence[str]) -> Figure:
     """Draw two quantities of the paper's run on twin axes, as the paper does."""
     drawn = new_figure(2.2)
     left = drawn.add_subplot()
@@ -110,6 +75,25 @@ def _twin_axes(curves: pd.DataFrame, *quantities: str) -> Figure:
     left.set_xlabel(_TIMES["step"])
     drawn.legend(handles=handles, loc="outside upper center", ncols=2, title=PAPER_RUN_LABEL, title_fontsize=7)
     return drawn
+
+
+@figure("figure_2c", [CURVES], "Figure 2c in panels that share the step axis.", quantities=REWARD)
+@figure("figure_2b", [CURVES], "Figure 2b in panels that share the step axis.", quantities=LOSS)
+def panels(curves: pd.DataFrame, *, quantities: Sequence[str]) -> Figure:
+    """Draw the paper's run before all other published ones, a panel per quantity."""
+    return _panels(curves, quantities, {PAPER_RUN: PAPER_RUN_LABEL}, OTHERS)
+
+
+@figure(
+    "figure_2c_arms", [LOGS, CURVES], "Figure 2c of the arms trained here, the paper's run behind.", quantities=REWARD
+)
+@figure(
+    "figure_2b_arms", [LOGS, CURVES], "Figure 2b of the arms trained here, the paper's run behind.", quantities=LOSS
+)
+def arm_panels(logs: Mapping[str, pd.DataFrame], published: pd.DataFrame, *, quantities: Sequence[str]) -> Figure:
+    """Draw the arms trained here before the paper's run, a panel per quantity."""
+    curves, names = arm_curves(logs, published)
+    return _panels(curves, quantities, names, PAPER_RUN_LABEL, time="epoch")
 
 
 def _panels(

@@ -17,23 +17,11 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from persodpo.errors import NothingToShowError
-from persodpo.figures.style import BLUE, DOUBLE, FAINT, GREY, VERMILLION, figure, new_figure
+from persodpo.figures.style import BLUE, DOUBLE, FAINT, GREY, VERMILLION, beside, figure, new_figure
 from persodpo.metrics import LOWER_IS_BETTER, metric_label, metric_order
 
 _ACROSS = 4
 _LEVEL = 0.05
-
-
-@figure("forest", ["evaluation/comparisons"])
-def forest(comparisons: pd.DataFrame) -> Figure:
-    """Paired differences on held-out dialogues, failures imputed."""
-    return _forest(comparisons, "failures imputed", "failures imputed at their worst value")
-
-
-@figure("forest_successes", ["evaluation/comparisons"])
-def forest_successes(comparisons: pd.DataFrame) -> Figure:
-    """Paired differences on held-out dialogues that both arms answered."""
-    return _forest(comparisons, "successes alone", "successes alone: dialogues that both arms answered")
 
 
 def short_names(comparisons: pd.DataFrame) -> dict[str, str]:
@@ -44,7 +32,18 @@ def short_names(comparisons: pd.DataFrame) -> dict[str, str]:
     return {name: name.split("/")[1] if "/" in name else "untuned" for name in names}
 
 
-def _forest(comparisons: pd.DataFrame, reading: str, title: str) -> Figure:
+@figure(
+    "forest_successes",
+    ["evaluation/comparisons"],
+    "Paired differences on held-out dialogues that both arms answered.",
+    reading="successes alone",
+    title="successes alone: dialogues that both arms answered",
+)
+@figure(
+    "forest", ["evaluation/comparisons"], "Paired differences on held-out dialogues, failures imputed.",
+    reading="failures imputed", title="failures imputed at their worst value",
+)  # fmt: skip
+def forest(comparisons: pd.DataFrame, *, reading: str, title: str) -> Figure:
     """Draw each difference with its interval and corrected p-value, one panel per metric, around a line at zero.
 
     A filled point is a difference that stays under 0.05 after correction, a blue dot where the arm is better and a
@@ -90,8 +89,8 @@ def _differences(axes: Axes, table: pd.DataFrame, metric: str) -> None:
         marker = "s" if significant and not better else "o"
         face = colour if significant else "white"
         _interval(axes, row, (difference, low, high), colour=colour, marker=marker, face=face)
-        _right(axes, row, "–" if np.isnan(p_value) else "<0.001" if p_value < 0.0005 else f"{p_value:.3f}")
-    _right(axes, -0.85, "p (Holm)")
+        beside(axes, row, "–" if np.isnan(p_value) else "<0.001" if p_value < 0.0005 else f"{p_value:.3f}")
+    beside(axes, -0.85, "p (Holm)")
     _metric_axis(axes, metric, ticks=3)
 
 
@@ -104,16 +103,12 @@ def _interval(axes: Axes, row: int, values: tuple[float, float, float], *, colou
         axes.plot(middle, row, marker, color=colour, markerfacecolor=face)
 
 
-def _right(axes: Axes, row: float, text: str) -> None:
-    """Write a text at the panel's right."""
-    place = axes.get_yaxis_transform()
-    axes.annotate(text, (1, row), (3, 0), xycoords=place, textcoords="offset points", va="center", fontsize=6.5)
-
-
 def _metric_axis(axes: Axes, metric: str, ticks: int) -> None:
     """Title a panel, and say which way is better."""
     axes.margins(x=0.08)
-    axes.xaxis.set_major_locator(MaxNLocator(ticks))
+    low, high = axes.get_xlim()
+    # Numbers with three decimals are so long that two of them fill a panel of a forest.
+    axes.xaxis.set_major_locator(MaxNLocator(ticks if high - low > 0.01 else 2))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
@@ -121,9 +116,12 @@ def _metric_axis(axes: Axes, metric: str, ticks: int) -> None:
     axes.set_xlabel("← better" if metric in LOWER_IS_BETTER else "better →")
 
 
-@figure("ablations", ["ablations/estimates", "ablations/pairs"], source="arms")
+@figure(
+    "ablations", ["ablations/estimates", "ablations/pairs"],
+    "One thing done otherwise: quality and failures on held-out dialogues.", "arms",
+)  # fmt: skip
 def ablations(estimates: pd.DataFrame, pairs: pd.DataFrame) -> Figure:
-    """One thing done otherwise: quality and failures on held-out dialogues.
+    """Draw quality and failures of each ablation.
 
     The arm that every ablation changes one setting of stands on top, its interval as a band through all rows. Intervals
     are of each arm by itself; whether two arms differ is what paired comparisons say.
@@ -141,7 +139,7 @@ def ablations(estimates: pd.DataFrame, pairs: pd.DataFrame) -> Figure:
         for row, (mean, low, high) in enumerate(values):
             colour = BLUE if row else "black"
             _interval(axes, row, (mean, low, high), colour=colour, marker="o" if row else "s", face=colour)
-            _right(axes, row, "–" if np.isnan(mean) else f"{mean:.3f}")
+            beside(axes, row, "–" if np.isnan(mean) else f"{mean:.3f}")
         axes.grid(axis="x")
         _metric_axis(axes, metric, ticks=4)
     panels[0].set_yticks(range(len(names)), names)

@@ -10,22 +10,12 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from persodpo.figures.style import CHOSEN, REJECTED, figure, model_styles, new_figure
+from persodpo.figures.style import CHOSEN, REJECTED, figure, model_styles, new_figure, slanted
 
 
-@figure("pair_sources", ["pairs/perso"])
+@figure("pair_sources_simple", ["pairs/simple"], "Which model is preferred to which, simple pairs.")
+@figure("pair_sources", ["pairs/perso"], "Which model is preferred to which, perso pairs.")
 def pair_sources(pairs: pd.DataFrame) -> Figure:
-    """Which model is preferred to which, perso pairs."""
-    return _sources(pairs)
-
-
-@figure("pair_sources_simple", ["pairs/simple"])
-def pair_sources_simple(pairs: pd.DataFrame) -> Figure:
-    """Which model is preferred to which, simple pairs."""
-    return _sources(pairs)
-
-
-def _sources(pairs: pd.DataFrame) -> Figure:
     """Draw the counts of pairs, chosen model by rejected model, with their sums as bars at the sides."""
     styles = model_styles([*pairs["chosen_model"], *pairs["rejected_model"]])
     models, names = list(styles), [look.label for look in styles.values()]
@@ -39,9 +29,7 @@ def _sources(pairs: pd.DataFrame) -> Figure:
     )  # fmt: skip
     heat.set(xlabel="Rejected", ylabel="Chosen")
     heat.tick_params(length=0)
-    heat.tick_params(axis="x", rotation=40)
-    for text in heat.get_xticklabels():
-        text.set(ha="right", rotation_mode="anchor")
+    slanted(heat, 40)
     places = np.arange(len(models)) + 0.5
     above = top.bar(places, counts.sum(axis=0), 0.8, color=REJECTED)
     beside = right.barh(places, counts.sum(axis=1), 0.8, color=CHOSEN)

@@ -21,7 +21,7 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from persodpo.errors import NothingToShowError
-from persodpo.figures.style import BLUE, CHOSEN, DOUBLE, GREY, REJECTED, figure, model_styles, new_figure
+from persodpo.figures.style import BLUE, CHOSEN, DOUBLE, GREY, REJECTED, figure, model_styles, new_figure, slanted
 from persodpo.method import SIGNALS
 from persodpo.metrics import metric_label
 
@@ -36,28 +36,23 @@ _MEAN: dict[str, Any] = {"marker": "o", "linestyle": "none", "color": "black", "
 _FAILED: dict[str, Any] = {"facecolor": "white", "edgecolor": "#555555", "hatch": "//////", "linewidth": 0.4}
 
 
-@figure("score_metrics", ["scores"])
-def score_metrics(scores: pd.DataFrame) -> Figure:
-    """The five signals of parsed responses."""
-    return _signals(scores)
-
-
-@figure("score_metrics_evaluation", ["evaluation/scores"])
-def score_metrics_evaluation(scores: pd.DataFrame) -> Figure:
-    """The five signals of parsed held-out responses."""
-    measured = scores.loc[~scores["imputed"] & scores["quality"].notna(), "model"]
-    return _signals(scores[scores["model"].isin(measured)])  # one set was published without scores
-
-
-def _signals(scores: pd.DataFrame) -> Figure:
+@figure(
+    "score_metrics_evaluation",
+    ["evaluation/scores"],
+    "The five signals of parsed held-out responses.",
+    every_model=False,
+)
+@figure("score_metrics", ["scores"], "The five signals of parsed responses.")
+def score_metrics(scores: pd.DataFrame, *, every_model: bool = True) -> Figure:
     """Draw a histogram of each signal for each model, over the responses that were measured.
 
-    The bars of a column share one scale, so that areas compare between models.
+    The bars of a column share one scale, so that areas compare between models. A model without any measured response, such
+    as the one held-out set that was published without scores, may be left out.
     """
     measured = scores[~scores["imputed"] & scores["quality"].notna()]
     if measured.empty:
         raise NothingToShowError("The signals have nothing to show: every response is imputed or lacks a quality.")
-    styles = model_styles(scores["model"])
+    styles = model_styles((scores if every_model else measured)["model"])
     drawn = new_figure(0.6 + 0.36 * len(styles), DOUBLE)
     panels = drawn.subplots(1, len(SIGNALS), sharey=True, gridspec_kw={"wspace": 0.08})
     for axes, signal in zip(panels, SIGNALS, strict=True):
@@ -89,9 +84,9 @@ def _signal(axes: Axes, signal: str, rows: Sequence[tuple[Floats, str]]) -> None
     axes.set_xlabel(metric_label(signal) + ("\n(cosine)" if signal == "persona_distance" else ""))
 
 
-@figure("quality", ["scores", "thresholds"])
+@figure("quality", ["scores", "thresholds"], "Quality and the two thresholds.")
 def quality(scores: pd.DataFrame, thresholds: pd.DataFrame) -> Figure:
-    """Quality and the two thresholds."""
+    """Draw a histogram of quality, parsed and failed responses apart."""
     scored, edges = _scored(scores)
     drawn = new_figure(2.3)
     axes = drawn.add_subplot()
@@ -106,9 +101,12 @@ def quality(scores: pd.DataFrame, thresholds: pd.DataFrame) -> Figure:
     return drawn
 
 
-@figure("quality_by_model", ["scores", "thresholds"])
+@figure(
+    "quality_by_model", ["scores", "thresholds"],
+    "Quality and the two thresholds, by model, in shares of its responses.",
+)  # fmt: skip
 def quality_by_model(scores: pd.DataFrame, thresholds: pd.DataFrame) -> Figure:
-    """Quality and the two thresholds, by model, in shares of its responses."""
+    """Draw a histogram of quality for each model, parsed and failed responses apart."""
     scored, edges = _scored(scores)
     styles = model_styles(scored["model"])
     drawn = new_figure(0.8 + 0.3 * len(styles))
@@ -190,9 +188,9 @@ def _rows(axes: Axes, count: int) -> None:
     axes.spines["left"].set_visible(False)
 
 
-@figure("metric_correlation", ["scores"])
+@figure("metric_correlation", ["scores"], "Rank correlation, failures left out and imputed.")
 def metric_correlation(scores: pd.DataFrame) -> Figure:
-    """Rank correlation, failures left out and imputed.
+    """Draw how far signals rank alike.
 
     Failed responses get the worst value of every signal at once, so over all rows the signals seem to agree; over the
     measured rows they agree only as far as they measure the same.
@@ -225,7 +223,5 @@ def _triangle(axes: Axes, rows: pd.DataFrame, title: str) -> None:
     axes.set_title(title, fontweight="normal")
     axes.set(xlabel="", ylabel="")
     axes.tick_params(length=0)
-    axes.tick_params(axis="x", rotation=30)
     axes.tick_params(axis="y", rotation=0)
-    for text in axes.get_xticklabels():
-        text.set(ha="right", rotation_mode="anchor")
+    slanted(axes, 30)

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import inspect
 import io
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import matplotlib.style
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 
@@ -46,15 +46,16 @@ PALETTE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 GREY = "#9A9A9A"
 FAINT = "#D9D9D9"
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (3, 1)), (0, (1, 1)))
+LineStyle = str | tuple[int, tuple[int, ...]]
+LINES: tuple[LineStyle, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (3, 1)), (0, (1, 1)))
 #: The two sides of a preference pair, in every figure.
 CHOSEN, REJECTED = GREEN, VERMILLION
 
-LineStyle = str | tuple[int, tuple[int, ...]]
+#: Where tables come from in a run whose ``evaluation.source`` this is; None: in any.
+Source = Literal["published", "arms"] | None
 
 
-@dataclass(frozen=True)
-class ModelStyle:
+class ModelStyle(NamedTuple):
     """How a model looks: label with its true size, hex colour, marker, line style, and hatch of a tuned one's bars."""
 
     label: str
@@ -83,8 +84,8 @@ def _base(name: str) -> str | None:
 
 def ordered(models: Iterable[str]) -> list[str]:
     """Return the distinct models in the order of `MODEL_STYLES`, each before its tuned arms, all others at the end."""
-    places = {model: place for place, model in enumerate(MODEL_STYLES)}
-    return sorted(set(models), key=lambda name: (places.get(_base(name) or "", len(places)), name))
+    places = list(MODEL_STYLES)
+    return sorted(set(models), key=lambda name: (places.index(_base(name) or "") if _base(name) else len(places), name))
 
 
 def model_styles(models: Iterable[str]) -> dict[str, ModelStyle]:
@@ -94,18 +95,16 @@ def model_styles(models: Iterable[str]) -> dict[str, ModelStyle]:
     its colour under a hatch. All others take the palette in turn.
     """
     styles: dict[str, ModelStyle] = {}
-    strangers = 0
+    slots = itertools.cycle(zip(PALETTE, MARKERS, LINES, strict=True))
     for name in ordered(models):
         base = _base(name)
         if base is None:
-            slot = strangers % len(PALETTE)
-            styles[name] = ModelStyle(" ".join(name.split()), PALETTE[slot], MARKERS[slot], LINES[slot])
-            strangers += 1
+            styles[name] = ModelStyle(" ".join(name.split()), *next(slots))
         elif name == base:
             styles[name] = MODEL_STYLES[name]
         else:
-            arm = " ".join(name.removeprefix(base).strip("/-_ ").replace("_", " ").split())
-            styles[name] = replace(MODEL_STYLES[base], label=f"{MODEL_STYLES[base].label} {arm}", hatch="////")
+            look, arm = MODEL_STYLES[base], name.removeprefix(base).strip("/-_ ").replace("_", " ")
+            styles[name] = look._replace(label=f"{look.label} {' '.join(arm.split())}", hatch="////")
     return styles
 
 
@@ -138,33 +137,23 @@ def new_figure(height: float, width: float = COLUMN) -> Figure:
     return PaperFigure(figsize=(width, height))
 
 
+def beside(axes: Axes, row: float, text: str, offset: float = 3, size: float = 6.5) -> None:
+    """Write a text at a panel's right, in a row; its distance and size in points."""
+    place = axes.get_yaxis_transform()
+    axes.annotate(text, (1, row), (offset, 0), xycoords=place, textcoords="offset points", va="center", fontsize=size)
+
+
+def slanted(axes: Axes, angle: float) -> None:
+    """Slant the names of columns, so that each ends under its own."""
+    axes.tick_params(axis="x", rotation=angle)
+    for text in axes.get_xticklabels():
+        text.set(ha="right", rotation_mode="anchor")
+
+
 Draw = Callable[..., Figure]
 
 
-def styled(draw: Draw) -> Draw:
-    """Make a draw function follow the project's style, whatever settings it is called under, and lay its figure out.
-
-    It is laid out once and for all, at print resolution, as the width of text depends on it: every rendering would move
-    things a little, so that a figure shown in a notebook and then saved would differ from one saved at once.
-    """
-
-    @functools.wraps(draw)
-    def draw_in_style(*arguments: Any, **options: Any) -> Figure:
-        with context():
-            drawn = draw(*arguments, **options)
-            screen = drawn.get_dpi()
-            drawn.set_dpi(300)
-            for _ in range(2):  # the second pass settles the first
-                drawn.draw_without_rendering()
-            drawn.set_dpi(screen)
-            drawn.set_layout_engine("none")
-            return drawn
-
-    return draw_in_style
-
-
-@dataclass(frozen=True)
-class FigureSpec:
+class FigureSpec(NamedTuple):
     """A figure of a run.
 
     Attributes:
@@ -178,7 +167,7 @@ class FigureSpec:
     draw: Draw
     tables: tuple[str, ...]
     note: str
-    source: Literal["published", "arms"] | None
+    source: Source
 
 
 #: Every figure by name, in the order in which they are drawn.
@@ -186,31 +175,41 @@ FIGURES: dict[str, FigureSpec] = {}
 
 
 def figure(
-    name: str, tables: Sequence[str], source: Literal["published", "arms"] | None = None
+    name: str, tables: Sequence[str], note: str, source: Source = None, **options: Any
 ) -> Callable[[Draw], Draw]:
-    """Enter a draw function into `FIGURES`, and let it draw in the project's style.
+    """Enter a draw function into `FIGURES`, where it draws in the project's style, whatever settings it is called under.
+
+    A figure is laid out once and for all, at print resolution, as the width of text depends on it: every rendering would
+    move things a little, so that a figure shown in a notebook and then saved would differ from one saved at once.
 
     Args:
         name: Name of the figure and of its files.
         tables: As in `FigureSpec`.
+        note: What it shows, in a sentence.
         source: As in `FigureSpec`.
+        **options: Of the draw function, where several figures share it.
 
     Returns:
-        A decorator. The first line of the function's docstring becomes the figure's note. The decorated function raises
-        NothingToShowError if one of its tables is empty.
+        A decorator. What it enters raises NothingToShowError if one of the tables is empty.
     """
 
     def register(draw: Draw) -> Draw:
-        draw_in_style = styled(draw)
-
         @functools.wraps(draw)
-        def draw_from_rows(*tables: Any) -> Figure:
+        def draw_in_style(*tables: Any) -> Figure:
             if any(table.empty for table in tables if isinstance(table, pd.DataFrame)):
                 raise NothingToShowError(f"Figure {name} has nothing to show: a table that it is drawn from is empty.")
-            return draw_in_style(*tables)
+            with context():
+                drawn = draw(*tables, **options)
+                screen = drawn.get_dpi()
+                drawn.set_dpi(300)
+                for _ in range(2):  # the second pass settles the first
+                    drawn.draw_without_rendering()
+                drawn.set_dpi(screen)
+                drawn.set_layout_engine("none")
+                return drawn
 
-        FIGURES[name] = FigureSpec(draw_from_rows, tuple(tables), (inspect.getdoc(draw) or "").split("\n")[0], source)
-        return draw_from_rows
+        FIGURES[name] = FigureSpec(draw_in_style, tuple(tables), note, source)
+        return draw
 
     return register
 

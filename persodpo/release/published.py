@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -49,49 +49,35 @@ class PublishedSet:
     metrics: str | None
 
 
-def _raw(name: str) -> str:
-    return f"Raw Responses/FoCus/{name}.csv"
-
-
-def _metrics(name: str) -> str:
-    return f"Metrics Results/FoCus/{name}-results.xlsx"
-
-
-def _train(model: str, label: str) -> PublishedSet:
-    return PublishedSet(model, "train", f"{label}-train", _raw(f"{label}-train"), _metrics(f"{label}-train"))
+def _set(
+    model: str, split: Literal["train", "valid"], label: str, *, raw: bool = True, metrics: bool = True
+) -> PublishedSet:
+    """Return a set whose files, where there are any, are called by its label."""
+    return PublishedSet(
+        model, split, label,
+        f"Raw Responses/FoCus/{label}.csv" if raw else None,
+        f"Metrics Results/FoCus/{label}-results.xlsx" if metrics else None,
+    )  # fmt: skip
 
 
 #: The seven models whose responses are ranked.
-TRAIN_SETS = (
-    _train("Qwen2-7B-Instruct", "Qwen2-7B-Instruct"),
-    _train("Qwen2-0.5B-Instruct", "Qwen2-5B-Instruct"),
-    _train("Mistral-7B-Instruct", "Mistral-7B-Instruct"),
-    _train("Llama3-1-8B-Instruct", "Llama3-1-8B-Instruct"),
-    _train("gpt-3.5-turbo", "gpt-3.5-turbo"),
-    _train("gpt-4o-mini", "gpt-4o-mini"),
-    _train("gpt-4-turbo", "gpt-4-turbo"),
-)
-
-_TUNED = "Qwen2-5B-Instruct-"
+TRAIN_SETS = tuple(
+    _set(model, "train", f"{model.replace('Qwen2-0.5B', 'Qwen2-5B')}-train")
+    for model in (
+        "Qwen2-7B-Instruct", "Qwen2-0.5B-Instruct", "Mistral-7B-Instruct", "Llama3-1-8B-Instruct", "gpt-3.5-turbo",
+        "gpt-4o-mini", "gpt-4-turbo",
+    )
+)  # fmt: skip
+_BASE, _TUNED = "Qwen2-0.5B-Instruct", "Qwen2-5B-Instruct"
 #: Responses to the valid prompts. The raw file of the untuned Qwen2-0.5B is a copy of its parsed one, and the raw file
 #: of the ``perso`` run is of other generations than its parsed one, so that run counts as two (audit A7, A16, A17).
 VALID_SETS = (
-    PublishedSet(
-        "Qwen2-7B-Instruct", "valid", "Qwen2-7B-benchmark", _raw("Qwen2-7B-benchmark"), _metrics("Qwen2-7B-benchmark")
-    ),
-    PublishedSet("Qwen2-0.5B-Instruct", "valid", "Qwen2-5B-benchmark", None, _metrics("Qwen2-5B-benchmark")),
-    PublishedSet(
-        "Qwen2-0.5B-Instruct/length_prior",
-        "valid",
-        f"{_TUNED}length_prior",
-        _raw(f"{_TUNED}length_prior"),
-        _metrics(f"{_TUNED}length_prior"),
-    ),
-    PublishedSet(
-        "Qwen2-0.5B-Instruct/simple", "valid", f"{_TUNED}simple", _raw(f"{_TUNED}simple"), _metrics(f"{_TUNED}simple")
-    ),
-    PublishedSet("Qwen2-0.5B-Instruct/perso", "valid", f"{_TUNED}perso", None, _metrics(f"{_TUNED}perso")),
-    PublishedSet("Qwen2-0.5B-Instruct/perso-raw", "valid", f"{_TUNED}perso (raw file)", _raw(f"{_TUNED}perso"), None),
+    _set("Qwen2-7B-Instruct", "valid", "Qwen2-7B-benchmark"),
+    _set(_BASE, "valid", "Qwen2-5B-benchmark", raw=False),
+    _set(f"{_BASE}/length_prior", "valid", f"{_TUNED}-length_prior"),
+    _set(f"{_BASE}/simple", "valid", f"{_TUNED}-simple"),
+    _set(f"{_BASE}/perso", "valid", f"{_TUNED}-perso", raw=False),
+    replace(_set(f"{_BASE}/perso-raw", "valid", f"{_TUNED}-perso", metrics=False), label=f"{_TUNED}-perso (raw file)"),
 )
 
 #: Every published set, train first.

@@ -14,8 +14,8 @@ import pandas as pd
 from persodpo.config import Ablation, Profile, with_overrides
 from persodpo.evaluation.bootstrap import Resampling
 from persodpo.evaluation.comparisons import compare
+from persodpo.evaluation.estimates import estimates
 from persodpo.evaluation.observations import observe
-from persodpo.evaluation.statistics import estimates
 from persodpo.pairs import Variant, measured, pair_keys, rebuild
 from persodpo.runfolder import RunFolder, StageReport
 from persodpo.stages.base import Need, Targets

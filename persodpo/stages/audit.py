@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from persodpo.config import Profile, load_profile
-from persodpo.release import audit, corrections, parity, published
-from persodpo.release.findings.base import Material
+from persodpo.release import audit, parity, published
+from persodpo.release.material import Material
 from persodpo.runfolder import RunFolder, StageReport
 from persodpo.stages.base import Need, Targets, published_files
 from persodpo.stages.pairs import limits
@@ -47,11 +47,11 @@ def judge(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
         material = Material(files, tables, low, high, profile)
         write_table(targets["audit/parity"], "audit/parity", parity.parity_table(files, tables))
         write_table(targets["audit/findings"], "audit/findings", audit.findings_table(material))
-        write_table(targets["audit/corrections"], "audit/corrections", corrections.correction_effects(material))
+        write_table(targets["audit/corrections"], "audit/corrections", audit.correction_effects(material))
 
     report = run.stage(
         "audit",
-        inputs={name: run.path(name) for name in names} | files | published.fact_files(),
+        inputs={name: run.path(name) for name in names} | files | published.fact_files() | {"claims": audit.CLAIMS},
         settings=profile.model_dump(mode="json", exclude={"paths", "engine", "miniature", *_NO_CONCERN}),
         outputs=["audit/parity", "audit/findings", "audit/corrections"],
         code=__name__,

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import persodpo.evaluation.results
 from persodpo.config import Profile
 from persodpo.errors import PersodpoError
 from persodpo.evaluation.bootstrap import Resampling
-from persodpo.evaluation.cells import comparison_table, results_table
 from persodpo.evaluation.comparisons import compare
-from persodpo.evaluation.exports import write_exports
+from persodpo.evaluation.estimates import estimates, summarise
+from persodpo.evaluation.exports import comparison_table, results_table, write_exports
 from persodpo.evaluation.observations import IMPUTED, SUCCESSES, observe
-from persodpo.evaluation.statistics import estimates
 from persodpo.runfolder import RunFolder, StageReport
 from persodpo.stages.base import Need, Targets
 from persodpo.stages.heldout import arms_of, held_out_arms, judge_held_out
@@ -44,12 +42,12 @@ def evaluate(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
         responses, scores, judged = (run.read(name) for name in tables)
         observations = observe(responses, scores, arms, judged)
         sampling = Resampling(settings.resamples, profile.seed)
-        found = {
-            "results": persodpo.evaluation.results.summarise(responses, scores),
+        results = {
+            "results": summarise(responses, scores),
             "estimates": estimates(observations, sampling=sampling),
             "comparisons": compare(observations, settings.pairs, sampling=sampling),
         }
-        for name, table in found.items():
+        for name, table in results.items():
             write_table(targets[f"evaluation/{name}"], f"evaluation/{name}", table)
 
     report = run.stage(
@@ -66,9 +64,9 @@ def evaluate(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
 
 def after(run: RunFolder) -> list[str]:
     """Write the tables of the evaluation as CSV, Markdown and LaTeX; they are made anew from the tables every time."""
-    found, compared = (run.read(f"evaluation/{name}") for name in ("estimates", "comparisons"))
+    estimated, compared = (run.read(f"evaluation/{name}") for name in ("estimates", "comparisons"))
     folder = run.path("evaluation/results").parent
     for reading, name in ((IMPUTED, "failures_imputed"), (SUCCESSES, "successes_alone")):
-        write_exports(folder, name, found, results_table(found, reading))
+        write_exports(folder, name, estimated, results_table(estimated, reading))
     write_exports(folder, "paired_differences", compared, comparison_table(compared))
     return []

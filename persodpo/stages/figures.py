@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -21,8 +20,7 @@ from persodpo.runfolder import RunFolder, file_is_current, sha256
 from persodpo.stages.base import Need
 
 
-@dataclass(frozen=True)
-class FigureReport:
+class FigureReport(NamedTuple):
     """What became of a figure.
 
     Attributes:
@@ -75,7 +73,8 @@ def draw_figure(run: RunFolder, name: str) -> Figure:
         PersodpoError: There is no such figure, or a table is missing or was edited.
     """
     spec = _spec(name)
-    return spec.draw(*(_table(run, table) for table in spec.tables))
+    tables = [{arm: _read(run, table) for arm, table in _tables(run, pattern).items()} for pattern in spec.tables]
+    return spec.draw(*(by_arm.get("", by_arm) for by_arm in tables))
 
 
 def save_figure(run: RunFolder, name: str, *, overwrite: bool = False) -> FigureReport:
@@ -85,8 +84,8 @@ def save_figure(run: RunFolder, name: str, *, overwrite: bool = False) -> Figure
         PersodpoError: As `draw_figure`, or the folder cannot be written.
     """
     started, spec = time.perf_counter(), _spec(name)
-    sources = {table: path for pattern in spec.tables for table, path in _files(run, pattern).items()}
-    inputs = {table: sha256(path) for table, path in sources.items()} | figure_code(name)
+    tables = [table for pattern in spec.tables for table in _tables(run, pattern).values()]
+    inputs = {table: sha256(_path(run, table)) for table in tables} | figure_code(name)
     files = tuple(run.figures / f"{name}.{suffix}" for suffix in ("pdf", "png", "json"))
     if not overwrite and file_is_current(files[-1], inputs):
         return FigureReport(name, True, files, 0.0)
@@ -111,19 +110,15 @@ def _spec(name: str) -> style.FigureSpec:
     return FIGURES[name]
 
 
-def _files(run: RunFolder, table: str) -> dict[str, Path]:
-    """Return the file of a table, or those of all arms, by name."""
-    if table.startswith("published/"):
-        return {table: published.fact_files()[table]}
-    arms = run.profile.training.arms if "<arm>" in table else [""]
-    names = [table.replace("<arm>", arm) for arm in arms]
-    return {name: run.checked_path(name) for name in names}
+def _tables(run: RunFolder, pattern: str) -> dict[str, str]:
+    """Return the tables that a name with ``<arm>`` stands for, by arm; any other stands for itself, under no arm."""
+    arms = run.profile.training.arms if "<arm>" in pattern else [""]
+    return {arm: pattern.replace("<arm>", arm) for arm in arms}
 
 
-def _table(run: RunFolder, table: str) -> Any:
-    """Read what a draw function is given: a table, or a dictionary of tables by arm."""
-    if table.startswith("published/"):
-        return pd.read_csv(published.fact_files()[table])
-    if "<arm>" in table:
-        return {arm: run.read(table.replace("<arm>", arm)) for arm in run.profile.training.arms}
-    return run.read(table)
+def _path(run: RunFolder, table: str) -> Path:
+    return published.fact_files()[table] if table.startswith("published/") else run.checked_path(table)
+
+
+def _read(run: RunFolder, table: str) -> pd.DataFrame:
+    return pd.read_csv(_path(run, table)) if table.startswith("published/") else run.read(table)
