@@ -1,13 +1,9 @@
-"""What notebooks show: settings, what stages did, and tables whose text is never cut, and escaped, as models wrote it."""
+"""Tables as notebooks show them: text reads from the left, is never cut, and is escaped, as models wrote it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pandas as pd
-import yaml
 from pandas.io.formats.style import Styler
-from pydantic import BaseModel
 
 #: How a verdict looks: a sign that needs no colour, and a colour from the palette of the figures.
 VERDICTS = {
@@ -17,24 +13,6 @@ VERDICTS = {
 }
 
 _LEFT = {"text-align": "left", "vertical-align": "top", "white-space": "pre-wrap"}
-
-
-def print_changed(settings: BaseModel) -> None:
-    """Print the settings of a profile, or of a section, that differ from the defaults."""
-    changed = settings.model_dump(mode="json", exclude_defaults=True)
-    print(
-        yaml.safe_dump(changed, sort_keys=False, width=120, allow_unicode=True).strip() if changed else "all defaults"
-    )
-
-
-def print_reports(reports: Sequence[object]) -> None:
-    """Print what `Run.make` returned: a line per report, those of unchanged tables in one, and warnings."""
-    skipped = [report for report in reports if getattr(report, "skipped", False)]
-    if skipped:
-        print("unchanged:", ", ".join(str(getattr(report, "stage", "")) for report in skipped))
-        notes = [note for report in skipped for note in getattr(report, "notes", ())]
-        print(*(note for note in notes if note.startswith("warning")), sep="\n", end="")
-    print(*(report for report in reports if report not in skipped), sep="\n")
 
 
 def text_table(frame: pd.DataFrame, decimals: int = 3) -> Styler:
