@@ -53,8 +53,8 @@ def make_pairs(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
             write_table(targets[name], name, pairs)
             gate.append(persodpo.gate.inspect_pairs(pairs, dialogues, profile.seed).assign(pair_set=pair_set))
         write_table(targets["pairs/gate"], "pairs/gate", pd.concat(gate, ignore_index=True))
-        for pair_set in set(_MENDS) - set(profile.pairs.sets):
-            run.forget(f"pairs/{pair_set}")
+        for left_out in _MENDS.keys() - set(profile.pairs.sets):
+            run.forget(f"pairs/{left_out}")
 
     report = run.stage(
         "pairs",
