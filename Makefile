@@ -10,7 +10,7 @@ LOCKED  := $(VENV)/.built-from-lock
 STAMP   := $(VENV)/.installed
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
-.PHONY: reproduce install test test-slow test-reproduced test-browser browser lint format figures lab bench-mini bench-browser bench-pairs bench-generate bench-train bench-batches check-architectures bench-score check-scorers lock clean
+.PHONY: reproduce install test test-slow test-reproduced test-browser browser lint format figures docs lab bench-mini bench-browser bench-pairs bench-generate bench-train bench-batches check-architectures bench-score check-scorers lock clean
 
 reproduce: $(STAMP)  ## run every notebook in order under PROFILE
 	$(BIN)/persodpo reproduce --profile $(PROFILE) $(foreach s,$(SET),--set $(s))
@@ -49,6 +49,9 @@ format: $(STAMP)
 
 figures: $(STAMP)  ## redraw every figure from the run folder's tables
 	$(BIN)/persodpo figures --profile $(PROFILE) --overwrite
+
+docs: $(STAMP)  ## write the measured numbers of README.md and docs/ from benchmarks/results
+	$(BIN)/python benchmarks/write_docs.py
 
 lab: $(STAMP)  ## open the notebooks at explore.ipynb; make lab LAB="--allow-root --port 8890"
 	$(BIN)/jupyter lab --notebook-dir=notebooks --LabApp.default_url=/lab/tree/explore.ipynb $(LAB)

@@ -58,11 +58,31 @@ def _stage(name: str, help_text: str) -> None:
 
 
 _stage("dialogues", "Make the dialogues table.")
-_stage("pairs", "Make the pair sets and their gate report.")
 _stage("evaluate", "Make the results table.")
 _stage("ablate", "Train, ask and score the profile's ablations.")
 _stage("audit", "Make the parity table, the audit's findings and the effect of every correction.")
 _stage("figures", "Draw the figures.")
+
+
+@app.command()
+def pairs(
+    profile: ProfileOption = DEFAULT_PROFILE,
+    against: Annotated[
+        str | None, typer.Option(metavar="PROFILE", help="Count what changed from the pairs of another profile's run.")
+    ] = None,
+    set_: SetOption = None,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Make the pair sets and their gate report. Earlier stages run first where something changed."""
+    run = Run(profile, set_ or ())
+    _print_all(run.make("pairs", overwrite))
+    if against:
+        from persodpo.pairs import pair_changes  # noqa: PLC0415
+
+        other = Run(against)
+        for name in (f"pairs/{both}" for both in run.settings.pairs.sets if both in other.settings.pairs.sets):
+            counts = pair_changes(other.table(name), run.table(name)).items()
+            print(f"{name} against {other.settings.name}: " + ", ".join(f"{count:,} {what}" for what, count in counts))
 
 
 @app.command()

@@ -69,7 +69,7 @@ class Dialogues(Section):
     source: DialogueSource = setting("miniature (generated) | published_focus | focus_json | csv", "miniature")
     train_file: Place | None = setting("FoCus train JSON", None)
     valid_file: Place | None = setting("FoCus valid JSON", None)
-    csv_file: Place | None = setting("your own dialogues (README, 'Your own data')", None)
+    csv_file: Place | None = setting("your own dialogues (docs/your-data.md)", None)
     train_size: Count | None = setting("train dialogues of focus_json that are drawn, under `seed`; null: all", 1500)
     max_reference_words: Count | None = setting("words; focus_json's longer references are left out", 110)
 

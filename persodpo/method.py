@@ -18,10 +18,10 @@ import polars as pl
 
 from persodpo.errors import PersodpoError
 
-METRICS = ("coherence", "c_score", "ue_score", "persona_distance")
-SIGNALS = (*METRICS, "compliance")
-#: Ranges by definition: UniEval gives a probability, C score -1..1, UE score 0..2, a cosine -1..1.
+#: The metrics, and their ranges by definition: UniEval gives a probability, C score -1..1, UE score 0..2, a cosine -1..1.
 DECLARED = {"coherence": (0.0, 1.0), "c_score": (-1.0, 1.0), "ue_score": (0.0, 2.0), "persona_distance": (-1.0, 1.0)}
+METRICS = tuple(DECLARED)
+SIGNALS = (*METRICS, "compliance")
 
 Frame = TypeVar("Frame", pl.DataFrame, pl.LazyFrame)
 

@@ -1,16 +1,17 @@
 """A user's own dialogues and completions: two CSV files in, a dialogues table and a responses table out.
 
-Files are UTF-8, separated by commas, with a first row of column names; further columns are ignored. Every fault is one
-sentence that names the file, the line (of a text editor) and the remedy.
+Files are UTF-8, separated by commas, with a first line of column names; further columns are ignored. A fault is one
+sentence with the file, the line (as a text editor counts) and the fix.
 """
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -20,204 +21,159 @@ from persodpo.errors import PersodpoError
 
 DIALOGUES = ("dialogue_id", "split", "personas", "context")
 RESPONSES = ("dialogue_id", "model", "completion")
-TEXTS = ("completion", "response")
-SPLITS = ("train", "valid")
+_SPEAKER = re.compile(r"\s*user\s*\d+\s*:", re.IGNORECASE)
 
 Row = dict[str, str]
 
 
+class _FaultError(Exception):
+    """What is wrong with a row, to be reported with its line."""
+
+
 def read_dialogues(path: Path) -> pd.DataFrame:
-    r"""Read own dialogues.
+    """Read dialogues.
 
     Args:
-        path: A CSV file of the columns `DIALOGUES` and, if there is one, ``reference``. ``split`` is train or valid;
-            ``personas`` a JSON list of sentences, or one sentence a line; ``context`` the turns so far, one a line, each
-            led by ``User1: `` (whom the personas describe) or ``User2: ``; ``reference`` what people answered.
+        path: A CSV file with the columns `DIALOGUES` and perhaps ``reference``; ``docs/your-data.md`` says what they hold.
 
     Returns:
-        A dialogues table in the file's order; a reference that is not there is None.
+        A dialogues table in the file's order; a missing reference is None.
 
     Raises:
-        PersodpoError: The file or a row is not as above, a dialogue_id stands twice, or no dialogue is of the train split.
+        PersodpoError: The file or a row is malformed, an id is repeated, or no dialogue is of the train split.
     """
-    found: list[tuple[object, ...]] = []
-    lines: dict[str, int] = {}
-    for line, row in _rows(path, DIALOGUES):
-        place, key = f"{path}, line {line}", row["dialogue_id"]
-        if key in lines:
-            raise PersodpoError(
-                f"{place}: dialogue '{key}' stands in line {lines[key]} already; give it an id of its own."
-            )
-        lines[key] = line
-        if row["split"] not in SPLITS:
-            raise PersodpoError(
-                f"{place}: split is '{row['split']}'; write train (to be answered and ranked) or valid."
-            )
-        personas, reference = (
-            _personas(row["personas"], place),
-            row.get("reference", "").removeprefix("User2: ").strip(),
-        )
-        _check_turns(row["context"], place)
-        found.append((key, row["split"], path.stem, personas, row["context"], reference or None))
-    table = pd.DataFrame(found, columns=COLUMNS)
+
+    def record(row: Row) -> tuple[object, ...]:
+        if row["split"] not in {"train", "valid"}:
+            raise _FaultError(f"split is '{row['split']}'; write train (to be answered and ranked) or valid")
+        _check_turns(row["context"])
+        reference = row.get("reference", "").removeprefix("User2: ").strip() or None
+        return row["dialogue_id"], row["split"], path.stem, _personas(row["personas"]), row["context"], reference
+
+    table = pd.DataFrame(_records(path, DIALOGUES, DIALOGUES[:1], record), columns=COLUMNS)
     if not table["split"].eq("train").any():
         raise PersodpoError(
-            f"{path} has no dialogue of the train split to rank answers of; write train in column split."
+            f"{path} has no dialogue of the train split, so nothing is ranked; write train as its split."
         )
     return table
 
 
 def read_responses(path: Path, dialogues: pd.DataFrame, reading: Literal["as_released", "strict"]) -> pd.DataFrame:
-    """Read own completions.
+    """Read completions.
 
     Args:
-        path: A CSV file of the columns `RESPONSES`; all of its models are ranked. A completion is the text as the model
-            wrote it, which holds its answer as ``{"response": "..."}``. Where a column ``response`` stands in the place
-            of ``completion``, its texts are answers that need no reading. A blank completion is an answer that failed.
+        path: A CSV file with the columns `RESPONSES`. A column ``response`` in place of ``completion`` holds plain answers.
         dialogues: Dialogues table.
         reading: How completions are read, see `persodpo.completions`.
 
     Returns:
-        A responses table, a dialogue's answers side by side; times and ends of the answers are not known.
+        A responses table, sorted by dialogue; response times and finish reasons are None.
 
     Raises:
-        PersodpoError: The file or a row is not as above, a model answers a dialogue twice, a dialogue is unknown or held
-            out, or no completion at all holds an answer.
+        PersodpoError: The file or a row is malformed, a model answers a dialogue twice, a dialogue is unknown or held out,
+            or no completion holds an answer.
     """
-    names = _header(path)
-    plain = "response" in names and "completion" not in names
-    text = TEXTS[plain]
+    _, names = next(_lines(path), (1, []))
+    text = "response" if "response" in names and "completion" not in names else "completion"
     splits = dict(zip(dialogues["dialogue_id"], dialogues["split"], strict=True))
-    lines: dict[tuple[str, str], int] = {}
-    found: list[tuple[str, str, str]] = []
-    for line, row in _rows(path, (*RESPONSES[:2], text), blank=() if plain else (text,)):
-        place, key = f"{path}, line {line}", (row["dialogue_id"], row["model"])
-        if key in lines:
-            raise PersodpoError(
-                f"{place}: model '{key[1]}' answers dialogue '{key[0]}' in line {lines[key]} already; keep one of the two."
-            )
-        lines[key] = line
-        if key[0] not in splits:
-            raise PersodpoError(
-                f"{place}: there is no dialogue '{key[0]}'; add it to the dialogues or remove the line."
-            )
-        if splits[key[0]] != "train":
-            raise PersodpoError(
-                f"{place}: dialogue '{key[0]}' is held out (split {splits[key[0]]}), where only trained policies answer; "
-                "remove the line or make it a train dialogue."
-            )
-        found.append((*key, row[text]))
-    table = pd.DataFrame(found, columns=RESPONSES)
-    table = _as_answers(table) if plain else read_completions(table, reading)
+
+    def record(row: Row) -> tuple[str, str, str]:
+        dialogue = row["dialogue_id"]
+        if dialogue not in splits:
+            raise _FaultError(f"there is no dialogue '{dialogue}'; add it to the dialogues or remove the line")
+        if splits[dialogue] != "train":
+            raise _FaultError(f"dialogue '{dialogue}' is held out (split {splits[dialogue]}), for trained policies alone; "
+                              "remove the line or make it a train dialogue")  # fmt: skip
+        return dialogue, row["model"], row[text]
+
+    columns = (*RESPONSES[:2], text)
+    table = pd.DataFrame(_records(path, columns, columns[:2], record), columns=RESPONSES)
+    if text == "response":
+        written = [write_completion(answer) for answer in table["completion"]]
+        table = table.assign(response=table["completion"], outcome="ok", completion=written)
+    else:
+        table = read_completions(table, reading)
     if not table["outcome"].eq("ok").any():
-        raise PersodpoError(
-            f'{path}: no completion holds its answer as {{"response": "..."}}; if these are plain answers, call the column '
-            "response instead of completion."
-        )
-    unknown = {"split": "train", "finish_reason": None, "response_time": None, "batch_size": None, "hardware": None}
-    return table.assign(**unknown).sort_values("dialogue_id", kind="stable", ignore_index=True)
+        raise PersodpoError(f'{path}: no completion holds its answer as {{"response": "..."}}; if these are plain answers, '
+                            "name the column response instead of completion.")  # fmt: skip
+    unknown = dict.fromkeys(("finish_reason", "response_time", "batch_size", "hardware"))
+    return table.assign(split="train", **unknown).sort_values("dialogue_id", kind="stable", ignore_index=True)
 
 
-def _as_answers(table: pd.DataFrame) -> pd.DataFrame:
-    """Take each text for an answer that was read from a completion of the form asked for."""
-    texts = table["completion"]
-    written = [write_completion(text) for text in texts]
-    return table.assign(completion=written, response=texts, outcome="ok")
+def _check_turns(context: str) -> None:
+    """Check that every turn names its speaker as in `SPEAKERS`, and that the last one is User1's."""
+    lines = context.splitlines()
+    turns = [line for number, line in enumerate(lines) if number == 0 or _SPEAKER.match(line)]
+    if unlike := [turn for turn in turns if not turn.startswith(SPEAKERS)]:
+        raise _FaultError(f"a turn of context begins with '{unlike[0][:30]}'; begin each with 'User1: ' or 'User2: '")
+    if not turns[-1].startswith(SPEAKERS[0]):
+        raise _FaultError("the last turn of context is User2's, whose answer is asked for; end with a turn of User1")
 
 
-def _check_turns(context: str, place: str) -> None:
-    """Check that turns are told apart, and that there is one to answer."""
-    turns = context.splitlines()
-    if not turns[0].startswith(SPEAKERS):
-        raise PersodpoError(
-            f"{place}: context begins with '{turns[0][:30]}'; lead each turn by 'User1: ' or 'User2: '."
-        )
-    last = next(turn for turn in reversed(turns) if turn.startswith(SPEAKERS))
-    if not last.startswith(SPEAKERS[0]):
-        raise PersodpoError(
-            f"{place}: the last turn of context is User2's, whose answer is asked for; end it with a turn of User1."
-        )
-
-
-def _personas(text: str, place: str) -> list[str]:
-    """Read a JSON list of sentences, or one sentence a line."""
-    if not text.lstrip().startswith("["):
+def _personas(text: str) -> list[str]:
+    """Read a JSON list of sentences, or one sentence per line."""
+    if not text.startswith("["):
         return [line.strip() for line in text.splitlines() if line.strip()]
     try:
         sentences = json.loads(text)
     except ValueError:
         sentences = None
     if not (isinstance(sentences, list) and sentences and all(isinstance(s, str) and s.strip() for s in sentences)):
-        raise PersodpoError(
-            f'{place}: personas are no JSON list of sentences; write ["I like art.", "I have a dog."] with double quotes '
-            "(each doubled inside a quoted CSV field), or one sentence a line."
-        )
+        raise _FaultError('personas are no JSON list of sentences; write ["I like art.", "I have a dog."] (inside a quoted '
+                          "field with each double quote doubled), or one sentence per line")  # fmt: skip
     return [sentence.strip() for sentence in sentences]
 
 
-def _header(path: Path) -> list[str]:
-    """Return the names of a file's columns."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return [name.strip() for name in next(csv.reader(file, strict=True), [])]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise _unreadable(path, 1, error) from error
+def _records(path: Path, needed: Sequence[str], key: Sequence[str], record: Callable[[Row], Any]) -> list[Any]:
+    """Return what ``record`` makes of each row; no two rows agree in ``key``."""
+    rows = _lines(path)
+    _, names = next(rows, (1, []))
+    if odd := [name for name in needed if names.count(name) != 1]:
+        raise PersodpoError(f"{path}, line 1: column {', '.join(odd)} must be there once, not {', '.join(names)}; name "
+                            f"{', '.join(needed)} in the first line, separated by commas.")  # fmt: skip
+    lines: dict[tuple[str, ...], int] = {}
+    records = []
+    for line, values in rows:
+        try:
+            row = _row(names, values, needed)
+            if (identity := tuple(row[name] for name in key)) in lines:
+                raise _FaultError(f"{', '.join(identity)} is in line {lines[identity]} already; keep one of the two")
+            records.append(record(row))
+        except _FaultError as fault:
+            raise PersodpoError(f"{path}, line {line}: {fault}.") from None
+        lines[identity] = line
+    if not records:
+        raise PersodpoError(f"{path} has no row below its column names; add one.")
+    return records
 
 
-def _rows(path: Path, needed: Sequence[str], blank: Sequence[str] = ()) -> Iterator[tuple[int, Row]]:
-    """Yield each row by the names of its columns, with the line that it begins in; what is needed may be blank by name."""
-    names = _header(path)
-    _check_header(path, names, needed)
-    filled = [name for name in needed if name not in blank]
-    end, empty = 0, True
-    try:
-        # A byte order mark, as spreadsheets write it, says nothing and is skipped.
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            for number, values in enumerate(reader):
-                line, end = end + 1, reader.line_num
-                if number and values:
-                    empty = False
-                    yield line, _row(f"{path}, line {line}", names, values, filled)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise _unreadable(path, end + 1, error) from error
-    if empty:
-        raise PersodpoError(f"{path} has no row under its column names in line 1; add one.")
-
-
-def _check_header(path: Path, names: Sequence[str], needed: Sequence[str]) -> None:
-    missing = [name for name in needed if name not in names]
-    if not missing:
-        if twice := [name for name in needed if names.count(name) > 1]:
-            raise PersodpoError(f"{path}, line 1: column {twice[0]} stands twice; keep one.")
-        return
-    if len(names) == 1 and (";" in names[0] or "\t" in names[0]):
-        mark = "semicolons" if ";" in names[0] else "tabs"
-        raise PersodpoError(f"{path}, line 1: columns are separated by {mark}; save the file as CSV with commas.")
-    raise PersodpoError(
-        f"{path}, line 1: column {', '.join(missing)} is missing, there are {', '.join(names) or 'none'}; the first line "
-        f"must name {', '.join(needed)}."
-    )
-
-
-def _row(place: str, names: Sequence[str], values: Sequence[str], needed: Sequence[str]) -> Row:
-    """Match a row's values with the columns."""
+def _row(names: Sequence[str], values: Sequence[str], needed: Sequence[str]) -> Row:
+    """Name a row's values, of which only a completion may be empty; what a model wrote stays as it is."""
     if len(values) != len(names):
-        raise PersodpoError(
-            f"{place}: {len(values)} fields for {len(names)} columns; put double quotes around texts that hold commas or "
-            "line ends."
-        )
+        raise _FaultError(f"{len(values)} fields for {len(names)} columns; put double quotes around texts that hold commas "
+                          "or line ends")  # fmt: skip
     row = dict(zip(names, values, strict=True))
-    if blank := [name for name in needed if not row[name].strip()]:
-        raise PersodpoError(f"{place}: {blank[0]} is empty; fill it in or remove the line.")
-    # What a model wrote stays as it wrote it.
-    return {name: value if name in TEXTS else value.replace("\r\n", "\n").strip() for name, value in row.items()}
+    if empty := [name for name in needed if name != "completion" and not row[name].strip()]:
+        raise _FaultError(f"{empty[0]} is empty; fill it in or remove the line")
+    kept = {"completion", "response"}
+    return {name: text if name in kept else text.replace("\r\n", "\n").strip() for name, text in row.items()}
 
 
-def _unreadable(path: Path, line: int, error: Exception) -> PersodpoError:
-    """Say why a file cannot be read."""
-    if isinstance(error, OSError):
-        return PersodpoError(f"{path} cannot be read ({error.strerror}); name a CSV file that is there.")
-    if isinstance(error, UnicodeDecodeError):
-        return PersodpoError(f"{path}, line {line} or after: this is not UTF-8; save the file as CSV in UTF-8.")
-    return PersodpoError(f"{path}, line {line}: {error}; put each text between double quotes, and double those within.")
+def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield each row, the column names first, with the line that it begins in."""
+    csv.field_size_limit(2**31 - 1)  # a text may be long
+    line = 1
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets write a byte order mark
+            reader = csv.reader(file, strict=True)
+            for values in reader:
+                if values:
+                    yield line, [name.strip() for name in values] if line == 1 else values
+                line = reader.line_num + 1
+    except OSError as error:
+        raise PersodpoError(f"{path} cannot be read ({error.strerror}); name a CSV file that is there.") from error
+    except UnicodeDecodeError as error:
+        raise PersodpoError(f"{path}, line {line} or after: not UTF-8; save the file as CSV in UTF-8.") from error
+    except csv.Error as error:
+        raise PersodpoError(f"{path}, line {line}: {error}; put each text between double quotes, and double those "
+                            "within.") from error  # fmt: skip

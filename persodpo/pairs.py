@@ -77,6 +77,8 @@ def impute(
         One row per response, in the order of ``responses``: dialogue_id, model, the four metrics (NaN: not scored),
         words, one_object and imputed. A response that reads well but whose text nobody scored is not scored.
     """
+    # Published values lack a signal that was added later: it is 0 everywhere, and adds nothing.
+    metrics = metrics.assign(**{metric: 0.0 for metric in METRICS if metric not in metrics})
     frame = with_none(responses).merge(metrics, on=["dialogue_id", "model"], how="left", validate="one_to_one")
     failed = frame["outcome"] != "ok"
     imputed = failed if unread else failed & frame["response"].notna()
@@ -266,6 +268,27 @@ def rebuild(
 def pair_keys(pairs: pd.DataFrame) -> PairKeys:
     """Return the keys of a pairs table."""
     return set(zip(pairs["dialogue_id"], pairs["chosen_model"], pairs["rejected_model"], strict=True))
+
+
+def pair_changes(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, int]:
+    """Count what changed from one pairs table to another.
+
+    Args:
+        before: A pairs table.
+        after: Another one, of the same dialogues and models.
+
+    Returns:
+        Pairs that are kept, added, dropped, and flipped (the same two responses, chosen and rejected exchanged).
+    """
+    old, new = pair_keys(before), pair_keys(after)
+    flipped = len({(dialogue, rejected, chosen) for dialogue, chosen, rejected in old} & new)
+    kept = len(old & new)
+    return {
+        "kept": kept,
+        "added": len(new) - kept - flipped,
+        "dropped": len(old) - kept - flipped,
+        "flipped": flipped,
+    }
 
 
 def measured(responses: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:

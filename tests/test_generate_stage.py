@@ -309,7 +309,7 @@ def test_the_small_policy_needs_responses_first(tmp_path: Path, server: Server) 
 def test_the_small_model_answers_the_published_prompts(
     release_run: RunFolder, tmp_path: Path, one_thread: None
 ) -> None:
-    """The README's command, with a model that has learned next to nothing."""
+    """`persodpo generate` with a model that has learned next to nothing."""
     path = tmp_path / "profile.yaml"
     path.write_text(with_overrides(release_run.profile, [*QUICK_TRAINING, "policy.small.max_length=2048"]).to_yaml())
     arguments = ["generate", "--profile", str(path), "--models", "small", "--split", "valid", "--limit", "50"]

@@ -1,13 +1,10 @@
-"""The house's rules, held against the disk: imports, layout, lock, notebooks, README."""
+"""The house's rules, held against the disk: imports, sizes, lock, notebooks, measured bounds."""
 
 from __future__ import annotations
 
 import ast
-import itertools
 import json
-import os
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -15,20 +12,14 @@ import tomllib
 from typing import Any
 
 import pytest
-import typer
 import yaml
-from accelerate.commands.launch import launch_command_parser
 
-from persodpo.cli import app
 from persodpo.config import load_profile
 from persodpo.reproduce import check_parameters, notebook_files
-from persodpo.run import Run
 from persodpo.runfolder import PROJECT, RunFolder, sha256
 from persodpo.stages.figures import figure_code, figure_names
-from persodpo.tables import SCHEMAS
 
 PACKAGE = PROJECT / "persodpo"
-README = (PROJECT / "README.md").read_text()
 MODULES = sorted(path.relative_to(PROJECT) for path in PACKAGE.rglob("*.py"))
 
 #: Levels from the bottom up; a module imports from its own level or below.
@@ -111,36 +102,6 @@ def test_the_light_commands_do_not_load_models():
     assert done.stdout.strip() == "[]"
 
 
-def test_readme_tree_is_the_tree():
-    tree = README.split("## Layout")[1].split("```")[1]
-    named = {line.split()[0].rstrip("/") for line in tree.splitlines() if line.startswith("  ")}
-    on_disk = {path.name for path in notebook_files()}
-    on_disk |= {
-        path.name
-        for path in PACKAGE.iterdir()
-        if not path.name.startswith("__") and (path.is_dir() or path.suffix == ".py")
-    }
-    assert named == on_disk
-    tops = {
-        name.rstrip("/") for line in tree.splitlines() if line and not line.startswith(" ") for name in line.split()
-    }
-    tracked = subprocess.run(
-        ["git", "ls-files"], capture_output=True, text=True, check=True, cwd=PROJECT
-    ).stdout.split()
-    visible = {path.split("/")[0] for path in tracked} - {".gitignore", ".ci"}
-    assert tops == visible
-
-
-def test_readme_names_every_table():
-    for name in SCHEMAS:
-        assert f"`{name}.parquet`" in README, name
-
-
-def test_readme_figures_and_links_exist():
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (PROJECT / link).exists(), link
-
-
 def test_committed_figures_are_those_of_the_committed_code():
     """`make figures PROFILE=release` draws them anew; otherwise `make reproduce` would leave a changed checkout."""
     folder = PROJECT / "figures" / "release"
@@ -213,87 +174,6 @@ def test_measured_moves_keep_their_bound():
     moves = content["measured"]["10,347 published"]
     assert {"a weight", "a threshold"} <= set(moves)
     assert max(row["median ms"] for row in moves.values()) < content["bound ms"] == 200
-
-
-def readme_commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-    return [line.split("#")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
-
-
-def readme_scripts() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-
-
-@pytest.mark.parametrize("command", readme_commands())
-def test_readme_commands_exist(command):
-    """Each command parses; what each does is shown by the tests of its stage and by the headless reproduction."""
-    words = list(itertools.takewhile(lambda word: word not in {"&", ">"}, shlex.split(command)))
-    words = list(itertools.dropwhile(lambda word: re.fullmatch(r"[A-Z_]+=\S*", word), words))
-    if words[0] == "make":
-        done = subprocess.run(["make", "-n", *words[1:]], capture_output=True, text=True, cwd=PROJECT, check=False)
-        assert done.returncode == 0, done.stderr
-    elif words[0] == "source":
-        assert (PROJECT / words[1]).is_file()
-    elif words[0] == "papermill":
-        values = {name: value for flag, name, value in zip(words, words[1:], words[2:], strict=False) if flag == "-p"}
-        check_parameters(PROJECT / words[1], values)
-    elif words[0] == "accelerate":
-        script = launch_command_parser().parse_args(words[2:]).training_script
-        assert words[1] == "launch"
-        assert f"`{script}`" in README
-    else:
-        assert words[0] == "persodpo"
-        known = typer.main.get_command(app).commands[words[1]]
-        known.make_context(words[1], words[2:])  # refuses unknown options and values of the wrong kind
-        if "--set" in words:
-            load_profile("release", [value for flag, value in itertools.pairwise(words) if flag == "--set"])
-
-
-def test_readme_scripts_run(tmp_path, monkeypatch, capsys):
-    """Panels and scorer as they stand; `Run` on what tests have; the trainer's are compiled, and run elsewhere."""
-    panels, scorer, first, run, *others = readme_scripts()
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "panels.py").write_text(panels)
-    assert "explore" in runpy.run_path("panels.py")  # on whatever run there is: without one, each says what is missing
-    (tmp_path / "scorer.py").write_text(scorer)
-    runpy.run_path("scorer.py")
-    assert re.match(r"\[1\.\] questions: 1 responses, 1 distinct texts, .* True$", capsys.readouterr().out.strip())
-    calls = ast.walk(ast.parse(run))
-    used = {node.attr for node in calls if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "run"}
-    assert used == {"make", "table", "figure", "settings"}
-    assert all(hasattr(Run, name) for name in used)
-    others.append(first)
-    assert len(others) == 2
-    assert all(compile(script, "trainer", "exec") for script in others)
-
-
-@pytest.mark.slow
-def test_readme_trains_in_two_processes(tmp_path):
-    """The script of the README in two processes of this machine, with a tiny policy."""
-    from tiny import tiny_pairs
-
-    from persodpo.training.policy import SmallPolicy, make_small_policy
-
-    pairs = tiny_pairs()
-    small = SmallPolicy(steps=1, vocabulary=400, seed=44)
-    make_small_policy(list(zip(pairs["prompt"], pairs["chosen"], strict=True)), small, tmp_path / "tiny")
-    pairs.to_parquet(tmp_path / "perso.parquet")
-    (script,) = (script for script in readme_scripts() if "save_model" in script)
-    for said, here in (
-        ("runs/mine/pairs/perso.parquet", "perso.parquet"),
-        ("Qwen/Qwen2-0.5B-Instruct", "./tiny"),
-        ('"dpo", ', '"dpo", use_cpu=True, bf16=False, max_steps=2, ddp_backend="gloo", '),
-    ):
-        assert said in script
-        script = script.replace(said, here)
-    (tmp_path / "train_pairs.py").write_text(script)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(PROJECT)}
-    done = subprocess.run(
-        [*launch, "train_pairs.py"], capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert (tmp_path / "dpo" / "model.safetensors").is_file()
 
 
 def test_contributing_names_what_is_there():

@@ -26,7 +26,7 @@ HELD = "d2,valid,I sing.,User1: Hi?\n"
 ASKED = "dialogue_id,model,completion\n"
 GOOD = 'd1,a,"{""response"": ""Hello, you like art.""}"\n'
 
-#: What makes the five commands of the README quick.
+#: What makes the commands of docs/your-data.md quick.
 QUICK = {
     "policy.small.vocabulary": 400, "policy.small.hidden_size": 32, "policy.small.intermediate_size": 64,
     "policy.small.steps": 10, "training.epochs": 0.5, "training.health_tokens": 4,
@@ -47,54 +47,54 @@ def own(folder: Path, dialogues: str | bytes, completions: str | bytes, **change
 
 
 @pytest.mark.slow
-def test_the_five_commands_of_the_readme_give_a_trained_model(tmp_path, monkeypatch):
-    section = (PROJECT / "README.md").read_text().split("## Your own data")[1].split("\n#")[0]
-    blocks = [
-        [shlex.split(line, comments=True) for line in block.splitlines()]
-        for block in re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
-    ]
-    (first, *others), (evaluate, wide, train, whole) = blocks
-    assert [words[1] for words in (first, *others)] == ["profile", "generate", "score", "pairs", "train"]
-    assert first[-2:] == [">", "mine.yaml"]
+def test_the_commands_of_the_page_give_trained_models(tmp_path, monkeypatch):
+    """docs/your-data.md, both blocks, on a copy of the example's profile that is quick."""
     monkeypatch.chdir(tmp_path)  # notebooks, too, run elsewhere than in the project's root
     changes = QUICK | {"paths.runs": tmp_path / "runs", "paths.figures": tmp_path / "figures"}
-    quick = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
-    shown = CliRunner().invoke(app, [*first[1:-2], *quick], catch_exceptions=False)
-    profile = tmp_path / "mine.yaml"
-    profile.write_text(shown.stdout)
-    for words in others:
-        done = CliRunner().invoke(
-            app, [str(profile) if word == "mine.yaml" else word for word in words[1:]], catch_exceptions=False
-        )
-        assert done.exit_code == 0, done.output
-    run = RunFolder(load_profile(profile))
+    profile = load_profile(DATA / "example" / "mine.yaml", [f"{key}={value}" for key, value in changes.items()])
+    blocks = re.findall(r"```bash\n(.*?)```", (PROJECT / "docs" / "your-data.md").read_text(), re.DOTALL)
+    first, then = ([shlex.split(line, comments=True) for line in block.splitlines()] for block in blocks)
+    assert first[0] == ["cp", "data/example/mine.yaml", "mine.yaml"]
+    Path("mine.yaml").write_text(profile.to_yaml())
+    for words in first[1:]:
+        _invoke(words)
+    run = RunFolder(profile)
     assert run.root == tmp_path / "runs" / "mine"
     completions = pd.read_csv(DATA / "example" / "completions.csv")
     assert sorted(run.read("responses")["completion"]) == sorted(completions["completion"])
     assert run.read("scores")["quality"].notna().all()
-    assert set(run.read("pairs/perso")["chosen_model"]) <= set(completions["model"])
-    assert (run.root / "training" / "perso" / "model.safetensors").is_file()
     pairs = run.read("pairs/perso")
-    _the_next_commands(profile, evaluate, wide, train)
+    assert set(pairs["chosen_model"]) <= set(completions["model"])
+    assert (run.root / "training" / "perso" / "model.safetensors").is_file()
+    shown = [_invoke(words) for words in then[:-1]]
     assert (run.root / "evaluation" / "paired_differences.md").is_file()
-    other = RunFolder(load_profile(tmp_path / "wide.yaml"))
-    assert 0 < len(other.read("pairs/perso")) != len(pairs)
+    other = RunFolder(load_profile("wide.yaml"))
+    wide = other.read("pairs/perso")
+    counts = dict(zip(("kept", "added", "dropped", "flipped"), _against(shown[2], "perso"), strict=True))
+    assert counts["kept"] + counts["added"] + counts["flipped"] == len(wide)
+    assert counts["kept"] + counts["dropped"] + counts["flipped"] == len(pairs)
+    assert counts["dropped"] > 0
     assert (other.root / "training" / "perso" / "model.safetensors").is_file()
     assert len(run.read("pairs/perso")) == len(pairs), "another name leaves the first run alone"
-    assert whole[1] == "reproduce"
-    assert len(list(reproduce(str(profile)))) == len(notebook_files())
+    assert then[-1][1] == "reproduce"
+    assert len(list(reproduce("mine.yaml"))) == len(notebook_files())
     _plain_answers_have_no_simple_pairs(run, tmp_path / "plain.csv")
 
 
-def _the_next_commands(profile: Path, evaluate: list[str], wide: list[str], train: list[str]) -> None:
-    """Compare, then train under another profile."""
-    for words in (evaluate, wide, train):
-        named = [str(profile.with_name(word)) if word.endswith(".yaml") else word for word in words[1:]]
-        if ">" in named:
-            shown = CliRunner().invoke(app, named[: named.index(">")], catch_exceptions=False)
-            Path(named[-1]).write_text(shown.stdout)
-        else:
-            assert CliRunner().invoke(app, named, catch_exceptions=False).exit_code == 0
+def _invoke(words: list[str]) -> str:
+    """Run a command of the page; what it prints goes to the file after ``>``, if there is one."""
+    end = words.index(">") if ">" in words else len(words)
+    done = CliRunner().invoke(app, words[1:end], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    if end < len(words):
+        Path(words[-1]).write_text(done.stdout)
+    return done.stdout
+
+
+def _against(shown: str, name: str) -> list[int]:
+    """Return the counts of a line of `persodpo pairs --against`."""
+    (line,) = (line for line in shown.splitlines() if line.startswith(f"pairs/{name} against mine: "))
+    return [int(number.replace(",", "")) for number in re.findall(r"([\d,]+) [a-z]+(?:, |$)", line)]
 
 
 def _plain_answers_have_no_simple_pairs(run: RunFolder, path: Path) -> None:
@@ -104,6 +104,13 @@ def _plain_answers_have_no_simple_pairs(run: RunFolder, path: Path) -> None:
     with pytest.raises(PersodpoError, match=r"where no model ever fails, leave simple out of pairs\.sets"):
         stages.make(with_overrides(run.profile, plain), "pairs")
     assert stages.make(with_overrides(run.profile, [*plain, "pairs.sets=[perso]"]), "pairs")[-1].rows["pairs/perso"]
+
+
+def test_a_long_text_is_read(tmp_path):
+    long = "word " * 30_000
+    profile = own(tmp_path, HEAD + TALK, ASKED + GOOD + f'd1,b,"{{""response"": ""{long}""}}"\n')
+    stages.make(profile, "generate")
+    assert RunFolder(profile).read("responses")["response"].str.len().max() == len(long)
 
 
 def test_a_blank_completion_is_a_failed_answer_and_counted(tmp_path):
@@ -172,24 +179,25 @@ def test_a_changed_file_is_read_again(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("dialogue_id,split,context\nd1,train,x\n", "line 1: column personas is missing, there are dialogue_id, split"),
-        ("", "line 1: column dialogue_id, split, personas, context is missing, there are none"),
-        ((HEAD + HELD).replace(",", ";"), "line 1: columns are separated by semicolons; save the file as CSV with commas"),
-        ((HEAD + HELD).replace(",", "\t"), "line 1: columns are separated by tabs"),
-        ((HEAD + TALK).encode("utf-16"), "line 1 or after: this is not UTF-8; save the file as CSV in UTF-8"),
-        ((HEAD + TALK + "d3,train,J’ai faim.,x\n").encode("cp1252"), "this is not UTF-8"),
-        ("dialogue_id,split,personas,context,split\n" + HELD, "line 1: column split stands twice"),
-        (HEAD, "has no row under its column names"),
+        ("dialogue_id,split,context\nd1,train,x\n", "line 1: column personas must be there once, not dialogue_id, split"),
+        ("", "line 1: column dialogue_id, split, personas, context must be there once"),
+        ((HEAD + HELD).replace(",", ";"), "once, not dialogue_id;split;personas;context; name dialogue_id, split"),
+        ((HEAD + TALK).encode("utf-16"), "line 1 or after: not UTF-8; save the file as CSV in UTF-8"),
+        ((HEAD + TALK + "d3,train,J’ai faim.,x\n").encode("cp1252"), "not UTF-8"),
+        ("dialogue_id,split,personas,context,split\n" + HELD, "line 1: column split must be there once"),
+        (HEAD, "has no row below its column names"),
         (HEAD + HELD, "has no dialogue of the train split"),
-        (HEAD + TALK + TALK, "line 3: dialogue 'd1' stands in line 2 already; give it an id of its own"),
-        (HEAD + 'd1,train,"I\nsing.",User1: x\n' + 'd2,test,I sing.,x\n', "line 4: split is 'test'; write train"),
+        (HEAD + TALK + TALK, "line 3: d1 is in line 2 already; keep one of the two"),
+        (HEAD + 'd1,train,"I\nsing.",User1: x\n' + "d2,test,I sing.,User1: x\n", "line 4: split is 'test'; write train"),
         (HEAD + TALK + "d2,valid,I sing.\n", "line 3: 3 fields for 4 columns; put double quotes"),
         (HEAD + TALK + "d2,valid,,User1: Hi?\n", "line 3: personas is empty; fill it in"),
-        (HEAD + TALK + "d2,valid,I sing.,Hi?\n", "line 3: context begins with 'Hi?'; lead each turn by 'User1: '"),
+        (HEAD + TALK + "d2,valid,I sing.,Hi?\n", "line 3: a turn of context begins with 'Hi?'; begin each with 'User1: '"),
         (HEAD + TALK + '"d2",valid,I sing.,"User1: Hi?\nUser2: Hi."\n', "line 3: the last turn of context is User2's"),
-        (HEAD + "d1,train,['I sing.'],x\n", "line 2: personas are no JSON list of sentences; write"),
-        (HEAD + 'd1,train,"[""I sing."", 7]",x\n', "line 2: personas are no JSON list"),
-        (HEAD + "d1,train,[],x\n", "line 2: personas are no JSON list"),
+        (HEAD + TALK + '"d2",valid,I sing.,"User1: Hi?\nUser2:Hi."\n', "line 3: a turn of context begins with 'User2:Hi.'"),
+        (HEAD + TALK + '"d2",valid,I sing.,"User1: Hi?\nuser2: Hi"\n', "line 3: a turn of context begins with 'user2: Hi'"),
+        (HEAD + "d1,train,['I sing.'],User1: x\n", "line 2: personas are no JSON list of sentences; write"),
+        (HEAD + "d1,train,\"[\"\"I sing.\"\", 7]\",User1: x\n", "line 2: personas are no JSON list"),
+        (HEAD + "d1,train,[],User1: x\n", "line 2: personas are no JSON list"),
         (HEAD + TALK + 'd2,valid,"I sing.,x\n', "line 3: unexpected end of data; put each text between double quotes"),
     ],
 )  # fmt: skip
@@ -204,14 +212,14 @@ def test_what_is_wrong_with_dialogues_is_one_sentence(tmp_path, content, words):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("dialogue_id,completion\nd1,x\n", "line 1: column model is missing"),
-        ((ASKED + GOOD).replace(",", ";"), "separated by semicolons"),
-        (ASKED + GOOD + GOOD, "line 3: model 'a' answers dialogue 'd1' in line 2 already; keep one of the two"),
+        ("dialogue_id,completion\nd1,x\n", "line 1: column model must be there once"),
+        (ASKED, "has no row below its column names"),
+        (ASKED + GOOD + GOOD, "line 3: d1, a is in line 2 already; keep one of the two"),
         (ASKED + GOOD + "d9,a,x\n", "line 3: there is no dialogue 'd9'; add it to the dialogues"),
         (ASKED + GOOD + "d2,a,x\n", "line 3: dialogue 'd2' is held out (split valid)"),
         ("dialogue_id,model,response\nd1,a,Hi.\nd1,b,  \n", "line 3: response is empty; fill it in or remove the line"),
-        (ASKED + "d1,a,Hello.\n", "if these are plain answers, call the column response"),
-        (ASKED + GOOD.replace('d1,a,"', 'd1,a,"x"'), 'put each text between double quotes'),
+        (ASKED + "d1,a,Hello.\n", "if these are plain answers, name the column response"),
+        (ASKED + GOOD.replace('d1,a,"', 'd1,a,"x"'), "put each text between double quotes"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_completions_is_one_sentence(tmp_path, content, words):

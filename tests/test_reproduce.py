@@ -128,7 +128,7 @@ def test_notebooks_run_on_a_corrected_profile(release_run, tmp_path):
 
 @pytest.mark.slow
 def test_papermill_by_itself(release_run, tmp_path):
-    """The README's papermill command, on a profile in a temporary folder."""
+    """The papermill command of docs/run-folder.md, on a profile in a temporary folder."""
     source = tmp_path / "profile.yaml"
     source.write_text(release_run.profile.to_yaml())
     papermill = str(Path(sys.executable).with_name("papermill"))

@@ -22,7 +22,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.callbacks import SyncRefModelCallback
 
 from persodpo.errors import PersodpoError
-from persodpo.runfolder import PROJECT, versions
+from persodpo.runfolder import versions
 from persodpo.training.trainer import GroupedDPOConfig, GroupedDPOTrainer
 
 PAIRS_A_PROMPT = 6
@@ -676,28 +676,6 @@ def test_a_plain_dpo_config_is_enough(tmp_path):
     )  # fmt: skip
     trainer.train()
     assert logs(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
-
-
-def test_the_readmes_example_runs(tmp_path, monkeypatch):
-    """As printed, but for the model, the pairs, the folder and the processor."""
-    readme = (PROJECT / "README.md").read_text()
-    blocks = [block.split("```")[0] for block in readme.split("```python")[1:]]
-    (code,) = (block for block in blocks if "runs/mini/pairs/perso.parquet" in block)
-    tiny_model().save_pretrained(tmp_path / "model")
-    tiny_pairs(4).to_parquet(tmp_path / "pairs.parquet")
-    for printed, here in (
-        ("Qwen/Qwen2-0.5B-Instruct", str(tmp_path / "model")),
-        ("train_dataset=pairs)", "train_dataset=pairs, processing_class=tokenizer)"),
-        ("runs/mini/pairs/perso.parquet", str(tmp_path / "pairs.parquet")),
-        ('"dpo"', f"{str(tmp_path / 'dpo')!r}, report_to=[], use_cpu=True"),
-    ):
-        assert printed in code
-        code = code.replace(printed, here)
-    monkeypatch.chdir(tmp_path)
-    names: dict = {"tokenizer": tiny_tokenizer()}
-    exec(code, names)  # noqa: S102 - the README's own example
-    assert names["args"].weighting == "sigmoid"
-    assert (tmp_path / "dpo" / "checkpoint-3" / "model.safetensors").exists()
 
 
 def test_four_bits_on_a_cpu_are_refused(tmp_path):

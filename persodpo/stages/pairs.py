@@ -16,7 +16,7 @@ from persodpo.runfolder import RunFolder, StageReport
 from persodpo.stages.base import Need, Targets
 from persodpo.tables import write_table
 
-#: What to do where a pair set is empty.
+#: What to do where a pair set is empty, for each that there is.
 _MENDS = {
     "simple": "where no model ever fails, leave simple out of pairs.sets",
     "perso": "move pairs.low_quantile and pairs.high_quantile together or add models",
@@ -53,8 +53,8 @@ def make_pairs(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
             write_table(targets[name], name, pairs)
             gate.append(persodpo.gate.inspect_pairs(pairs, dialogues, profile.seed).assign(pair_set=pair_set))
         write_table(targets["pairs/gate"], "pairs/gate", pd.concat(gate, ignore_index=True))
-        for left in {"pairs/simple", "pairs/perso"} - set(names):
-            run.forget(left)
+        for left_out in _MENDS.keys() - set(profile.pairs.sets):
+            run.forget(f"pairs/{left_out}")
 
     report = run.stage(
         "pairs",
