@@ -1,9 +1,13 @@
-"""Tables as notebooks show them: text reads from the left, is never cut, and is escaped, as models wrote it."""
+"""Tables and logs as notebooks show them: text reads from the left, is never cut, and is escaped, as models wrote it."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pandas as pd
 from pandas.io.formats.style import Styler
+
+from persodpo.runfolder import StageReport
 
 #: How a verdict looks: a sign that needs no colour, and a colour from the palette of the figures.
 VERDICTS = {
@@ -49,3 +53,11 @@ def verdict_table(shown: pd.DataFrame, verdicts: pd.DataFrame) -> Styler:
         marked[column] = verdicts[column].map(lambda verdict: VERDICTS[verdict][0]) + " " + shown[column]
     colours = verdicts.map(lambda verdict: f"background-color: {VERDICTS[verdict][1]}")
     return text_table(marked).apply(lambda _: colours, axis=None, subset=list(verdicts.columns))
+
+
+def stage_log(reports: Sequence[object]) -> str:
+    """Return what `persodpo.Run.make` did: a line for all that was unchanged, and what each stage that ran reports."""
+    unchanged = [one for one in reports if isinstance(one, StageReport) and one.skipped]
+    warnings = [note for one in unchanged for note in one.notes if note.startswith("warning")]
+    first = [f"unchanged: {', '.join(one.stage for one in unchanged)}"] if unchanged else []
+    return "\n".join([*first, *warnings, *(str(one) for one in reports if one not in unchanged)])
