@@ -50,9 +50,7 @@ class Content(NamedTuple):
             sentence = next((said for starts, said in _SENTENCES.items() if name.startswith(starts)), None)
             if sentence is None:
                 raise
-        else:
-            return
-        raise PersodpoError(sentence.format(path=path, **self._asdict()))
+            raise PersodpoError(sentence.format(path=path, **self._asdict())) from None
 
     def damaged(self, path: Path) -> PersodpoError:
         """Return the error that says that a file is damaged."""

@@ -28,7 +28,7 @@ from typing import Any
 import uvicorn
 
 MARK = re.compile(r"<<(.*?)>>")
-RANDOM = ["status_429", "status_429_after", "status_500", "status_503", "hang", "cut", "invalid", "wrong_shape", "html"]
+RANDOM = ["status_429", "status_429_after", "status_500", "status_503", "hang", "cut", "invalid", "broken_off", "html"]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 

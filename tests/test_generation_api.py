@@ -327,7 +327,8 @@ def test_usage_above_what_was_set_aside_is_booked_and_stops_the_model(server: Se
     assert re.search(
         r"more use than model small was allowed \(100,000 \+ 5 tokens, \$0\.1000 where \$0\.00", found.stopped
     )
-    assert store.spent() == pytest.approx(found.cost) > 0.1
+    assert store.spent() == pytest.approx(found.cost)
+    assert found.cost > 0.1
     assert generate(chats(texts), backend(server.url, model="other"), store, budget_usd=0.01).left == 3
 
 
@@ -689,7 +690,7 @@ def test_killed_runs_lose_nothing_and_ask_nothing_again(slow: Server, tmp_path: 
     source, stored_at = random.Random(3), {}
     for _ in range(3):
         with child(slow, path, 300) as process:
-            lines = process.stdout.readline()
+            lines = "".join(process.stdout.readline() for _ in range(20))
             time.sleep(source.uniform(0, 0.3))
             process.kill()
             acknowledged = set((lines + process.stdout.read()).split())

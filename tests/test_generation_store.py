@@ -216,7 +216,7 @@ path, first, last = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 with Store(path) as store:
     for number in range(first, last):
         key = f"{number:05d}"
-        if key in store.claim([key]).granted:
+        if list(store.missing([key])):
             store.write([Entry(key, "model", "t", 1, Answer("answered", key * 50, cost=1.0))])
             os.write(1, key.encode() + b"\\n")
 """

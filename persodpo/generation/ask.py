@@ -253,7 +253,7 @@ class Work:
             chunk: dict[str, Request] = {}
             taken = 0
             try:
-                for request in islice(self._requests, min(CHUNK, self._backend.concurrency)):
+                for request in islice(self._requests, min(CHUNK, 2 * self._backend.concurrency)):
                     taken += 1
                     key = request_key(request, self._backend)
                     if key not in self._shared.open:

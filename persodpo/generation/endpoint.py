@@ -181,7 +181,7 @@ class _Wire(BoundedClient):
         self._count_failure(fault)
         kind = "rejected" if fault.kind in LASTING and fault.kind != "unreachable" else fault.kind
         return Answer(
-            "failed", failure=kind, error=self._mask.line(fault.detail), cost=call.billed * call.price,
+            "failed", failure=kind, error=fault.detail, cost=call.billed * call.price,
             latency=call.latency, attempts=call.attempts,
         )  # fmt: skip
 
@@ -206,13 +206,13 @@ class _Wire(BoundedClient):
             kind, detail = "wait", f"{fault.retry_after:,.0f} s"
         # Some endpoints deny single prompts in this way.
         if kind in LASTING and not (kind == "denied" and self._answered):
-            self._work.stop(sentence(kind, self._settings, self._mask.line(detail)))
+            self._work.stop(sentence(kind, self._settings, detail))
 
     def _count_failure(self, fault: CallFault) -> None:
         """Stop the model after too many failures in a row; the request at hand has failed by itself."""
         self._failures_in_a_row += fault.kind != "context_too_long"
         if self._failures_in_a_row >= FAILURES_IN_A_ROW:
-            self._work.stop(sentence("row", self._settings, f"{fault.kind}, {self._mask.line(fault.detail)}"))
+            self._work.stop(sentence("row", self._settings, f"{fault.kind}, {fault.detail}"))
 
     async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
         """Make one attempt, and tell the client by ``x-should-retry`` whether another one can help."""
@@ -230,11 +230,9 @@ class _Wire(BoundedClient):
                 response = await super().send(request, **options)
         except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.UnsupportedProtocol, httpx2.ProxyError) as error:
             call.billed -= 1
-            call.fault = CallFault("unreachable", str(error) or type(error).__name__, transient=True)
+            call.fault = CallFault("unreachable", self._mask.line(str(error) or type(error).__name__), transient=True)
             if not self._reached and call.attempts >= FIRST_ATTEMPTS:
-                raise ModelStopped(
-                    sentence("unreachable", self._settings, self._mask.line(call.fault.detail))
-                ) from error
+                raise ModelStopped(sentence("unreachable", self._settings, call.fault.detail)) from error
             raise
         except (TimeoutError, httpx2.TimeoutException) as error:
             call.fault = CallFault("timeout", "no answer in time", transient=True)
@@ -243,7 +241,9 @@ class _Wire(BoundedClient):
             call.fault = CallFault("invalid_body", str(error))
             return httpx2.Response(400, headers={"x-should-retry": "false"}, request=request)
         except httpx2.RequestError as error:
-            call.fault = CallFault("connection_cut", str(error) or type(error).__name__, transient=True)
+            call.fault = CallFault(
+                "connection_cut", self._mask.line(str(error) or type(error).__name__), transient=True
+            )
             raise
         finally:
             call.latency = time.perf_counter() - started
@@ -257,6 +257,7 @@ class _Wire(BoundedClient):
                 raise fault_of(response.status_code, response.headers, response.content)
             call.answer = read_reply(response.content)
         except CallFault as fault:
+            fault.detail = self._mask.line(fault.detail)
             call.fault = fault
             call.billed -= response.status_code != 200
             headers = {"x-should-retry": str(fault.transient).lower()}
