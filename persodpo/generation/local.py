@@ -141,9 +141,10 @@ class Decoder:
             parts = [fits[start : start + batch_size] for start in range(0, len(fits), batch_size)]
             return [one for part in parts for one in self._decode([ids[n] for n in part], [requests[n] for n in part])]
 
+        sizes = iter([len(fits) >> halvings for halvings in range(1, 64)])
         try:
             # Accelerate collects garbage before each call, which is not for single prompts.
-            several = find_executable_batch_size(decode, starting_batch_size=len(fits))
+            several = find_executable_batch_size(decode, len(fits), reduce_batch_size_fn=lambda: next(sizes))
             answers = several() if len(fits) > 1 else decode(1)
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "reached zero" not in str(error):
