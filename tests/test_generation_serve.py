@@ -168,14 +168,16 @@ def test_a_server_that_does_not_come_up_is_one_sentence(
 PARENT = """
 import sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from test_generation_serve import chat, served, serving
+from persodpo.config import ServedModel
+from persodpo.generation import serving
 from persodpo.generation.ask import generate
+from persodpo.generation.requests import Request
 from persodpo.generation.store import Store
-folder = Path(sys.argv[2])
+folder = Path(sys.argv[1])
 serving.sys.executable = str(folder / "python")
+settings = ServedModel(kind="served", model="served", weights=str(folder))
 with Store(folder / "answers.sqlite") as store:
-    generate([chat("x")], served(folder), store)
+    generate([Request("x", "x", 5, 0.0, None, "t")], serving.ServedBackend(settings, folder), store)
 """
 
 
@@ -185,10 +187,14 @@ def test_a_server_does_not_outlive_its_parent(how: signal.Signals, tmp_path: Pat
     program = tmp_path / "transformers"
     program.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/number\nexec sleep 300\n")
     program.chmod(0o755)
-    with subprocess.Popen([sys.executable, "-c", PARENT, str(Path(__file__).parent), str(tmp_path)]) as parent:
-        number = tmp_path / "number"
-        wait_until(lambda: number.is_file() and number.read_text().strip())
-        parent.send_signal(how)
+    number = tmp_path / "number"
+    with subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path)]) as parent:
+        try:
+            wait_until(lambda: number.is_file() and number.read_text().strip())
+            parent.send_signal(how)
+            parent.wait(timeout=10)
+        finally:
+            parent.kill()
     server = int(number.read_text())
     wait_until(lambda: not is_running(server))
 

@@ -158,7 +158,7 @@ class BatchBackend(OpenAIBackend):
         try:
             content: dict[str, Any] = json.loads(line)
             key, response = str(content["custom_id"]), content.get("response") or {}
-            status, body = response.get("status_code"), response.get("body")
+            status, body = response.get("status_code"), response.get("body") or {}
         except (ValueError, RecursionError, KeyError, AttributeError, TypeError):
             return None
         try:

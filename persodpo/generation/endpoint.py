@@ -161,8 +161,8 @@ class _Wire(BoundedClient):
             _CALL.set(call)
             # The client's typed methods convert every field both ways, which costs more than sending it.
             await self.client.post(path, body=body, cast_to=object)
-        except CallFault as fault:
-            call.fault = fault
+        except CallFault as unsendable:
+            call.fault = unsendable
         except ModelStopped as reason:
             self._work.stop(str(reason))
             if not call.billed:

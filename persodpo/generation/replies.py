@@ -49,10 +49,10 @@ def read_reply(body: bytes | dict[str, Any]) -> Answer:
         raise CallFault("invalid_body", f"the body is no answer: {error}", transient=True) from None
     content = _object(reply)
     usage, choices = _object(content.get("usage")), content.get("choices")
-    tokens = {name: _count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens")}
+    asked, written = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens"))
     if choices == []:
-        error = "the server answered with an empty list of choices"
-        return Answer("failed", failure="no_choice", error=error, **tokens)
+        empty = "the server answered with an empty list of choices"
+        return Answer("failed", None, None, "no_choice", empty, asked, written)
     choice = _object(choices[0] if isinstance(choices, list) else None)
     said = _object(choice.get("message")) or choice
     refusal, reason = said.get("refusal"), choice.get("finish_reason")
@@ -61,7 +61,7 @@ def read_reply(body: bytes | dict[str, Any]) -> Answer:
         raise CallFault("invalid_body", f"the body lacks a choice with text: {str(reply)[:200]}")
     if not refusal and reason not in _ENDS:
         raise CallFault("invalid_body", f"the answer broke off (finish reason {str(reason)[:40]!r})", transient=True)
-    return Answer("answered", text or "", "refusal" if refusal else reason, **tokens)
+    return Answer("answered", text or "", "refusal" if refusal else reason, None, None, asked, written)
 
 
 def _text(content: object) -> object:
