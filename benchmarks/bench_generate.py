@@ -146,7 +146,7 @@ def kills(folder: Path, prompts: int, count: int) -> Figures:
     log, path, drawn = folder / "kills.jsonl", folder / "kills.sqlite", random.Random(SEED)  # noqa: S311
     keys = {request_key(one, backend("http://any/v1")): one.texts[0] for one in requests(prompts)}
     highest = backend("http://any/v1").highest_cost(next(requests(1)))
-    budget, stored_at, lost, passed = highest * (prompts / 4 + 30 * count), dict[str, float](), 0, 0.0
+    budget, stored_at, lost, passed = highest * (prompts / 4 + 130 * count), dict[str, float](), 0, 0.0
     with serving(log) as url:
         for _ in range(count):
             with child(path, url, prompts, budget) as process:
