@@ -1,16 +1,15 @@
-"""Asking an API: throughput, faults, killed processes, memory.
+"""Asking an API: throughput, faults, killed processes, one budget for several, memory.
 
-Run by `make bench-generate`. The server (tests/faulty_server.py) runs in a process of its own and, unless said otherwise,
-takes 200 ms for every answer. Measured are
+Run by `make bench-generate`. The server (tests/faulty_server.py) runs in a process of its own. Measured are
 
-- throughput: all prompts at concurrency 64 into a fresh store, medians of three runs, against the ideal (concurrency
-  divided by latency) and against a sequential loop over the ``openai`` client, timed on some prompts and extrapolated
-  (each prompt takes the same time, one after another);
+- throughput: all prompts at concurrency 64, 200 ms an answer, into a fresh store, medians of three runs, against the ideal
+  (concurrency divided by latency) and against a sequential loop over the ``openai`` client, timed on some prompts and
+  extrapolated (each prompt takes the same time, one after another);
 - faults: 30 % of all requests meet one (429 with and without Retry-After, 500, 503, hung and cut connections, three kinds of
-  invalid bodies); every prompt must end answered or accounted for, with exactly as many requests at the server as the store
-  counts attempts, and a second run must ask nothing;
-- kills: the run is killed (SIGKILL) at random moments and started again; what the client acknowledged must be in the store,
-  nothing stored may be asked again, and what is exported in the end must be what an undisturbed run exports;
+  invalid bodies); every prompt must end answered or accounted for, and a second run must ask nothing;
+- kills: a run with a budget is killed (SIGKILL) at random moments and started again; what it acknowledged must be in the
+  store, nothing stored may be asked again, and neither the store's sum nor what the server billed may pass the budget;
+- budget: eight processes, each with a model of its own, share a store and a budget;
 - memory: 100,000 prompts as long as the published ones, answered at once; the client's peak.
 """
 
@@ -38,34 +37,30 @@ from typing import Any
 import openai
 
 from persodpo.config import OpenAIModel, Prices
-from persodpo.generation.engine import generate
-from persodpo.generation.openai_api import OpenAIBackend
+from persodpo.generation.ask import generate
+from persodpo.generation.endpoint import OpenAIBackend
 from persodpo.generation.requests import Message, Request, request_key
-from persodpo.generation.store import Entry, Store
-from persodpo.runfolder import PROJECT, digest_of, git_commit, versions, write_json
+from persodpo.generation.store import Store
+from persodpo.runfolder import PROJECT, git_commit, versions, write_json
 
 RESULTS = PROJECT / "benchmarks" / "results"
 SERVER = PROJECT / "tests" / "faulty_server.py"
-LATENCY = 0.2
-CONCURRENCY = 64
-REPEATS = 3
-SEQUENTIAL = 60
-FAULTS = 0.3
-SEED = 44
+LATENCY, CONCURRENCY, FAULTS, SEED = 0.2, 64, 0.3, 44
+REPEATS, SEQUENTIAL, PROCESSES = 3, 60, 8
+PRICES = Prices(input_per_million=0.15, output_per_million=0.6)
 #: Bytes of a prompt in the memory part, as long as the published ones are on average.
 PROMPT_BYTES = 2000
 #: What must hold: shares and ratios from below, megabytes and losses from above.
-AT_LEAST = {"share of the ideal": 0.8, "times the sequential loop": 45.0, "accounted for": 1.0, "same export": 1.0}
-AT_MOST = {"asked again": 0.0, "lost": 0.0, "peak MB": 500.0}
+AT_LEAST = {"share of the ideal": 0.9, "times the sequential loop": 50.0, "accounted for": 1.0}
+AT_MOST = {"asked again": 0.0, "lost": 0.0, "peak MB": 300.0, "spent share of the budget": 1.0, "billed share": 1.0}
+Figures = dict[str, float]
 
 
 @contextmanager
 def serving(log: Path, latency: float = LATENCY, faults: float = 0.0) -> Iterator[str]:
     """Start the server; gives its address."""
-    command = [
-        sys.executable, str(SERVER), "--log", str(log), "--latency", str(latency), "--faults", str(faults),
-        "--seed", str(SEED),
-    ]  # fmt: skip
+    options = {"--log": log, "--latency": latency, "--faults": faults, "--seed": SEED}
+    command = [sys.executable, str(SERVER), *(str(part) for option in options.items() for part in option)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
@@ -74,43 +69,36 @@ def serving(log: Path, latency: float = LATENCY, faults: float = 0.0) -> Iterato
             process.kill()
 
 
-def backend(url: str) -> OpenAIBackend:
+def backend(url: str, model: str = "bench") -> OpenAIBackend:
     """Return the backend all parts use."""
     return OpenAIBackend(
         OpenAIModel(
-            kind="openai", model="bench", served_as=None, base_url=url, api_key_env=None, concurrency=CONCURRENCY,
-            requests_per_minute=None, tokens_per_minute=None, timeout_seconds=3.0, attempts=10, longest_wait_seconds=2.0,
-            token_limit="max_tokens",  # noqa: S106 - no password
-            prices=Prices(input_per_million=0.15, output_per_million=0.6),
+            kind="openai", model=model, base_url=url, concurrency=CONCURRENCY, timeout_seconds=3.0, attempts=10,
+            prices=PRICES,
         )
     )  # fmt: skip
 
 
-def request(number: int, size: int = 0) -> Request:
-    """Return one prompt, filled up to a size in bytes."""
-    text = f"dialogue {number:06d} ".ljust(size, "x")
-    return Request(f"{number:06d}", (Message(role="user", content=text),), 110, 0.0, None, "bench")
-
-
 def requests(count: int, size: int = 0) -> Iterator[Request]:
-    """Yield prompts one by one."""
-    return (request(number, size) for number in range(count))
+    """Yield prompts one by one, filled up to a size in bytes."""
+    for number in range(count):
+        text = f"dialogue {number:06d} ".ljust(size, "x")
+        yield Request(f"{number:06d}", (Message(role="user", content=text),), 110, 0.0, None, "bench")
 
 
-def received(log: Path) -> Counter[str]:
-    """Count the requests that reached the server, by prompt."""
-    lines = map(json.loads, log.read_text().splitlines())
-    return Counter(line["prompt"] for line in lines if line["event"] == "received")
+def events(log: Path, kind: str) -> list[dict[str, Any]]:
+    """Return what the server noted of one kind."""
+    return [event for event in map(json.loads, log.read_text().splitlines()) if event["event"] == kind]
 
 
-def entries(store: Store, asked: OpenAIBackend, count: int) -> Iterator[tuple[str, Entry | None]]:
-    """Yield each prompt's text and entry."""
-    keys = (request_key(one, asked) for one in requests(count))
-    for number, (_, found) in enumerate(store.entries(keys)):
-        yield request(number).texts[0], found
+def child(path: Path, url: str, prompts: int, budget: float, model: str = "bench") -> subprocess.Popen[str]:
+    """Start a run in a process of its own, which says which keys are on the disk as soon as they are."""
+    options = {"--child": path, "--url": url, "--prompts": prompts, "--budget": budget, "--model": model}
+    command = [sys.executable, __file__, *(str(part) for option in options.items() for part in option)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
-def throughput(folder: Path, prompts: int) -> dict[str, float]:
+def throughput(folder: Path, prompts: int) -> Figures:
     """Time all prompts at full concurrency, and some one after another."""
     seconds = []
     with serving(folder / "throughput.jsonl") as url:
@@ -121,9 +109,9 @@ def throughput(folder: Path, prompts: int) -> dict[str, float]:
             sequential = (time.perf_counter() - started) / SEQUENTIAL * prompts
         for repeat in range(REPEATS):
             with Store(folder / f"throughput-{repeat}.sqlite") as store:
-                found = generate(requests(prompts), backend(url), store, progress=False)
-            assert found.answered == prompts
-            seconds.append(found.seconds)
+                summary = generate(requests(prompts), backend(url), store, progress=False)
+            assert summary.answered == prompts, summary
+            seconds.append(summary.seconds)
     median, ideal = statistics.median(seconds), prompts * LATENCY / CONCURRENCY
     return {
         "seconds": median, "slowest": max(seconds), "ideal seconds": ideal, "sequential seconds": sequential,
@@ -131,61 +119,92 @@ def throughput(folder: Path, prompts: int) -> dict[str, float]:
     }  # fmt: skip
 
 
-def with_faults(folder: Path, prompts: int) -> dict[str, float]:
+def with_faults(folder: Path, prompts: int) -> Figures:
     """Run against the faulty server and account for every prompt and request."""
-    log = folder / "faults.jsonl"
+    log, asked = folder / "faults.jsonl", list(requests(prompts))
     with serving(log, latency=0.02, faults=FAULTS) as url, Store(folder / "faults.sqlite") as store:
-        found = generate(requests(prompts), backend(url), store, progress=False)
-        again = generate(requests(prompts), backend(url), store, progress=False)
-        at_server = received(log)
-        attempts = {text: entry.answer.attempts for text, entry in entries(store, backend(url), prompts) if entry}
+        summary = generate(asked, backend(url), store, progress=False)
+        again = generate(asked, backend(url), store, progress=False)
+        keys = {request_key(one, backend(url)): one.texts[0] for one in asked}
+        attempts = {keys[key]: entry.answer.attempts for key, entry in store.entries(keys) if entry}
+    received = Counter(event["prompt"] for event in events(log, "received"))
     return {
-        "seconds": found.seconds, "answered": found.answered, "failed": sum(found.failed.values()),
-        "requests": at_server.total(), "accounted for": len(attempts) / prompts,
-        "asked again": again.asked + sum(abs(at_server[text] - count) for text, count in attempts.items()),
+        "seconds": summary.seconds, "answered": summary.answered, "failed": summary.failed.total(),
+        "requests": received.total(), "accounted for": len(attempts) / prompts,
+        "asked again": again.asked + sum(abs(received[text] - count) for text, count in attempts.items()),
     }  # fmt: skip
 
 
-def kills(folder: Path, prompts: int, count: int) -> dict[str, float]:
+def billed(log: Path) -> float:
+    """Return what the server's answers cost, US dollars, those included that reached nobody; all are of one length."""
+    prompts = [event["prompt"] for event in events(log, "delivered")]
+    return sum(PRICES.cost(len(text.encode()) // 4 + 4, 10) for text in prompts)
+
+
+def kills(folder: Path, prompts: int, count: int) -> Figures:
     """Kill a run at random moments until it has died often enough, then let it end."""
     log, path, drawn = folder / "kills.jsonl", folder / "kills.sqlite", random.Random(SEED)  # noqa: S311
-    stored_at: dict[str, float] = {}
-    lost = 0
+    keys = {request_key(one, backend("http://any/v1")): one.texts[0] for one in requests(prompts)}
+    highest = backend("http://any/v1").highest_cost(next(requests(1)))
+    budget, stored_at, lost, passed = highest * (prompts / 4 + 130 * count), dict[str, float](), 0, 0.0
     with serving(log) as url:
         for _ in range(count):
-            acknowledged = killed_run(path, url, prompts, drawn.uniform(0.0, 0.9))
+            with child(path, url, prompts, budget) as process:
+                assert process.stdout is not None
+                process.stdout.readline()
+                time.sleep(drawn.uniform(0.0, 0.9))
+                process.kill()
+                acknowledged = process.stdout.read().split()
             now = time.time()
+            time.sleep(LATENCY)  # the server comes to the end of what it had in hand
             with Store(path) as store:
-                stored = {text for text, found in entries(store, backend(url), prompts) if found}
-                lost += sum(1 for key, found in store.entries(acknowledged) if found is None)
-            stored_at |= {text: stored_at.get(text, now) for text in stored}
-        before = len(stored_at)
-        with Store(path) as store, Store(folder / "undisturbed.sqlite") as undisturbed:
-            last = generate(requests(prompts), backend(url), store, progress=False)
-            repeated = received(log)
-            lines = map(json.loads, log.read_text().splitlines())
-            late = sum(
-                1 for line in lines
-                if line["event"] == "received" and line["time"] > stored_at.get(line["prompt"], float("inf"))
-            )  # fmt: skip
-            generate(requests(prompts), backend(url), undisturbed, progress=False)
-            same = export(store, backend(url), prompts) == export(undisturbed, backend(url), prompts)
+                stored_at = {keys[key]: now for key, entry in store.entries(keys) if entry} | stored_at
+                lost += sum(entry is None for _, entry in store.entries(acknowledged))
+                passed = max(passed, billed(log) / store.spent()) if store.spent() else passed
+        with Store(path) as store:
+            last = generate(requests(prompts), backend(url), store, budget_usd=budget, progress=False)
+            spent = store.spent()
+    late = [event for event in events(log, "received") if event["time"] > stored_at.get(event["prompt"], float("inf"))]
     return {
-        "kills": count, "stored before the last run": before, "asked in the last run": last.asked,
-        "in flight when killed, asked twice": repeated.total() - len(repeated), "lost": lost, "asked again": late,
-        "same export": float(same and last.answered + before == prompts),
+        "kills": count, "stored before the last run": len(stored_at), "asked in the last run": last.asked,
+        "left by the budget": last.left, "lost": lost, "asked again": len(late), "billed share": passed,
+        "spent share of the budget": spent / budget,
     }  # fmt: skip
 
 
-def killed_run(path: Path, url: str, prompts: int, seconds: float) -> list[str]:
-    """Start a run, kill it some seconds after it began to ask; return the keys it acknowledged."""
-    command = [sys.executable, __file__, "--child", str(path), "--url", url, "--prompts", str(prompts)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(seconds)
-        process.kill()
-        return process.stdout.read().split()
+def one_budget(folder: Path, prompts: int) -> Figures:
+    """Let several processes ask under one budget, which half of their prompts use up."""
+    log, path = folder / "budget.jsonl", folder / "budget.sqlite"
+    budget = PROCESSES * prompts / 2 * PRICES.cost(8, 10)
+    with serving(log) as url:
+        children = [child(path, url, prompts, budget, f"model-{number}") for number in range(PROCESSES)]
+        for process in children:
+            process.communicate()
+    with Store(path) as store:
+        spent = store.spent()
+    return {"processes": PROCESSES, "spent share of the budget": spent / budget, "billed share": billed(log) / spent}
+
+
+def memory(folder: Path, prompts: int) -> Figures:
+    """Measure the client's memory in a process of its own."""
+    with serving(Path(os.devnull), latency=0.0) as url:
+        command = [sys.executable, __file__, "--memory", str(folder / "memory.sqlite"), "--url", url]
+        done = subprocess.run([*command, "--prompts", str(prompts)], check=True, capture_output=True, text=True)
+    measured: Figures = json.loads(done.stdout.splitlines()[-1])
+    return measured
+
+
+def memory_child(path: Path, url: str, prompts: int) -> None:
+    """Ask all prompts and print the figures as JSON."""
+    with Store(path) as store:
+        summary = generate(requests(prompts, PROMPT_BYTES), backend(url), store, progress=False)
+    assert summary.answered == prompts, summary
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6  # the kernel counts KiB
+    seconds = summary.seconds
+    print(json.dumps({
+        "prompts": prompts, "prompt MB": prompts * PROMPT_BYTES / 1e6, "seconds": seconds,
+        "requests a second": prompts / seconds, "peak MB": peak,
+    }))  # fmt: skip
 
 
 class TellingStore(Store):
@@ -197,67 +216,20 @@ class TellingStore(Store):
         os.write(1, "".join(f"{entry.key}\n" for entry in entries).encode())
 
 
-def export(store: Store, asked: OpenAIBackend, prompts: int) -> str:
-    """Return a digest of all that a responses table takes from the store."""
-    rows = [
-        [text, found and [found.model, found.answer.outcome, found.answer.completion, found.answer.finish_reason]]
-        for text, found in entries(store, asked, prompts)
-    ]
-    return digest_of({"rows": rows})
+def bound(name: str) -> str:
+    """Return what must hold of a figure."""
+    least, most = AT_LEAST.get(name), AT_MOST.get(name)
+    return f"at least {least:g}" if least is not None else "" if most is None else f"at most {most:g}"
 
 
-def memory(folder: Path, prompts: int) -> dict[str, float]:
-    """Measure the client's memory in a process of its own."""
-    with serving(Path(os.devnull), latency=0.0) as url:
-        command = [sys.executable, __file__, "--memory", str(folder / "memory.sqlite"), "--url", url]
-        done = subprocess.run([*command, "--prompts", str(prompts)], check=True, capture_output=True, text=True)
-    measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return measured
-
-
-def memory_child(path: Path, url: str, prompts: int) -> None:
-    """Ask all prompts, noting the memory after a tenth of them; print the figures as JSON."""
-    noted: dict[str, float] = {"prompts": prompts, "prompt MB": prompts * PROMPT_BYTES / 1e6}
-
-    def noting() -> Iterator[Request]:
-        for number, one in enumerate(requests(prompts, PROMPT_BYTES)):
-            if number == prompts // 10:
-                noted["MB after a tenth"] = resident()
-            yield one
-
-    with Store(path) as store:
-        found = generate(noting(), backend(url), store, progress=False)
-    assert found.answered == prompts, str(found)
-    noted |= {"MB at the end": resident(), "seconds": found.seconds, "requests a second": prompts / found.seconds}
-    noted["peak MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6  # the kernel counts KiB
-    print(json.dumps(noted))
-
-
-def resident() -> float:
-    """Return this process's resident memory in MB."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 1e6
-
-
-def missed(measured: dict[str, dict[str, float]]) -> list[str]:
-    """Name the bounds that do not hold."""
-    figures = [(part, name, value) for part, values in measured.items() for name, value in values.items()]
-    low = [f"{part}: {name} {value:.3g}, at least {AT_LEAST[name]:g}" for part, name, value in figures
-           if name in AT_LEAST and value < AT_LEAST[name]]  # fmt: skip
-    return low + [f"{part}: {name} {value:.3g}, at most {AT_MOST[name]:g}" for part, name, value in figures
-                  if name in AT_MOST and value > AT_MOST[name]]  # fmt: skip
-
-
-def table(measured: dict[str, dict[str, float]]) -> str:
+def table(measured: dict[str, Figures]) -> str:
     """Return the figures as a table."""
     lines = ["| part | figure | value | bound |", "| --- | --- | --- | --- |"]
     for part, values in measured.items():
         for name, value in values.items():
-            bound = f"at least {AT_LEAST[name]:g}" if name in AT_LEAST else ""
-            bound = f"at most {AT_MOST[name]:g}" if name in AT_MOST else bound
             note = f" (extrapolated from {SEQUENTIAL} prompts)" if name == "sequential seconds" else ""
             shown = f"{value:,.0f}" if float(value).is_integer() else f"{value:,.2f}"
-            lines.append(f"| {part} | {name} | {shown}{note} | {bound} |")
+            lines.append(f"| {part} | {name} | {shown}{note} | {bound(name)} |")
     return "\n".join(lines)
 
 
@@ -266,41 +238,44 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--prompts", type=int, default=1500)
     parser.add_argument("--many-prompts", type=int, default=100_000, help="prompts of the memory part")
-    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--memory", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--url", help=argparse.SUPPRESS)
+    for hidden, kind in {"child": Path, "memory": Path, "url": str, "model": str, "budget": float}.items():
+        parser.add_argument(f"--{hidden}", type=kind, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.child:
         print("asking", flush=True)
         with TellingStore(asked.child) as store:
-            generate(requests(asked.prompts), backend(asked.url), store, progress=False)
+            to_ask = requests(asked.prompts)
+            generate(to_ask, backend(asked.url, asked.model), store, budget_usd=asked.budget, progress=False)
         return
     if asked.memory:
         memory_child(asked.memory, asked.url, asked.prompts)
         return
-    measured: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory(dir=PROJECT / "runs" if (PROJECT / "runs").is_dir() else None) as made:
         folder = Path(made)
-        measured["throughput"] = throughput(folder, asked.prompts)
-        measured["faults"] = with_faults(folder, asked.prompts)
-        measured["kills"] = kills(folder, asked.prompts, asked.kills)
-        measured["memory"] = memory(folder, asked.many_prompts)
+        measured = {
+            "throughput": throughput(folder, asked.prompts), "faults": with_faults(folder, asked.prompts),
+            "kills": kills(folder, asked.prompts, asked.kills), "budget": one_budget(folder, asked.prompts // 10),
+            "memory": memory(folder, asked.many_prompts),
+        }  # fmt: skip
     machine = {
         "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), **versions(),
         **{name: version(name) for name in ("openai", "uvicorn")}, "sqlite": sqlite3.sqlite_version, "commit": git_commit(),
     }  # fmt: skip
     sizes = {
         "prompts": asked.prompts, "many_prompts": asked.many_prompts, "prompt_bytes": PROMPT_BYTES, "latency": LATENCY,
-        "concurrency": CONCURRENCY, "faults": FAULTS, "sequential_prompts": SEQUENTIAL,
-        "repeats": {"throughput": REPEATS, "others": 1},
+        "concurrency": CONCURRENCY, "faults": FAULTS, "sequential_prompts": SEQUENTIAL, "throughput_repeats": REPEATS,
     }  # fmt: skip
     asked.output.mkdir(parents=True, exist_ok=True)
     write_json(asked.output / "generate.json", {"machine": machine, "sizes": sizes, "measured": measured})
     (asked.output / "generate.md").write_text(table(measured) + "\n")
     print(table(measured))
-    if misses := missed(measured):
+    figures = [(part, name, value) for part, values in measured.items() for name, value in values.items()]
+    if misses := [
+        f"{part}: {name} {value:.3g}, {bound(name)}" for part, name, value in figures
+        if value < AT_LEAST.get(name, value) or value > AT_MOST.get(name, value)
+    ]:  # fmt: skip
         sys.exit("; ".join(misses))
 
 

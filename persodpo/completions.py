@@ -27,6 +27,9 @@ PLACEHOLDERS = ("provide the personalized natural language response here", "your
 
 _OPENED = re.compile(rf'"{KEY}"\s*:\s*"')
 _CLOSED = re.compile(r'"\s*\}')
+#: What a reasoning model thinks before it answers; a block that is never closed is all that there is. Some templates open it
+#: in the prompt: then a completion that starts otherwise than with a brace is such a block up to where it is closed.
+_REASONING = re.compile(r"\A\s*(?:<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)|[^{\s].*?</think(?:ing)?>)", re.DOTALL)
 _DECODER = json.JSONDecoder()
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 #: Han and kana; Thai, Lao, Burmese and Khmer; punctuation of the former.
@@ -72,12 +75,14 @@ def _read_as_released(text: str) -> Reading:
     for span in _brace_spans(text):
         found = _decode(json.loads, span)
         if isinstance(found, dict) and KEY in found:
-            return _answer(found[KEY], outcome="ok")
+            answer = _answer(found[KEY], outcome="ok")
+            return answer._replace(outcome="echo") if answer.outcome == "ok" and _is_dots(answer.response) else answer
     return Reading(_recover(text), _failure(text))
 
 
 def _read_strictly(text: str) -> Reading:
-    """Take exactly one JSON object; text may precede it, nothing may follow it."""
+    """Take exactly one JSON object; text may precede it, nothing may follow it, and what a model thinks is no answer."""
+    text = without_reasoning(text)
     found = _first_object(text)
     if found is None:
         return Reading(_recover(text), _failure(text))
@@ -128,9 +133,14 @@ def repeats_sentence(text: str) -> bool:
     return len(set(said)) < len(said)
 
 
+def without_reasoning(text: str) -> str:
+    """Return a completion without the block of reasoning (``<think>...</think>``) that it starts with."""
+    return _REASONING.sub("", text, count=1)
+
+
 def is_one_object(completion: str | None) -> bool:
     """Tell whether a completion is exactly one JSON object with the key and nothing after it, whatever it says."""
-    found = _first_object(completion or "")
+    found = _first_object(without_reasoning(completion or ""))
     return found is not None and not found.rest
 
 
@@ -151,7 +161,12 @@ def _first_object(text: str) -> _Found | None:
 def is_echo(response: str) -> bool:
     """Tell whether a response only repeats a template's placeholder."""
     words = " ".join(re.findall(r"[a-z0-9]+", response.casefold()))
-    return any(words == p or words.startswith(p + " in ") for p in PLACEHOLDERS)
+    return _is_dots(response) or any(words == p or words.startswith(p + " in ") for p in PLACEHOLDERS)
+
+
+def _is_dots(response: str | None) -> bool:
+    """Tell whether a response is the ellipsis that stands for an answer, in a prompt or in a model's thoughts."""
+    return response is not None and not response.strip(" .…")
 
 
 def is_loop(text: str) -> bool:

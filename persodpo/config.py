@@ -123,7 +123,6 @@ class OpenAIModel(Section):
     tokens_per_minute: Count | None = setting("the same, prompts and longest answers together", None)
     timeout_seconds: Positive = setting("longest wait for one attempt, to the last byte", 60.0)
     attempts: Count = setting("how often a prompt is sent at most", 6)
-    longest_wait_seconds: Positive = setting("between two attempts; if the server asks for more, the model stops", 60.0)
     token_limit: TokenLimit = setting("max_tokens | max_completion_tokens (newer OpenAI models)", "max_tokens")
     structured_output: bool = setting("hold the model to a JSON schema of the template's keys", False)
     batch: bool = setting("the Batch API: a day at most, usually at half the price, no response times", False)

@@ -15,13 +15,14 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from persodpo.config import ENCODER, HUB_ENCODER, OpenAIModel, Profile, ServedModel, TransformersModel, with_overrides
 from persodpo.errors import PersodpoError
-from persodpo.generation.endpoint import api_key
+from persodpo.generation.client import api_key
 from persodpo.release.fetch import release_files
 from persodpo.run import Run
 from persodpo.runfolder import PROJECT, RunFolder, StageReport
 from persodpo.scoring.encoder import FILES, encoder_folder
 from persodpo.scoring.models import device_name
-from persodpo.stages.generate import Scope, forecast_report
+from persodpo.stages.asking import Scope
+from persodpo.stages.generate import forecast_report
 from persodpo.stages.policy import PREFIX, miniature_folder, policy_folder
 
 PUBLISHED = {"published", "published_focus"}

@@ -1,4 +1,4 @@
-"""SQLite files of one program: opened, laid out and written in the open, their faults said in one sentence.
+"""SQLite files of this program: opened, laid out and written, their faults said in one sentence.
 
 What is kept in such a file is no table of a run: it grows while others read it, and outlives a killed process.
 """
@@ -6,81 +6,63 @@ What is kept in such a file is no table of a run: it grows while others read it,
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from persodpo.errors import PersodpoError, make_folder
 
-#: Kind of a fault, as `Sentences` names it -> how SQLite's names of such errors start.
-_KINDS = {
-    "locked": ("SQLITE_BUSY", "SQLITE_LOCKED"),
-    "damaged": ("SQLITE_NOTADB", "SQLITE_CORRUPT"),
-    "full": ("SQLITE_FULL",),
-    "refusing": ("SQLITE_IOERR",),
-    "closed": ("SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_PERM", "SQLITE_AUTH"),
-}
+#: How SQLite's names of an error start -> what to say of it.
+_SENTENCES = {
+    ("SQLITE_BUSY", "SQLITE_LOCKED"): (
+        "The {what} in {path} are locked by another process; wait for it or end it, then run again, nothing is lost."
+    ),
+    ("SQLITE_NOTADB", "SQLITE_CORRUPT"): "The {what} in {path} are damaged or the file is none of persodpo's; {remedy}.",
+    ("SQLITE_FULL",): "The disk holding {path} is full; free some space and run again, {what} that were stored are safe.",
+    ("SQLITE_IOERR",): (
+        "The disk holding {path} refuses to read or write; check it and its free space and run again, {what} that were "
+        "stored are safe."
+    ),
+    ("SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_PERM", "SQLITE_AUTH"): (
+        "{path} cannot be opened for writing; make the file and its folder writable or name another file."
+    ),
+}  # fmt: skip
+#: How messages of errors start that SQLite or Python takes for a fault of the query: a table that is missing from a file is
+#: damage, and so is text that is none.
+_DAMAGE = ("no such", "Could not decode")
 
 
-@dataclass(frozen=True)
-class Sentences:
-    """What to say of each kind of fault; ``{path}`` stands for the file.
+class Content(NamedTuple):
+    """What a file holds, as sentences name it, and what to do where it is damaged."""
 
-    Attributes:
-        locked: Another process holds the file.
-        damaged: It is no SQLite file, or one that lacks a page or a table.
-        full: The disk is full.
-        refusing: The disk neither reads nor writes.
-        closed: The file cannot be opened for writing.
-    """
-
-    locked: str
-    damaged: str
-    full: str
-    refusing: str
-    closed: str
+    what: str
+    remedy: str
 
     @contextmanager
-    def of(self, path: Path) -> Iterator[None]:
-        """Turn errors that the user can mend into these sentences.
-
-        Args:
-            path: The file.
-
-        Raises:
-            PersodpoError: The file is locked, damaged, foreign or not to be opened, or the disk fails.
-        """
+    def faults(self, path: Path) -> Iterator[None]:
+        """Turn errors that the user can mend into a sentence; what the file holds is in none of them."""
         try:
             yield
         except sqlite3.Error as error:
-            # A table that is missing from a file is damage too, though SQLite takes it for a mistake in the query.
-            lacks = str(error).startswith("no such")
-            name = "SQLITE_CORRUPT" if lacks else getattr(error, "sqlite_errorname", "")
-            kind = next((kind for kind, starts in _KINDS.items() if name.startswith(starts)), None)
-            if kind is None:
+            name = "SQLITE_CORRUPT" if str(error).startswith(_DAMAGE) else getattr(error, "sqlite_errorname", "")
+            sentence = next((said for starts, said in _SENTENCES.items() if name.startswith(starts)), None)
+            if sentence is None:
                 raise
-            raise PersodpoError(asdict(self)[kind].format(path=path)) from error
+            raise PersodpoError(sentence.format(path=path, **self._asdict())) from None
+
+    def damaged(self, path: Path) -> PersodpoError:
+        """Return the error that says that a file is damaged."""
+        return PersodpoError(_SENTENCES["SQLITE_NOTADB", "SQLITE_CORRUPT"].format(path=path, **self._asdict()))
 
 
 class Identity(NamedTuple):
-    """What a file says of itself.
-
-    Attributes:
-        application: Number of the program it belongs to; 0 if it names none.
-        version: Version of its layout.
-        tables: Tables and indexes it has.
-    """
+    """What a file says of itself: its program, the version of its layout, how many tables and indexes it has."""
 
     application: int
     version: int
     tables: int
-
-    @property
-    def empty(self) -> bool:
-        """Whether nobody has laid out the file yet."""
-        return not (self.application or self.tables)
 
 
 def connect(
@@ -88,61 +70,75 @@ def connect(
     wait_seconds: float,
     prepare: Callable[[sqlite3.Connection], None],
     *,
-    sentences: Sentences,
+    content: Content,
     check_same_thread: bool = True,
 ) -> sqlite3.Connection:
-    """Open a file, or make one where there is none.
+    """Open a file in WAL mode, or make one where there is none.
 
     Args:
         path: The file; its folder is created.
-        wait_seconds: How long to wait for another process that is writing.
+        wait_seconds: How long to wait for another process that is writing, or making the same file.
         prepare: Checks and lays out what was opened; the file is closed again if it raises.
-        sentences: What to say of faults.
+        content: What it holds.
         check_same_thread: As in `sqlite3.connect`.
 
     Returns:
         A connection in autocommit mode: transactions are begun and ended with `transaction`, never left open by a read.
 
     Raises:
-        PersodpoError: As `Sentences.of` or ``prepare``, or the folder cannot be made.
+        PersodpoError: As `Content.faults` or ``prepare``, or the folder cannot be made.
     """
     make_folder(path.parent)
-    with sentences.of(path):
+    with content.faults(path):
         connection = sqlite3.connect(
             path, timeout=wait_seconds, isolation_level=None, check_same_thread=check_same_thread
         )
         try:
             prepare(connection)
+            _use_wal(connection, wait_seconds)
         except BaseException:
             connection.close()
             raise
     return connection
 
 
-def identity(connection: sqlite3.Connection) -> Identity:
-    """Return what the file says of itself, all of it at one moment: another process may be laying it out."""
-    queries = ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM main.sqlite_master")
-    connection.execute("SAVEPOINT identity")
-    try:
-        return Identity(*(connection.execute(query).fetchone()[0] for query in queries))
-    finally:
-        connection.execute("RELEASE identity")
+def _use_wal(connection: sqlite3.Connection, wait_seconds: float) -> None:
+    """Switch to WAL mode, for which SQLite itself does not wait where another process opens the file at that moment."""
+    deadline = time.monotonic() + wait_seconds
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            if not error.sqlite_errorname.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+        else:
+            return
 
 
-def lay_out(connection: sqlite3.Connection, schema: str) -> Identity:
-    """Run the statements of ``schema`` in an empty file, within a transaction of the caller's.
+def lay_out(connection: sqlite3.Connection, schema: str, *, anew: bool = False) -> Identity:
+    """Run the statements of ``schema`` if the file is empty, within a transaction of the caller's.
 
     Args:
         connection: Within `transaction`, for another process may be laying out the same file.
         schema: Statements, separated by semicolons.
+        anew: Run them in any case.
 
     Returns:
         What the file says of itself now.
     """
-    if identity(connection).empty:
-        for statement in filter(str.strip, schema.split(";")):
-            connection.execute(statement)
+    found = identity(connection)
+    if (found.application or found.tables) and not anew:
+        return found
+    for statement in filter(str.strip, schema.split(";")):
+        connection.execute(statement)
     return identity(connection)
+
+
+def identity(connection: sqlite3.Connection) -> Identity:
+    """Return what the file says of itself."""
+    queries = ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM main.sqlite_master")
+    return Identity(*(connection.execute(query).fetchone()[0] for query in queries))
 
 
 @contextmanager

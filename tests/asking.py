@@ -11,9 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import openai._base_client
+
 from persodpo.config import OpenAIModel, Prices
-from persodpo.generation.openai_api import OpenAIBackend
+from persodpo.generation.endpoint import OpenAIBackend
 from persodpo.generation.requests import Request
+
+#: The client's first wait before it tries again, seconds; half a second in earnest.
+openai._base_client.INITIAL_RETRY_DELAY = 0.02
 
 PRICES = Prices(input_per_million=1.0, output_per_million=2.0)
 
@@ -22,7 +27,7 @@ def backend(url: str, json_keys: tuple[str, ...] = (), **changes: Any) -> OpenAI
     settings: dict[str, Any] = {
         "kind": "openai", "model": "small", "served_as": None, "base_url": url, "api_key_env": None, "concurrency": 8,
         "requests_per_minute": None, "tokens_per_minute": None, "timeout_seconds": 5.0, "attempts": 4,
-        "longest_wait_seconds": 0.05, "token_limit": "max_tokens", "prices": PRICES,
+        "token_limit": "max_tokens", "prices": PRICES,
     }  # fmt: skip
     return OpenAIBackend(OpenAIModel(**{**settings, **changes}), json_keys)
 

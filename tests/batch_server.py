@@ -2,7 +2,9 @@
 
 Run as a program it prints its port and serves until it is killed. It keeps everything in memory, logs every call as a JSON
 line, and calls a batch done after ``--looks`` looks at it. What it does with a prompt is written in the prompt:
-``<<error>>`` gives an error line, ``<<garbage>>`` a line that is no JSON, ``<<missing>>`` none at all; a prompt with
+``<<error>>`` gives an error line, ``<<error=429>>`` one of that status, ``<<error=code>>`` one of that code,
+``<<garbage>>`` a line that is no JSON, ``<<deep>>`` one that nests deeply, ``<<lines>>`` an answer with line separators,
+``<<missing>>`` none at all; a prompt with
 ``<<refused>>`` fails the whole batch, one with ``<<expired>>`` lets it expire. With ``--fault create`` a batch is made, but
 the answer to the call that made it never comes.
 """
@@ -13,6 +15,7 @@ import argparse
 import asyncio
 import json
 import logging
+import re
 import socket
 import time
 from email.message import Message
@@ -100,14 +103,24 @@ class BatchServer:
         good, bad = [], []
         for line, text in zip(lines, texts, strict=True):
             answer = {"id": "1", "custom_id": line["custom_id"], "error": None}
-            if "<<error>>" in text:
+            if marked := re.search("<<error=(.*?)>>", text):
+                status = int(marked[1]) if marked[1].isdigit() else None
+                error = {"message": "no such luck", "code": None if status else marked[1]}
+                response = {"status_code": status, "request_id": "1", "body": {"error": error}} if status else None
+                bad.append(json.dumps({**answer, "response": response, "error": None if status else error}))
+            elif "<<error>>" in text:
                 error = {"error": {"message": "no such thing"}}
                 bad.append(json.dumps({**answer, "response": {"status_code": 400, "request_id": "1", "body": error}}))
             elif "<<garbage>>" in text:
                 good.append("{" * 20)
+            elif "<<deep>>" in text:
+                good.append(f'{{"custom_id": "{line["custom_id"]}", "response": ' + "[" * 100_000)
             elif "<<missing>>" not in text and "<<expired>>" not in text:
                 body = body_of(line["body"], text)
-                good.append(json.dumps({**answer, "response": {"status_code": 200, "request_id": "1", "body": body}}))
+                if "<<lines>>" in text:
+                    body["choices"][0]["message"]["content"] = "one\u2028two\x85three"
+                response = {"status_code": 200, "request_id": "1", "body": body}
+                good.append(json.dumps({**answer, "response": response}, ensure_ascii=False))
         batch |= {"status": "expired" if any("<<expired>>" in text for text in texts) else "completed"}
         batch["completed_at"] = batch["created_at"] + 60
         batch["output_file_id"] = self.file("\n".join(good).encode())["id"]

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import gzip
 import hashlib
 import json
 import logging
@@ -26,7 +28,7 @@ from typing import Any
 import uvicorn
 
 MARK = re.compile(r"<<(.*?)>>")
-RANDOM = ["status_429", "status_429_after", "status_500", "status_503", "hang", "cut", "invalid", "wrong_shape", "html"]
+RANDOM = ["status_429", "status_429_after", "status_500", "status_503", "hang", "cut", "invalid", "broken_off", "html"]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 
@@ -104,7 +106,7 @@ class FaultyServer:
         self, fault: str, after: str, receive: Receive, send: Send, *, asked: dict[str, Any], prompt: str, key: str
     ) -> None:
         """Do what the fault says."""
-        told = {"retry_after": after} if after else {}
+        told = {"retry_after": after.replace("_", " ")} if after else {}
         if fault == "status_429_after":
             fault, told = "status_429", {"retry_after": "0.2"}
         if fault.startswith("status_"):
@@ -119,6 +121,13 @@ class FaultyServer:
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             await send({"type": "http.response.body", "body": b'{"choices": [', "more_body": True})
             raise ConnectionAbortedError("cut on demand")
+        elif fault == "endless":
+            await self.go_on(send)
+        elif fault == "redirect":
+            await self.answer(send, prompt, {}, 307, location="/v1/elsewhere")
+        elif fault == "bomb":
+            packed = gzip.compress(json.dumps(body_of(asked, prompt)).encode() + b" " * 60_000_000)
+            await self.answer(send, prompt, packed, content_encoding="gzip")
         elif fault == "html":
             await self.answer(send, prompt, b"<html>Please sign in</html>", content_type="text/html")
         elif fault == "context":
@@ -128,6 +137,14 @@ class FaultyServer:
             await self.answer(send, prompt, {"error": {"message": "No credit.", "code": "insufficient_quota"}}, 429)
         else:
             await self.answer(send, prompt, self.odd_body(fault, asked, prompt, key))
+
+    @staticmethod
+    async def go_on(send: Send) -> None:
+        """Send a body without end, until nobody listens."""
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
+        with contextlib.suppress(Exception):
+            for _ in range(100_000):
+                await send({"type": "http.response.body", "body": b" " * 100_000, "more_body": True})
 
     @staticmethod
     def odd_body(fault: str, asked: dict[str, Any], prompt: str, key: str) -> Any:
@@ -147,6 +164,24 @@ class FaultyServer:
             "surrogate": body_of(asked, prompt, message={**say, "content": "half \ud83d and \x00"}),
             "huge_usage": {**body_of(asked, prompt), "usage": {"prompt_tokens": 10**30, "completion_tokens": -1}},
             "deep": b'{"choices": ' + b"[" * 100_000,
+            "broken_off": body_of(asked, prompt, finish_reason="error"),
+            "parts": body_of(
+                asked,
+                prompt,
+                message={
+                    **say,
+                    "content": [
+                        {"type": "thinking", "text": "Hm."},
+                        {"type": "text", "text": "one "},
+                        {"type": "text", "text": "two"},
+                    ],
+                },
+            ),
+            "reasoning": body_of(
+                asked, prompt, message={**say, "content": completion(prompt), "reasoning_content": "Let me think."}
+            ),
+            "odd_parts": body_of(asked, prompt, message={**say, "content": [{"type": "image", "url": "x"}]}),
+            "usage": {**body_of(asked, prompt), "usage": {"prompt_tokens": 100_000, "completion_tokens": 5}},
             "echo": body_of(asked, prompt, message={**say, "content": f"Your key is {key}."}),
         }
         return bodies[fault]

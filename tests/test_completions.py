@@ -46,6 +46,10 @@ CUT = '{\n  "response": "The tower was built in 1889 and'
         ('{"response": "x\\ud83d\\ude00y"}', ("x😀y", "ok"), ("x😀y", "ok")),
         ("}\n" * 100, (None, "loop"), (None, "loop")),
         ('{"response": "your reply"}', ("your reply", "ok"), ("your reply", "echo")),
+        ('<think>It is {"response": "..."}.</think>{"response": "Final."}', ("...", "echo"), ("Final.", "ok")),
+        ('It is {"response": "x"}.\n</think>\n{"response": "Final."}', ("x", "ok"), ("Final.", "ok")),
+        ('<think>It is {"response": "x"}', ("x", "ok"), (None, "no_json")),
+        ('{"response": "a </think> b"}', ("a </think> b", "ok"), ("a </think> b", "ok")),
     ],
 )
 def test_hand_made_completions(text, released, strict):

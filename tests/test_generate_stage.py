@@ -24,7 +24,8 @@ from persodpo.cli import app
 from persodpo.config import Profile, load_profile, with_overrides
 from persodpo.errors import PersodpoError
 from persodpo.runfolder import PROJECT, RunFolder
-from persodpo.stages.generate import Scope, forecasts
+from persodpo.stages.asking import Scope
+from persodpo.stages.generate import forecasts
 
 COMMAND = str(Path(sys.executable).with_name("persodpo"))
 CANARY = "sk-canary/9d+1Z=="
@@ -38,7 +39,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 def endpoint(server: Server, model: str = "api", **changes: Any) -> dict[str, Any]:
-    fields = {"attempts": 2, "longest_wait_seconds": 0.05, "timeout_seconds": 5.0, "prices": PRICES}
+    fields = {"attempts": 2, "timeout_seconds": 5.0, "prices": PRICES}
     return {"model": model, "kind": "openai", "base_url": server.url, **fields, **changes}
 
 

@@ -24,7 +24,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import asynccontextmanager, closing
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,14 +36,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from persodpo.errors import PersodpoError
-from persodpo.generation.engine import Job, generate, generate_all
-from persodpo.generation.faults import FAILURES_IN_A_ROW, Redactor
-from persodpo.generation.forecast import forecast
-from persodpo.generation.openai_api import OpenAIBackend
-from persodpo.generation.pacing import Pace
-from persodpo.generation.requests import FAILURES, Answer, Limits, Request, request_key
+from persodpo.generation.ask import generate, generate_all
+from persodpo.generation.client import Mask
+from persodpo.generation.endpoint import FAILURES_IN_A_ROW, OpenAIBackend, Pace
+from persodpo.generation.requests import FAILURES, Answer, Job, Request, request_key
 from persodpo.generation.store import Store
-from persodpo.generation.summary import Summary
+from persodpo.generation.summary import Summary, forecast
 
 TESTS = Path(__file__).parent
 CANARY = "sk-canary/7f+3Q=="
@@ -102,6 +100,12 @@ def test_prompts_that_stand_twice_are_asked_once(slow: Server, store: Store) -> 
     found = generate(chats(f"twice {number % 20}" for number in range(300)), backend(slow.url), store)
     assert (found.asked, found.skipped) == (20, 280)
     assert len(slow.received()) == 20
+
+
+def test_two_jobs_of_one_model_share_their_prompts(slow: Server, store: Store) -> None:
+    jobs = [Job(chats(f"shared {number}" for number in range(30)), backend(slow.url)) for _ in range(2)]
+    assert sum(found.asked for found in generate_all(jobs, store)) == 30
+    assert len(slow.received()) == 30
 
 
 def test_what_shapes_an_answer_is_sent_and_asked_anew(server: Server, store: Store) -> None:
@@ -185,8 +189,7 @@ def test_requests_are_taken_as_they_are_needed(slow: Server, store: Store) -> No
 PASSING = {
     "status_408": "timeout", "status_409": "server_error", "status_429": "rate_limited", "status_500": "server_error",
     "status_503": "server_error", "hang": "timeout", "cut": "connection_cut", "invalid": "invalid_body",
-    "wrong_shape": "invalid_body", "list": "invalid_body", "null_message": "invalid_body", "number": "invalid_body",
-    "html": "invalid_body", "deep": "invalid_body",
+    "html": "invalid_body", "deep": "invalid_body", "broken_off": "invalid_body",
 }  # fmt: skip
 UNBILLED = {"status_408", "status_409", "status_429", "status_500", "status_503"}
 
@@ -221,15 +224,17 @@ def test_lasting_faults_are_accounted_for_and_retried_on_request(server: Server,
     assert generate(chats(texts.values()), asked, store, retry_failed=True).skipped == len(PASSING)
 
 
-def test_retry_after_holds_the_whole_model_back(slow: Server, store: Store) -> None:
-    texts = ["first <<fault=status_429 times=1 after=1>>", *(f"after {number}" for number in range(30))]
-    asked = backend(slow.url, concurrency=2, longest_wait_seconds=5.0)
-    assert generate(chats(texts), asked, store).answered == 31
-    first, *others = slow.received()
-    told = first["time"] + 0.1
-    early = [event for event in others if event["time"] < told + 0.05]
-    assert len(early) <= 3
-    assert all(event["time"] >= told + 1.0 for event in others[len(early) :])
+def test_retry_after_is_waited_for(server: Server, store: Store) -> None:
+    text = "first <<fault=status_429 times=1 after=1>>"
+    assert ask_one(text, backend(server.url), store).attempts == 2
+    first, second = server.received(text)
+    assert second["time"] - first["time"] >= 1.0
+
+
+@pytest.mark.parametrize("after", ["Mon,_01_Jan_2024_00:00:00_+99999999999999999999", "nan", "-1", "9" * 400, "soon"])
+def test_an_odd_retry_after_is_ignored(server: Server, store: Store, after: str) -> None:
+    text = f"odd wait <<fault=status_503 times=1 after={after}>>"
+    assert ask_one(text, backend(server.url), store).attempts == 2
 
 
 def test_retry_after_given_as_a_date_or_longer_than_wanted(server: Server, store: Store) -> None:
@@ -245,7 +250,7 @@ def test_retry_after_given_as_a_date_or_longer_than_wanted(server: Server, store
 def test_many_faults_at_once(tmp_path: Path, store: Store) -> None:
     texts = [f"stormy {number}" for number in range(150)]
     with serving(tmp_path / "log.jsonl", "--faults", "0.3") as stormy:
-        asked = backend(stormy.url, timeout_seconds=0.5, attempts=8, concurrency=32, longest_wait_seconds=0.3)
+        asked = backend(stormy.url, timeout_seconds=0.5, attempts=8, concurrency=32)
         found = generate(chats(texts), asked, store)
         assert (found.answered, found.left, sum(found.failed.values())) == (150, 0, 0)
         events = stormy.events()
@@ -269,6 +274,14 @@ def test_many_faults_at_once(tmp_path: Path, store: Store) -> None:
         ("status_400", ("failed", None, None, "rejected")),
         ("status_422", ("failed", None, None, "rejected")),
         ("surrogate", ("answered", "half \ufffd and \x00", "stop", None)),
+        ("parts", ("answered", "one two", "stop", None)),
+        ("odd_parts", ("failed", None, None, "invalid_body")),
+        ("wrong_shape", ("failed", None, None, "invalid_body")),
+        ("list", ("failed", None, None, "invalid_body")),
+        ("null_message", ("failed", None, None, "invalid_body")),
+        ("number", ("failed", None, None, "invalid_body")),
+        ("bomb", ("failed", None, None, "invalid_body")),
+        ("endless", ("failed", None, None, "invalid_body")),
     ],
 )
 def test_odd_answers_are_outcomes_and_asked_once(server: Server, store: Store, fault: str, expected: tuple) -> None:
@@ -293,6 +306,30 @@ def test_an_answer_without_usage_counts_at_its_highest_price(server: Server, sto
         assert found.cost > 2 * 30 / 1e6
     free = ask_one("unmetered <<fault=no_usage>>", backend(server.url, model="b", prices=None), store)
     assert free.cost == 0
+
+
+def test_reasoning_is_no_part_of_the_answer(server: Server, store: Store) -> None:
+    text = "reasoned <<fault=reasoning>>"
+    assert ask_one(text, backend(server.url), store).completion == completion(text)
+
+
+def test_redirects_are_not_followed(server: Server, store: Store) -> None:
+    found = generate([chat("led away <<fault=redirect>>")], backend(server.url), store)
+    assert re.search(r"sends its callers elsewhere \(307 to /v1/elsewhere\); nothing was sent there", found.stopped)
+    assert [event["path"] for event in server.received("led away <<fault=redirect>>")] == ["/v1/chat/completions"]
+    assert (found.left, store.spent()) == (1, 0.0)
+
+
+def test_usage_above_what_was_set_aside_is_booked_and_stops_the_model(server: Server, store: Store) -> None:
+    texts = ["before", "counted <<fault=usage>>", "after"]
+    found = generate(chats(texts), backend(server.url, concurrency=1), store, budget_usd=0.01)
+    assert (found.answered, found.left) == (2, 1)
+    assert re.search(
+        r"more use than model small was allowed \(100,000 \+ 5 tokens, \$0\.1000 where \$0\.00", found.stopped
+    )
+    assert store.spent() == pytest.approx(found.cost)
+    assert found.cost > 0.1
+    assert generate(chats(texts), backend(server.url, model="other"), store, budget_usd=0.01).left == 3
 
 
 def test_a_prompt_that_no_request_can_carry(server: Server, store: Store) -> None:
@@ -386,12 +423,8 @@ def test_failures_in_a_row_stop_the_model(server: Server, store: Store) -> None:
 
 def test_an_error_of_one_backend_is_raised_after_the_others_are_done(slow: Server, store: Store) -> None:
     class Broken(OpenAIBackend):
-        @asynccontextmanager
-        async def open(self, purse):
-            async def answer(request):
-                raise ZeroDivisionError
-
-            yield answer
+        async def run(self, work):
+            raise ZeroDivisionError
 
     broken = Broken(backend(slow.url, model="broken").settings)
     texts = [f"beside {number}" for number in range(20)]
@@ -454,25 +487,24 @@ def test_the_key_appears_nowhere(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
     capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """The server says the key in error bodies and in an answer; everything is logged that can be."""
+    """The server says the key in error bodies; everything is logged that can be."""
     monkeypatch.setenv("THE_KEY", CANARY)
     monkeypatch.setenv("OPENAI_LOG", "debug")
     caplog.set_level(logging.DEBUG)
     asked = backend(server.url, api_key_env="THE_KEY", attempts=2, concurrency=1)
-    faults = ["echo", "status_500", "status_400", "status_429", "cut", "invalid", "status_401"]
+    faults = ["status_500", "status_400", "status_429", "cut", "invalid", "status_401"]
     with Store(tmp_path / "answers.sqlite") as store:
         found = generate(chats(f"key <<fault={fault}>>" for fault in faults), asked, store)
-        assert (found.answered, sum(found.failed.values())) == (1, 5)
+        assert (found.answered, sum(found.failed.values())) == (0, 5)
         rows = [
             found and repr(found)
             for _, found in store.entries(request_key(chat(f"key <<fault={f}>>"), asked) for f in faults)
         ]
-    assert "Your key is Bearer [key]." in rows[0]
-    assert "Authorization: Bearer [key]" in rows[1]
+    assert "Authorization: Bearer [key]" in rows[0]
     assert "Authorization: Bearer [key]" in found.stopped
     written = b"".join(path.read_bytes() for path in tmp_path.iterdir())
     said = [*rows, repr(found), str(found), repr(asked), repr(asked.settings), caplog.text, *capfd.readouterr()]
-    assert server.received("key <<fault=echo>>")[0]["key"] == f"Bearer {CANARY}"
+    assert server.received("key <<fault=cut>>")[0]["key"] == f"Bearer {CANARY}"
     for form in (CANARY, CANARY[:8], "canary"):
         assert form.encode() not in written
         assert not [text for text in said if text and form in text]
@@ -492,20 +524,27 @@ def test_the_key_is_in_no_traceback(server: Server, tmp_path: Path, monkeypatch:
     assert "canary" not in "".join(shown.format())
 
 
+def test_an_answer_is_stored_as_it_came(server: Server, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Words of an answer may be a key somewhere; text of models is never rewritten."""
+    monkeypatch.setenv("THE_KEY", "anything")
+    found = ask_one("as it came <<fault=echo>>", backend(server.url, api_key_env="THE_KEY"), store)
+    assert found.completion == "Your key is Bearer anything."
+
+
 def test_a_placeholder_is_no_secret() -> None:
-    assert Redactor("EMPTY").text("The glass is EMPTY.") == "The glass is EMPTY."
+    assert Mask("EMPTY").line("The glass is EMPTY.") == "The glass is EMPTY."
 
 
 secrets = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=8, max_size=40)
 
 
-@given(secret=secrets, before=st.text(max_size=400), after=st.text(max_size=40))
-def test_no_form_of_a_secret_passes_the_redactor(secret: str, before: str, after: str) -> None:
-    redactor = Redactor(secret)
+@given(secret=secrets, before=st.text(max_size=200), after=st.text(max_size=40))
+def test_no_form_of_a_secret_passes_the_mask(secret: str, before: str, after: str) -> None:
+    mask = Mask(secret)
     for said in (secret, json.dumps(secret), json.dumps({"Authorization": f"Bearer {secret}"}), secret * 2):
-        assert secret not in redactor.text(before + said + after).replace("[key]", "\0")
-        assert secret[:8] not in redactor.line("x" * 290 + said) or secret[:8] in "x" * 290
-    assert Redactor(None).text(before) == before
+        assert secret not in mask.line(before + said + after).replace("[key]", "\0")
+        assert secret[:8] not in mask.line("x" * 290 + said) or secret[:8] in "x" * 290
+    assert Mask(None).line(before) == " ".join(before.split())[:300]
 
 
 # --------------------------------------------------------------------------------------------------- limits, money
@@ -517,7 +556,7 @@ def test_no_form_of_a_secret_passes_the_redactor(secret: str, before: str, after
     gaps=st.lists(st.floats(0, 30), min_size=60, max_size=60), tokens_limit=st.integers(100, 100_000),
 )  # fmt: skip
 def test_no_minute_holds_more_than_the_limits(limit, tokens, gaps, tokens_limit) -> None:
-    pace, now, slots = Pace(Limits(limit, tokens_limit)), 0.0, []
+    pace, now, slots = Pace(limit, tokens_limit), 0.0, []
     for size, gap in zip(tokens, gaps, strict=False):
         now += gap
         slots.append((pace.slot(size, now), size))
@@ -526,14 +565,6 @@ def test_no_minute_holds_more_than_the_limits(limit, tokens, gaps, tokens_limit)
         minute = [(at, size) for at, size in slots if start <= at < start + 60 - 1e-6]
         assert len(minute) <= limit
         assert sum(size for _, size in minute[:-1]) <= tokens_limit + 1e-6
-
-
-def test_without_limits_nothing_waits_but_for_a_pause() -> None:
-    pace = Pace(Limits())
-    assert [pace.slot(10**6, 5.0) for _ in range(3)] == [5.0, 5.0, 5.0]
-    pace.pause(9.0)
-    pace.pause(7.0)
-    assert pace.slot(1, 6.0) == 9.0
 
 
 @pytest.mark.parametrize("limits", [{"requests_per_minute": 1200}, {"tokens_per_minute": 44_400}])
@@ -560,7 +591,9 @@ def test_a_budget_is_never_passed_and_says_what_is_left(server: Server, budget: 
         assert found.asked + found.left == 40
         assert bool(found.stopped) == bool(found.left)
         if found.left:
-            assert re.search(r"budget of \$.* is used up: \$.* are spent .* raise generation.budget_usd", found.stopped)
+            assert re.search(
+                r"budget of \$.* is used up: \$.* are spent or set aside .* raise generation.budget_usd", found.stopped
+            )
             # No room for the next request at its highest price, so at most that much is unspent.
             assert budget - spent < 3e-4
             assert generate(chats(texts), asked, store, budget_usd=budget).asked == 0
@@ -624,7 +657,7 @@ import os, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from asking import backend, chats
-from persodpo.generation.engine import generate
+from persodpo.generation.ask import generate
 from persodpo.generation.store import Store
 
 class Telling(Store):
@@ -634,7 +667,7 @@ class Telling(Store):
 
 with Telling(Path(sys.argv[3])) as store:
     found = generate(chats(f"prompt {n}" for n in range(int(sys.argv[4]))), backend(sys.argv[2], concurrency=16), store)
-    print(f"busy {found.busy} asked {found.asked} left {found.left}")
+    print(f"asked {found.asked} left {found.left}")
 """
 
 
@@ -657,7 +690,7 @@ def test_killed_runs_lose_nothing_and_ask_nothing_again(slow: Server, tmp_path: 
     source, stored_at = random.Random(3), {}
     for _ in range(3):
         with child(slow, path, 300) as process:
-            lines = process.stdout.readline()
+            lines = "".join(process.stdout.readline() for _ in range(20))
             time.sleep(source.uniform(0, 0.3))
             process.kill()
             acknowledged = set((lines + process.stdout.read()).split())
@@ -668,7 +701,7 @@ def test_killed_runs_lose_nothing_and_ask_nothing_again(slow: Server, tmp_path: 
         stored_at |= {key: stored_at.get(key, killed) for key in stored}
     assert 50 < len(stored_at) < 300
     with child(slow, path, 300) as process:
-        assert process.stdout.read().splitlines()[-1] == f"busy 0 asked {300 - len(stored_at)} left 0"
+        assert process.stdout.read().splitlines()[-1] == f"asked {300 - len(stored_at)} left 0"
     for event in slow.received():
         assert event["time"] < stored_at.get(key_of[event["prompt"]], float("inf"))
     lost = Counter(event["prompt"] for event in slow.received())
@@ -679,13 +712,11 @@ def test_killed_runs_lose_nothing_and_ask_nothing_again(slow: Server, tmp_path: 
     assert export(path, asked, texts) == export(undisturbed, asked, texts)
 
 
-def test_two_processes_share_the_work(slow: Server, tmp_path: Path) -> None:
+def test_a_process_waits_for_another_that_asks_its_model(slow: Server, tmp_path: Path) -> None:
     path = tmp_path / "answers.sqlite"
     with child(slow, path, 200) as one, child(slow, path, 200) as two:
         said = [process.stdout.read().splitlines()[-1] for process in (one, two)]
-    asked = [int(line.split()[3]) for line in said]
-    assert sum(asked) == 200
-    assert min(asked) > 20
+    assert sorted(said) == ["asked 0 left 0", "asked 200 left 0"]
     assert Counter(event["prompt"] for event in slow.received()).most_common(1)[0][1] == 1
 
 
@@ -815,7 +846,8 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from asking import backend, chats
-from persodpo.generation.engine import Job, generate_all
+from persodpo.generation.ask import generate_all
+from persodpo.generation.requests import Job
 from persodpo.generation.store import Store
 with Store(Path(sys.argv[3])) as store:
     jobs = [Job(chats(["a <<fault=status_400>>", *map(str, range(9))]), backend(sys.argv[2], model=m)) for m in "xy"]

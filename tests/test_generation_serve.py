@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -13,17 +14,19 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 from asking import backend
 from talker import CHATML, PLACES, in_chatml, make_talker, question, reply
 
 from persodpo.config import ServedModel, TransformersModel
 from persodpo.generation import serving
-from persodpo.generation.engine import generate
+from persodpo.generation.ask import generate
 from persodpo.generation.local import TransformersBackend
 from persodpo.generation.requests import Request, request_key
 from persodpo.generation.store import Store
+from persodpo.runfolder import is_running
+from persodpo.training.policy import load_policy
 
 TRANSFORMERS = str(Path(sys.executable).with_name("transformers"))
 
@@ -54,9 +57,9 @@ def wait_until_it_answers(address: str, process: subprocess.Popen) -> None:
     for _ in range(240):
         assert process.poll() is None, "transformers serve has ended"
         try:
-            if httpx.get(f"{address}/health", timeout=5).status_code == 200:
+            if httpx2.get(f"{address}/health", timeout=5).status_code == 200:
                 return
-        except httpx.TransportError:
+        except httpx2.TransportError:
             pass
         time.sleep(0.25)
     pytest.fail("transformers serve did not answer within a minute")
@@ -78,7 +81,9 @@ def test_a_served_model_answers_chats_and_raw_prompts(url: str, model: Path, tmp
         assert generate(asked, via, store).answered == 16
         found = [entry.answer for _, entry in store.entries([request_key(one, via) for one in asked])]
         assert generate(asked, via, store).skipped == 16
-    here = TransformersBackend(TransformersModel(kind="transformers", model="here", weights=str(model)), model)
+    here = TransformersBackend(
+        TransformersModel(kind="transformers", model="here", weights=str(model)), model, load_policy
+    )
     with Store(tmp_path / "here.sqlite") as store:
         generate(asked[8:], here, store)
         texts = [entry.answer.completion for _, entry in store.entries([request_key(one, here) for one in asked[8:]])]
@@ -131,7 +136,9 @@ def test_a_served_backend_starts_its_server_and_ends_it(model: Path, tmp_path: P
         assert generate(asked, via, store).answered == 8
         found = [entry.answer for _, entry in store.entries([request_key(one, via) for one in asked])]
         assert generate(asked, served(model), store).skipped == 8, "the same weights in another place"
-        here = TransformersBackend(TransformersModel(kind="transformers", model="here", weights=str(own)), own)
+        here = TransformersBackend(
+            TransformersModel(kind="transformers", model="here", weights=str(own)), own, load_policy
+        )
         generate(asked, here, store)
         by_itself = [entry.answer.completion for _, entry in store.entries([request_key(one, here) for one in asked])]
     assert [answer.completion for answer in found] == by_itself
@@ -150,11 +157,54 @@ def test_a_server_that_does_not_come_up_is_one_sentence(
     program = tmp_path / "transformers"
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)
+    (tmp_path / "python").symlink_to(sys.executable)
     monkeypatch.setattr(serving.sys, "executable", str(tmp_path / "python"))
     with Store(tmp_path / "answers.sqlite") as store:
         summary = generate([chat("x")], served(tmp_path, startup_seconds=0.5 if "sleep" in script else 20), store)
     assert summary.answered == 0
     assert re.search(says, summary.stopped)
+
+
+PARENT = """
+import sys
+from pathlib import Path
+from persodpo.config import ServedModel
+from persodpo.generation import serving
+from persodpo.generation.ask import generate
+from persodpo.generation.requests import Request
+from persodpo.generation.store import Store
+folder = Path(sys.argv[1])
+serving.sys.executable = str(folder / "python")
+settings = ServedModel(kind="served", model="served", weights=str(folder))
+with Store(folder / "answers.sqlite") as store:
+    generate([Request("x", "x", 5, 0.0, None, "t")], serving.ServedBackend(settings, folder), store)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_server_does_not_outlive_its_parent(how: signal.Signals, tmp_path: Path) -> None:
+    (tmp_path / "python").symlink_to(sys.executable)
+    program = tmp_path / "transformers"
+    program.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/number\nexec sleep 300\n")
+    program.chmod(0o755)
+    number = tmp_path / "number"
+    with subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path)]) as parent:
+        try:
+            wait_until(lambda: number.is_file() and number.read_text().strip())
+            parent.send_signal(how)
+            parent.wait(timeout=10)
+        finally:
+            parent.kill()
+    server = int(number.read_text())
+    wait_until(lambda: not is_running(server))
+
+
+def wait_until(there) -> None:
+    for _ in range(600):
+        if there():
+            return
+        time.sleep(0.05)
+    pytest.fail("it did not happen within 30 s")
 
 
 def test_a_missing_program_names_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

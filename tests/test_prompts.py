@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from persodpo.config import load_profile
 from persodpo.errors import PersodpoError
-from persodpo.generation.asking import as_messages
+from persodpo.generation.requests import as_messages
 from persodpo.prompts import (
     FIELDS,
     answer_keys,

@@ -200,7 +200,10 @@ def test_files_that_are_no_cache_are_left_alone(tmp_path):
     text.write_text("these are notes, and no database at all" * 40)
     with sqlite3.connect(foreign) as connection:
         connection.execute("CREATE TABLE t (x)")
-    for path, sentence in ((text, "damaged; delete the file"), (foreign, "no cached scores of this version")):
+    for path, sentence in (
+        (text, "none of persodpo.s; delete the file"),
+        (foreign, "no cached scores of this version"),
+    ):
         before = path.read_bytes()
         with pytest.raises(PersodpoError, match=sentence):
             ScoreCache(path)
@@ -214,7 +217,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path, monkeypatch):
     with ScoreCache(path) as cache:
         score_items(Letters(), ask("first"), cache)
         monkeypatch.setattr(score, "BATCH", 500)
-        with file_size_limit(path.stat().st_size + 40_000), pytest.raises(PersodpoError, match="full or refuses"):
+        with file_size_limit(path.stat().st_size + 40_000), pytest.raises(PersodpoError, match=r"is full;|refuses to"):
             score_items(Letters(), ask(*map(str, range(5000))), cache)
     with ScoreCache(path) as cache:
         _, tally = score_items(Letters(), ask("first"), cache)

@@ -1,93 +1,292 @@
-"""One endpoint: its key, its client, and a request in the form in which it is sent and priced."""
+"""Answers of any OpenAI-compatible endpoint: OpenAI itself, vLLM, Ollama, llama.cpp, ``transformers serve``.
+
+The ``openai`` client sends, waits and tries again. `_Wire` below it sees each attempt: it keeps to the endpoint's pace,
+reads bodies within bounds, follows no redirect, knows which attempts may have been billed, and tells the client whether
+another one can help. The API key is read from the environment and is handed to nothing but the client.
+"""
 
 from __future__ import annotations
 
-import os
+import asyncio
+import time
+from collections.abc import Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from typing import Any
 
+import httpx2
 import openai
-from openai import AsyncOpenAI
 
 from persodpo.config import OpenAIModel
-from persodpo.errors import PersodpoError
-from persodpo.generation.faults import CallFault
-from persodpo.generation.requests import Request
+from persodpo.generation.ask import Work
+from persodpo.generation.client import BoundedClient, Mask, api_key, client_for, request_body
+from persodpo.generation.replies import CallFault, fault_of, read_reply
+from persodpo.generation.requests import Answer, Backend, ModelStopped, Request, stopping_the_model
 
-CONNECT_SECONDS = 10.0
+#: Longest body that is read, bytes as decoded.
+LONGEST_BODY = 16 * 2**20
+#: Longest wait that the client takes from a server, seconds; one that asks for more stops its model.
+LONGEST_WAIT = 120.0
+#: Attempts at an endpoint that has never answered; a wrong address is no matter for patience.
+FIRST_ATTEMPTS = 2
+BYTES_PER_TOKEN = 4
 #: Tokens that servers add around each message of a chat, at most.
 MESSAGE_TOKENS = 16
+#: As many failures in a row, with no answer between, stop the model: something is wrong that no prompt can help.
+FAILURES_IN_A_ROW = 20
+#: Why a model is stopped, by the kind of fault.
+LASTING = {
+    "key": "{url} refuses {key} for model {model} ({detail}); set api_key_env to a variable that holds a valid key.",
+    "denied": "{url} denies {key} the model {model} ({detail}); ask for access or choose another model.",
+    "quota": "{url} has no credit left for {key} and model {model} ({detail}); top up the account and run again.",
+    "unknown_model": (
+        "{url} does not know model '{served}' ({detail}); correct served_as, or base_url, which usually ends in /v1."
+    ),
+    "redirect": "{url} of model {model} sends its callers elsewhere ({detail}); nothing was sent there, correct base_url.",
+    "unreachable": "{url} of model {model} cannot be reached ({detail}); start the server or correct base_url.",
+    "wait": "{url} asks to wait {detail} before the next request to model {model}; run again then, answers are kept.",
+    "usage": "{url} reports more use than model {model} was allowed ({detail}); what it says is booked, check its bill.",
+    "row": (
+        "{url} failed for " + str(FAILURES_IN_A_ROW) + " prompts in a row to model {model} (last: {detail}); mend that and "
+        "run again, failed prompts with retrying of failures switched on."
+    ),
+}  # fmt: skip
 
 
-def api_key(settings: OpenAIModel) -> str | None:
-    """Read the key from the environment; None for an endpoint that asks for none.
-
-    Raises:
-        PersodpoError: Its variable is not set, or holds what no key is; the variable is named, never its value.
-    """
-    variable = settings.api_key_env
-    if variable is None:
-        return None
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise PersodpoError(
-            f"Model {settings.model} needs an API key in the environment variable {variable}, which is not set; export it "
-            "and run again."
-        )
-    if not key.isascii() or not key.isprintable():
-        raise PersodpoError(
-            f"The API key in the environment variable {variable} holds characters that no key has; export it again."
-        )
-    return key
-
-
-def client_for(settings: OpenAIModel, key: str | None, retries: int = 0) -> AsyncOpenAI:
-    """Return a client for an endpoint; it is to be closed."""
-    timeout = openai.Timeout(settings.timeout_seconds, connect=min(CONNECT_SECONDS, settings.timeout_seconds))
-    # Without a key of its own the client would send OPENAI_API_KEY to whatever server base_url names.
-    return AsyncOpenAI(api_key=key or "none", base_url=settings.base_url, max_retries=retries, timeout=timeout)
-
-
-def request_body(settings: OpenAIModel, json_keys: tuple[str, ...], request: Request) -> tuple[str, dict[str, Any]]:
-    """Return a request as it is sent: the path below ``/v1`` and the body.
+def sentence(kind: str, settings: OpenAIModel, detail: str) -> str:
+    """Return why a model is stopped.
 
     Args:
+        kind: A key of `LASTING`.
         settings: Of the endpoint.
-        json_keys: Keys, all text, of the JSON object that the endpoint must hold the model to; empty: no such schema.
-        request: The request.
-
-    Returns:
-        Path and body.
-
-    Raises:
-        CallFault: A raw prompt cannot be held to a schema.
+        detail: What was said, without secrets.
     """
-    body: dict[str, Any] = {"model": settings.served_as or settings.model}
-    if request.temperature is not None:
-        body["temperature"] = request.temperature
-    if request.seed is not None:
-        body["seed"] = request.seed
-    if isinstance(request.prompt, str):
-        if json_keys:
-            raise CallFault("rejected", "a schema needs a chat prompt, raw text cannot be held to one")
-        return "/completions", body | {"prompt": request.prompt, "max_tokens": request.max_new_tokens}
-    body |= {"messages": request.prompt, settings.token_limit: request.max_new_tokens}
-    if json_keys:
-        body["response_format"] = _schema(json_keys)
-    return "/chat/completions", body
+    return LASTING[kind].format(
+        model=settings.model, served=settings.served_as or settings.model, url=settings.base_url, detail=detail,
+        key=f"the key in {settings.api_key_env}" if settings.api_key_env else "requests without a key",
+    )  # fmt: skip
 
 
-def highest_cost(settings: OpenAIModel, json_keys: tuple[str, ...], request: Request) -> float:
-    """Return the most that one attempt can cost, US dollars: no tokenizer makes more tokens than a text has bytes."""
-    if settings.prices is None:
-        return 0.0
-    around = MESSAGE_TOKENS * (len(request.texts) + 1 + 2 * len(json_keys))
-    return settings.prices.cost(request.prompt_bytes + around, request.max_new_tokens)
+@dataclass
+class _Call:
+    """One request on its way."""
+
+    key: str
+    price: float  # the most that one attempt can cost, US dollars
+    tokens: int  # of prompt and longest answer, as the pace counts them
+    attempts: int = 0
+    billed: int = 0  # attempts that may have been billed without an answer
+    latency: float = 0.0  # seconds of the last one
+    answer: Answer | None = None
+    fault: CallFault | None = None  # what the last attempt lacked
 
 
-def _schema(keys: tuple[str, ...]) -> dict[str, Any]:
-    """Return the ``response_format`` that asks for one object with these keys, all text."""
-    schema = {
-        "type": "object", "properties": {key: {"type": "string"} for key in keys}, "required": list(keys),
-        "additionalProperties": False,
-    }  # fmt: skip
-    return {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}
+class _NoMoney(Exception):  # noqa: N818 - as StopIteration
+    """There is no money for another attempt."""
+
+
+_CALL: ContextVar[_Call] = ContextVar("call")
+
+
+class OpenAIBackend(Backend):
+    """Answers over the ``openai`` client."""
+
+    local = False
+
+    def __init__(self, settings: OpenAIModel, json_keys: tuple[str, ...] = ()) -> None:
+        """Take the settings; nothing is connected yet.
+
+        Args:
+            settings: Of the endpoint.
+            json_keys: Keys, all text, of the JSON object that the endpoint must hold the model to; empty: no such schema.
+        """
+        self.settings = settings
+        self.json_keys = json_keys
+        self.model = settings.model
+        self.concurrency = settings.concurrency
+        self.prices = settings.prices
+        self.minute = (None, None) if settings.batch else (settings.requests_per_minute, settings.tokens_per_minute)
+
+    def identity(self) -> Mapping[str, object]:
+        """Name the served model and the enforced schema; the address may change."""
+        served = self.settings.served_as or self.model
+        return {"kind": "openai", "served_as": served, "json_keys": list(self.json_keys)}
+
+    def highest_cost(self, request: Request) -> float:
+        """Return the most that one attempt can cost, US dollars: no tokenizer makes more tokens than a text has bytes."""
+        if self.prices is None:
+            return 0.0
+        around = MESSAGE_TOKENS * (len(request.texts) + 1 + 2 * len(self.json_keys))
+        return self.prices.cost(request.prompt_bytes + around, request.max_new_tokens)
+
+    async def run(self, work: Work) -> None:
+        """Read the key, make a client and keep as many requests under way as the settings say."""
+        with stopping_the_model():
+            wire = _Wire(self, work)
+        async with wire.client, asyncio.TaskGroup() as group:
+            for _ in range(self.concurrency):
+                group.create_task(wire.work())
+
+
+class _Wire(BoundedClient):
+    """One run against one endpoint, attempt by attempt."""
+
+    def __init__(self, backend: OpenAIBackend, work: Work) -> None:
+        settings = backend.settings
+        super().__init__(settings, LONGEST_BODY)
+        key = api_key(settings)
+        self.client = client_for(settings, key, self, settings.attempts - 1)
+        self._mask = Mask(key)
+        self._backend, self._settings, self._work = backend, settings, work
+        self._pace = Pace(*backend.minute)
+        self._reached = self._answered = False
+        self._failures_in_a_row = 0
+
+    async def work(self) -> None:
+        """Answer one request after another."""
+        while (item := await self._work.next()) is not None:
+            key, request = item
+            tokens = request.prompt_bytes // BYTES_PER_TOKEN + request.max_new_tokens
+            call = _Call(key, self._backend.highest_cost(request), tokens)
+            answer = await self._ask(call, request)
+            if answer is None:
+                await self._work.give_back([key])
+            else:
+                await self._work.done(key, request, answer)
+
+    async def _ask(self, call: _Call, request: Request) -> Answer | None:
+        """Answer one request; None where it is left to do, because the model was stopped."""
+        try:
+            path, body = request_body(self._settings, self._backend.json_keys, request)
+            _CALL.set(call)
+            # The client's typed methods convert every field both ways, which costs more than sending it.
+            await self.client.post(path, body=body, cast_to=object)
+        except CallFault as unsendable:
+            call.fault = unsendable
+        except ModelStopped as reason:
+            self._work.stop(str(reason))
+            if not call.billed:
+                return None
+        except _NoMoney:
+            pass  # the fault of the attempt before stands
+        except openai.OpenAIError as error:
+            if call.fault is None:
+                call.fault = CallFault("invalid_body", self._mask.line(str(error)))
+        if call.answer is not None:
+            return self._answer(call, call.answer)
+        fault = call.fault or CallFault("invalid_body", "no answer")
+        self._stop_if_lasting(fault)
+        if self._work.summary.stopped and not call.billed and (fault.kind in LASTING or fault.transient):
+            return None
+        self._count_failure(fault)
+        kind = "rejected" if fault.kind in LASTING and fault.kind != "unreachable" else fault.kind
+        return Answer(
+            "failed", failure=kind, error=fault.detail, cost=call.billed * call.price,
+            latency=call.latency, attempts=call.attempts,
+        )  # fmt: skip
+
+    def _answer(self, call: _Call, answer: Answer) -> Answer:
+        """Book what an answer costs; one that costs more than was set aside for it stops the model."""
+        self._answered, self._failures_in_a_row = True, 0
+        cost = call.price
+        if self._backend.prices and answer.prompt_tokens is not None and answer.completion_tokens is not None:
+            cost = self._backend.prices.cost(answer.prompt_tokens, answer.completion_tokens)
+            if cost > call.price:
+                detail = f"{answer.prompt_tokens:,} + {answer.completion_tokens:,} tokens, ${cost:,.4f}"
+                self._work.stop(sentence("usage", self._settings, f"{detail} where ${call.price:,.4f} was the most"))
+        return replace(
+            answer, cost=cost + call.billed * call.price, latency=call.latency, attempts=call.attempts,
+            error=answer.error and self._mask.line(answer.error),
+        )  # fmt: skip
+
+    def _stop_if_lasting(self, fault: CallFault) -> None:
+        """Stop the model where no further request can succeed."""
+        kind, detail = fault.kind, fault.detail
+        if fault.retry_after is not None and fault.retry_after > LONGEST_WAIT:
+            kind, detail = "wait", f"{fault.retry_after:,.0f} s"
+        # Some endpoints deny single prompts in this way.
+        if kind in LASTING and not (kind == "denied" and self._answered):
+            self._work.stop(sentence(kind, self._settings, detail))
+
+    def _count_failure(self, fault: CallFault) -> None:
+        """Stop the model after too many failures in a row; the request at hand has failed by itself."""
+        self._failures_in_a_row += fault.kind != "context_too_long"
+        if self._failures_in_a_row >= FAILURES_IN_A_ROW:
+            self._work.stop(sentence("row", self._settings, f"{fault.kind}, {fault.detail}"))
+
+    async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
+        """Make one attempt, and tell the client by ``x-should-retry`` whether another one can help."""
+        call = _CALL.get()
+        if call.billed and not await self._work.pay_again(call.key, call.price):
+            raise _NoMoney
+        await self._pace.wait(call.tokens)
+        if self._work.summary.stopped:
+            raise ModelStopped(self._work.summary.stopped)
+        started = time.perf_counter()
+        call.attempts += 1
+        call.billed += 1
+        try:
+            async with asyncio.timeout(self._settings.timeout_seconds):
+                response = await super().send(request, **options)
+        except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.UnsupportedProtocol, httpx2.ProxyError) as error:
+            call.billed -= 1
+            call.fault = CallFault("unreachable", self._mask.line(str(error) or type(error).__name__), transient=True)
+            if not self._reached and call.attempts >= FIRST_ATTEMPTS:
+                raise ModelStopped(sentence("unreachable", self._settings, call.fault.detail)) from error
+            raise
+        except (TimeoutError, httpx2.TimeoutException) as error:
+            call.fault = CallFault("timeout", "no answer in time", transient=True)
+            raise httpx2.ReadTimeout("no answer in time", request=request) from error
+        except httpx2.DecodingError as error:
+            call.fault = CallFault("invalid_body", str(error))
+            return httpx2.Response(400, headers={"x-should-retry": "false"}, request=request)
+        except httpx2.RequestError as error:
+            call.fault = CallFault(
+                "connection_cut", self._mask.line(str(error) or type(error).__name__), transient=True
+            )
+            raise
+        finally:
+            call.latency = time.perf_counter() - started
+        self._reached = True
+        return self._judged(call, response)
+
+    def _judged(self, call: _Call, response: httpx2.Response) -> httpx2.Response:
+        """Read what came; the client is told what became of it, and nothing else."""
+        try:
+            if response.status_code != 200:
+                raise fault_of(response.status_code, response.headers, response.content)
+            call.answer = read_reply(response.content)
+        except CallFault as fault:
+            fault.detail = self._mask.line(fault.detail)
+            call.fault = fault
+            call.billed -= response.status_code != 200
+            headers = {"x-should-retry": str(fault.transient).lower()}
+            if fault.retry_after is not None:
+                headers["retry-after"] = str(fault.retry_after)
+            return httpx2.Response(500, headers=headers, request=response.request)
+        call.billed -= 1
+        return httpx2.Response(200, json={}, request=response.request)
+
+
+class Pace:
+    """Spaces requests evenly, because servers hold their limits over seconds as well as over minutes.
+
+    In any 60 seconds no more than the limit of requests are sent, and no more tokens beside those of the last request.
+    """
+
+    def __init__(self, requests_per_minute: int | None, tokens_per_minute: int | None) -> None:
+        """Start without a history: the first request may go at once."""
+        self._request_seconds = 60 / requests_per_minute if requests_per_minute else 0.0
+        self._token_seconds = 60 / tokens_per_minute if tokens_per_minute else 0.0
+        self._free_at = float("-inf")
+
+    def slot(self, tokens: int, now: float) -> float:
+        """Return the time at which a request of this many tokens may be sent, and keep that time for it."""
+        at = max(now, self._free_at)
+        self._free_at = at + max(self._request_seconds, tokens * self._token_seconds)
+        return at
+
+    async def wait(self, tokens: int) -> None:
+        """Wait until a request of this many tokens may be sent."""
+        now = time.monotonic()
+        await asyncio.sleep(self.slot(tokens, now) - now)

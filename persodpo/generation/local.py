@@ -1,65 +1,67 @@
-"""A model of this machine as a backend: greedy by default, many prompts together or one at a time on a warm model.
+"""A model of this machine: transformers' ``generate``, many prompts of like length together, or one on a warm model.
 
-Prompts wait in a pool as the engine hands them in; the longest waiting ones are answered together, so that little is
-padding. Sampling draws each token with a generator of the prompt's own, so a seed gives the same text whatever else is in
-the batch. A batch that does not fit the memory is halved.
+Greedy by default: the model's own generation settings without their sampling, as the authors ran it. On CUDA weights are
+bfloat16, elsewhere float32. A batch that does not fit the memory is halved.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+import json
+import platform
+import re
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from persodpo.config import Prices, TransformersModel
-from persodpo.generation.budget import Purse
-from persodpo.generation.requests import Answer, AnswerRequest, Limits, Request
-from persodpo.generation.writing import in_thread
-from persodpo.runfolder import sha256
+import torch
+from accelerate.utils import find_executable_batch_size
+from peft import PeftModel
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-if TYPE_CHECKING:
-    from persodpo.generation.decoding import Decoder
+from persodpo.completions import KEY
+from persodpo.config import TransformersModel
+from persodpo.errors import PersodpoError
+from persodpo.generation.ask import Work, in_thread
+from persodpo.generation.requests import Answer, Backend, ModelStopped, Request, folder_digest, stopping_the_model
 
-#: Prompts in the pool for each one of a batch, so that a batch can be made of prompts of like length.
+#: Prompts sorted by length together, for each one of a batch.
 POOL = 8
+WARM_UP_TOKENS = 8
+#: Loads a model and its tokenizer: name or folder; ``dtype`` and ``revision`` by keyword.
+Loader = Callable[..., tuple[Any, Any]]
 
 
-class TransformersBackend:
-    """A backend (`persodpo.generation.requests.Backend`) over transformers' ``generate``."""
+class TransformersBackend(Backend):
+    """Answers over transformers' ``generate``."""
 
-    def __init__(self, settings: TransformersModel, weights: str | Path) -> None:
+    def __init__(self, settings: TransformersModel, weights: str | Path, load: Loader) -> None:
         """Name the model; nothing is loaded yet.
 
         Args:
             settings: How it is asked.
             weights: A folder or a name on the Hugging Face Hub.
+            load: Loads it, when there is something to ask.
         """
         self.settings = settings
         self.weights = weights
         self.model = settings.model
         self.batch_size = 1 if settings.mode == "latency" else settings.batch_size
         self.concurrency = 1 if settings.mode == "latency" else settings.batch_size * POOL
-        self.prices = Prices(input_per_million=0, output_per_million=0)
-        self.limits = Limits()
-        self.local = True
+        self._load = load
 
     def identity(self) -> Mapping[str, object]:
         """Name the weights by their content, and the mode, for times of different modes are different measurements."""
-        return {
-            "kind": "transformers",
-            "mode": self.settings.mode,
-            "stop": self.settings.stop_at_json,
-            **self._contents,
-        }
+        shape = {"kind": "transformers", "mode": self.settings.mode, "stop": self.settings.stop_at_json}
+        return {**shape, **self._contents}
 
     @cached_property
     def _contents(self) -> dict[str, object]:
-        import torch  # noqa: PLC0415 - slow to load
-
         adapter = self.settings.adapter
         return {
             "weights": folder_digest(Path(self.weights)) or [str(self.weights), self.settings.revision],
@@ -67,82 +69,227 @@ class TransformersBackend:
             "dtype": "bfloat16" if torch.cuda.is_available() else "float32",
         }
 
-    @asynccontextmanager
-    async def open(self, purse: Purse) -> AsyncIterator[AnswerRequest]:
-        """Load the model; ``purse`` is not touched.
+    async def run(self, work: Work) -> None:
+        """Load the model and answer batch by batch, the longest prompts of those that wait first."""
+        with stopping_the_model():
+            decoder = await in_thread(Decoder, self.settings, self.weights, self._load)
+        try:
+            while pool := await self._take(work):
+                pool.sort(key=lambda item: -item[1].prompt_bytes)
+                for start in range(0, len(pool), self.batch_size):
+                    batch = pool[start : start + self.batch_size]
+                    # Not to the end where the run is interrupted: half a batch is none.
+                    answers = await asyncio.to_thread(decoder.answer, [request for _, request in batch])
+                    done = zip(batch, answers, strict=True)
+                    await asyncio.gather(*(work.done(*item, answer) for item, answer in done))
+        finally:
+            decoder.cancelled.set()
+
+    async def _take(self, work: Work) -> list[tuple[str, Request]]:
+        taken: list[tuple[str, Request]] = []
+        while len(taken) < self.concurrency and (item := await work.next()) is not None:
+            taken.append(item)
+        return taken
+
+
+class Decoder:
+    """A loaded model and its tokenizer."""
+
+    def __init__(self, settings: TransformersModel, weights: str | Path, load: Loader) -> None:
+        """Load the model, and warm it up for latency mode.
+
+        Args:
+            settings: How the model is asked.
+            weights: A folder or a name on the Hugging Face Hub.
+            load: As of `TransformersBackend`.
 
         Raises:
             PersodpoError: The model or its adapter cannot be loaded, or it has no chat template where it needs one.
         """
-        from persodpo.generation.decoding import Decoder  # noqa: PLC0415 - slow to load
+        self.cancelled = threading.Event()
+        self._settings = settings
+        cuda = torch.cuda.is_available()
+        dtype = torch.bfloat16 if cuda else torch.float32
+        model, self._tokenizer = load(weights, dtype=dtype, revision=settings.revision)
+        model = _with_adapter(model, settings.adapter) if settings.adapter else model
+        self._model: Any = model.to("cuda" if cuda else "cpu")
+        ends = self._model.generation_config.eos_token_id
+        ends = self._tokenizer.eos_token_id if ends is None else ends
+        self._ends = sorted(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        self._check_tokenizer()
+        self._limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
+        self.hardware = _hardware(dtype)
+        if settings.mode == "latency":
+            self._decode([self._ids("warm up")], [Request("warm-up", "warm up", WARM_UP_TOKENS, 0.0, None, "")])
 
-        decoder = await in_thread(Decoder, self.settings, self.weights)
-        session = _Session(decoder, self.batch_size)
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """Answer a batch; one that does not fit the memory is halved.
+
+        Args:
+            requests: The batch; temperature and seed are the first one's.
+
+        Returns:
+            An answer for each, in their order. A prompt that leaves no room for its longest answer fails.
+
+        Raises:
+            ModelStopped: Not even a single prompt fits the memory.
+        """
+        ids = [self._ids(request.prompt) for request in requests]
+        fits = [n for n, request in enumerate(requests) if len(ids[n]) + request.max_new_tokens <= self._limit]
+
+        def decode(batch_size: int) -> list[Answer]:
+            parts = [fits[start : start + batch_size] for start in range(0, len(fits), batch_size)]
+            return [one for part in parts for one in self._decode([ids[n] for n in part], [requests[n] for n in part])]
+
+        sizes = iter([len(fits) >> halvings for halvings in range(1, 64)])
         try:
-            yield session.answer
-        finally:
-            decoder.cancel()
-            await session.close()
+            # Accelerate collects garbage before each call, which is not for single prompts.
+            several = find_executable_batch_size(decode, len(fits), reduce_batch_size_fn=lambda: next(sizes))
+            answers = several() if len(fits) > 1 else decode(1)
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "reached zero" not in str(error):
+                raise
+            raise ModelStopped(
+                f"Model {self._settings.model} runs out of memory on a single prompt of {max(map(len, ids))} tokens; use a "
+                "smaller model or a larger GPU."
+            ) from error
+        by_place = dict(zip(fits, answers, strict=True))
+        return [by_place.get(n) or self._too_long(ids[n], request) for n, request in enumerate(requests)]
+
+    def _too_long(self, ids: list[int], request: Request) -> Answer:
+        error = (
+            f"The prompt of {len(ids)} tokens and an answer of {request.max_new_tokens} do not fit the {self._limit} tokens "
+            f"that {self._settings.model} takes."
+        )
+        return Answer("failed", failure="context_too_long", error=error, prompt_tokens=len(ids), hardware=self.hardware)
+
+    def _decode(self, ids: list[list[int]], requests: list[Request]) -> list[Answer]:
+        """Let the model go on from prompts that are padded on the left to one length."""
+        started = time.perf_counter()
+        width = max(map(len, ids))
+        padding, device = self._tokenizer.pad_token_id, self._model.device
+        rows = torch.tensor([[padding] * (width - len(row)) + row for row in ids], device=device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=device)
+        stop = _Stopping(self._tokenizer, width, self.cancelled, at_json=self._settings.stop_at_json)
+        with torch.inference_mode(), torch.random.fork_rng(enabled=bool(requests[0].temperature)):
+            if requests[0].temperature and requests[0].seed is not None:
+                text = f"{requests[0].seed} {[request.prompt for request in requests]!r}".encode("utf-8", "replace")
+                torch.manual_seed(int.from_bytes(hashlib.sha256(text).digest()[:4], "big"))
+            config = self._config(requests[0].temperature, max(request.max_new_tokens for request in requests))
+            made = self._model.generate(
+                input_ids=rows, attention_mask=mask, generation_config=config, stopping_criteria=StoppingCriteriaList([stop])
+            )  # fmt: skip
+        seconds = time.perf_counter() - started
+        read = zip(made[:, width:].tolist(), ids, requests, map(stop.closed.get, range(len(ids))), strict=True)
+        return [replace(self._read(*row), latency=seconds, batch_size=len(ids)) for row in read]
+
+    def _read(self, tokens: list[int], prompt: list[int], request: Request, closed: int | None) -> Answer:
+        """Take one completion out of its row, which goes on with padding after its end."""
+        said = tokens[: min(closed or request.max_new_tokens, request.max_new_tokens)]
+        end = next((place for place, token in enumerate(said) if token in self._ends), None)
+        ended = end is not None or len(said) == closed
+        said = said[:end]
+        return Answer(
+            "answered", str(self._tokenizer.decode(said, skip_special_tokens=True)), "stop" if ended else "length",
+            prompt_tokens=len(prompt), completion_tokens=len(said), hardware=self.hardware,
+        )  # fmt: skip
+
+    def _config(self, temperature: float | None, max_new_tokens: int) -> Any:
+        """Return the model's own generation settings: greedy, or drawn from the whole softmax at a temperature."""
+        config = GenerationConfig.from_dict(self._model.generation_config.to_dict())
+        drawn = {"temperature": temperature, "top_p": 1.0, "top_k": 0} if temperature else dict.fromkeys(
+            ("temperature", "top_p", "top_k")
+        )  # fmt: skip
+        config.update(  # type: ignore[no-untyped-call]
+            do_sample=bool(temperature), max_length=None, max_new_tokens=max_new_tokens,
+            pad_token_id=self._tokenizer.pad_token_id, eos_token_id=self._ends, **drawn,
+        )  # fmt: skip
+        return config
+
+    def _ids(self, prompt: str | Sequence[Any]) -> list[int]:
+        """Tokenise a prompt, a chat by the tokenizer's own template; a model is not asked after its own end of text."""
+        if not isinstance(prompt, str):
+            text = self._tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+            # The template writes the special tokens itself.
+            return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = list(self._tokenizer(prompt)["input_ids"])
+        return ids[:-1] if len(ids) > 1 and ids[-1] == self._tokenizer.eos_token_id else ids
+
+    def _check_tokenizer(self) -> None:
+        """Refuse a tokenizer that cannot do what the settings ask for, before anything is answered."""
+        settings, tokenizer = self._settings, self._tokenizer
+        if not self._ends:
+            raise PersodpoError(f"Model {settings.model} has no end-of-text token; use a tokenizer that names one.")
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(self._ends[0])
+        if settings.format == "raw":
+            return
+        system = [{"role": "system", "content": "x"}] if settings.format == "chat_with_system" else []
+        try:
+            tokenizer.apply_chat_template([*system, {"role": "user", "content": "x"}], tokenize=False)
+        except Exception as error:
+            said = " ".join(str(error).split())[:200]
+            raise PersodpoError(
+                f"The tokenizer of model {settings.model} cannot write format {settings.format} ({said}); choose chat (no "
+                "system message) or raw for it."
+            ) from error
 
 
-class _Session:
-    """Prompts that wait, and the one task that answers them batch by batch."""
+class _Stopping(StoppingCriteria):
+    """Ends rows at the end of their JSON object, and all of them on an interrupt."""
 
-    def __init__(self, decoder: Decoder, batch_size: int) -> None:
-        self._decoder = decoder
-        self._batch_size = batch_size
-        self._pool: list[tuple[Request, asyncio.Future[Answer]]] = []
-        self._task: asyncio.Task[None] | None = None
+    def __init__(self, tokenizer: Any, width: int, cancelled: threading.Event, *, at_json: bool) -> None:
+        self._tokenizer, self._width, self._cancelled, self._at_json = tokenizer, width, cancelled, at_json
+        self.closed: dict[int, int] = {}  # row -> its new tokens up to the end of its object
 
-    async def answer(self, request: Request) -> Answer:
-        """Answer one request; see `persodpo.generation.requests.Backend.open`."""
-        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._pool.append((request, future))
-        if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._run())
-        return await future
-
-    async def close(self) -> None:
-        """End the task that answers."""
-        if self._task is not None:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
-
-    async def _run(self) -> None:
-        """Answer what waits until nothing does."""
-        # All that ask at this moment are in the pool before the first batch is made.
-        await asyncio.sleep(0)
-        while self._pool:
-            self._pool.sort(key=lambda waiting: waiting[0].prompt_bytes)
-            batch, self._pool = self._pool[-self._batch_size :], self._pool[: -self._batch_size]
-            try:
-                answers = await in_thread(self._decoder.answer, [request for request, _ in batch])
-            except Exception as error:
-                for _, future in (*batch, *self._pool):
-                    if not future.done():
-                        future.set_exception(error)
-                self._pool.clear()
-                return
-            for (_, future), answer in zip(batch, answers, strict=True):
-                if not future.done():
-                    future.set_result(answer)
-            # Those that were answered hand in their next prompts.
-            await asyncio.sleep(0)
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        for row, ids in enumerate(input_ids if self._at_json else ()):
+            if row in self.closed or "}" not in self._tokenizer.decode(ids[-1:]):
+                continue
+            if answer_end(self._tokenizer.decode(ids[self._width :])):
+                self.closed[row] = len(ids) - self._width
+        over = self._cancelled.is_set()
+        return torch.tensor([over or row in self.closed for row in range(len(input_ids))], device=input_ids.device)
 
 
-def folder_digest(folder: Path) -> str | None:
-    """Return the hex sha256 of a model's or adapter's files, None if there is no such folder.
+def answer_end(text: str) -> int | None:
+    """Return where the first JSON object with the key ``response`` ends; None while it is open or has not begun."""
+    start = text.find("{")
+    while start >= 0:
+        try:
+            value, end = json.JSONDecoder().raw_decode(text, start)
+        except json.JSONDecodeError as error:
+            if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated"):
+                return None
+            end = start + 1  # a brace that opens no object
+        except RecursionError:
+            return None
+        else:
+            if isinstance(value, dict) and KEY in value:
+                return end
+        start = text.find("{", end)
+    return None
 
-    Pictures, cards and records beside the model shape no answer and are left out.
-    """
-    files = sorted(
-        path for path in folder.glob("*") if path.suffix in {".safetensors", ".json", ".txt", ".model", ".jinja"}
-    )
-    files = [path for path in files if path.name not in {"policy.json", "arm.json", "trainer_state.json"}]
-    if not any(path.suffix == ".safetensors" for path in files):
-        return None
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.name} {sha256(path)}\n".encode())
-    return digest.hexdigest()
+
+def _with_adapter(model: Any, folder: Path) -> Any:
+    """Put a LoRA adapter on a model; only weights in safetensors are read."""
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise PersodpoError(
+            f"{folder} holds no adapter_model.safetensors; name the folder of a LoRA adapter saved by peft."
+        )
+    try:
+        return PeftModel.from_pretrained(model, str(folder))
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise PersodpoError(
+            f"The adapter in {folder} does not fit its model ({type(error).__name__}); name the weights it was trained on."
+        ) from error
+
+
+def _hardware(dtype: torch.dtype) -> str:
+    """Say what answers are computed on, so that times of different machines are never averaged."""
+    kind = str(dtype).removeprefix("torch.")
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, {kind}"
+    told = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").is_file() else ""
+    names = re.findall(r"^model name\s*: (.+)$", told, re.MULTILINE)
+    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads, {kind}"

@@ -1,67 +1,57 @@
-"""Prompt in, answer out: what the engine, the store and every backend agree on.
+"""Prompt in, answer out: what asking, the store and every backend agree on.
 
-A backend says how it is to be treated (its model's name, how many prompts at a time, its prices and limits) and, once
-opened, answers one request after another. What shapes an answer, and nothing else, is part of its key, so an answer is
-found again under another address or on another day and never taken for that of another model, prompt or setting.
+What shapes an answer, and nothing else, is part of its key, so an answer is found again under another address or on another
+day and never taken for that of another model, prompt or setting.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypedDict
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from persodpo.config import Prices
+import pandas as pd
+
+from persodpo.config import AskedModel, Prices, Profile
 from persodpo.errors import PersodpoError
-from persodpo.generation.budget import Purse
+from persodpo.prompts import load_system, load_template, render, template_digest, token_budget
+from persodpo.runfolder import sha256
+
+if TYPE_CHECKING:
+    from persodpo.generation.ask import Work
 
 #: Why a request was not answered. The first two lie with the prompt, the others with the call.
 FAILURES = (
     "context_too_long", "rejected", "rate_limited", "server_error", "timeout", "connection_cut", "invalid_body",
     "no_choice", "unreachable",
 )  # fmt: skip
+#: What leads a turn; a context of nothing else says nothing.
+_SPEAKER = re.compile(r"^\w+:", re.MULTILINE)
 
 
-class Message(TypedDict):
-    """One turn of a chat.
-
-    Attributes:
-        role: ``system``, ``user`` or ``assistant``.
-        content: Its text.
-    """
-
-    role: str
-    content: str
+#: One turn of a chat: its role (``system``, ``user`` or ``assistant``) and its content.
+Message = dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt and how it is to be answered.
+    """One prompt and how it is to be answered; one without text is refused, for some servers answer it nevertheless."""
 
-    Attributes:
-        dialogue_id: The dialogue that the prompt was rendered from.
-        prompt: Raw text, or the messages of a chat.
-        max_new_tokens: Longest answer, tokens.
-        temperature: 0 is greedy; None leaves it to the server, as some models accept no other than their own.
-        seed: Of sampling; None for none.
-        template: Hash of the template that the prompt was rendered with.
-
-    Raises:
-        PersodpoError: The prompt holds no text.
-    """
-
-    dialogue_id: str
-    prompt: str | tuple[Message, ...]
-    max_new_tokens: int
-    temperature: float | None
-    seed: int | None
-    template: str
+    dialogue_id: str  # that the prompt was rendered from
+    prompt: str | tuple[Message, ...]  # raw text, or a chat
+    max_new_tokens: int  # of the longest answer
+    temperature: float | None  # 0: greedy; None: the server's own, as some models accept no other
+    seed: int | None  # of sampling
+    template: str  # hash of the prompt's template
 
     def __post_init__(self) -> None:
-        """Refuse an empty prompt, which some servers answer nevertheless."""
+        """Raise PersodpoError for an empty prompt."""
         if not any(text.strip() for text in self.texts):
             raise PersodpoError(
                 f"The prompt of dialogue '{self.dialogue_id}' is empty; give the dialogue a context or leave it out."
@@ -80,91 +70,67 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What became of one request.
-
-    Attributes:
-        outcome: ``answered`` if the model said something, a refusal included; else ``failed``.
-        completion: The generated text, None for a failure.
-        finish_reason: ``stop``, ``length``, ``content_filter``, ``refusal`` or the server's own word; None if unknown.
-        failure: One of `FAILURES`, None for an answer.
-        error: What went wrong, in one line without secrets; None for an answer.
-        prompt_tokens: As the server counted them; None if it did not say.
-        completion_tokens: As above.
-        cost: US dollars. Attempts that may have been billed without an answer count with their highest possible price.
-        latency: Seconds of the last attempt.
-        attempts: How often the request was sent.
-        batch_size: Prompts answered together with this one, itself included, in ``latency`` seconds; None where only
-            the server knows.
-        hardware: What the model ran on, None where only the server knows.
-    """
+    """What became of one request; ``answered`` if the model said something, a refusal included."""
 
     outcome: Literal["answered", "failed"]
-    completion: str | None = None
-    finish_reason: str | None = None
-    failure: str | None = None
-    error: str | None = None
-    prompt_tokens: int | None = None
+    completion: str | None = None  # the text as it came, None for a failure
+    finish_reason: str | None = None  # stop, length, content_filter, refusal, or another word that ends an answer
+    failure: str | None = None  # one of FAILURES, None for an answer
+    error: str | None = None  # what went wrong, in one line without secrets
+    prompt_tokens: int | None = None  # as the server counted them
     completion_tokens: int | None = None
-    cost: float = 0.0
-    latency: float = 0.0
+    cost: float = 0.0  # US dollars; attempts that may have been billed without an answer count at their highest price
+    latency: float = 0.0  # seconds of the last attempt
     attempts: int = 1
-    batch_size: int | None = None
-    hardware: str | None = None
+    batch_size: int | None = None  # prompts answered together in that time, None where only the server knows
+    hardware: str | None = None  # what the model ran on, as above
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How much a server takes in a minute; None for no limit.
-
-    Attributes:
-        requests_per_minute: Requests, repeated ones included.
-        tokens_per_minute: Tokens of prompts and longest answers together.
-    """
-
-    requests_per_minute: int | None = None
-    tokens_per_minute: int | None = None
-
-
-class ModelStopped(PersodpoError):  # noqa: N818 - says what happened, like BudgetReached
+class ModelStopped(PersodpoError):  # noqa: N818 - says what happened
     """No further request to this model can succeed; the other models go on."""
 
 
-AnswerRequest = Callable[[Request], Awaitable[Answer]]
+@contextmanager
+def stopping_the_model() -> Iterator[None]:
+    """Turn what is wrong with one model into `ModelStopped`."""
+    try:
+        yield
+    except PersodpoError as error:
+        raise ModelStopped(str(error)) from error
 
 
-class Backend(Protocol):
-    """Where the answers of one model come from."""
+class Backend(ABC):
+    """Where the answers of one model come from; what is said here holds for a model of this machine."""
 
-    @property
-    def model(self) -> str:
-        """Name of the model in all tables."""
+    model: str  # its name in all tables
+    concurrency: int  # how many requests it wants at a time
+    prices: Prices | None = Prices(input_per_million=0, output_per_million=0)  # None if unknown
+    minute: tuple[int | None, int | None] = (None, None)  # requests, and tokens, that its server takes in a minute
+    local = True  # asked when no other model is, so that its times are its own
 
-    @property
-    def concurrency(self) -> int:
-        """How many requests it wants at a time."""
-
-    @property
-    def prices(self) -> Prices | None:
-        """Prices of its tokens; None if unknown."""
-
-    @property
-    def limits(self) -> Limits:
-        """What its server takes in a minute."""
-
-    @property
-    def local(self) -> bool:
-        """True for a model of this machine, which is asked when no other is, so that its times are its own."""
-
+    @abstractmethod
     def identity(self) -> Mapping[str, object]:
         """Return, as JSON-like content, what shapes an answer besides its request."""
 
-    def open(self, purse: Purse) -> AbstractAsyncContextManager[AnswerRequest]:
-        """Connect or load the model; gives the function that answers one request, called `concurrency` times at once.
+    def highest_cost(self, request: Request) -> float:
+        """Return what is to be set aside before a request is sent, US dollars: the most that one attempt can cost."""
+        return 0.0
 
-        Whatever costs money is reserved in ``purse`` before it is spent. The function returns failures as answers. It
-        raises `ModelStopped` or `BudgetReached` where no further request can be made; that request was then not
-        answered and counts as left to do. Opening raises PersodpoError if the model cannot be had at all.
+    @abstractmethod
+    async def run(self, work: Work) -> None:
+        """Connect or load the model, take requests from ``work`` until there is none, and hand in their answers.
+
+        Raises:
+            ModelStopped: The model cannot be had, or no further request can succeed.
         """
+
+
+class Job(NamedTuple):
+    """What one model is to answer."""
+
+    requests: Iterable[Request]  # gone through once
+    backend: Backend
+    total: int | None = None  # of the progress bar, where the iterable does not know it
 
 
 def request_key(request: Request, backend: Backend) -> str:
@@ -175,3 +141,61 @@ def request_key(request: Request, backend: Backend) -> str:
         "backend": backend.identity(),
     }  # fmt: skip
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def requests_for(dialogues: pd.DataFrame, settings: AskedModel, profile: Profile) -> Iterator[Request]:
+    """Return what one model is to answer.
+
+    Args:
+        dialogues: Rows of the dialogues table.
+        settings: How the model is asked.
+        profile: Template, word limit, token budget and sampling.
+
+    Returns:
+        One request per dialogue, rendered as it is taken.
+
+    Raises:
+        PersodpoError: A template is wrong, or a dialogue has no context.
+    """
+    template = load_template(profile.prompts.template)
+    system = load_system(profile.prompts.system, profile.prompts) if settings.format == "chat_with_system" else None
+    said = dialogues["context"].fillna("").str.replace(_SPEAKER, "", regex=True).str.strip()
+    empty = dialogues.loc[said == "", "dialogue_id"]
+    if len(empty):
+        raise PersodpoError(
+            f"Dialogue '{empty.iloc[0]}' has no context to answer ({len(empty)} such dialogues); leave it out of its file."
+        )
+    temperature, digest = profile.generation.temperature, template_digest(template, system)
+    budget = token_budget(template, profile.prompts.max_words, fits_words=profile.corrects("A5"))
+    seed = profile.seed if temperature else None
+    rows = zip(dialogues["dialogue_id"], dialogues["personas"], dialogues["context"], strict=True)
+
+    def request(dialogue_id: str, personas: list[str], context: str) -> Request:
+        text = render(template, personas, context, profile.prompts, persona_lines=profile.corrects("A10a"))
+        prompt = text if settings.format == "raw" else as_messages(text, system)
+        return Request(dialogue_id, prompt, budget, temperature, seed, digest)
+
+    return (request(*row) for row in rows)
+
+
+def as_messages(prompt: str, system: str | None) -> tuple[Message, ...]:
+    """Return a prompt as a chat of one user message, after the system message if there is one."""
+    first = (Message(role="system", content=system),) if system else ()
+    return (*first, Message(role="user", content=prompt))
+
+
+def folder_digest(folder: Path) -> str | None:
+    """Return the hex sha256 of a model's or adapter's files, None if there is no such folder.
+
+    Pictures, cards and records beside the model shape no answer and are left out.
+    """
+    files = sorted(
+        path for path in folder.glob("*") if path.suffix in {".safetensors", ".json", ".txt", ".model", ".jinja"}
+    )
+    files = [path for path in files if path.name not in {"policy.json", "arm.json", "trainer_state.json"}]
+    if not any(path.suffix == ".safetensors" for path in files):
+        return None
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.name} {sha256(path)}\n".encode())
+    return digest.hexdigest()

@@ -1,70 +1,54 @@
-"""What became of a model's requests, counted as answers come in."""
+"""What asking a model would take, what came of it, and its answers as a table."""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Literal
 
+import pandas as pd
+
 from persodpo.completions import read_completion
-from persodpo.generation.requests import Answer
+from persodpo.generation.requests import Answer, Backend, Job, Request, request_key
+from persodpo.generation.store import CHUNK, Store
+from persodpo.tables import schema_of, with_none
 
 Reading = Literal["as_released", "strict"]
-
-
-def outcome_of(answer: Answer, reading: Reading) -> str:
-    """Return an answer's outcome class (`persodpo.completions.OUTCOMES`); what has no answer is ``api_error``."""
-    return "api_error" if answer.failure is not None else read_completion(answer.completion, reading).outcome
+#: Bytes of English text to a token, where no stored answer says better.
+BYTES_PER_TOKEN = 4
 
 
 @dataclass
 class Summary:
-    """What became of one model's requests.
-
-    Attributes:
-        model: The model's name.
-        asked: Requests that were sent, each counted once: answered and failed.
-        answered: Of these, with an answer.
-        failed: Failures by class.
-        outcomes: What the answers read as, and the failures as ``api_error``, in the order in which they first came.
-        skipped: Requests whose answer (or failure) was stored already, or that stood twice in this run.
-        busy: Requests that another process is asking.
-        left: Requests still to be asked, because the model was stopped.
-        truncated: Answers that reached their longest length.
-        prompt_tokens: As far as the server counted them.
-        completion_tokens: As above.
-        cost: US dollars of this run; None if the prices are unknown.
-        seconds: Wall time.
-        stopped: Why the model was stopped, None if it went through.
-    """
+    """What became of one model's requests."""
 
     model: str
-    asked: int = 0
+    asked: int = 0  # requests that were sent, each counted once: answered and failed
     answered: int = 0
-    failed: dict[str, int] = field(default_factory=dict)
-    outcomes: Counter[str] = field(default_factory=Counter)
-    skipped: int = 0
-    busy: int = 0
-    left: int = 0
-    truncated: int = 0
-    prompt_tokens: int = 0
+    failed: Counter[str] = field(default_factory=Counter)  # by class
+    outcomes: Counter[str] = field(default_factory=Counter)  # what the answers read as; failures are api_error
+    skipped: int = 0  # stored already, or a second time in this run
+    left: int = 0  # still to be asked, because the model was stopped
+    truncated: int = 0  # answers that reached their longest length
+    prompt_tokens: int = 0  # as far as the server counted them
     completion_tokens: int = 0
-    cost: float | None = 0.0
+    cost: float | None = 0.0  # US dollars of this run; None if the prices are unknown
     seconds: float = 0.0
-    stopped: str | None = None
+    stopped: str | None = None  # why the model was stopped
 
     def __str__(self) -> str:
         """Return one line for logs and notebooks."""
         failed = ", ".join(f"{count:,} {name}" for name, count in sorted(self.failed.items()))
         cost = "cost unknown" if self.cost is None else f"${self.cost:,.4f}"
         parts = [
-            f"{self.answered:,} answered", f"{sum(self.failed.values()):,} failed" + (f" ({failed})" if failed else ""),
+            f"{self.answered:,} answered", f"{self.failed.total():,} failed" + (f" ({failed})" if failed else ""),
             f"{self.skipped:,} stored before", f"{self.truncated:,} cut off at their longest length",
             f"{self.prompt_tokens:,} + {self.completion_tokens:,} tokens", cost, f"{self.seconds:,.1f} s",
         ]  # fmt: skip
         read = ", ".join(f"{count:,} {name}" for name, count in self.outcomes.most_common())
         parts += [f"read as {read}"] if read else []
-        parts += [f"{self.busy:,} left to another process"] if self.busy else []
         parts += [f"{self.left:,} left to do: {self.stopped}"] if self.stopped else []
         return f"{self.model}: {', '.join(parts)}"
 
@@ -77,7 +61,111 @@ class Summary:
         self.truncated += answer.finish_reason == "length"
         if self.cost is not None:
             self.cost += answer.cost
-        if answer.failure is None:
-            self.answered += 1
-        else:
-            self.failed[answer.failure] = self.failed.get(answer.failure, 0) + 1
+        self.answered += answer.failure is None
+        if answer.failure is not None:
+            self.failed[answer.failure] += 1
+
+
+def outcome_of(answer: Answer, reading: Reading) -> str:
+    """Return an answer's outcome class (`persodpo.completions.OUTCOMES`); what has no answer is ``api_error``."""
+    return "api_error" if answer.failure is not None else read_completion(answer.completion, reading).outcome
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What one model's run would take."""
+
+    model: str
+    requests: int
+    stored: int  # of these, answered or failed already
+    to_ask: int
+    sample: int  # stored answers that the expectation rests on; 0: four bytes a token, every answer at its longest
+    prompt_tokens: int
+    completion_tokens: int
+    cost: float | None  # US dollars, None if the prices are unknown
+    highest_cost: float | None  # if every answer reaches its longest length
+    seconds: float | None  # None without a sample, unless the endpoint's limits decide
+
+    def __str__(self) -> str:
+        """Return one line for the command and notebooks."""
+        basis = f"from {self.sample:,} stored answers" if self.sample else "from text lengths, nothing is stored yet"
+        cost = "cost unknown" if self.cost is None else f"${self.cost:,.2f} (at most ${self.highest_cost:,.2f})"
+        took = "time unknown" if self.seconds is None else f"{self.seconds:,.0f} s"
+        return (
+            f"{self.model}: {self.to_ask:,} of {self.requests:,} requests to ask, {self.prompt_tokens:,} + "
+            f"{self.completion_tokens:,} tokens, {cost}, {took}; {basis}"
+        )
+
+
+def forecast(requests: Iterable[Request], backend: Backend, store: Store, *, retry_failed: bool = False) -> Forecast:
+    """Forecast what `persodpo.generation.ask.generate` would do; nothing is sent and nothing written.
+
+    Args:
+        requests: As for ``generate``; gone through once, in flat memory.
+        backend: Its prices, limits and concurrency are used, it is not opened.
+        store: Stored answers are not asked again, and those of this model to the same template say how many tokens and
+            seconds an answer takes.
+        retry_failed: As for ``generate``.
+
+    Returns:
+        The forecast.
+
+    Raises:
+        PersodpoError: The store fails.
+    """
+    total = to_ask = prompt_bytes = longest = 0
+    template, remaining = "", iter(requests)
+    while chunk := list(islice(remaining, CHUNK)):
+        by_key = {request_key(request, backend): request for request in chunk}
+        template, total = template or chunk[0].template, total + len(chunk)
+        missing = [by_key[key] for key in store.missing(by_key, retry_failed)]
+        to_ask += len(missing)
+        prompt_bytes += sum(request.prompt_bytes for request in missing)
+        longest += sum(request.max_new_tokens for request in missing)
+    sample = store.experience(backend.model, template, backend.concurrency)
+    prompt_tokens = round(prompt_bytes * (sample.tokens_per_byte if sample else 1 / BYTES_PER_TOKEN))
+    expected = min(longest, round(to_ask * sample.completion_tokens)) if sample else longest
+    (requests_a_minute, tokens_a_minute), prices = backend.minute, backend.prices
+    bounds = [
+        to_ask * sample.seconds if sample else None,
+        60 * to_ask / requests_a_minute if requests_a_minute else None,
+        60 * (prompt_tokens + longest) / tokens_a_minute if tokens_a_minute else None,
+    ]
+    return Forecast(
+        model=backend.model, requests=total, stored=total - to_ask, to_ask=to_ask, sample=sample.answers if sample else 0,
+        prompt_tokens=prompt_tokens, completion_tokens=expected,
+        cost=prices.cost(prompt_tokens, expected) if prices else None,
+        highest_cost=prices.cost(prompt_tokens, longest) if prices else None,
+        seconds=max((bound for bound in bounds if bound is not None), default=None),
+    )  # fmt: skip
+
+
+def stored_answers(store: Store, jobs: Iterable[tuple[Job, Sequence[str]]], reading: Reading) -> pd.DataFrame:
+    """Return what the store holds of some jobs.
+
+    Args:
+        store: The store.
+        jobs: Each with the splits of its dialogues; its requests are gone through.
+        reading: How completions are read.
+
+    Returns:
+        An answers table (`persodpo.tables.SCHEMAS`), a row for each request that was answered or has failed.
+    """
+    rows = []
+    for job, splits in jobs:
+        requests = list(zip(job.requests, splits, strict=True))
+        keys = [request_key(request, job.backend) for request, _ in requests]
+        for (request, split), (_, entry) in zip(requests, store.entries(keys), strict=True):
+            if entry is None:
+                continue
+            rows.append({
+                **asdict(entry.answer), "dialogue_id": request.dialogue_id, "split": split, "model": job.backend.model,
+                "response": read_completion(entry.answer.completion, reading).response,
+                "outcome": outcome_of(entry.answer, reading), "response_time": entry.answer.latency,
+                "created": entry.created,
+            })  # fmt: skip
+    frame = pd.DataFrame(rows, columns=schema_of("answers").names)
+    whole = {
+        name: frame[name].astype("Int64") for name in ("batch_size", "prompt_tokens", "completion_tokens", "attempts")
+    }
+    return with_none(frame.assign(**whole))

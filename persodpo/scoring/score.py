@@ -23,7 +23,7 @@ from tqdm import tqdm
 from persodpo.errors import PersodpoError
 from persodpo.imports import code_of
 from persodpo.runfolder import digest_of
-from persodpo.sqlite import Sentences, connect, lay_out, transaction
+from persodpo.sqlite import Content, connect, lay_out, transaction
 
 #: Texts scored, and written to the cache, together.
 BATCH = 256
@@ -34,17 +34,7 @@ CREATE TABLE scores (key BLOB PRIMARY KEY, value REAL NOT NULL, unread REAL NOT 
 PRAGMA application_id = {APPLICATION};
 PRAGMA user_version = {VERSION};
 """
-_FULL = (
-    "The disk holding {path} is full or refuses to write; free some space and run again, scores that were stored are "
-    "safe."
-)
-_SENTENCES = Sentences(
-    locked="The cached scores in {path} are locked by another process; wait for it.",
-    damaged="The cached scores in {path} are damaged; delete the file, they will be computed again.",
-    full=_FULL,
-    refusing=_FULL,
-    closed="{path} cannot be opened for writing; make the file and its folder writable.",
-)
+_CONTENT = Content("cached scores", "delete the file, they will be computed again")
 
 
 class Item(NamedTuple):
@@ -122,7 +112,7 @@ class ScoreCache:
             PersodpoError: The file is damaged, locked, of another program or version, or cannot be made.
         """
         self.path = path
-        self._connection = connect(path, wait_seconds, self._prepare, sentences=_SENTENCES)
+        self._connection = connect(path, wait_seconds, self._prepare, content=_CONTENT)
 
     def __enter__(self) -> Self:
         """Return the open cache."""
@@ -135,7 +125,7 @@ class ScoreCache:
     def find(self, keys: Sequence[bytes]) -> dict[bytes, tuple[float, float]]:
         """Return value and unread share of those keys that are stored."""
         stored: dict[bytes, tuple[float, float]] = {}
-        with _SENTENCES.of(self.path):
+        with _CONTENT.faults(self.path):
             for start in range(0, len(keys), 500):
                 part = keys[start : start + 500]
                 query = f"SELECT key, value, unread FROM scores WHERE key IN ({', '.join('?' * len(part))})"
@@ -145,7 +135,7 @@ class ScoreCache:
     def store(self, keys: Sequence[bytes], scored: Scored) -> None:
         """Write a batch in one transaction; when this returns, its scores outlive the process."""
         rows = zip(keys, map(float, scored.values), map(float, scored.unread), strict=True)
-        with _SENTENCES.of(self.path), transaction(self._connection):
+        with _CONTENT.faults(self.path), transaction(self._connection):
             self._connection.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?)", sorted(rows))
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
@@ -156,7 +146,6 @@ class ScoreCache:
                 f"{self.path} holds no cached scores of this version of persodpo; move it away, or delete it if it is a "
                 "cache: its scores will be computed again."
             )
-        connection.execute("PRAGMA journal_mode = WAL")
         # Scores outlive a killed process; those of the last moments before a power cut are computed again.
         connection.execute("PRAGMA synchronous = NORMAL")
 

@@ -14,7 +14,7 @@ from typing import Any
 from persodpo.config import Profile
 from persodpo.errors import PersodpoError
 from persodpo.runfolder import RunFolder, StageReport
-from persodpo.stages import ablate, audit, cards, dialogues, evaluate, figures, generate, pairs, score, train
+from persodpo.stages import ablate, asking, audit, cards, dialogues, evaluate, figures, generate, pairs, score, train
 from persodpo.stages.base import Stage, published_at_hand
 
 __all__ = ["STAGES", "make", "plan", "published_at_hand"]
@@ -70,7 +70,7 @@ def make(profile: Profile, name: str, overwrite: bool = False, **options: Any) -
     reports: list[object] = []
     steps = plan(profile, name, options)
     folders = {profile.name: RunFolder(profile) for profile, *_ in steps}
-    wait = generate.WAIT_SECONDS if name == "dialogues" or STAGES[name].shared else 0.0
+    wait = asking.WAIT_SECONDS if name == "dialogues" or STAGES[name].shared else 0.0
     with ExitStack() as held:
         for step in steps:
             run, stage = folders[step[0].name], STAGES[step[1]]

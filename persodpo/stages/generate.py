@@ -5,48 +5,29 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
 import persodpo.completions
-import persodpo.generation.asking
 import persodpo.own_data
-from persodpo.config import AskedModel, Profile, ServedModel, TransformersModel
+from persodpo.config import Profile
 from persodpo.errors import PersodpoError
-from persodpo.generation.asking import backend_for, job_for, stored_answers
-from persodpo.generation.engine import Job, generate_all
-from persodpo.generation.forecast import Forecast, forecast
+from persodpo.generation.ask import generate_all
+from persodpo.generation.requests import Job
 from persodpo.generation.store import Store
-from persodpo.generation.summary import Summary
+from persodpo.generation.summary import Forecast, Summary, forecast, stored_answers
 from persodpo.release import published
 from persodpo.runfolder import PROJECT, RunFolder, StageReport
+from persodpo.stages.asking import WAIT_SECONDS, Scope, entry_of, is_small_policy, jobs_of
 from persodpo.stages.base import Need, Targets, published_files
 from persodpo.tables import write_table
 
-SPLITS = ("train", "valid")
-#: How long the tables of answers wait for another process that works in the run folder.
-WAIT_SECONDS = 60.0
 _UNFINISHED = (
     "Not every prompt is answered yet ({summary}); run `persodpo {command} --profile {profile}` again, what is stored is "
     "not asked again."
 )
-
-
-@dataclass(frozen=True)
-class Scope:
-    """Which prompts of a run are meant.
-
-    Attributes:
-        models: Names of backends.
-        splits: Of the dialogues.
-        limit: Dialogues of each split, from the first on; None for all.
-    """
-
-    models: tuple[str, ...]
-    splits: tuple[str, ...] = SPLITS
-    limit: int | None = None
 
 
 def needs(profile: Profile) -> list[Need]:
@@ -91,7 +72,7 @@ def check_finished(summaries: Sequence[Summary], profile: Profile, command: str)
         PersodpoError: One has; says how to go on.
     """
     for summary in summaries:
-        if summary.stopped or summary.busy:
+        if summary.stopped:
             raise PersodpoError(_UNFINISHED.format(summary=summary, command=command, profile=profile.name))
 
 
@@ -159,7 +140,7 @@ def needs_to_ask(profile: Profile, scope: Scope, **_: object) -> list[Need]:
     Raises:
         PersodpoError: A model is unknown.
     """
-    small = [_is_small_policy(_entry(profile, model), profile) for model in scope.models]
+    small = [is_small_policy(entry_of(profile, model), profile) for model in scope.models]
     return [Need("generate" if any(small) else "dialogues")]
 
 
@@ -190,7 +171,7 @@ def ask(
 def forecasts(run: RunFolder, scope: Scope, retry_failed: bool = False) -> list[Forecast]:
     """Say what `ask` would take in a run with dialogues; nothing is sent, loaded or written."""
     with _store(run) as store:
-        jobs = [job for job, _ in _jobs(run, scope, store, make_policy=False)]
+        jobs = [job for job, _ in jobs_of(run, scope, make_policy=False)]
         return [forecast(job.requests, job.backend, store, retry_failed=retry_failed) for job in jobs]
 
 
@@ -211,46 +192,6 @@ def forecast_report(run: RunFolder, scope: Scope, retry_failed: bool = False) ->
     )
 
 
-def asked_scope(profile: Profile, models: Sequence[str], splits: Sequence[str], limit: int | None) -> Scope:
-    """Return a scope of known models and splits; without models, those of the profile.
-
-    Raises:
-        PersodpoError: A model has no entry in ``generation.backends``, or none is named and the profile reads published
-            responses; a split is unknown.
-    """
-    unknown = [split for split in splits if split not in SPLITS]
-    if unknown:
-        raise PersodpoError(f"There is no split '{unknown[0]}'; name {' or '.join(SPLITS)}.")
-    if not models and profile.generation.source != "models":
-        names = ", ".join(entry.model for entry in profile.generation.backends)
-        raise PersodpoError(
-            f"This profile asks no model, its responses are read; name the models to ask with --models ({names})."
-        )
-    for model in models:
-        _entry(profile, model)
-    return Scope(tuple(models) or profile.generation.models, tuple(splits) or SPLITS, limit)
-
-
-def _entry(profile: Profile, model: str) -> AskedModel:
-    """Return how a model is asked."""
-    known = {entry.model: entry for entry in profile.generation.backends}
-    if model not in known:
-        names = ", ".join(known) or "none"
-        raise PersodpoError(f"Model '{model}' has no entry in generation.backends; there are: {names}.")
-    return known[model]
-
-
-def _is_small_policy(entry: AskedModel, profile: Profile) -> bool:
-    names_policy = isinstance(entry, (TransformersModel, ServedModel)) and entry.weights == "policy"
-    is_policy = names_policy and profile.policy.model == "small"
-    if is_policy and profile.generation.source == "models":
-        raise PersodpoError(
-            f"Model {entry.model} is the small policy, which is made from responses that are there already; with "
-            "generation.source=models name other weights for it."
-        )
-    return is_policy
-
-
 @contextmanager
 def _store(run: RunFolder) -> Iterator[Store]:
     """Open the store to look things up; where there is none, an empty one that leaves no file."""
@@ -262,49 +203,13 @@ def _ask(run: RunFolder, scope: Scope, *, retry_failed: bool, progress: bool) ->
     profile = run.profile
     with Store(run.answers) as store:
         return generate_all(
-            [job for job, _ in _jobs(run, scope, store, make_policy=True)],
+            [job for job, _ in jobs_of(run, scope, make_policy=True)],
             store,
             budget_usd=profile.generation.budget_usd,
             retry_failed=retry_failed,
             progress=progress,
             reading=profile.reading,
         )
-
-
-def _jobs(run: RunFolder, scope: Scope, store: Store, *, make_policy: bool) -> list[tuple[Job, list[str]]]:
-    """Return what each model of the scope is to answer, with the splits of its dialogues."""
-    table = run.read("dialogues")
-    parts = [part if scope.limit is None else part.head(scope.limit)
-             for part in (table[table["split"] == split] for split in scope.splits)]  # fmt: skip
-    dialogues = pd.concat(parts)
-    jobs = []
-    for model in scope.models:
-        entry = _entry(run.profile, model)
-        backend = backend_for(entry, run.profile, _weights(run, entry, make_policy=make_policy), store)
-        jobs.append((job_for(dialogues, entry, run.profile, backend), dialogues["split"].tolist()))
-    return jobs
-
-
-def _weights(run: RunFolder, entry: AskedModel, *, make_policy: bool) -> str | Path:
-    """Return the weights of a model of this machine, as a folder or a name on the Hub."""
-    if not isinstance(entry, (TransformersModel, ServedModel)):
-        return ""
-    from persodpo.stages import policy  # noqa: PLC0415 - only needed for local models
-
-    name = entry.weights
-    small = _is_small_policy(entry, run.profile)
-    if name == "policy" and not small:
-        name = run.profile.policy.model
-    miniature = name.startswith(policy.PREFIX)
-    if (small or miniature) and make_policy:
-        with run.locked(WAIT_SECONDS):
-            return policy.miniature_model(run, name) if miniature else policy.start_policy(run)
-    if miniature:
-        return policy.miniature_folder(run) / name.removeprefix(policy.PREFIX)
-    if small:
-        return policy.policy_folder(run)
-    folder = PROJECT / name
-    return folder if folder.is_dir() else name
 
 
 def _write_answers(run: RunFolder) -> StageReport:
@@ -315,15 +220,15 @@ def _write_answers(run: RunFolder) -> StageReport:
         for entry in profile.generation.backends:
             # Under a backend that cannot be made, nothing can have been stored.
             with suppress(PersodpoError):
-                jobs += _jobs(run, Scope((entry.model,)), store, make_policy=False)
-        frame = stored_answers(store, jobs, profile)
+                jobs += jobs_of(run, Scope((entry.model,)), make_policy=False)
+        frame = stored_answers(store, jobs, profile.reading)
     return write_answers(run, "answers", frame)
 
 
 def _asked_responses(run: RunFolder, scope: Scope, overwrite: bool) -> StageReport:
     """Write the responses of the models that are ranked."""
     with _store(run) as store:
-        frame = stored_answers(store, _jobs(run, scope, store, make_policy=False), run.profile)
+        frame = stored_answers(store, jobs_of(run, scope, make_policy=False), run.profile.reading)
     frame = frame.sort_values("dialogue_id", kind="stable", ignore_index=True)
     return write_answers(run, "responses", frame, overwrite=overwrite)
 

@@ -14,13 +14,15 @@ from persodpo import pairs
 from persodpo.completions import repeats_sentence
 from persodpo.config import Profile, TransformersModel
 from persodpo.errors import PersodpoError
-from persodpo.generation.asking import backend_for, job_for, stored_answers
-from persodpo.generation.engine import Job, generate_all
+from persodpo.generation.ask import generate_all
+from persodpo.generation.requests import Job
 from persodpo.generation.store import Store
+from persodpo.generation.summary import stored_answers
 from persodpo.miniature.judge import judge
 from persodpo.runfolder import RunFolder, StageReport
 from persodpo.scoring import extras
 from persodpo.stages import score
+from persodpo.stages.asking import job_for
 from persodpo.stages.base import Targets
 from persodpo.stages.generate import check_finished, write_answers
 from persodpo.stages.policy import start_policy
@@ -87,17 +89,17 @@ def answer_held_out(
     if dialogues.empty:
         raise PersodpoError("There are no held-out dialogues to answer; give the profile a valid split.")
     with Store(run.answers) as store:
-        jobs = list(_jobs(run, dialogues, models, timed, store))
+        jobs = list(_jobs(run, dialogues, models, timed))
         summaries = generate_all([job for job, _ in jobs], store, reading=profile.reading)
         check_finished(summaries, profile, "evaluate")
-        frame = stored_answers(store, list(_jobs(run, dialogues, models, timed, store)), profile)
+        frame = stored_answers(store, list(_jobs(run, dialogues, models, timed)), profile.reading)
     # Answers of many at a time have no response time of their own.
     frame["response_time"] = frame["response_time"].where(frame["batch_size"] == 1)
     return write_answers(run, table, frame, overwrite=overwrite)
 
 
 def _jobs(
-    run: RunFolder, dialogues: pd.DataFrame, models: Mapping[str, str | Path], timed: int | None, store: Store
+    run: RunFolder, dialogues: pd.DataFrame, models: Mapping[str, str | Path], timed: int | None
 ) -> Iterator[tuple[Job, list[str]]]:
     """Yield what each model answers: the first dialogues one at a time, and the others together."""
     first = len(dialogues) if timed is None else timed
@@ -106,10 +108,7 @@ def _jobs(
             if part.empty:
                 continue
             entry = _entry(model, weights, mode, BATCH_SIZE)
-            yield (
-                job_for(part, entry, run.profile, backend_for(entry, run.profile, weights, store)),
-                part["split"].tolist(),
-            )
+            yield job_for(part, entry, run.profile, weights), part["split"].tolist()
 
 
 def _entry(model: str, weights: str | Path, mode: str, batch_size: int) -> TransformersModel:
