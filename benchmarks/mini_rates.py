@@ -29,7 +29,7 @@ from persodpo.training.run import train_arm
 
 #: Dialogues to judge, and the number of the first: no run and no model of the miniature has one of them.
 DIALOGUES, FIRST = 150, 500_000
-RATES = (3e-4, 6e-4, 9e-4, 12e-4)
+RATES = (3e-4, 6e-4, 9e-4)
 TRIED: tuple[ArmName, ...] = ("simple", "perso_weighted", "corrected")
 COLUMNS = ("grounded", "repeats", "failures", "reward accuracy")
 

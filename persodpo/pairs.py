@@ -15,6 +15,7 @@ from persodpo.completions import (
     count_words_of_any_script,
     is_one_object,
     read_completions,
+    repeats_sentence,
     sentences,
     write_completion,
 )
@@ -155,7 +156,8 @@ def answers_of(
         profile: Pair settings.
 
     Returns:
-        dialogue_id, model, outcome, quality and text, of scored train responses with some text.
+        dialogue_id, model, outcome, quality and text, of scored train responses with some text; under correction B1 also
+        repeats: whether the response says a sentence twice.
     """
     frame = responses[responses["split"].eq("train") & responses["response"].notna()]
     frame = frame.merge(scores[scores["quality"].notna()], on=["dialogue_id", "model"], validate="one_to_one")
@@ -169,6 +171,8 @@ def answers_of(
         "quality": pl.Float64,
         "text": pl.String,
     }
+    if profile.corrects("B1"):
+        frame, kinds["repeats"] = frame.assign(repeats=frame["response"].map(repeats_sentence)), pl.Boolean
     return pl.from_pandas(frame.assign(text=texts)[list(kinds)], schema_overrides=kinds)
 
 
