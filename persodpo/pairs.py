@@ -171,9 +171,11 @@ def answers_of(
         "quality": pl.Float64,
         "text": pl.String,
     }
+    answers = pl.from_pandas(frame.assign(text=texts)[list(kinds)], schema_overrides=kinds)
     if profile.corrects("B1"):
-        frame, kinds["repeats"] = frame.assign(repeats=frame["response"].map(repeats_sentence)), pl.Boolean
-    return pl.from_pandas(frame.assign(text=texts)[list(kinds)], schema_overrides=kinds)
+        twice = [repeats_sentence(text) for text in frame["response"]]
+        answers = answers.with_columns(pl.Series("repeats", twice, dtype=pl.Boolean))
+    return answers
 
 
 def build_pairs(
