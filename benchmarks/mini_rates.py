@@ -1,7 +1,7 @@
 """Each arm of the miniature at several learning rates, judged on dialogues that are in none of its tables.
 
-Run by `python benchmarks/mini_rates.py` after `persodpo pairs -p mini`. The learning rate of profile `mini` was chosen by
-its table: by the judge, for arm ``corrected``, one seed.
+Run by `python benchmarks/mini_rates.py` after `persodpo pairs -p mini`. Its table chose the learning rate of profile
+`mini`: by the judge, one seed.
 """
 
 from __future__ import annotations
