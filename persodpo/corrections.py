@@ -20,7 +20,7 @@ CORRECTIONS: dict[Correction, str] = {
     "A10c": "persona distance strips punctuation and parts persona sentences, instead of joining them as they are",
     "A12": "train dialogues whose context or personas are in the valid split make no pairs",
     "A18": "an answer is one JSON object with nothing after it, no placeholder (A11), no loop, not any span that parses",
-    "B1": "length counts each sentence once, so that saying it again does not pay (ours, as B2; no defect of theirs)",
+    "B1": "length counts each sentence once, and a response that says one twice is never chosen (ours, as B2)",
     "B2": "in scripts that part no words, each Han character or kana counts as one, and four letters of Thai and its like",
 }
 #: What arm ``corrected`` switches on: every one that needs neither new answers nor new scores.

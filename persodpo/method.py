@@ -135,7 +135,8 @@ def perso_pairs(frame: Frame, low: float, high: float) -> Frame:
 
     Returns:
         dialogue_id, and every other column twice, ending in ``_chosen`` and ``_rejected``. Where both thresholds are equal,
-        a response stands against none of the same quality. If there is a column text, the two texts differ.
+        a response stands against none of the same quality. If there is a column text, the two texts differ; if there is a
+        column repeats, it is false of every chosen response.
     """
     chosen, rejected = frame.filter(pl.col("quality") >= high), frame.filter(pl.col("quality") <= low)
     return _crossed(chosen, rejected).filter(pl.col("quality_chosen") > pl.col("quality_rejected"))
@@ -153,6 +154,7 @@ def _crossed(chosen: Frame, rejected: Frame) -> Frame:
     pairs = chosen.select("dialogue_id", others.suffix("_chosen")).join(
         rejected.select("dialogue_id", others.suffix("_rejected")), on="dialogue_id"
     )
-    if "text_chosen" in pairs.collect_schema().names():
-        return pairs.filter(pl.col("text_chosen") != pl.col("text_rejected"))
-    return pairs
+    names = pairs.collect_schema().names()
+    if "text_chosen" in names:
+        pairs = pairs.filter(pl.col("text_chosen") != pl.col("text_rejected"))
+    return pairs.filter(~pl.col("repeats_chosen")) if "repeats_chosen" in names else pairs

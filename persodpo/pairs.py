@@ -15,6 +15,7 @@ from persodpo.completions import (
     count_words_of_any_script,
     is_one_object,
     read_completions,
+    repeats_sentence,
     sentences,
     write_completion,
 )
@@ -157,7 +158,8 @@ def answers_of(
         profile: Pair settings.
 
     Returns:
-        dialogue_id, model, outcome, quality and text, of scored train responses with some text.
+        dialogue_id, model, outcome, quality and text, of scored train responses with some text; under correction B1 also
+        repeats: whether the response says a sentence twice.
     """
     frame = responses[responses["split"].eq("train") & responses["response"].notna()]
     frame = frame.merge(scores[scores["quality"].notna()], on=["dialogue_id", "model"], validate="one_to_one")
@@ -171,7 +173,11 @@ def answers_of(
         "quality": pl.Float64,
         "text": pl.String,
     }
-    return pl.from_pandas(frame.assign(text=texts)[list(kinds)], schema_overrides=kinds)
+    answers = pl.from_pandas(frame.assign(text=texts)[list(kinds)], schema_overrides=kinds)
+    if profile.corrects("B1"):
+        twice = [repeats_sentence(text) for text in frame["response"]]
+        answers = answers.with_columns(pl.Series("repeats", twice, dtype=pl.Boolean))
+    return answers
 
 
 def build_pairs(

@@ -95,6 +95,16 @@ def test_sides_as_released_and_corrected():
     assert (simple["chosen"], simple["rejected"]) == ('raw quo"ted', "raw cut")
 
 
+@pytest.mark.parametrize("pair_set", ["perso", "simple"])
+def test_a_response_that_says_a_sentence_twice_is_never_chosen_under_b1(pair_set):
+    made = tables([(0, "m1", "ok", 1.0, "It is old. It is old."), (0, "m2", "ok", 0.9, "It is old."),
+                   (0, "m3", "truncated", 0.0, "It is. It is. It")])  # fmt: skip
+    for corrections, chosen in (("[]", ["m1", "m2"]), ("[B1]", ["m2"])):
+        pairs = built(made, pair_set, profile=load_profile("release", [f"corrections={corrections}"]))
+        assert pairs["chosen_model"].tolist() == chosen
+        assert set(pairs["rejected_model"]) == {"m3"}
+
+
 def test_corrected_overlap_drops_dialogues_that_valid_knows():
     made = tables([(n, m, o, q, m) for n in range(3) for m, o, q in (("m1", "ok", 1.0), ("m2", "truncated", 0.0))])
     made["dialogues"].loc[0, "context"] = "User1: 3"

@@ -15,6 +15,7 @@ from persodpo.miniature import models
 from persodpo.reproduce import notebook_files
 from persodpo.runfolder import PROJECT, RunFolder
 from persodpo.stages.figures import figure_names
+from persodpo.stages.heldout import BASE, arms_of
 from persodpo.tables import check_table
 
 pytestmark = pytest.mark.reproduced
@@ -45,7 +46,7 @@ def test_every_notebook_ran_without_a_warning(name):
 
 def test_the_miniature_wrote_its_tables():
     run = run_of("mini")
-    arms = [f"{arm}{seed}" for arm in run.profile.training.arms for seed in ("", "@45", "@46")]
+    arms = [model for model in arms_of(run.profile)["model"] if model != BASE]
     tables = [*RANKED, *EVALUATED, "answers", "probes", "scorers"]
     tables += [f"training/{arm}/{table}" for arm in arms for table in TRAINED]
     tables += [f"ablations/{name}" for name in ("pairs", "responses", "scores", "judged", "estimates", "comparisons")]
@@ -79,8 +80,7 @@ def test_five_models_answer_and_one_was_asked_over_http():
 def test_every_arm_and_seed_answers_every_held_out_dialogue():
     run = run_of("mini")
     responses, scores = run.read("evaluation/responses"), run.read("evaluation/scores")
-    arms = {f"{arm}{seed}" for arm in run.profile.training.arms for seed in ("", "@45", "@46")}
-    assert set(responses["model"]) == {"base", *arms}
+    assert set(responses["model"]) == set(arms_of(run.profile)["model"])
     assert responses.groupby("model")["dialogue_id"].nunique().eq(run.profile.miniature.valid).all()
     timed = responses[responses["response_time"].notna()]
     assert timed.groupby("model").size().eq(run.profile.evaluation.timed).all()
@@ -88,10 +88,22 @@ def test_every_arm_and_seed_answers_every_held_out_dialogue():
     assert scores["quality"].notna().all()
 
 
+def test_an_arm_beats_base_and_simple_by_the_judge_and_does_not_repeat_itself():
+    run = run_of("mini")
+    tests = (
+        run.read("evaluation/comparisons").query("metric == 'grounded' and arm == 'corrected'").set_index("baseline")
+    )
+    assert tests.loc[["base", "simple"], "difference"].gt(0).all()
+    assert tests.loc[["base", "simple"], "p_holm"].lt(0.05).all()
+    repeats = run.read("evaluation/judged").merge(arms_of(run.profile), on="model").groupby("arm")["repeats"].mean()
+    assert repeats["corrected"] <= 0.1
+
+
 def test_ablations_differ_in_their_pairs_and_answer_the_same_dialogues():
     run = run_of("mini")
     made = run.read("ablations/pairs").set_index("ablation")
-    assert made.loc["thresholds far apart", "shared_pairs"] == made.loc["thresholds far apart", "pairs"]
+    assert made.loc["completions as generated", "shared_pairs"] == made.loc["completions as generated", "pairs"]
+    assert made.loc["each sentence counted once", "shared_pairs"] < made.loc["each sentence counted once", "pairs"]
     responses = run.read("ablations/responses")
     assert responses.groupby("model")["dialogue_id"].nunique().eq(run.profile.miniature.valid).all()
     assert set(run.read("ablations/estimates")["arm"]) == {run.profile.evaluation.ablated, *made.index}

@@ -56,8 +56,8 @@ def miniature_model(run: RunFolder, name: str) -> Path:
 
 
 def miniature_folder(run: RunFolder) -> Path:
-    """Return where miniature models lie: beside the runs, which share them; no run can be called so."""
-    return run.root.with_name("_miniature")
+    """Return where the miniature models of a world lie: beside its runs, which share them; no run can be called so."""
+    return run.root.with_name(f"_miniature-{run.profile.seed}")
 
 
 def policy_folder(run: RunFolder) -> Path:
