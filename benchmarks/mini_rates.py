@@ -15,13 +15,14 @@ import pandas as pd
 from persodpo.completions import repeats_sentence
 from persodpo.config import ArmName, TransformersModel, load_profile, with_overrides
 from persodpo.dialogues import focus_json
-from persodpo.generation.asking import backend_for, job_for, stored_answers
-from persodpo.generation.engine import generate_all
+from persodpo.generation.ask import generate_all
 from persodpo.generation.store import Store
+from persodpo.generation.summary import stored_answers
 from persodpo.miniature.judge import judge
 from persodpo.miniature.world import focus_world
 from persodpo.pairs import measured, rebuild
 from persodpo.runfolder import PROJECT, RunFolder
+from persodpo.stages.asking import job_for
 from persodpo.stages.policy import start_policy
 from persodpo.stages.train import corrected
 from persodpo.training.arms import ARMS
@@ -69,9 +70,9 @@ def judged(run: RunFolder, weights: str | Path, dialogues: pd.DataFrame, folder:
         "kind": "transformers", "model": "tried", "weights": str(weights), "batch_size": DIALOGUES,
     })  # fmt: skip
     with Store(folder / "answers.sqlite") as store:
-        jobs = [job_for(dialogues, entry, run.profile, backend_for(entry, run.profile, weights, store)) for _ in "ab"]
+        jobs = [job_for(dialogues, entry, run.profile, weights) for _ in "ab"]
         generate_all(jobs[:1], store, reading=run.profile.reading)
-        answers = stored_answers(store, [(jobs[1], dialogues["split"].tolist())], run.profile)
+        answers = stored_answers(store, [(jobs[1], dialogues["split"].tolist())], run.profile.reading)
     repeats = answers["response"].fillna("").map(repeats_sentence)
     shares = (judge(dialogues, answers)["grounded"], repeats, answers["outcome"] != "ok")
     return [f"{share.mean():.3f}" for share in shares]
