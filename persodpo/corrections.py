@@ -21,7 +21,7 @@ CORRECTIONS: dict[Correction, str] = {
     "A12": "train dialogues whose context or personas are in the valid split make no pairs",
     "A18": "an answer is one JSON object with nothing after it, no placeholder (A11), no loop, not any span that parses",
     "B1": "length counts each sentence once, and a response that says one twice is never chosen (ours, as B2)",
-    "B2": "in scripts that part no words, each Han character or kana counts as one, and four letters of Thai and its like",
+    "B2": "where no spaces stand between words, each Han character or kana counts as one, and four letters of Thai",
 }
 #: What arm ``corrected`` switches on: every one that needs neither new answers nor new scores.
 WITHOUT_ASKING: tuple[Correction, ...] = ("A1", "A3", "A4", "A10a", "A12", "A18", "B1", "B2")

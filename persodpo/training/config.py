@@ -22,7 +22,7 @@ UNGROUPED = {
     "f_divergence_type": "reverse_kl", "torch_compile": False, "parallelism_config": None, "deepspeed": None,
     "deepspeed_plugin": None, "neftune_noise_alpha": None, "ddp_static_graph": None,
 }  # fmt: skip
-#: Arguments that say what is done otherwise here, with the value that keeps still about it.
+#: Arguments that say what is done otherwise here, with the value that needs no warning.
 OTHERWISE = {
     "precompute_ref_log_probs": (True, "has no effect, reference log-probabilities are computed before training"),
     "precompute_ref_batch_size": (None, "has no effect, token_budget bounds the reference pass"),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
+from trl.trainer.utils import use_adapter
 
 from persodpo.imports import code_of
 from persodpo.runfolder import write_atomically
@@ -55,6 +57,20 @@ def reference_key(groups: Sequence[Group], **settings: object) -> str:
     for group in groups:
         digest.update(json.dumps([group.prompt, group.responses]).encode())
     return digest.hexdigest()
+
+
+@contextmanager
+def adapters_off(model: Any) -> Iterator[None]:
+    """Let a PEFT policy be its own reference meanwhile; nothing is done to any other model."""
+    if not isinstance(model, peft.PeftModel):
+        yield
+        return
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    with use_adapter(model, "ref" if "ref" in model.peft_config else None):
+        yield
+    # PEFT lets the whole adapter be trained again, also what the user had frozen of it.
+    for parameter, was_trained in trained:
+        parameter.requires_grad_(was_trained)
 
 
 def reference_log_probs(

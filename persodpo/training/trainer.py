@@ -13,19 +13,18 @@ import copy
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import hash_module, use_adapter
+from trl.trainer.utils import hash_module
 
 from persodpo.errors import PersodpoError
 from persodpo.training.checks import check_models, check_vocabulary, trains_adapters_alone, unwrapped
@@ -46,6 +45,7 @@ from persodpo.training.guard import Verdict, refuse_prompt_learning
 from persodpo.training.loss import LossSettings, Pairs, Weighting, pair_losses
 from persodpo.training.packing import Group, Layout, PackedRows
 from persodpo.training.reference import (
+    adapters_off,
     by_group,
     describe,
     load_reference,
@@ -198,7 +198,8 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
                 log_probs: Tensor = model(packed=rows.to(self.accelerator.device))
             return log_probs
 
-        with disable_gradient_checkpointing(model, self.args.gradient_checkpointing_kwargs), self._adapters_off():
+        adapters = adapters_off(self.model) if self.ref_model is None else nullcontext()
+        with disable_gradient_checkpointing(model, self.args.gradient_checkpointing_kwargs), adapters:
             parts = reference_log_probs(
                 forward,
                 groups,
@@ -212,19 +213,6 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         if not all(math.isfinite(value) for group in values for value in group):
             raise PersodpoError("A reference log-probability is not a number; the model's weights are damaged.")
         return values
-
-    @contextmanager
-    def _adapters_off(self) -> Iterator[None]:
-        """Let a PEFT policy be its own reference meanwhile; nothing where another model is."""
-        if self.ref_model is not None or not isinstance(self.model, PeftModel):
-            yield
-            return
-        trained = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
-        with use_adapter(self.model, "ref" if "ref" in self.model.peft_config else None):
-            yield
-        # PEFT lets the whole adapter be trained again, also what the user had frozen of it.
-        for parameter, was_trained in trained:
-            parameter.requires_grad_(was_trained)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Batch]], device: torch.device) -> Tensor:
         """Count the pairs of the optimiser step over all ranks."""
