@@ -127,6 +127,15 @@ def test_measured_miniature_keeps_its_bounds():
     assert measured["peak GiB"] <= 3
 
 
+def test_an_arm_wins_by_the_judge_in_both_worlds():
+    worlds = result("mini-worlds")["worlds"]
+    assert set(worlds) == {"mini", "second"}
+    for world in worlds.values():
+        won = [row for row in world["grounded"] if row["arm"] == "corrected" and row["difference"] > 0]
+        assert {"base", "simple"} <= {row["baseline"] for row in won if row["p_holm"] < 0.05}
+        assert world["repeats"]["corrected"] <= 0.1
+
+
 def test_measured_pairs_cover_every_size():
     measured = result("pairs")
     assert [row["responses"] for row in measured["rows"]] == [10**n for n in range(4, 9)]
