@@ -164,7 +164,7 @@ class BatchBackend(OpenAIBackend):
         try:
             if status != 200:
                 raise fault_of(status, {}, content.get("error") or body or "no answer")
-            return key, read_reply(body)
+            return key, self._mask.withheld(read_reply(body))
         except CallFault as fault:
             kind = "rejected" if fault.kind in LASTING else fault.kind
             return key, Answer("failed", failure=kind, error=self._mask.line(fault.detail))

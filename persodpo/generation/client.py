@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import urllib.parse
+from dataclasses import replace
 from typing import Any
 
 import httpx2
@@ -14,10 +15,12 @@ import openai
 from persodpo.config import OpenAIModel
 from persodpo.errors import PersodpoError
 from persodpo.generation.replies import CallFault
-from persodpo.generation.requests import Request
+from persodpo.generation.requests import Answer, Request
 
 CONNECT_SECONDS = 10.0
 _SHORTEST_SECRET = 8
+#: From this length on a secret stands in no answer by chance.
+_NO_CHANCE = 16
 _SHOWN = 300
 
 
@@ -34,6 +37,13 @@ class Mask:
     def __repr__(self) -> str:
         """Say nothing about the secret."""
         return "Mask()"
+
+    def withheld(self, answer: Answer) -> Answer:
+        """Return an answer, or a failure in place of one that holds a secret too long to stand there by chance."""
+        if not any(len(form) >= _NO_CHANCE and form in (answer.completion or "") for form in self._forms):
+            return answer
+        said = "the answer holds the API key, so it is not stored"
+        return replace(answer, outcome="failed", completion=None, finish_reason=None, failure="invalid_body", error=said)
 
     def line(self, text: str) -> str:
         """Return ``text`` with ``[key]`` wherever the secret stood, on one line of at most 300 characters."""

@@ -194,6 +194,7 @@ class _Wire(BoundedClient):
             if cost > call.price:
                 detail = f"{answer.prompt_tokens:,} + {answer.completion_tokens:,} tokens, ${cost:,.4f}"
                 self._work.stop(sentence("usage", self._settings, f"{detail} where ${call.price:,.4f} was the most"))
+        answer = self._mask.withheld(answer)
         return replace(
             answer, cost=cost + call.billed * call.price, latency=call.latency, attempts=call.attempts,
             error=answer.error and self._mask.line(answer.error),
