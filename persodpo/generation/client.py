@@ -43,7 +43,9 @@ class Mask:
         if not any(len(form) >= _NO_CHANCE and form in (answer.completion or "") for form in self._forms):
             return answer
         said = "the answer holds the API key, so it is not stored"
-        return replace(answer, outcome="failed", completion=None, finish_reason=None, failure="invalid_body", error=said)
+        return replace(
+            answer, outcome="failed", completion=None, finish_reason=None, failure="invalid_body", error=said
+        )
 
     def line(self, text: str) -> str:
         """Return ``text`` with ``[key]`` wherever the secret stood, on one line of at most 300 characters."""
