@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import pandas as pd
@@ -16,6 +17,8 @@ VERDICTS = {
     "not derivable": ("?", "#99999933"),
 }
 
+#: What a line cannot be broken in; a zero-width space goes behind it.
+_UNBROKEN = re.compile(r"\S{60}(?=\S)")
 _LEFT = {"text-align": "left", "vertical-align": "top", "white-space": "pre-wrap"}
 
 
@@ -31,8 +34,13 @@ def text_table(frame: pd.DataFrame, decimals: int = 3) -> Styler:
     """
     if not frame.index.is_unique:
         frame = frame.reset_index(drop=frame.index.name is None)
-    styler = frame.style.format(escape="html", precision=decimals, thousands=",").format_index(escape="html", axis=0)
     text = frame.select_dtypes(["object", "string"]).columns
+    frame = frame.copy()
+    for column in text:
+        frame[column] = frame[column].map(
+            lambda cell: _UNBROKEN.sub("\\g<0>\u200b", cell) if isinstance(cell, str) else cell
+        )
+    styler = frame.style.format(escape="html", precision=decimals, thousands=",").format_index(escape="html", axis=0)
     styler = styler.set_properties(subset=text, **_LEFT)
     styler = styler.set_table_styles({column: [{"selector": "th", "props": "text-align: left"}] for column in text})
     return styler.hide() if frame.index.name is None else styler

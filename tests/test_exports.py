@@ -22,6 +22,8 @@ from persodpo.evaluation.exports import (
     write_exports,
 )
 from persodpo.evaluation.observations import EVERY, IMPUTED, SUCCESSES
+from persodpo.runfolder import StageReport
+from persodpo.show import stage_log, text_table
 
 
 def estimate(arm: str, metric: str, mean: float, low=np.nan, high=np.nan, *, reading=EVERY, reason=None, **more):
@@ -162,3 +164,22 @@ def test_any_name_keeps_the_structure_of_a_table(rows):
     assert not re.search(r"\\\\\n\s*[\[*]", source)
     pipes = markdown(table_of(rows)).split("\n")[2 : 4 + len(rows)]
     assert all(len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) == 3 for line in pipes)
+
+
+def test_shown_text_can_be_broken_and_is_escaped():
+    shown = text_table(pd.DataFrame({"text": ["x" * 200 + " <b>"]})).to_html()
+    assert "x" * 61 not in shown
+    assert shown.count("x" * 60) == 3
+    assert "&lt;b&gt;" in shown
+
+
+def test_a_log_says_in_one_line_what_was_unchanged():
+    reports = [
+        StageReport("score", True, {"scores": 3}, 0.0, ("warning: probes failed",)),
+        StageReport("pairs", True, {"pairs/perso": 2}, 0.0, ("a card",)),
+        StageReport("train simple", False, {"training/simple/log": 1}, 2.0),
+    ]
+    first, second, third = stage_log(reports).splitlines()
+    assert first == "unchanged: score, pairs"
+    assert second == "warning: probes failed"
+    assert third.startswith("train simple: ")
