@@ -18,7 +18,7 @@ VERDICTS = {
 }
 
 #: What a line cannot be broken in; a zero-width space goes behind it.
-_UNBROKEN = re.compile(r"\S{60}(?=\S)")
+_UNBROKEN = re.compile(r"\S{30}(?=\S)")
 _LEFT = {"text-align": "left", "vertical-align": "top", "white-space": "pre-wrap"}
 
 

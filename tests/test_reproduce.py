@@ -136,4 +136,4 @@ def test_papermill_by_itself(release_run, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=PROJECT, check=False)
     assert done.returncode == 0, done.stderr
     assert "Passed unknown parameter" not in done.stderr
-    assert "pairs/perso (9,184 rows)" in outputs(tmp_path / "out.ipynb")
+    assert "perso: 9,184 pairs by hand and by the package" in outputs(tmp_path / "out.ipynb")
