@@ -38,8 +38,8 @@ MODEL = {
     "intermediate_size": 1024, "vocab_size": TOKENIZER_WORDS, "tie_word_embeddings": True,
 }  # fmt: skip
 #: Pairs of an optimiser step, pairs of TRL's micro-batch, positions of ours, prompts of the subset.
-#: The budget holds the largest group, so that none is split.
-STEP_PAIRS, BATCH, BUDGET, PROMPTS = 16, 4, 2048, 10
+#: The budget holds the largest group, so that none is split, and little more, so that few positions are padding.
+STEP_PAIRS, BATCH, BUDGET, PROMPTS = 16, 4, 1200, 10
 
 
 class Rung:
