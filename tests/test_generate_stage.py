@@ -126,6 +126,19 @@ def test_what_is_missing_is_said_and_asked_by_the_next_run(server: Server, tmp_p
     assert len(RunFolder(mended).read("responses")) == 24
 
 
+def test_another_name_asks_nothing_that_a_run_beside_it_has(server: Server, tmp_path: Path) -> None:
+    stages.make(profile_of(tmp_path, endpoint(server)), "generate")
+    other = profile_of(tmp_path, endpoint(server), endpoint(server, "new"), name="other")
+    forecast = run(other, tmp_path, "generate", "--split", "train", "--dry-run").stdout
+    assert "api: 0 of 12 requests to ask" in forecast
+    assert "new: 12 of 12 requests to ask" in forecast
+    stages.make(other, "generate")
+    assert len(prompts_at(server)) == 24
+    table = RunFolder(other).read("answers").set_index("model")
+    assert len(table.loc["api"]) == 12
+    assert table.loc["api", "cost"].sum() == 0 < table.loc["new", "cost"].sum()
+
+
 def test_models_splits_and_limits(server: Server, tmp_path: Path) -> None:
     profile = profile_of(tmp_path, endpoint(server, "one"), endpoint(server, "two"))
     done = run(profile, tmp_path, "generate", "--models", "two", "--split", "valid", "--limit", "3")

@@ -11,7 +11,6 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -90,15 +89,6 @@ class ModelStopped(PersodpoError):  # noqa: N818 - says what happened
     """No further request to this model can succeed; the other models go on."""
 
 
-@contextmanager
-def stopping_the_model() -> Iterator[None]:
-    """Turn what is wrong with one model into `ModelStopped`."""
-    try:
-        yield
-    except PersodpoError as error:
-        raise ModelStopped(str(error)) from error
-
-
 class Backend(ABC):
     """Where the answers of one model come from; what is said here holds for a model of this machine."""
 
@@ -115,6 +105,9 @@ class Backend(ABC):
     def highest_cost(self, request: Request) -> float:
         """Return what is to be set aside before a request is sent, US dollars: the most that one attempt can cost."""
         return 0.0
+
+    async def resume(self, work: Work) -> None:  # noqa: B027 - most have nothing to do
+        """Bring in what an earlier run has paid for and never saw; called before anything is looked up."""
 
     @abstractmethod
     async def run(self, work: Work) -> None:
