@@ -16,7 +16,7 @@ from asking import answers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from talker import PLACES, SETTINGS, make_talker, question, reply
-from transformers import pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, pipeline
 
 from persodpo.config import TransformersModel
 from persodpo.generation import local
@@ -249,6 +249,17 @@ def test_a_model_is_not_asked_after_its_own_end_of_text(talker: Path, store: Sto
     assert load_policy(folder)[1](question("Rome"))["input_ids"][-1] == end["id"]
     generate(questions(8), via, store)
     assert [answer.completion for answer in answers(store, questions(8), via)] == [reply(place) for place in PLACES]
+
+
+def test_a_model_without_fused_attention_is_asked_all_the_same(talker: Path, store: Store, tmp_path: Path) -> None:
+    folder = with_template(talker, tmp_path / "bloom", TEMPLATE)
+    tokenizer = load_policy(talker)[1]
+    config = AutoConfig.for_model(
+        "bloom", vocab_size=len(tokenizer), hidden_size=16, n_layer=1, n_head=2, eos_token_id=tokenizer.eos_token_id
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    assert load_policy(folder)[0].config._attn_implementation == "eager"
+    assert generate(questions(4), backend(folder), store).answered == 4
 
 
 # Faults

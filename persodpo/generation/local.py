@@ -29,7 +29,7 @@ from persodpo.completions import KEY, without_reasoning
 from persodpo.config import TransformersModel
 from persodpo.errors import PersodpoError
 from persodpo.generation.ask import Work
-from persodpo.generation.requests import Answer, Backend, ModelStopped, Request, folder_digest
+from persodpo.generation.requests import Answer, Backend, ModelStopped, Request, as_messages, folder_digest
 
 #: Prompts sorted by length together, for each one of a batch.
 POOL = 8
@@ -93,12 +93,7 @@ class Decoder:
     """A loaded model and its tokenizer."""
 
     def __init__(self, settings: TransformersModel, weights: str | Path, load: Loader) -> None:
-        """Load the model, and warm it up for latency mode.
-
-        Args:
-            settings: How the model is asked.
-            weights: A folder or a name on the Hugging Face Hub.
-            load: As of `TransformersBackend`.
+        """Load the model, and warm it up for latency mode; arguments as of `TransformersBackend`.
 
         Raises:
             PersodpoError: The model or its adapter cannot be loaded, or it has no chat template where it needs one.
@@ -192,12 +187,10 @@ class Decoder:
     def _config(self, temperature: float | None, max_new_tokens: int) -> Any:
         """Return the model's own generation settings: greedy, or drawn from the whole softmax at a temperature."""
         config = GenerationConfig.from_dict(self._model.generation_config.to_dict())
-        drawn = {"temperature": temperature, "top_p": 1.0, "top_k": 0} if temperature else dict.fromkeys(
-            ("temperature", "top_p", "top_k")
-        )  # fmt: skip
         config.update(  # type: ignore[no-untyped-call]
-            do_sample=bool(temperature), max_length=None, max_new_tokens=max_new_tokens,
-            pad_token_id=self._tokenizer.pad_token_id, eos_token_id=self._ends, **drawn,
+            do_sample=bool(temperature), temperature=temperature or None, top_p=1.0 if temperature else None,
+            top_k=0 if temperature else None, max_length=None, max_new_tokens=max_new_tokens,
+            pad_token_id=self._tokenizer.pad_token_id, eos_token_id=self._ends,
         )  # fmt: skip
         return config
 
@@ -217,11 +210,9 @@ class Decoder:
             raise PersodpoError(f"Model {settings.model} has no end-of-text token; use a tokenizer that names one.")
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(self._ends[0])
-        if settings.format == "raw":
-            return
-        system = [{"role": "system", "content": "x"}] if settings.format == "chat_with_system" else []
+        system = "x" if settings.format == "chat_with_system" else None
         try:
-            tokenizer.apply_chat_template([*system, {"role": "user", "content": "x"}], tokenize=False)
+            self._ids("x" if settings.format == "raw" else as_messages("x", system))
         except Exception as error:
             said = " ".join(str(error).split())[:200]
             raise PersodpoError(

@@ -32,8 +32,6 @@ FAILURES = (
 )  # fmt: skip
 #: What leads a turn; a context of nothing else says nothing.
 _SPEAKER = re.compile(r"^\w+:", re.MULTILINE)
-
-
 #: One turn of a chat: its role (``system``, ``user`` or ``assistant``) and its content.
 Message = dict[str, str]
 
@@ -182,13 +180,11 @@ def folder_digest(folder: Path) -> str | None:
 
     Pictures, cards and records beside the model shape no answer and are left out.
     """
-    files = sorted(
-        path for path in folder.glob("*") if path.suffix in {".safetensors", ".json", ".txt", ".model", ".jinja"}
+    kinds, records = (
+        {".safetensors", ".json", ".txt", ".model", ".jinja"},
+        {"policy.json", "arm.json", "trainer_state.json"},
     )
-    files = [path for path in files if path.name not in {"policy.json", "arm.json", "trainer_state.json"}]
+    files = [path for path in sorted(folder.glob("*")) if path.suffix in kinds and path.name not in records]
     if not any(path.suffix == ".safetensors" for path in files):
         return None
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.name} {sha256(path)}\n".encode())
-    return digest.hexdigest()
+    return hashlib.sha256("".join(f"{path.name} {sha256(path)}\n" for path in files).encode()).hexdigest()

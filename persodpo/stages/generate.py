@@ -169,7 +169,7 @@ def ask(
 
 
 def forecasts(run: RunFolder, scope: Scope, retry_failed: bool = False) -> list[Forecast]:
-    """Say what `ask` would take in a run with dialogues; nothing is sent, loaded or written."""
+    """Say what `ask` would take in a run with dialogues; nothing is sent or loaded."""
     with _store(run) as store:
         _adopt(run, store, scope)
         jobs = [job for job, _ in jobs_of(run, scope, make_policy=False)]
