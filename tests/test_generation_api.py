@@ -240,20 +240,6 @@ def test_retry_after_is_waited_for_unless_it_is_too_long(server: Server, store: 
     )
 
 
-def test_many_faults_at_once(tmp_path: Path, store: Store) -> None:
-    texts = [f"stormy {number}" for number in range(150)]
-    with serving(tmp_path / "log.jsonl", "--faults", "0.3") as stormy:
-        asked = backend(stormy.url, timeout_seconds=0.5, attempts=8, concurrency=32)
-        found = generate(chats(texts), asked, store)
-        assert (found.answered, found.left, sum(found.failed.values())) == (150, 0, 0)
-        events = stormy.events()
-    assert len([event for event in events if event["event"] == "received"]) > 170
-    answers = [answer_to(chat(text), asked, store) for text in texts]
-    assert [answer.completion for answer in answers] == list(map(completion, texts))
-    received = Counter(event["prompt"] for event in events if event["event"] == "received")
-    assert [answer.attempts for answer in answers] == [received[text] for text in texts]
-
-
 # --------------------------------------------------------------------------------------------- outcomes of a call
 
 

@@ -101,7 +101,7 @@ def fault_of(status: int | None, headers: Mapping[str, str], body: bytes | Any) 
     if status is not None and 300 <= status < 400:
         fault.kind, fault.detail = "redirect", f"{status} to {headers.get('location', 'nowhere')}"
     elif status in _LASTING or (status == 429 and code in _QUOTA):
-        fault.kind = _LASTING.get(status, "quota")
+        fault.kind = _LASTING.get(status or 0, "quota")
     elif any(sign in f"{code} {said}".lower() for sign in _TOO_LONG) and status in {None, 400, 413, 422}:
         fault.kind = "context_too_long"
     elif status in _PASSING or code in _PASSING or (status or 0) >= 500:
