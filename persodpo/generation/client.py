@@ -71,13 +71,7 @@ def api_key(settings: OpenAIModel) -> str | None:
 
 
 def request_body(settings: OpenAIModel, json_keys: tuple[str, ...], request: Request) -> tuple[str, dict[str, Any]]:
-    """Return a request as it is sent: the path and the body.
-
-    Args:
-        settings: Of the endpoint.
-        json_keys: Keys, all text, of the JSON object that the endpoint must hold the model to; empty: no such schema.
-        request: The request.
-    """
+    """Return a request as it is sent: the path and the body, which may ask for a JSON object of texts under these keys."""
     body: dict[str, Any] = {"model": settings.served_as or settings.model}
     if request.temperature is not None:
         body["temperature"] = request.temperature

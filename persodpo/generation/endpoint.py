@@ -61,12 +61,7 @@ class OpenAIBackend(Backend):
     local = False
 
     def __init__(self, settings: OpenAIModel, json_keys: tuple[str, ...] = ()) -> None:
-        """Take the settings; nothing is connected yet.
-
-        Args:
-            settings: Of the endpoint.
-            json_keys: Keys, all text, of the JSON object that the endpoint must hold the model to; empty: no such schema.
-        """
+        """Take the settings, and the keys of the JSON object that the endpoint must hold the model to; none: no schema."""
         self.settings = settings
         self.json_keys = json_keys
         self.model = settings.model
@@ -97,12 +92,7 @@ class OpenAIBackend(Backend):
         )
 
     def sentence(self, kind: str, detail: str) -> str:
-        """Return why the model is stopped.
-
-        Args:
-            kind: A key of `LASTING`.
-            detail: What was said, without secrets.
-        """
+        """Return why the model is stopped: by a kind of `LASTING`, with what was said, without secrets."""
         settings = self.settings
         return LASTING[kind].format(
             model=settings.model, served=settings.served_as or settings.model, url=settings.base_url, detail=detail,

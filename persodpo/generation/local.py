@@ -42,13 +42,7 @@ class TransformersBackend(Backend):
     """Answers over transformers' ``generate``."""
 
     def __init__(self, settings: TransformersModel, weights: str | Path, load: Loader) -> None:
-        """Name the model; nothing is loaded yet.
-
-        Args:
-            settings: How it is asked.
-            weights: A folder or a name on the Hugging Face Hub.
-            load: Loads it, when there is something to ask.
-        """
+        """Name a folder or a model on the Hugging Face Hub; it is loaded when there is something to ask."""
         self.settings = settings
         self.weights = weights
         self.model = settings.model
@@ -115,13 +109,7 @@ class Decoder:
             self._decode([self._ids("warm up")], [Request("warm-up", "warm up", WARM_UP_TOKENS, 0.0, None, "")])
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answer a batch; one that does not fit the memory is halved.
-
-        Args:
-            requests: The batch; temperature and seed are the first one's.
-
-        Returns:
-            An answer for each, in their order. A prompt that leaves no room for its longest answer fails.
+        """Answer a batch under the temperature and seed of its first request; one that does not fit the memory is halved.
 
         Raises:
             ModelStopped: Not even a single prompt fits the memory.

@@ -90,14 +90,10 @@ class Experience(NamedTuple):
 
 
 class Store:
-    """The answers of all models, in one file."""
+    """The answers of all models, in one file; a PersodpoError says that it is locked or damaged, or the disk is full."""
 
     def __init__(self, path: Path, wait_seconds: float = 30.0) -> None:
-        """Open a store, or make one where there is none.
-
-        Args:
-            path: The file.
-            wait_seconds: How long to wait for another process that is writing.
+        """Open a store, or make one where there is none; ``wait_seconds`` is for another process that is writing.
 
         Raises:
             PersodpoError: The file is locked, damaged, of another program or of another version, or cannot be made.
@@ -146,9 +142,6 @@ class Store:
 
         Returns:
             For how many of them, from the first on, there was room.
-
-        Raises:
-            PersodpoError: The file is locked or damaged, or the disk is full.
         """
         if budget is None and not any(usd for _, usd in prices):
             return len(prices)
@@ -193,9 +186,6 @@ class Store:
         Args:
             entries: What came in. An answer that is stored already stays as it is; a failure is replaced.
             run: Whose reservations are part of their cost; None for this one's.
-
-        Raises:
-            PersodpoError: As `reserve`; nothing of ``entries`` is written then.
         """
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         rows = [tuple(map(_storable, (*one[:4], *astuple(one.answer), one.created or now))) for one in entries]
@@ -236,12 +226,9 @@ class Store:
         return float(self._read(_SPENT)[0][0])
 
     def experience(self, model: str, template: str, concurrency: int) -> Experience | None:
-        """Return what the stored answers of a model to one template teach; None if there are none.
+        """Return what the stored answers of a model to one template (its hash) teach; None if there are none.
 
-        Args:
-            model: The model's name.
-            template: Hash of the template.
-            concurrency: Requests under way at a time, for answers whose server alone knows how many it answers together.
+        ``concurrency`` is how many are under way at a time, where the server alone knows how many it answers together.
         """
         query = """
             SELECT count(*), total(prompt_tokens) / total(prompt_bytes), avg(completion_tokens),
@@ -254,7 +241,7 @@ class Store:
 
     @contextmanager
     def _exclusive(self) -> Iterator[sqlite3.Connection]:
-        """Give the connection within one write transaction; errors as `reserve`."""
+        """Give the connection within one write transaction."""
         with _CONTENT.faults(self.path), self._lock, transaction(self._connection):
             yield self._connection
 

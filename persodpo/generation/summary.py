@@ -100,15 +100,8 @@ class Forecast:
 def forecast(requests: Iterable[Request], backend: Backend, store: Store, *, retry_failed: bool = False) -> Forecast:
     """Forecast what `persodpo.generation.ask.generate` would do; nothing is sent and nothing written.
 
-    Args:
-        requests: As for ``generate``; gone through once, in flat memory.
-        backend: Its prices, limits and concurrency are used, it is not opened.
-        store: Stored answers are not asked again, and those of this model to the same template say how many tokens and
-            seconds an answer takes.
-        retry_failed: As for ``generate``.
-
-    Raises:
-        PersodpoError: The store fails.
+    Stored answers are not asked again, and those of this model to the same template say how many tokens and seconds an
+    answer takes. Requests are gone through once, in flat memory.
     """
     total = to_ask = prompt_bytes = longest = 0
     template, remaining = "", iter(requests)
@@ -142,7 +135,7 @@ def stored_answers(store: Store, jobs: Iterable[tuple[Job, Sequence[str]]], read
     """Return what the store holds of some jobs.
 
     Args:
-        store: The store.
+        store: Of the answers.
         jobs: Each with the splits of its dialogues; its requests are gone through.
         reading: How completions are read.
 
