@@ -42,16 +42,16 @@ class BatchBackend(OpenAIBackend):
             return
         async with self._connected() as client:
             for holder, prices in held.items():
-                tag, name = holder.removeprefix(self._mark).split(" ")
-                if not name:  # the run died before it was told
-                    listed = client.batches.list(limit=100)
+                name = ""
+                if holder.endswith(" "):  # the run died before it was told the name
+                    tag, listed = holder.split(" ")[-2], client.batches.list(limit=100)
                     names = [one.id async for one in listed if (one.metadata or {}).get("persodpo") == tag]
-                    name = names[0] if names else ""
-                    work.store.hand_over(prices, holder, f"{self._mark}{tag} {name}")
-                if name:
-                    await self._collect(client, work, f"{self._mark}{tag} {name}", prices, {})
-                else:
-                    work.store.release(prices, holder)
+                    if not names:
+                        work.store.release(prices, holder)
+                        continue
+                    name = names[0]
+                    work.store.hand_over(prices, holder, holder + name)
+                await self._collect(client, work, holder + name, {})
 
     async def run(self, work: Work) -> None:
         """Submit one batch after another, and wait for each."""
@@ -78,23 +78,16 @@ class BatchBackend(OpenAIBackend):
                     metadata={"persodpo": tag},
                 )
                 work.store.hand_over(prices, holder, holder + made.id)
-                await self._collect(client, work, holder + made.id, prices, requests)
+                await self._collect(client, work, holder + made.id, requests)
 
     @property
     def _mark(self) -> str:
         """How the names begin that batches of this model have in the store; our tag and the endpoint's name follow."""
         return f"batch {self.model} {self.settings.base_url} "
 
-    async def _collect(
-        self,
-        client: openai.AsyncOpenAI,
-        work: Work,
-        holder: str,
-        prices: dict[str, float],
-        requests: dict[str, Request],
-    ) -> None:
+    async def _collect(self, client: openai.AsyncOpenAI, work: Work, holder: str, requests: dict[str, Request]) -> None:
         """Wait for a batch's end and store an answer or a failure for all of it; only what this run asked is counted."""
-        name = holder.rpartition(" ")[2]
+        name, prices = holder.rpartition(" ")[2], work.store.reservations(holder)[holder]
         while (state := await client.batches.retrieve(name)).status not in ENDED:
             await asyncio.sleep(self.settings.poll_seconds)
         if state.status == "failed":

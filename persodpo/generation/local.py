@@ -115,7 +115,15 @@ class Decoder:
             ModelStopped: Not even a single prompt fits the memory.
         """
         ids = [self._ids(request.prompt) for request in requests]
-        fits = [n for n, request in enumerate(requests) if len(ids[n]) + request.max_new_tokens <= self._limit]
+        answers: dict[int, Answer] = {}
+        for n, request in enumerate(requests):
+            if len(ids[n]) + request.max_new_tokens > self._limit:
+                said = (
+                    f"The prompt of {len(ids[n])} tokens and an answer of {request.max_new_tokens} do not fit the "
+                    f"{self._limit} tokens that {self._settings.model} takes."
+                )
+                answers[n] = Answer("failed", failure="context_too_long", error=said, prompt_tokens=len(ids[n]))
+        fits = [n for n in range(len(ids)) if n not in answers]
 
         def decode(batch_size: int) -> list[Answer]:
             parts = [fits[start : start + batch_size] for start in range(0, len(fits), batch_size)]
@@ -125,7 +133,7 @@ class Decoder:
         try:
             # Accelerate collects garbage before each call, which is not for single prompts.
             several = find_executable_batch_size(decode, len(fits), reduce_batch_size_fn=lambda: next(halves))
-            answers = dict(zip(fits, several() if len(fits) > 1 else decode(1), strict=True))
+            answers |= zip(fits, several() if len(fits) > 1 else decode(1), strict=True)
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "reached zero" not in str(error):
                 raise
@@ -133,12 +141,6 @@ class Decoder:
                 f"Model {self._settings.model} runs out of memory on a single prompt of {max(map(len, ids))} tokens; use a "
                 "smaller model or a larger GPU."
             ) from error
-        for n in set(range(len(ids))) - answers.keys():
-            said = (
-                f"The prompt of {len(ids[n])} tokens and an answer of {requests[n].max_new_tokens} do not fit the "
-                f"{self._limit} tokens that {self._settings.model} takes."
-            )
-            answers[n] = Answer("failed", failure="context_too_long", error=said, prompt_tokens=len(ids[n]))
         return [replace(answers[n], hardware=self.hardware) for n in range(len(ids))]
 
     def _decode(self, ids: list[list[int]], requests: list[Request]) -> list[Answer]:
