@@ -107,6 +107,7 @@ def test_what_shapes_an_answer_is_sent_and_asked_anew(server: Server, store: Sto
         (backend(server.url, served_as="small-v2"), request),
         (backend(server.url, model="other"), request),
         (backend(server.url, json_keys=("reasoning", "response")), request),
+        (backend(server.url, model="newer", token_limit="max_completion_tokens"), request),
     ]
     for asked, changed in ways:
         assert generate([changed], asked, store).answered == 1
@@ -121,7 +122,7 @@ def test_what_shapes_an_answer_is_sent_and_asked_anew(server: Server, store: Sto
     assert [event["fields"] for event in received] == [
         plain, {**plain, "temperature": 0.5}, {"model": "small", "max_tokens": 30}, {**plain, "seed": 3},
         {**plain, "max_tokens": 31}, plain, plain, {**plain, "model": "small-v2"}, {**plain, "model": "other"},
-        {**plain, "response_format": form},
+        {**plain, "response_format": form}, {"model": "newer", "temperature": 0.0, "max_completion_tokens": 30},
     ]  # fmt: skip
     assert [event["path"].rpartition("/v1/")[2] for event in received[5:8]] == [
         "chat/completions", "completions", "chat/completions",
@@ -132,11 +133,6 @@ def test_address_and_pace_do_not_shape_an_answer(server: Server, store: Store) -
     generate([chat("moved")], backend(server.url), store)
     moved = backend("http://127.0.0.1:9/v1", concurrency=1, timeout_seconds=1.0, attempts=1, prices=None)
     assert generate([chat("moved")], moved, store).skipped == 1
-
-
-def test_newer_models_want_another_field(server: Server, store: Store) -> None:
-    generate([chat("newer")], backend(server.url, token_limit="max_completion_tokens"), store)
-    assert server.received("newer")[0]["fields"] == {"model": "small", "temperature": 0.0, "max_completion_tokens": 30}
 
 
 def test_concurrency_is_used_and_bounded(slow: Server, store: Store) -> None:

@@ -146,7 +146,7 @@ class Store:
         if budget is None and not any(usd for _, usd in prices):
             return len(prices)
         with self._exclusive() as connection:
-            total, granted = connection.execute(_SPENT).fetchone()[0], 0
+            total, granted = (0.0 if budget is None else connection.execute(_SPENT).fetchone()[0]), 0
             for _, usd in prices:
                 total += usd
                 if budget is not None and total > budget:
