@@ -71,6 +71,7 @@ class Server:
 
 @contextmanager
 def serving(log: Path, *options: str) -> Iterator[Server]:
+    log.touch()
     command = [sys.executable, Path(__file__).with_name("faulty_server.py"), "--log", log, *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:

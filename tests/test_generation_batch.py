@@ -99,9 +99,9 @@ def test_an_endpoint_without_batches(tmp_path: Path, store: Store) -> None:
 
 
 def test_a_budget_makes_smaller_batches_and_is_never_passed(server: Server, store: Store) -> None:
-    summary = generate(ASKED, backend(server.url), store, budget_usd=0.001)
+    summary = generate(ASKED, backend(server.url), store, budget_usd=0.0006)
     assert 0 < summary.answered == 30 - summary.left < 30
-    assert store.spent() <= 0.001
+    assert store.spent() <= 0.0006
     assert "budget" in summary.stopped
     assert server.calls()["POST /batches"] > 1
 
