@@ -105,12 +105,16 @@ def test_a_server_that_does_not_come_up_is_one_sentence(
 PARENT = """
 import sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[2])
-from test_generation_serve import Store, chat, generate, served, serving
+from persodpo.config import ServedModel
+from persodpo.generation import serving
+from persodpo.generation.ask import generate
+from persodpo.generation.requests import Request
+from persodpo.generation.store import Store
 folder = Path(sys.argv[1])
 serving.sys.executable = str(folder / "python")
+settings = ServedModel(kind="served", model="served", weights=str(folder))
 with Store(folder / "answers.sqlite") as store:
-    generate([chat("x")], served(folder), store)
+    generate([Request("x", "x", 5, 0.0, None, "t")], serving.ServedBackend(settings, folder), store)
 """
 
 
@@ -118,7 +122,7 @@ with Store(folder / "answers.sqlite") as store:
 def test_a_server_does_not_outlive_its_parent(how: signal.Signals, tmp_path: Path) -> None:
     number = tmp_path / "number"
     program(tmp_path, f"echo $$ > {number}\nexec sleep 300")
-    with subprocess.Popen([sys.executable, "-c", PARENT, tmp_path, Path(__file__).parent]) as parent:
+    with subprocess.Popen([sys.executable, "-c", PARENT, tmp_path]) as parent:
         try:
             wait_until(lambda: number.is_file() and number.read_text().strip())
             parent.send_signal(how)

@@ -163,8 +163,8 @@ class _Wire(BoundedClient):
         try:
             # The client's typed methods convert every field both ways, which costs more than sending it.
             await client.post(path.removeprefix("/v1"), body=body, cast_to=object)
-        except CallFault as fault:
-            call.fault = fault
+        except CallFault as error:
+            call.fault = error
         except openai.APIStatusError:
             pass  # the last attempt's fault may pass, but there was no further attempt
         lost = call.billed * call.price
