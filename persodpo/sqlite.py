@@ -116,19 +116,15 @@ def _use_wal(connection: sqlite3.Connection, wait_seconds: float) -> None:
             return
 
 
-def lay_out(connection: sqlite3.Connection, schema: str, *, anew: bool = False) -> Identity:
-    """Run the statements of ``schema`` if the file is empty, within a transaction of the caller's.
+def lay_out(connection: sqlite3.Connection, schema: str) -> Identity:
+    """Run the statements of ``schema`` if the file is empty, and return what it says of itself then.
 
     Args:
         connection: Within `transaction`, for another process may be laying out the same file.
         schema: Statements, separated by semicolons.
-        anew: Run them in any case.
-
-    Returns:
-        What the file says of itself now.
     """
     found = identity(connection)
-    if (found.application or found.tables) and not anew:
+    if found.application or found.tables:
         return found
     for statement in filter(str.strip, schema.split(";")):
         connection.execute(statement)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ import openai._base_client
 
 from persodpo.config import OpenAIModel, Prices
 from persodpo.generation.endpoint import OpenAIBackend
-from persodpo.generation.requests import Request
+from persodpo.generation.requests import Answer, Backend, Request, request_key
+from persodpo.generation.store import Store
 
 #: The client's first wait before it tries again, seconds; half a second in earnest.
 openai._base_client.INITIAL_RETRY_DELAY = 0.02
@@ -41,6 +43,11 @@ def chats(texts: Iterable[str]) -> list[Request]:
     return [chat(text) for text in texts]
 
 
+def answers(store: Store, asked: Iterable[Request], via: Backend) -> list[Answer | None]:
+    """Return what is stored of some requests, None where there is nothing."""
+    return [entry and entry.answer for _, entry in store.entries([request_key(one, via) for one in asked])]
+
+
 @dataclass
 class Server:
     """The faulty server, in a process of its own."""
@@ -54,12 +61,17 @@ class Server:
         wanted = None if prompts is None else set(prompts)
         return [line for line in lines if wanted is None or line["prompt"] in wanted]
 
+    def calls(self) -> Counter[str]:
+        """Calls of the Batch API."""
+        return Counter(event["call"] for event in self.events() if event["event"] == "call")
+
     def received(self, *prompts: str) -> list[dict[str, Any]]:
         return [event for event in self.events(prompts or None) if event["event"] == "received"]
 
 
 @contextmanager
 def serving(log: Path, *options: str) -> Iterator[Server]:
+    log.touch()
     command = [sys.executable, Path(__file__).with_name("faulty_server.py"), "--log", log, *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:

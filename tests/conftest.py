@@ -14,6 +14,7 @@ from hypothesis import settings
 
 from persodpo import stages
 from persodpo.config import Profile, load_profile
+from persodpo.generation.store import Store
 from persodpo.runfolder import RELEASE_VARIABLE, RunFolder
 
 # Two processes on two cores: more threads each would wait for one another.
@@ -50,6 +51,13 @@ def file_size_limit(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    """An empty store of answers."""
+    with Store(tmp_path / "answers.sqlite") as opened:
+        yield opened
 
 
 @pytest.fixture

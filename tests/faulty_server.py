@@ -4,7 +4,7 @@ Run as a program it prints its port and serves until it is killed. What it does 
 ``<<fault=status_429 times=2 after=1>>`` answers its first two requests with 429 and ``Retry-After: 1``, then well; without
 ``times`` the fault stays. With ``--faults 0.3`` that share of all other requests meets a fault too, drawn from `RANDOM`.
 Every line of the log is a JSON object: ``received`` with what was asked, ``delivered`` once the whole answer was handed to
-the operating system.
+the operating system, ``call`` for what concerns files and batches (`Batches`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from email.message import Message
+from email.parser import BytesParser
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +56,10 @@ def body_of(asked: dict[str, Any], prompt: str, **changes: Any) -> dict[str, Any
 class FaultyServer:
     """The ASGI application."""
 
-    def __init__(self, log: Path, latency: float, faults: float, seed: int) -> None:
+    def __init__(self, log: Path, latency: float, faults: float, seed: int, batches: Batches) -> None:
         """Open the log."""
         self.log = log.open("a", buffering=1, encoding="utf-8")
-        self.latency, self.faults, self.seed = latency, faults, seed
+        self.latency, self.faults, self.seed, self.batches = latency, faults, seed, batches
         self.seen: Counter[str] = Counter()
 
     def note(self, event: str, prompt: str, **more: Any) -> None:
@@ -71,9 +73,15 @@ class FaultyServer:
             raw += part.get("body", b"")
             if not part.get("more_body"):
                 break
+        headers = {name.decode(): value.decode() for name, value in scope["headers"]}
+        key, path = headers.get("authorization", ""), scope["path"].removeprefix("/v1")
+        if path.startswith(("/files", "/batches")):
+            self.note("call", "", call=f"{scope['method']} {path}", key=key)
+            status, body = await self.batches.reply(scope["method"], path, raw, headers)
+            await self.answer(send, "", body, status)
+            return
         asked = json.loads(raw)
         prompt = asked["prompt"] if "prompt" in asked else asked["messages"][-1]["content"]
-        key = dict(scope["headers"]).get(b"authorization", b"").decode()
         fields = {name: value for name, value in asked.items() if name not in {"messages", "prompt"}}
         self.note("received", prompt, path=scope["path"], key=key, fields=fields)
         self.seen[prompt] += 1
@@ -99,7 +107,7 @@ class FaultyServer:
         lines = [(name.replace("_", "-").encode(), value.encode()) for name, value in named.items()]
         await send({"type": "http.response.start", "status": status, "headers": lines})
         await send({"type": "http.response.body", "body": raw})
-        if status == 200:
+        if status == 200 and prompt:
             self.note("delivered", prompt)
 
     async def misbehave(
@@ -187,6 +195,105 @@ class FaultyServer:
         return bodies[fault]
 
 
+class Batches:
+    """The files and batches of an endpoint, kept in memory.
+
+    What is done with a prompt is written in it: ``<<error>>`` gives an error line, ``<<error=429>>`` one of that status,
+    ``<<error=code>>`` one of that code, ``<<garbage>>`` a line that is no JSON, ``<<deep>>`` one that nests deeply,
+    ``<<lines>>`` an answer with line separators, ``<<echo>>`` the key that came with the batch, ``<<use>>`` more use than
+    was allowed, ``<<missing>>`` none at all; a prompt with ``<<refused>>`` fails the whole batch, one with ``<<expired>>``
+    lets it expire.
+    """
+
+    def __init__(self, looks: int, fault: str) -> None:
+        """Call a batch done after so many looks; ``none`` knows no batches, ``create`` never says that it made one."""
+        self.looks, self.fault = looks, fault
+        self.files: dict[str, bytes] = {}
+        self.batches: list[dict[str, Any]] = []
+
+    async def reply(self, method: str, path: str, raw: bytes, headers: dict[str, str]) -> tuple[int, Any]:
+        if self.fault == "none":
+            return 404, {"error": {"message": "Not Found"}}
+        if (method, path) == ("POST", "/files"):
+            return 200, self.file(uploaded(raw, headers["content-type"]))
+        if (method, path) == ("POST", "/batches"):
+            batch = {
+                "id": f"batch-{len(self.batches)}", "object": "batch", "created_at": int(time.time()), "looks": 0,
+                "status": "validating", "errors": None, "key": headers.get("authorization"), **json.loads(raw),
+            }  # fmt: skip
+            self.batches.insert(0, batch)
+            if self.fault == "create":
+                await asyncio.sleep(600)
+            return 200, batch
+        if path == "/batches":
+            return 200, {"object": "list", "data": self.batches, "has_more": False}
+        name = path.split("/")[2]
+        if path.startswith("/files"):
+            return 200, self.files[name]
+        batch = next(batch for batch in self.batches if batch["id"] == name)
+        batch["looks"] += 1
+        batch["status"] = "in_progress"
+        if batch["looks"] > self.looks:
+            self.finish(batch)
+        return 200, batch
+
+    def file(self, content: bytes) -> dict[str, Any]:
+        name = f"file-{len(self.files)}"
+        self.files[name] = content
+        return {
+            "id": name, "object": "file", "bytes": len(content), "created_at": 1, "filename": "x", "purpose": "batch",
+            "status": "processed",
+        }  # fmt: skip
+
+    def finish(self, batch: dict[str, Any]) -> None:
+        lines = [json.loads(line) for line in self.files[batch["input_file_id"]].splitlines()]
+        texts = [line["body"].get("prompt") or line["body"]["messages"][-1]["content"] for line in lines]
+        if any("<<refused>>" in text for text in texts):
+            error = {"code": "invalid", "message": "a prompt that is refused", "line": 1, "param": None}
+            batch |= {"status": "failed", "errors": {"object": "list", "data": [error]}}
+            return
+        good = [self.good(line, text, batch["key"]) for line, text in zip(lines, texts, strict=True)]
+        bad = [self.bad(line, text) for line, text in zip(lines, texts, strict=True) if "<<error" in text]
+        batch |= {"status": "expired" if any("<<expired>>" in text for text in texts) else "completed"}
+        batch["completed_at"] = batch["created_at"] + 60
+        batch["output_file_id"] = self.file("\n".join(filter(None, good)).encode())["id"]
+        batch["error_file_id"] = self.file("\n".join(bad).encode())["id"] if bad else None
+
+    @staticmethod
+    def bad(line: dict[str, Any], text: str) -> str:
+        found = re.search("<<error=(.*?)>>", text)
+        code = found[1] if found else "400"
+        error = {"message": "no such thing", "code": None if code.isdigit() else code}
+        response = {"status_code": int(code), "body": {"error": error}} if code.isdigit() else None
+        return json.dumps({"custom_id": line["custom_id"], "response": response, "error": None if response else error})
+
+    @staticmethod
+    def good(line: dict[str, Any], text: str, key: str | None) -> str | None:
+        if re.search("<<(error|missing|expired)", text):
+            return None
+        if "<<garbage>>" in text:
+            return "{" * 20
+        if "<<deep>>" in text:
+            return f'{{"custom_id": "{line["custom_id"]}", "response": ' + "[" * 100_000
+        body = body_of(line["body"], text)
+        said = body["choices"][0]["message"]
+        if "<<lines>>" in text:
+            said["content"] = "one\u2028two\x85three"
+        if "<<echo>>" in text:
+            said["content"] = f"Your key is {key}."
+        if "<<use>>" in text:
+            body["usage"]["prompt_tokens"] = 100_000
+        response = {"status_code": 200, "request_id": "1", "body": body}
+        return json.dumps({"custom_id": line["custom_id"], "error": None, "response": response}, ensure_ascii=False)
+
+
+def uploaded(raw: bytes, content_type: str) -> bytes:
+    """Take the file out of a multipart form."""
+    message = BytesParser().parsebytes(f"Content-Type: {content_type}\r\n\r\n".encode() + raw)
+    parts: list[Message] = message.get_payload()
+    return next(part.get_payload(decode=True) for part in parts if part.get_filename())
+
+
 def main() -> None:
     """Serve until killed."""
     parser = argparse.ArgumentParser()
@@ -194,6 +301,8 @@ def main() -> None:
     parser.add_argument("--latency", type=float, default=0.0, help="seconds before anything is answered")
     parser.add_argument("--faults", type=float, default=0.0, help="share of requests that meet a fault")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--looks", type=int, default=1, help="at a batch before it is done")
+    parser.add_argument("--batch-fault", default="")
     asked = parser.parse_args()
     logging.disable()  # cut connections are wanted here
     # Only for a socket that names TCP does asyncio turn off the delay that joins small packets, here 40 ms an answer.
@@ -201,7 +310,8 @@ def main() -> None:
     listening.bind(("127.0.0.1", 0))
     listening.listen(512)
     print(listening.getsockname()[1], flush=True)
-    app = FaultyServer(asked.log, asked.latency, asked.faults, asked.seed)
+    batches = Batches(asked.looks, asked.batch_fault)
+    app = FaultyServer(asked.log, asked.latency, asked.faults, asked.seed, batches)
     config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=60)
     uvicorn.Server(config).run(sockets=[listening])
 

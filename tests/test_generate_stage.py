@@ -126,6 +126,19 @@ def test_what_is_missing_is_said_and_asked_by_the_next_run(server: Server, tmp_p
     assert len(RunFolder(mended).read("responses")) == 24
 
 
+def test_another_name_asks_nothing_that_a_run_beside_it_has(server: Server, tmp_path: Path) -> None:
+    stages.make(profile_of(tmp_path, endpoint(server)), "generate")
+    other = profile_of(tmp_path, endpoint(server), endpoint(server, "new"), name="other")
+    forecast = run(other, tmp_path, "generate", "--split", "train", "--dry-run").stdout
+    assert "api: 0 of 12 requests to ask" in forecast
+    assert "new: 12 of 12 requests to ask" in forecast
+    stages.make(other, "generate")
+    assert len(prompts_at(server)) == 24
+    table = RunFolder(other).read("answers").set_index("model")
+    assert len(table.loc["api"]) == 12
+    assert table.loc["api", "cost"].sum() == 0 < table.loc["new", "cost"].sum()
+
+
 def test_models_splits_and_limits(server: Server, tmp_path: Path) -> None:
     profile = profile_of(tmp_path, endpoint(server, "one"), endpoint(server, "two"))
     done = run(profile, tmp_path, "generate", "--models", "two", "--split", "valid", "--limit", "3")
@@ -180,23 +193,6 @@ def test_failed_prompts_are_retried_on_request(server: Server, tmp_path: Path) -
         profile, tmp_path, "generate", "--models", "api", "--retry-failed"
     ).stdout  # fmt: skip
     assert RunFolder(profile).read("answers")["outcome"].eq("ok").all()
-
-
-@pytest.mark.slow
-def test_two_commands_share_the_work(tmp_path: Path) -> None:
-    with serving(tmp_path / "server.jsonl", "--latency", "0.3") as server:
-        profile = profile_of(tmp_path, endpoint(server, concurrency=1))
-        stages.make(profile, "dialogues")
-        path = tmp_path / "profile.yaml"
-        path.write_text(profile.to_yaml())
-        command = [COMMAND, "generate", "--models", "api", "--profile", str(path)]
-        started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=PROJECT) for _ in range(2)]
-        outputs = [process.communicate(timeout=120)[0] for process in started]
-        assert all(process.returncode == 0 for process in started)
-        prompts = prompts_at(server)
-    assert len(prompts) == len(set(prompts)) == 16, outputs
-    run(profile, tmp_path, "generate", "--models", "api")
-    assert len(RunFolder(profile).read("answers")) == 16
 
 
 def test_templates_formats_and_budgets_reach_the_server(server: Server, tmp_path: Path) -> None:
@@ -286,17 +282,6 @@ def test_a_dialogue_without_a_context_is_named(server: Server, tmp_path: Path) -
     (tmp_path / "train.json").write_text(json.dumps(table))
     done = run(profile, tmp_path, "generate")
     assert "Dialogue 'D4' has no context to answer (1 such dialogues)" in done.stderr, done.stderr
-    assert server.received() == []
-
-
-def test_a_damaged_store_is_named_and_left_as_it_is(server: Server, tmp_path: Path) -> None:
-    profile = profile_of(tmp_path, endpoint(server))
-    stages.make(profile, "dialogues")
-    damaged = RunFolder(profile).answers
-    damaged.write_bytes(b"not SQLite " * 1000)
-    done = run(profile, tmp_path, "generate", "--models", "api")
-    assert "answers.sqlite are damaged or the file is none of persodpo's" in done.stderr
-    assert damaged.read_bytes() == b"not SQLite " * 1000
     assert server.received() == []
 
 

@@ -61,7 +61,7 @@ def test_several_processes_keep_one_budget(server: Server, tmp_path: Path) -> No
 
 
 def test_killed_runs_keep_the_budget_too(server: Server, tmp_path: Path) -> None:
-    path, budget, source = tmp_path / "answers.sqlite", 0.02, random.Random(5)
+    path, budget, source = tmp_path / "answers.sqlite", 0.01, random.Random(5)
     for _ in range(5):
         with child(server, path, "small", budget) as process:
             process.stdout.readline()

@@ -1,4 +1,4 @@
-"""One endpoint: its key, its client, and a request in the form in which it is sent."""
+"""One endpoint: its key, its HTTP client, and a request in the form in which it is sent."""
 
 from __future__ import annotations
 
@@ -10,12 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 import httpx2
-import openai
 
 from persodpo.config import OpenAIModel
-from persodpo.errors import PersodpoError
-from persodpo.generation.replies import CallFault
-from persodpo.generation.requests import Answer, Request
+from persodpo.generation.requests import Answer, ModelStopped, Request
 
 CONNECT_SECONDS = 10.0
 _SHORTEST_SECRET = 8
@@ -33,10 +30,6 @@ class Mask:
         if secret and len(secret) >= _SHORTEST_SECRET:
             encoded = base64.b64encode(secret.encode()).decode().rstrip("=")
             self._forms = [secret, urllib.parse.quote(secret, safe=""), json.dumps(secret)[1:-1], encoded]
-
-    def __repr__(self) -> str:
-        """Say nothing about the secret."""
-        return "Mask()"
 
     def withheld(self, answer: Answer) -> Answer:
         """Return an answer, or a failure in place of one that holds a secret too long to stand there by chance."""
@@ -59,46 +52,33 @@ def api_key(settings: OpenAIModel) -> str | None:
     """Read the key from the environment; None for an endpoint that asks for none.
 
     Raises:
-        PersodpoError: Its variable is not set, or holds what no key is; the variable is named, never its value.
+        ModelStopped: Its variable is not set, or holds what no key is; the variable is named, never its value.
     """
     variable = settings.api_key_env
     if variable is None:
         return None
     key = os.environ.get(variable, "").strip()
     if not key:
-        raise PersodpoError(
+        raise ModelStopped(
             f"Model {settings.model} needs an API key in the environment variable {variable}, which is not set; export it "
             "and run again."
         )
     if not key.isascii() or not key.isprintable():
-        raise PersodpoError(
+        raise ModelStopped(
             f"The API key in the environment variable {variable} holds characters that no key has; export it again."
         )
     return key
 
 
 def request_body(settings: OpenAIModel, json_keys: tuple[str, ...], request: Request) -> tuple[str, dict[str, Any]]:
-    """Return a request as it is sent: the path below ``/v1`` and the body.
-
-    Args:
-        settings: Of the endpoint.
-        json_keys: Keys, all text, of the JSON object that the endpoint must hold the model to; empty: no such schema.
-        request: The request.
-
-    Raises:
-        CallFault: The prompt cannot be sent, or a raw prompt is to be held to a schema.
-    """
-    if any(0xD800 <= ord(character) <= 0xDFFF for text in request.texts for character in text):
-        raise CallFault("rejected", "the prompt holds characters that no request can carry")
+    """Return a request as it is sent: the path and the body, which may ask for a JSON object of texts under these keys."""
     body: dict[str, Any] = {"model": settings.served_as or settings.model}
     if request.temperature is not None:
         body["temperature"] = request.temperature
     if request.seed is not None:
         body["seed"] = request.seed
     if isinstance(request.prompt, str):
-        if json_keys:
-            raise CallFault("rejected", "a schema needs a chat prompt, raw text cannot be held to one")
-        return "/completions", body | {"prompt": request.prompt, "max_tokens": request.max_new_tokens}
+        return "/v1/completions", body | {"prompt": request.prompt, "max_tokens": request.max_new_tokens}
     body |= {"messages": request.prompt, settings.token_limit: request.max_new_tokens}
     if json_keys:
         schema = {
@@ -107,7 +87,7 @@ def request_body(settings: OpenAIModel, json_keys: tuple[str, ...], request: Req
         }  # fmt: skip
         form = {"name": "answer", "strict": True, "schema": schema}
         body["response_format"] = {"type": "json_schema", "json_schema": form}
-    return "/chat/completions", body
+    return "/v1/chat/completions", body
 
 
 class BoundedClient(httpx2.AsyncClient):
@@ -135,11 +115,3 @@ class BoundedClient(httpx2.AsyncClient):
         coded = {"content-encoding", "content-length", "transfer-encoding"}
         headers = [(name, value) for name, value in response.headers.multi_items() if name.lower() not in coded]
         return httpx2.Response(response.status_code, headers=headers, content=bytes(body), request=request)
-
-
-def client_for(settings: OpenAIModel, key: str | None, http: BoundedClient, retries: int) -> openai.AsyncOpenAI:
-    """Return a client for an endpoint; it is to be closed."""
-    # Without a key of its own the client would send OPENAI_API_KEY to whatever server base_url names.
-    return openai.AsyncOpenAI(
-        api_key=key or "none", base_url=settings.base_url, max_retries=retries, timeout=http.timeout, http_client=http
-    )

@@ -1,8 +1,7 @@
 """Answers of any OpenAI-compatible endpoint: OpenAI itself, vLLM, Ollama, llama.cpp, ``transformers serve``.
 
 The ``openai`` client sends, waits and tries again. `_Wire` below it sees each attempt: it keeps to the endpoint's pace,
-reads bodies within bounds, follows no redirect, knows which attempts may have been billed, and tells the client whether
-another one can help. The API key is read from the environment and is handed to nothing but the client.
+knows which attempts may have been billed, and tells the client whether another one can help.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ import openai
 
 from persodpo.config import OpenAIModel
 from persodpo.generation.ask import Work
-from persodpo.generation.client import BoundedClient, Mask, api_key, client_for, request_body
+from persodpo.generation.client import BoundedClient, Mask, api_key, request_body
 from persodpo.generation.replies import CallFault, fault_of, read_reply
-from persodpo.generation.requests import Answer, Backend, ModelStopped, Request, stopping_the_model
+from persodpo.generation.requests import Answer, Backend, Request
 
 #: Longest body that is read, bytes as decoded.
 LONGEST_BODY = 16 * 2**20
@@ -50,21 +49,72 @@ LASTING = {
         "{url} failed for " + str(FAILURES_IN_A_ROW) + " prompts in a row to model {model} (last: {detail}); mend that and "
         "run again, failed prompts with retrying of failures switched on."
     ),
+    "batch": "{url} failed on a batch for model {model} ({detail}); run again later.",
+    "no_batches": "{url} has no Batch API for model {model} ({detail}); set batch: false for it.",
+    "refused": "{url} refused a batch of model {model} ({detail}); correct what it names and run again.",
 }  # fmt: skip
 
 
-def sentence(kind: str, settings: OpenAIModel, detail: str) -> str:
-    """Return why a model is stopped.
+class OpenAIBackend(Backend):
+    """Answers over the ``openai`` client."""
 
-    Args:
-        kind: A key of `LASTING`.
-        settings: Of the endpoint.
-        detail: What was said, without secrets.
-    """
-    return LASTING[kind].format(
-        model=settings.model, served=settings.served_as or settings.model, url=settings.base_url, detail=detail,
-        key=f"the key in {settings.api_key_env}" if settings.api_key_env else "requests without a key",
-    )  # fmt: skip
+    local = False
+
+    def __init__(self, settings: OpenAIModel, json_keys: tuple[str, ...] = ()) -> None:
+        """Take the settings, and the keys of the JSON object that the endpoint must hold the model to; none: no schema."""
+        self.settings = settings
+        self.json_keys = json_keys
+        self.model = settings.model
+        self.concurrency = settings.concurrency
+        self.prices = settings.prices
+        self.minute = (None, None) if settings.batch else (settings.requests_per_minute, settings.tokens_per_minute)
+        self.mask = Mask(None)
+
+    def identity(self) -> Mapping[str, object]:
+        """Name the served model and the enforced schema; the address may change."""
+        served = self.settings.served_as or self.model
+        return {"kind": "openai", "served_as": served, "json_keys": list(self.json_keys)}
+
+    def highest_cost(self, request: Request) -> float:
+        """Return the most that one attempt can cost, US dollars: no tokenizer makes more tokens than a text has bytes."""
+        if self.prices is None:
+            return 0.0
+        around = MESSAGE_TOKENS * (len(request.texts) + 1 + 2 * len(self.json_keys))
+        return self.prices.cost(request.prompt_bytes + around, request.max_new_tokens)
+
+    def client(self, http: BoundedClient, retries: int) -> openai.AsyncOpenAI:
+        """Read the key, which is handed to nothing but the client, and return one that is to be closed."""
+        key, address = api_key(self.settings), self.settings.base_url
+        self.mask = Mask(key)
+        # Without a key of its own the client would send OPENAI_API_KEY to whatever server base_url names.
+        return openai.AsyncOpenAI(
+            api_key=key or "none", base_url=address, max_retries=retries, timeout=http.timeout, http_client=http
+        )
+
+    def sentence(self, kind: str, detail: str) -> str:
+        """Return why the model is stopped: by a kind of `LASTING`, with what was said, without secrets."""
+        settings = self.settings
+        return LASTING[kind].format(
+            model=settings.model, served=settings.served_as or settings.model, url=settings.base_url, detail=detail,
+            key=f"the key in {settings.api_key_env}" if settings.api_key_env else "requests without a key",
+        )  # fmt: skip
+
+    def booked(self, work: Work, answer: Answer, price: float) -> Answer:
+        """Return an answer with its cost, as counted or at the highest price; one that costs more stops the model."""
+        cost = price
+        if self.prices and answer.prompt_tokens is not None and answer.completion_tokens is not None:
+            cost = self.prices.cost(answer.prompt_tokens, answer.completion_tokens)
+            if cost > price:
+                detail = f"{answer.prompt_tokens:,} + {answer.completion_tokens:,} tokens, ${cost:,.4f}"
+                work.stop(self.sentence("usage", f"{detail} where ${price:,.4f} was the most"))
+        return self.mask.withheld(replace(answer, cost=cost))
+
+    async def run(self, work: Work) -> None:
+        """Read the key, make a client and keep as many requests under way as the settings say."""
+        wire = _Wire(self, work)
+        async with self.client(wire, self.settings.attempts - 1) as client, asyncio.TaskGroup() as group:
+            for _ in range(self.concurrency):
+                group.create_task(wire.work(client))
 
 
 @dataclass
@@ -81,192 +131,112 @@ class _Call:
     fault: CallFault | None = None  # what the last attempt lacked
 
 
-class _NoMoney(Exception):  # noqa: N818 - as StopIteration
-    """There is no money for another attempt."""
-
-
 _CALL: ContextVar[_Call] = ContextVar("call")
-
-
-class OpenAIBackend(Backend):
-    """Answers over the ``openai`` client."""
-
-    local = False
-
-    def __init__(self, settings: OpenAIModel, json_keys: tuple[str, ...] = ()) -> None:
-        """Take the settings; nothing is connected yet.
-
-        Args:
-            settings: Of the endpoint.
-            json_keys: Keys, all text, of the JSON object that the endpoint must hold the model to; empty: no such schema.
-        """
-        self.settings = settings
-        self.json_keys = json_keys
-        self.model = settings.model
-        self.concurrency = settings.concurrency
-        self.prices = settings.prices
-        self.minute = (None, None) if settings.batch else (settings.requests_per_minute, settings.tokens_per_minute)
-
-    def identity(self) -> Mapping[str, object]:
-        """Name the served model and the enforced schema; the address may change."""
-        served = self.settings.served_as or self.model
-        return {"kind": "openai", "served_as": served, "json_keys": list(self.json_keys)}
-
-    def highest_cost(self, request: Request) -> float:
-        """Return the most that one attempt can cost, US dollars: no tokenizer makes more tokens than a text has bytes."""
-        if self.prices is None:
-            return 0.0
-        around = MESSAGE_TOKENS * (len(request.texts) + 1 + 2 * len(self.json_keys))
-        return self.prices.cost(request.prompt_bytes + around, request.max_new_tokens)
-
-    async def run(self, work: Work) -> None:
-        """Read the key, make a client and keep as many requests under way as the settings say."""
-        with stopping_the_model():
-            wire = _Wire(self, work)
-        async with wire.client, asyncio.TaskGroup() as group:
-            for _ in range(self.concurrency):
-                group.create_task(wire.work())
 
 
 class _Wire(BoundedClient):
     """One run against one endpoint, attempt by attempt."""
 
     def __init__(self, backend: OpenAIBackend, work: Work) -> None:
-        settings = backend.settings
-        super().__init__(settings, LONGEST_BODY)
-        key = api_key(settings)
-        self.client = client_for(settings, key, self, settings.attempts - 1)
-        self._mask = Mask(key)
-        self._backend, self._settings, self._work = backend, settings, work
+        super().__init__(backend.settings, LONGEST_BODY)
+        self._backend, self._settings, self._work = backend, backend.settings, work
         self._pace = Pace(*backend.minute)
         self._reached = self._answered = False
         self._failures_in_a_row = 0
 
-    async def work(self) -> None:
+    async def work(self, client: openai.AsyncOpenAI) -> None:
         """Answer one request after another."""
-        while (item := await self._work.next()) is not None:
-            key, request = item
+        while item := await self._work.take():
+            ((key, request),) = item
             tokens = request.prompt_bytes // BYTES_PER_TOKEN + request.max_new_tokens
             call = _Call(key, self._backend.highest_cost(request), tokens)
-            answer = await self._ask(call, request)
+            answer = await self._ask(client, call, request)
             if answer is None:
-                await self._work.give_back([key])
+                self._work.give_back([key])
             else:
                 await self._work.done(key, request, answer)
 
-    async def _ask(self, call: _Call, request: Request) -> Answer | None:
+    async def _ask(self, client: openai.AsyncOpenAI, call: _Call, request: Request) -> Answer | None:
         """Answer one request; None where it is left to do, because the model was stopped."""
+        _CALL.set(call)
+        path, body = request_body(self._settings, self._backend.json_keys, request)
         try:
-            path, body = request_body(self._settings, self._backend.json_keys, request)
-            _CALL.set(call)
             # The client's typed methods convert every field both ways, which costs more than sending it.
-            await self.client.post(path, body=body, cast_to=object)
-        except CallFault as unsendable:
-            call.fault = unsendable
-        except ModelStopped as reason:
-            self._work.stop(str(reason))
-            if not call.billed:
-                return None
-        except _NoMoney:
-            pass  # the fault of the attempt before stands
-        except openai.OpenAIError as error:
-            if call.fault is None:
-                call.fault = CallFault("invalid_body", self._mask.line(str(error)))
+            await client.post(path.removeprefix("/v1"), body=body, cast_to=object)
+        except CallFault as error:
+            call.fault = error
+        except openai.APIStatusError:
+            pass  # the last attempt's fault may pass, but there was no further attempt
+        lost = call.billed * call.price
         if call.answer is not None:
-            return self._answer(call, call.answer)
+            self._answered, self._failures_in_a_row = True, 0
+            answer = self._backend.booked(self._work, call.answer, call.price)
+            return replace(answer, cost=answer.cost + lost, latency=call.latency, attempts=call.attempts)
         fault = call.fault or CallFault("invalid_body", "no answer")
         self._stop_if_lasting(fault)
         if self._work.summary.stopped and not call.billed and (fault.kind in LASTING or fault.transient):
             return None
-        self._count_failure(fault)
         kind = "rejected" if fault.kind in LASTING and fault.kind != "unreachable" else fault.kind
         return Answer(
-            "failed", failure=kind, error=fault.detail, cost=call.billed * call.price,
-            latency=call.latency, attempts=call.attempts,
-        )  # fmt: skip
-
-    def _answer(self, call: _Call, answer: Answer) -> Answer:
-        """Book what an answer costs; one that costs more than was set aside for it stops the model."""
-        self._answered, self._failures_in_a_row = True, 0
-        cost = call.price
-        if self._backend.prices and answer.prompt_tokens is not None and answer.completion_tokens is not None:
-            cost = self._backend.prices.cost(answer.prompt_tokens, answer.completion_tokens)
-            if cost > call.price:
-                detail = f"{answer.prompt_tokens:,} + {answer.completion_tokens:,} tokens, ${cost:,.4f}"
-                self._work.stop(sentence("usage", self._settings, f"{detail} where ${call.price:,.4f} was the most"))
-        answer = self._mask.withheld(answer)
-        return replace(
-            answer, cost=cost + call.billed * call.price, latency=call.latency, attempts=call.attempts,
-            error=answer.error and self._mask.line(answer.error),
-        )  # fmt: skip
+            "failed", failure=kind, error=fault.detail, cost=lost, latency=call.latency, attempts=call.attempts
+        )
 
     def _stop_if_lasting(self, fault: CallFault) -> None:
-        """Stop the model where no further request can succeed."""
+        """Stop the model where no further request can succeed, or none has for long."""
         kind, detail = fault.kind, fault.detail
+        self._failures_in_a_row += kind != "context_too_long"
         if fault.retry_after is not None and fault.retry_after > LONGEST_WAIT:
             kind, detail = "wait", f"{fault.retry_after:,.0f} s"
         # Some endpoints deny single prompts in this way.
         if kind in LASTING and not (kind == "denied" and self._answered):
-            self._work.stop(sentence(kind, self._settings, detail))
-
-    def _count_failure(self, fault: CallFault) -> None:
-        """Stop the model after too many failures in a row; the request at hand has failed by itself."""
-        self._failures_in_a_row += fault.kind != "context_too_long"
-        if self._failures_in_a_row >= FAILURES_IN_A_ROW:
-            self._work.stop(sentence("row", self._settings, f"{fault.kind}, {fault.detail}"))
+            self._work.stop(self._backend.sentence(kind, detail))
+        elif self._failures_in_a_row >= FAILURES_IN_A_ROW:
+            self._work.stop(self._backend.sentence("row", f"{kind}, {detail}"))
 
     async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
-        """Make one attempt, and tell the client by ``x-should-retry`` whether another one can help."""
+        """Make one attempt; the client is told whether it gave an answer or another one can help, and nothing else."""
         call = _CALL.get()
-        if call.billed and not await self._work.pay_again(call.key, call.price):
-            raise _NoMoney
+        if call.fault and call.billed and not self._work.pay_again(call.key, call.price):
+            raise call.fault
         await self._pace.wait(call.tokens)
         if self._work.summary.stopped:
-            raise ModelStopped(self._work.summary.stopped)
+            raise call.fault or CallFault("unreachable", "not sent", transient=True, billed=False)
         started = time.perf_counter()
         call.attempts += 1
-        call.billed += 1
+        try:
+            call.answer = await self._attempt(call, request, options)
+        except CallFault as fault:
+            fault.detail = self._backend.mask.line(fault.detail)
+            call.fault = fault
+            call.billed += fault.billed
+            if not fault.transient:
+                raise
+            wait = {} if fault.retry_after is None else {"retry-after": str(fault.retry_after)}
+            return httpx2.Response(503, headers=wait, request=request)
+        finally:
+            call.latency = time.perf_counter() - started
+        return httpx2.Response(200, json={}, request=request)
+
+    async def _attempt(self, call: _Call, request: httpx2.Request, options: dict[str, Any]) -> Answer:
+        """Return an answer; whatever comes in its place is a fault."""
         try:
             async with asyncio.timeout(self._settings.timeout_seconds):
                 response = await super().send(request, **options)
         except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.UnsupportedProtocol, httpx2.ProxyError) as error:
-            call.billed -= 1
-            call.fault = CallFault("unreachable", self._mask.line(str(error) or type(error).__name__), transient=True)
-            if not self._reached and call.attempts >= FIRST_ATTEMPTS:
-                raise ModelStopped(sentence("unreachable", self._settings, call.fault.detail)) from error
-            raise
-        except (TimeoutError, httpx2.TimeoutException) as error:
-            call.fault = CallFault("timeout", "no answer in time", transient=True)
-            raise httpx2.ReadTimeout("no answer in time", request=request) from error
+            patient = self._reached or call.attempts < FIRST_ATTEMPTS
+            raise CallFault(
+                "unreachable", str(error) or type(error).__name__, transient=patient, billed=False
+            ) from None
+        except (TimeoutError, httpx2.TimeoutException):
+            raise CallFault("timeout", "no answer in time", transient=True) from None
         except httpx2.DecodingError as error:
-            call.fault = CallFault("invalid_body", str(error))
-            return httpx2.Response(400, headers={"x-should-retry": "false"}, request=request)
+            raise CallFault("invalid_body", str(error)) from None
         except httpx2.RequestError as error:
-            call.fault = CallFault(
-                "connection_cut", self._mask.line(str(error) or type(error).__name__), transient=True
-            )
-            raise
-        finally:
-            call.latency = time.perf_counter() - started
+            raise CallFault("connection_cut", str(error) or type(error).__name__, transient=True) from None
         self._reached = True
-        return self._judged(call, response)
-
-    def _judged(self, call: _Call, response: httpx2.Response) -> httpx2.Response:
-        """Read what came; the client is told what became of it, and nothing else."""
-        try:
-            if response.status_code != 200:
-                raise fault_of(response.status_code, response.headers, response.content)
-            call.answer = read_reply(response.content)
-        except CallFault as fault:
-            fault.detail = self._mask.line(fault.detail)
-            call.fault = fault
-            call.billed -= response.status_code != 200
-            headers = {"x-should-retry": str(fault.transient).lower()}
-            if fault.retry_after is not None:
-                headers["retry-after"] = str(fault.retry_after)
-            return httpx2.Response(500, headers=headers, request=response.request)
-        call.billed -= 1
-        return httpx2.Response(200, json={}, request=response.request)
+        if response.status_code != 200:
+            raise fault_of(response.status_code, response.headers, response.content)
+        return read_reply(response.content)
 
 
 class Pace:

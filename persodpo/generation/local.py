@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,11 @@ from accelerate.utils import find_executable_batch_size
 from peft import PeftModel
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from persodpo.completions import KEY
+from persodpo.completions import KEY, without_reasoning
 from persodpo.config import TransformersModel
 from persodpo.errors import PersodpoError
-from persodpo.generation.ask import Work, in_thread
-from persodpo.generation.requests import Answer, Backend, ModelStopped, Request, folder_digest, stopping_the_model
+from persodpo.generation.ask import Work
+from persodpo.generation.requests import Answer, Backend, ModelStopped, Request, as_messages, folder_digest
 
 #: Prompts sorted by length together, for each one of a batch.
 POOL = 8
@@ -41,13 +42,7 @@ class TransformersBackend(Backend):
     """Answers over transformers' ``generate``."""
 
     def __init__(self, settings: TransformersModel, weights: str | Path, load: Loader) -> None:
-        """Name the model; nothing is loaded yet.
-
-        Args:
-            settings: How it is asked.
-            weights: A folder or a name on the Hugging Face Hub.
-            load: Loads it, when there is something to ask.
-        """
+        """Name a folder or a model on the Hugging Face Hub; it is loaded when there is something to ask."""
         self.settings = settings
         self.weights = weights
         self.model = settings.model
@@ -71,10 +66,12 @@ class TransformersBackend(Backend):
 
     async def run(self, work: Work) -> None:
         """Load the model and answer batch by batch, the longest prompts of those that wait first."""
-        with stopping_the_model():
-            decoder = await in_thread(Decoder, self.settings, self.weights, self._load)
         try:
-            while pool := await self._take(work):
+            decoder = await asyncio.to_thread(Decoder, self.settings, self.weights, self._load)
+        except PersodpoError as error:
+            raise ModelStopped(str(error)) from error
+        try:
+            while pool := await work.take(self.concurrency):
                 pool.sort(key=lambda item: -item[1].prompt_bytes)
                 for start in range(0, len(pool), self.batch_size):
                     batch = pool[start : start + self.batch_size]
@@ -85,23 +82,12 @@ class TransformersBackend(Backend):
         finally:
             decoder.cancelled.set()
 
-    async def _take(self, work: Work) -> list[tuple[str, Request]]:
-        taken: list[tuple[str, Request]] = []
-        while len(taken) < self.concurrency and (item := await work.next()) is not None:
-            taken.append(item)
-        return taken
-
 
 class Decoder:
     """A loaded model and its tokenizer."""
 
     def __init__(self, settings: TransformersModel, weights: str | Path, load: Loader) -> None:
-        """Load the model, and warm it up for latency mode.
-
-        Args:
-            settings: How the model is asked.
-            weights: A folder or a name on the Hugging Face Hub.
-            load: As of `TransformersBackend`.
+        """Load the model, and warm it up for latency mode; arguments as of `TransformersBackend`.
 
         Raises:
             PersodpoError: The model or its adapter cannot be loaded, or it has no chat template where it needs one.
@@ -123,29 +109,31 @@ class Decoder:
             self._decode([self._ids("warm up")], [Request("warm-up", "warm up", WARM_UP_TOKENS, 0.0, None, "")])
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answer a batch; one that does not fit the memory is halved.
-
-        Args:
-            requests: The batch; temperature and seed are the first one's.
-
-        Returns:
-            An answer for each, in their order. A prompt that leaves no room for its longest answer fails.
+        """Answer a batch under the temperature and seed of its first request; one that does not fit the memory is halved.
 
         Raises:
             ModelStopped: Not even a single prompt fits the memory.
         """
         ids = [self._ids(request.prompt) for request in requests]
-        fits = [n for n, request in enumerate(requests) if len(ids[n]) + request.max_new_tokens <= self._limit]
+        answers: dict[int, Answer] = {}
+        for n, request in enumerate(requests):
+            if len(ids[n]) + request.max_new_tokens > self._limit:
+                said = (
+                    f"The prompt of {len(ids[n])} tokens and an answer of {request.max_new_tokens} do not fit the "
+                    f"{self._limit} tokens that {self._settings.model} takes."
+                )
+                answers[n] = Answer("failed", failure="context_too_long", error=said, prompt_tokens=len(ids[n]))
+        fits = [n for n in range(len(ids)) if n not in answers]
 
         def decode(batch_size: int) -> list[Answer]:
             parts = [fits[start : start + batch_size] for start in range(0, len(fits), batch_size)]
             return [one for part in parts for one in self._decode([ids[n] for n in part], [requests[n] for n in part])]
 
-        sizes = iter([len(fits) >> halvings for halvings in range(1, 64)])
+        halves = (len(fits) >> halvings for halvings in count(1))
         try:
             # Accelerate collects garbage before each call, which is not for single prompts.
-            several = find_executable_batch_size(decode, len(fits), reduce_batch_size_fn=lambda: next(sizes))
-            answers = several() if len(fits) > 1 else decode(1)
+            several = find_executable_batch_size(decode, len(fits), reduce_batch_size_fn=lambda: next(halves))
+            answers |= zip(fits, several() if len(fits) > 1 else decode(1), strict=True)
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "reached zero" not in str(error):
                 raise
@@ -153,15 +141,7 @@ class Decoder:
                 f"Model {self._settings.model} runs out of memory on a single prompt of {max(map(len, ids))} tokens; use a "
                 "smaller model or a larger GPU."
             ) from error
-        by_place = dict(zip(fits, answers, strict=True))
-        return [by_place.get(n) or self._too_long(ids[n], request) for n, request in enumerate(requests)]
-
-    def _too_long(self, ids: list[int], request: Request) -> Answer:
-        error = (
-            f"The prompt of {len(ids)} tokens and an answer of {request.max_new_tokens} do not fit the {self._limit} tokens "
-            f"that {self._settings.model} takes."
-        )
-        return Answer("failed", failure="context_too_long", error=error, prompt_tokens=len(ids), hardware=self.hardware)
+        return [replace(answers[n], hardware=self.hardware) for n in range(len(ids))]
 
     def _decode(self, ids: list[list[int]], requests: list[Request]) -> list[Answer]:
         """Let the model go on from prompts that are padded on the left to one length."""
@@ -191,18 +171,16 @@ class Decoder:
         said = said[:end]
         return Answer(
             "answered", str(self._tokenizer.decode(said, skip_special_tokens=True)), "stop" if ended else "length",
-            prompt_tokens=len(prompt), completion_tokens=len(said), hardware=self.hardware,
+            prompt_tokens=len(prompt), completion_tokens=len(said),
         )  # fmt: skip
 
     def _config(self, temperature: float | None, max_new_tokens: int) -> Any:
         """Return the model's own generation settings: greedy, or drawn from the whole softmax at a temperature."""
         config = GenerationConfig.from_dict(self._model.generation_config.to_dict())
-        drawn = {"temperature": temperature, "top_p": 1.0, "top_k": 0} if temperature else dict.fromkeys(
-            ("temperature", "top_p", "top_k")
-        )  # fmt: skip
         config.update(  # type: ignore[no-untyped-call]
-            do_sample=bool(temperature), max_length=None, max_new_tokens=max_new_tokens,
-            pad_token_id=self._tokenizer.pad_token_id, eos_token_id=self._ends, **drawn,
+            do_sample=bool(temperature), temperature=temperature or None, top_p=1.0 if temperature else None,
+            top_k=0 if temperature else None, max_length=None, max_new_tokens=max_new_tokens,
+            pad_token_id=self._tokenizer.pad_token_id, eos_token_id=self._ends,
         )  # fmt: skip
         return config
 
@@ -222,11 +200,9 @@ class Decoder:
             raise PersodpoError(f"Model {settings.model} has no end-of-text token; use a tokenizer that names one.")
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(self._ends[0])
-        if settings.format == "raw":
-            return
-        system = [{"role": "system", "content": "x"}] if settings.format == "chat_with_system" else []
+        system = "x" if settings.format == "chat_with_system" else None
         try:
-            tokenizer.apply_chat_template([*system, {"role": "user", "content": "x"}], tokenize=False)
+            self._ids("x" if settings.format == "raw" else as_messages("x", system))
         except Exception as error:
             said = " ".join(str(error).split())[:200]
             raise PersodpoError(
@@ -246,29 +222,19 @@ class _Stopping(StoppingCriteria):
         for row, ids in enumerate(input_ids if self._at_json else ()):
             if row in self.closed or "}" not in self._tokenizer.decode(ids[-1:]):
                 continue
-            if answer_end(self._tokenizer.decode(ids[self._width :])):
+            if is_closed(self._tokenizer.decode(ids[self._width :])):
                 self.closed[row] = len(ids) - self._width
         over = self._cancelled.is_set()
         return torch.tensor([over or row in self.closed for row in range(len(input_ids))], device=input_ids.device)
 
 
-def answer_end(text: str) -> int | None:
-    """Return where the first JSON object with the key ``response`` ends; None while it is open or has not begun."""
-    start = text.find("{")
-    while start >= 0:
-        try:
-            value, end = json.JSONDecoder().raw_decode(text, start)
-        except json.JSONDecodeError as error:
-            if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated"):
-                return None
-            end = start + 1  # a brace that opens no object
-        except RecursionError:
-            return None
-        else:
-            if isinstance(value, dict) and KEY in value:
-                return end
-        start = text.find("{", end)
-    return None
+def is_closed(text: str) -> bool:
+    """Tell whether the object is closed that the strict reading takes: from the first brace on, after any reasoning."""
+    text = without_reasoning(text)
+    try:
+        return KEY in json.JSONDecoder().raw_decode(text, text.index("{"))[0]
+    except (ValueError, RecursionError):
+        return False
 
 
 def _with_adapter(model: Any, folder: Path) -> Any:
@@ -290,6 +256,6 @@ def _hardware(dtype: torch.dtype) -> str:
     kind = str(dtype).removeprefix("torch.")
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, {kind}"
-    told = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").is_file() else ""
-    names = re.findall(r"^model name\s*: (.+)$", told, re.MULTILINE)
-    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads, {kind}"
+    cpus = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", cpus.read_text()) if cpus.is_file() else []
+    return f"{[*names, platform.machine()][0]}, {torch.get_num_threads()} threads, {kind}"

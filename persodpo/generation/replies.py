@@ -16,6 +16,12 @@ from persodpo.generation.requests import Answer
 _ENDS = {"stop", "length", "content_filter", "end_turn", "max_tokens", "stop_sequence", "eos", "eos_token"}
 _QUOTA = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
 _TOO_LONG = ("context_length", "context length", "context size", "context window", "context_size", "too many tokens")
+#: HTTP statuses and error codes -> the kind of fault. The first will not pass; of the others, some other statuses will.
+_LASTING = {401: "key", 402: "quota", 403: "denied", 404: "unknown_model"}
+_PASSING = {
+    408: "timeout", 409: "server_error", 429: "rate_limited", "batch_expired": "timeout",
+    "rate_limit_exceeded": "rate_limited",
+}  # fmt: skip
 
 
 @dataclass
@@ -27,6 +33,7 @@ class CallFault(Exception):  # noqa: N818 - a fault is what it is called through
     kind: str
     detail: str  # the server's or the system's words, which may hold secrets
     transient: bool = False  # True if the same request may succeed later
+    billed: bool = True  # True if the attempt may have been billed
     retry_after: float | None = None  # seconds the server asks to wait
 
 
@@ -90,19 +97,17 @@ def fault_of(status: int | None, headers: Mapping[str, str], body: bytes | Any) 
     said = found.get("message") or found.get("detail") or error
     said = said if isinstance(said, str) else json.dumps(said, default=str)
     code = str(found.get("code") or found.get("type") or "")
-    detail = f"{status}: {said}" if status else f"{code}: {said}"
+    fault = CallFault("rejected", f"{status or code}: {said}", billed=False)
     if status is not None and 300 <= status < 400:
-        return CallFault("redirect", f"{status} to {headers.get('location', 'nowhere')}")
-    kind = {401: "key", 402: "quota", 403: "denied", 404: "unknown_model"}.get(status or 0)
-    if kind or (status == 429 and code in _QUOTA):
-        return CallFault(kind or "quota", detail)
-    if any(sign in f"{code} {said}".lower() for sign in _TOO_LONG) and status in {None, 400, 413, 422}:
-        return CallFault("context_too_long", detail)
-    passing = {408: "timeout", 409: "server_error", 429: "rate_limited"}.get(status or 0)
-    passing = passing or {"batch_expired": "timeout", "rate_limit_exceeded": "rate_limited"}.get(code)
-    if passing or (status or 0) >= 500:
-        return CallFault(passing or "server_error", detail, transient=True, retry_after=_seconds(headers))
-    return CallFault("rejected", detail)
+        fault.kind, fault.detail = "redirect", f"{status} to {headers.get('location', 'nowhere')}"
+    elif status in _LASTING or (status == 429 and code in _QUOTA):
+        fault.kind = _LASTING.get(status or 0, "quota")
+    elif any(sign in f"{code} {said}".lower() for sign in _TOO_LONG) and status in {None, 400, 413, 422}:
+        fault.kind = "context_too_long"
+    elif status in _PASSING or code in _PASSING or (status or 0) >= 500:
+        fault.kind = _PASSING.get(status or 0) or _PASSING.get(code, "server_error")
+        fault.transient, fault.retry_after = True, _seconds(headers)
+    return fault
 
 
 def _object(value: object) -> dict[str, Any]:

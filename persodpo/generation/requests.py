@@ -11,7 +11,6 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -33,8 +32,6 @@ FAILURES = (
 )  # fmt: skip
 #: What leads a turn; a context of nothing else says nothing.
 _SPEAKER = re.compile(r"^\w+:", re.MULTILINE)
-
-
 #: One turn of a chat: its role (``system``, ``user`` or ``assistant``) and its content.
 Message = dict[str, str]
 
@@ -90,15 +87,6 @@ class ModelStopped(PersodpoError):  # noqa: N818 - says what happened
     """No further request to this model can succeed; the other models go on."""
 
 
-@contextmanager
-def stopping_the_model() -> Iterator[None]:
-    """Turn what is wrong with one model into `ModelStopped`."""
-    try:
-        yield
-    except PersodpoError as error:
-        raise ModelStopped(str(error)) from error
-
-
 class Backend(ABC):
     """Where the answers of one model come from; what is said here holds for a model of this machine."""
 
@@ -115,6 +103,9 @@ class Backend(ABC):
     def highest_cost(self, request: Request) -> float:
         """Return what is to be set aside before a request is sent, US dollars: the most that one attempt can cost."""
         return 0.0
+
+    async def resume(self, work: Work) -> None:  # noqa: B027 - most have nothing to do
+        """Bring in what an earlier run has paid for and never saw; called before anything is looked up."""
 
     @abstractmethod
     async def run(self, work: Work) -> None:
@@ -189,13 +180,11 @@ def folder_digest(folder: Path) -> str | None:
 
     Pictures, cards and records beside the model shape no answer and are left out.
     """
-    files = sorted(
-        path for path in folder.glob("*") if path.suffix in {".safetensors", ".json", ".txt", ".model", ".jinja"}
+    kinds, records = (
+        {".safetensors", ".json", ".txt", ".model", ".jinja"},
+        {"policy.json", "arm.json", "trainer_state.json"},
     )
-    files = [path for path in files if path.name not in {"policy.json", "arm.json", "trainer_state.json"}]
+    files = [path for path in sorted(folder.glob("*")) if path.suffix in kinds and path.name not in records]
     if not any(path.suffix == ".safetensors" for path in files):
         return None
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.name} {sha256(path)}\n".encode())
-    return digest.hexdigest()
+    return hashlib.sha256("".join(f"{path.name} {sha256(path)}\n" for path in files).encode()).hexdigest()

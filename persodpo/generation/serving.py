@@ -64,32 +64,31 @@ class ServedBackend(OpenAIBackend):
             raise ModelStopped(f"{program} is not there; install transformers[serving] into this environment.")
         with socket.socket() as free:
             free.bind((HOST, 0))
-            port = free.getsockname()[1]
-        self.settings = self.settings.model_copy(update={"base_url": f"http://{HOST}:{port}/v1"})
-        command = [str(program), "serve", self._weights, "--host", HOST, "--port", str(port)]
+            address = f"http://{HOST}:{free.getsockname()[1]}"
+        self.settings = self.settings.model_copy(update={"base_url": f"{address}/v1"})
+        command = [str(program), "serve", self._weights, "--host", HOST, "--port", address.rpartition(":")[2]]
         offline = {"HF_HUB_OFFLINE": "1"} if Path(self._weights).is_dir() else {}
         with subprocess.Popen(  # noqa: S603 - our own program, no shell
             [sys.executable, "-c", _LEASH, *command], env=os.environ | offline | {"HF_HUB_DISABLE_TELEMETRY": "1"},
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         ) as server:  # fmt: skip
-            await self._wait(server, port)
+            await self._wait(server, f"{address}/health")
             await super().run(work)
 
-    async def _wait(self, server: subprocess.Popen[bytes], port: int) -> None:
+    async def _wait(self, server: subprocess.Popen[bytes], health: str) -> None:
         """Wait until the server answers."""
         deadline = time.monotonic() + self._startup_seconds
         async with httpx2.AsyncClient(trust_env=False) as client:
-            while time.monotonic() < deadline:
-                if server.poll() is not None:
-                    raise ModelStopped(
-                        f"transformers serve ended by itself (status {server.returncode}) before it could serve model "
-                        f"{self.model}; try it by hand: transformers serve {self._weights}."
-                    )
+            while server.poll() is None and time.monotonic() < deadline:
                 with suppress(httpx2.TransportError):
-                    if (await client.get(f"http://{HOST}:{port}/health", timeout=5)).status_code == 200:
+                    if (await client.get(health, timeout=5)).status_code == 200:
                         return
                 await asyncio.sleep(0.2)
+        ended = server.poll()
         raise ModelStopped(
             f"transformers serve did not answer for model {self.model} within {self._startup_seconds:g} s; raise "
             "startup_seconds of its entry in generation.backends."
+            if ended is None
+            else f"transformers serve ended by itself (status {ended}) before it could serve model {self.model}; try it by "
+            f"hand: transformers serve {self._weights}."
         )

@@ -13,9 +13,9 @@ import sqlite3
 import sys
 import threading
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import astuple, fields
+from dataclasses import astuple, fields, replace
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -31,7 +31,7 @@ APPLICATION = 0x50445052  # "PDPR", in the file's header, tells the store from a
 VERSION = 2
 CHUNK = 500
 
-_ANSWERS = f"""
+_SCHEMA = f"""
 CREATE TABLE answers (
     key TEXT PRIMARY KEY, model TEXT NOT NULL, template TEXT NOT NULL, prompt_bytes INTEGER NOT NULL,
     outcome TEXT NOT NULL CHECK (outcome IN ('answered', 'failed')), completion TEXT, finish_reason TEXT, failure TEXT,
@@ -39,16 +39,11 @@ CREATE TABLE answers (
     attempts INTEGER NOT NULL, batch_size INTEGER, hardware TEXT, created TEXT NOT NULL
 );
 CREATE INDEX answers_model ON answers (model);
-PRAGMA application_id = {APPLICATION};
-"""
-_MONEY_AND_BATCHES = f"""
 CREATE INDEX answers_cost ON answers (cost) WHERE cost > 0;
 CREATE TABLE reservations (key TEXT, run TEXT, cost REAL NOT NULL, PRIMARY KEY (key, run)) WITHOUT ROWID;
-CREATE TABLE batches (tag TEXT PRIMARY KEY, model TEXT NOT NULL, address TEXT NOT NULL, name TEXT, keys TEXT NOT NULL);
+PRAGMA application_id = {APPLICATION};
 PRAGMA user_version = {VERSION};
 """
-#: From the layout before, which kept claims by the clock.
-_UPGRADE = "DROP TABLE claims; DROP TABLE batches; DROP TABLE batch_keys;" + _MONEY_AND_BATCHES
 _CONTENT = Content(
     "answers",
     "restore a copy, or save what can be read with `sqlite3 FILE .recover`, or move it away and run again, the file was not "
@@ -66,11 +61,12 @@ ON CONFLICT (key) DO UPDATE SET
     cost = cost + excluded.cost, attempts = attempts + excluded.attempts
 WHERE answers.outcome = 'failed'
 """
-#: What runs that died have set aside for a key and nobody has answered: it may have been billed, so its answer bears it.
+#: What others, runs that died, have set aside for a key: it may have been billed, so its answer bears it.
 _LOST = """
 UPDATE answers SET cost = cost + (SELECT total(cost) FROM reservations WHERE key = ?1 AND run <> ?2)
 WHERE key = ?1 AND EXISTS (SELECT 1 FROM reservations WHERE key = ?1 AND run <> ?2)
 """
+_SPENT = "SELECT (SELECT total(cost) FROM answers WHERE cost > 0) + (SELECT total(cost) FROM reservations)"
 
 
 class Entry(NamedTuple):
@@ -81,7 +77,7 @@ class Entry(NamedTuple):
     template: str  # hash of the prompt's template
     prompt_bytes: int
     answer: Answer
-    created: str = ""  # ISO 8601 in UTC; filled in by `Store.write`
+    created: str = ""  # ISO 8601 in UTC; filled in by `Store.write` where it is empty
 
 
 class Experience(NamedTuple):
@@ -94,14 +90,10 @@ class Experience(NamedTuple):
 
 
 class Store:
-    """The answers of all models, in one file."""
+    """The answers of all models, in one file; a PersodpoError says that it is locked or damaged, or the disk is full."""
 
     def __init__(self, path: Path, wait_seconds: float = 30.0) -> None:
-        """Open a store, or make one where there is none.
-
-        Args:
-            path: The file.
-            wait_seconds: How long to wait for another process that is writing.
+        """Open a store, or make one where there is none; ``wait_seconds`` is for another process that is writing.
 
         Raises:
             PersodpoError: The file is locked, damaged, of another program or of another version, or cannot be made.
@@ -142,22 +134,19 @@ class Store:
             yield
 
     def reserve(self, prices: Sequence[tuple[str, float]], budget: float | None = None) -> int:
-        """Set money aside for requests before they are sent.
+        """Set money aside for requests that are about to be sent, in one transaction with the sum it is checked against.
 
         Args:
-            prices: Key and highest price of each, US dollars.
+            prices: Keys, and the most that each request can cost in US dollars; for another attempt it is added.
             budget: What all answers and reservations may cost together, US dollars; None for no limit.
 
         Returns:
             For how many of them, from the first on, there was room.
-
-        Raises:
-            PersodpoError: The file is locked or damaged, or the disk is full.
         """
         if budget is None and not any(usd for _, usd in prices):
             return len(prices)
-        with self.exclusive() as connection:
-            total, granted = (0.0 if budget is None else self._spent()), 0
+        with self._exclusive() as connection:
+            total, granted = (0.0 if budget is None else connection.execute(_SPENT).fetchone()[0]), 0
             for _, usd in prices:
                 total += usd
                 if budget is not None and total > budget:
@@ -169,37 +158,55 @@ class Store:
             )
         return granted
 
-    def release(self, keys: Collection[str]) -> None:
-        """Give back what was set aside for requests that were not sent after all; errors as `reserve`."""
+    def release(self, keys: Collection[str], run: str | None = None) -> None:
+        """Give back what was set aside for requests that were not sent after all, by this run or another."""
         if keys:
-            with self.exclusive() as connection:
-                pairs = [(key, self.run) for key in keys]
+            with self._exclusive() as connection:
+                pairs = [(key, run or self.run) for key in keys]
                 connection.executemany("DELETE FROM reservations WHERE key = ? AND run = ?", pairs)
 
-    def write(self, entries: Sequence[Entry]) -> None:
+    def hand_over(self, prices: Mapping[str, float], run: str, heir: str) -> None:
+        """Let another run bear what a run has set aside: a batch, which outlives this process, by a name of its own."""
+        with self._exclusive() as connection:
+            connection.executemany("DELETE FROM reservations WHERE key = ? AND run = ?", [(key, run) for key in prices])
+            rows = [(key, heir, usd) for key, usd in prices.items()]
+            connection.executemany("INSERT INTO reservations VALUES (?, ?, ?)", rows)
+
+    def reservations(self, start: str) -> dict[str, dict[str, float]]:
+        """Return what runs whose names start so have set aside: for each its keys and US dollars."""
+        runs: dict[str, dict[str, float]] = {}
+        query = "SELECT run, key, cost FROM reservations WHERE substr(run, 1, ?) = ?"
+        for run, key, usd in self._read(query, len(start), start):
+            runs.setdefault(run, {})[key] = usd
+        return runs
+
+    def write(self, entries: Sequence[Entry], run: str | None = None) -> None:
         """Write entries in one transaction and end their reservations; when this returns, they are on the disk.
 
         Args:
             entries: What came in. An answer that is stored already stays as it is; a failure is replaced.
-
-        Raises:
-            PersodpoError: As `reserve`; nothing of ``entries`` is written then.
+            run: Whose reservations are part of their cost; None for this one's.
         """
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        rows = [
-            tuple(map(_storable, (one.key, one.model, one.template, one.prompt_bytes, *astuple(one.answer), now)))
-            for one in entries
-        ]
-        with self.exclusive() as connection:
+        rows = [tuple(map(_storable, (*one[:4], *astuple(one.answer), one.created or now))) for one in entries]
+        with self._exclusive() as connection:
             connection.executemany(_WRITE, rows)
-            connection.executemany(_LOST, [(one.key, self.run) for one in entries])
+            connection.executemany(_LOST, [(one.key, run or self.run) for one in entries])
             connection.executemany("DELETE FROM reservations WHERE key = ?", [(one.key,) for one in entries])
+
+    def adopt(self, keys: Iterable[str], path: Path) -> None:
+        """Take over answers from another store; they cost nothing here, for that store has paid for them."""
+        remaining = self.missing(keys)
+        with Store(path) as other:
+            while chunk := list(islice(remaining, CHUNK)):
+                found = [entry for _, entry in other.entries(chunk) if entry and entry.answer.failure is None]
+                self.write([entry._replace(answer=replace(entry.answer, cost=0.0)) for entry in found])
 
     def entries(self, keys: Iterable[str]) -> Iterator[tuple[str, Entry | None]]:
         """Yield each key with its entry, None where there is none; a few hundred are read at a time, in flat memory."""
         remaining = iter(keys)
         while chunk := list(islice(remaining, CHUNK)):
-            rows = self._select(f"SELECT {', '.join(_COLUMNS)} FROM answers WHERE key IN", chunk)
+            rows = self._read(f"SELECT {', '.join(_COLUMNS)} FROM answers WHERE key IN ({_marks(chunk)})", *chunk)
             if not all(all(map(isinstance, row, _TYPES)) for row in rows):
                 raise _CONTENT.damaged(self.path)
             found = {row[0]: Entry(row[0], row[1], row[2], row[3], Answer(*row[4:-1]), row[-1]) for row in rows}
@@ -210,21 +217,18 @@ class Store:
         remaining = iter(keys)
         answered = "AND outcome = 'answered'" if retry_failed else ""
         while chunk := list(islice(remaining, CHUNK)):
-            stored = {key for (key,) in self._select("SELECT key FROM answers WHERE key IN", chunk, answered)}
+            query = f"SELECT key FROM answers WHERE key IN ({_marks(chunk)}) {answered}"
+            stored = {key for (key,) in self._read(query, *chunk)}
             yield from (key for key in chunk if key not in stored)
 
     def spent(self) -> float:
         """Return what all calls cost, US dollars; those without an answer yet count at their highest price."""
-        with _CONTENT.faults(self.path), self._lock:
-            return self._spent()
+        return float(self._read(_SPENT)[0][0])
 
     def experience(self, model: str, template: str, concurrency: int) -> Experience | None:
-        """Return what the stored answers of a model to one template teach; None if there are none.
+        """Return what the stored answers of a model to one template (its hash) teach; None if there are none.
 
-        Args:
-            model: The model's name.
-            template: Hash of the template.
-            concurrency: Requests under way at a time, for answers whose server alone knows how many it answers together.
+        ``concurrency`` is how many are under way at a time, where the server alone knows how many it answers together.
         """
         query = """
             SELECT count(*), total(prompt_tokens) / total(prompt_bytes), avg(completion_tokens),
@@ -232,13 +236,12 @@ class Store:
             FROM answers WHERE model = ? AND template = ? AND outcome = 'answered'
                 AND prompt_tokens IS NOT NULL AND completion_tokens IS NOT NULL
         """
-        with _CONTENT.faults(self.path), self._lock:
-            row = self._connection.execute(query, (concurrency, model, template)).fetchone()
+        (row,) = self._read(query, concurrency, model, template)
         return Experience(*row) if row[0] else None
 
     @contextmanager
-    def exclusive(self) -> Iterator[sqlite3.Connection]:
-        """Give the connection within one write transaction; errors as `reserve`."""
+    def _exclusive(self) -> Iterator[sqlite3.Connection]:
+        """Give the connection within one write transaction."""
         with _CONTENT.faults(self.path), self._lock, transaction(self._connection):
             yield self._connection
 
@@ -246,9 +249,7 @@ class Store:
         """Check that the file is a store of this version, and make it one if it is empty."""
         connection.execute("PRAGMA synchronous = FULL")
         with transaction(connection):
-            found = lay_out(connection, _ANSWERS + _MONEY_AND_BATCHES)
-            if (found.application, found.version) == (APPLICATION, 1):
-                found = lay_out(connection, _UPGRADE, anew=True)
+            found = lay_out(connection, _SCHEMA)
         if found.application != APPLICATION or not found.tables:
             raise PersodpoError(f"{self.path} is an SQLite file of another program; name another file for the answers.")
         if found.version != VERSION:
@@ -257,15 +258,13 @@ class Store:
                 f"{VERSION}); install that version or move the file away."
             )
 
-    def _spent(self) -> float:
-        query = "SELECT (SELECT total(cost) FROM answers WHERE cost > 0) + (SELECT total(cost) FROM reservations)"
-        return float(self._connection.execute(query).fetchone()[0])
-
-    def _select(self, start: str, keys: Sequence[str], end: str = "") -> list[tuple[Any, ...]]:
-        """Run a query that asks for some keys."""
-        marks = ", ".join("?" * len(keys))
+    def _read(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         with _CONTENT.faults(self.path), self._lock:
-            return self._connection.execute(f"{start} ({marks}) {end}", tuple(keys)).fetchall()
+            return self._connection.execute(query, values).fetchall()
+
+
+def _marks(values: Sequence[object]) -> str:
+    return ", ".join("?" * len(values))
 
 
 def _storable(value: Any) -> Any:

@@ -41,11 +41,11 @@ class Summary:
     def __str__(self) -> str:
         """Return one line for logs and notebooks."""
         failed = ", ".join(f"{count:,} {name}" for name, count in sorted(self.failed.items()))
-        cost = "cost unknown" if self.cost is None else f"${self.cost:,.4f}"
         parts = [
             f"{self.answered:,} answered", f"{self.failed.total():,} failed" + (f" ({failed})" if failed else ""),
             f"{self.skipped:,} stored before", f"{self.truncated:,} cut off at their longest length",
-            f"{self.prompt_tokens:,} + {self.completion_tokens:,} tokens", cost, f"{self.seconds:,.1f} s",
+            f"{self.prompt_tokens:,} + {self.completion_tokens:,} tokens",
+            "cost unknown" if self.cost is None else f"${self.cost:,.4f}", f"{self.seconds:,.1f} s",
         ]  # fmt: skip
         read = ", ".join(f"{count:,} {name}" for name, count in self.outcomes.most_common())
         parts += [f"read as {read}"] if read else []
@@ -61,8 +61,9 @@ class Summary:
         self.truncated += answer.finish_reason == "length"
         if self.cost is not None:
             self.cost += answer.cost
-        self.answered += answer.failure is None
-        if answer.failure is not None:
+        if answer.failure is None:
+            self.answered += 1
+        else:
             self.failed[answer.failure] += 1
 
 
@@ -77,8 +78,7 @@ class Forecast:
 
     model: str
     requests: int
-    stored: int  # of these, answered or failed already
-    to_ask: int
+    to_ask: int  # of these, neither answered nor failed yet
     sample: int  # stored answers that the expectation rests on; 0: four bytes a token, every answer at its longest
     prompt_tokens: int
     completion_tokens: int
@@ -100,18 +100,8 @@ class Forecast:
 def forecast(requests: Iterable[Request], backend: Backend, store: Store, *, retry_failed: bool = False) -> Forecast:
     """Forecast what `persodpo.generation.ask.generate` would do; nothing is sent and nothing written.
 
-    Args:
-        requests: As for ``generate``; gone through once, in flat memory.
-        backend: Its prices, limits and concurrency are used, it is not opened.
-        store: Stored answers are not asked again, and those of this model to the same template say how many tokens and
-            seconds an answer takes.
-        retry_failed: As for ``generate``.
-
-    Returns:
-        The forecast.
-
-    Raises:
-        PersodpoError: The store fails.
+    Stored answers are not asked again, and those of this model to the same template say how many tokens and seconds an
+    answer takes. Requests are gone through once, in flat memory.
     """
     total = to_ask = prompt_bytes = longest = 0
     template, remaining = "", iter(requests)
@@ -125,14 +115,15 @@ def forecast(requests: Iterable[Request], backend: Backend, store: Store, *, ret
     sample = store.experience(backend.model, template, backend.concurrency)
     prompt_tokens = round(prompt_bytes * (sample.tokens_per_byte if sample else 1 / BYTES_PER_TOKEN))
     expected = min(longest, round(to_ask * sample.completion_tokens)) if sample else longest
-    (requests_a_minute, tokens_a_minute), prices = backend.minute, backend.prices
+    requests_a_minute, tokens_a_minute = backend.minute
     bounds = [
         to_ask * sample.seconds if sample else None,
         60 * to_ask / requests_a_minute if requests_a_minute else None,
         60 * (prompt_tokens + longest) / tokens_a_minute if tokens_a_minute else None,
     ]
+    prices = backend.prices
     return Forecast(
-        model=backend.model, requests=total, stored=total - to_ask, to_ask=to_ask, sample=sample.answers if sample else 0,
+        model=backend.model, requests=total, to_ask=to_ask, sample=sample.answers if sample else 0,
         prompt_tokens=prompt_tokens, completion_tokens=expected,
         cost=prices.cost(prompt_tokens, expected) if prices else None,
         highest_cost=prices.cost(prompt_tokens, longest) if prices else None,
@@ -144,7 +135,7 @@ def stored_answers(store: Store, jobs: Iterable[tuple[Job, Sequence[str]]], read
     """Return what the store holds of some jobs.
 
     Args:
-        store: The store.
+        store: Of the answers.
         jobs: Each with the splits of its dialogues; its requests are gone through.
         reading: How completions are read.
 
@@ -153,17 +144,16 @@ def stored_answers(store: Store, jobs: Iterable[tuple[Job, Sequence[str]]], read
     """
     rows = []
     for job, splits in jobs:
-        requests = list(zip(job.requests, splits, strict=True))
-        keys = [request_key(request, job.backend) for request, _ in requests]
-        for (request, split), (_, entry) in zip(requests, store.entries(keys), strict=True):
-            if entry is None:
-                continue
-            rows.append({
-                **asdict(entry.answer), "dialogue_id": request.dialogue_id, "split": split, "model": job.backend.model,
-                "response": read_completion(entry.answer.completion, reading).response,
-                "outcome": outcome_of(entry.answer, reading), "response_time": entry.answer.latency,
-                "created": entry.created,
-            })  # fmt: skip
+        requests = list(job.requests)
+        entries = store.entries(request_key(request, job.backend) for request in requests)
+        for request, split, (_, entry) in zip(requests, splits, entries, strict=True):
+            if entry is not None:
+                rows.append({
+                    **asdict(entry.answer), "dialogue_id": request.dialogue_id, "split": split,
+                    "model": job.backend.model, "response": read_completion(entry.answer.completion, reading).response,
+                    "outcome": outcome_of(entry.answer, reading), "response_time": entry.answer.latency,
+                    "created": entry.created,
+                })  # fmt: skip
     frame = pd.DataFrame(rows, columns=schema_of("answers").names)
     whole = {
         name: frame[name].astype("Int64") for name in ("batch_size", "prompt_tokens", "completion_tokens", "attempts")

@@ -52,7 +52,7 @@ def asked_scope(profile: Profile, models: Sequence[str], splits: Sequence[str], 
         )
     for model in models:
         entry_of(profile, model)
-    return Scope(tuple(models) or profile.generation.models, tuple(splits) or SPLITS, limit)
+    return Scope(tuple(dict.fromkeys(models)) or profile.generation.models, tuple(splits) or SPLITS, limit)
 
 
 def entry_of(profile: Profile, model: str) -> AskedModel:

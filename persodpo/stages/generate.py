@@ -15,7 +15,7 @@ import persodpo.own_data
 from persodpo.config import Profile
 from persodpo.errors import PersodpoError
 from persodpo.generation.ask import generate_all
-from persodpo.generation.requests import Job
+from persodpo.generation.requests import Job, request_key
 from persodpo.generation.store import Store
 from persodpo.generation.summary import Forecast, Summary, forecast, stored_answers
 from persodpo.release import published
@@ -169,8 +169,9 @@ def ask(
 
 
 def forecasts(run: RunFolder, scope: Scope, retry_failed: bool = False) -> list[Forecast]:
-    """Say what `ask` would take in a run with dialogues; nothing is sent, loaded or written."""
+    """Say what `ask` would take in a run with dialogues; nothing is sent or loaded."""
     with _store(run) as store:
+        _adopt(run, store, scope)
         jobs = [job for job, _ in jobs_of(run, scope, make_policy=False)]
         return [forecast(job.requests, job.backend, store, retry_failed=retry_failed) for job in jobs]
 
@@ -199,11 +200,23 @@ def _store(run: RunFolder) -> Iterator[Store]:
         yield store
 
 
+def _adopt(run: RunFolder, store: Store, scope: Scope) -> None:
+    """Take over what other runs have asked the same models in the same way."""
+    others = [path for path in sorted(run.root.parent.glob(f"*/{run.answers.name}")) if path != run.answers]
+    jobs = jobs_of(run, scope, make_policy=False) if others else []
+    keys = [request_key(request, job.backend) for job, _ in jobs for request in job.requests]
+    for path in others:
+        with suppress(PersodpoError):  # it is damaged or of another version; what it holds is asked again
+            store.adopt(keys, path)
+
+
 def _ask(run: RunFolder, scope: Scope, *, retry_failed: bool, progress: bool) -> list[Summary]:
     profile = run.profile
     with Store(run.answers) as store:
+        jobs = [job for job, _ in jobs_of(run, scope, make_policy=True)]
+        _adopt(run, store, scope)
         return generate_all(
-            [job for job, _ in jobs_of(run, scope, make_policy=True)],
+            jobs,
             store,
             budget_usd=profile.generation.budget_usd,
             retry_failed=retry_failed,
