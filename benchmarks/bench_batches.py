@@ -11,8 +11,6 @@ by seed.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,18 +18,18 @@ from typing import Any
 import pandas as pd
 import torch
 from datasets import Dataset, disable_progress_bars
+from measuring import RESULTS, machine, pipes, save
 from scipy import stats
 from transformers import PrinterCallback
 
 from persodpo.config import Profile, load_profile
-from persodpo.runfolder import PROJECT, RunFolder, git_commit, versions, write_json
+from persodpo.runfolder import RunFolder
 from persodpo.stages import make
 from persodpo.training.arms import split_prompts
 from persodpo.training.policy import load_policy
 from persodpo.training.run import arguments, as_dataset
 from persodpo.training.trainer import GroupedDPOTrainer
 
-RESULTS = PROJECT / "benchmarks" / "results"
 MEASURES = {"loss": "eval_loss", "accuracy": "eval_rewards/accuracies", "margin": "eval_rewards/margins"}
 WAYS = ("grouped", "shuffled")
 
@@ -81,21 +79,15 @@ def measure(way: str, seed: int, train: pd.DataFrame, held_out: pd.DataFrame, pr
     }
 
 
-def interval(values: pd.Series) -> tuple[float, float]:
-    """Return the mean and half of its 95 % interval."""
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
-    return float(values.mean()), float(half)
-
-
 def summarise(runs: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """Return mean and half interval of each way and of the difference grouped - shuffled."""
+    """Return mean and half of the 95 % interval of each way and of the difference grouped - shuffled."""
     found: dict[str, dict[str, float]] = {}
     for name in MEASURES:
         wide = runs.pivot_table(index="seed", columns="way", values=name)
         wide["difference"] = wide["grouped"] - wide["shuffled"]
+        halves = stats.t.ppf(0.975, len(wide) - 1) * wide.sem()
         for way in (*WAYS, "difference"):
-            mean, half = interval(wide[way])
-            found.setdefault(way, {}).update({name: mean, f"{name} ±": half})
+            found.setdefault(way, {}).update({name: float(wide[way].mean()), f"{name} ±": float(halves[way])})
     return found
 
 
@@ -113,31 +105,23 @@ def main() -> None:
     pairs = RunFolder(profile).read("pairs/perso")
     train, held_out = split_prompts(pairs, profile.training.held_out, profile.seed)
     train = train[train["prompt"].isin(train["prompt"].unique()[: asked.prompts])]
-    rows = []
-    for seed in range(profile.seed, profile.seed + asked.seeds):
-        for way in WAYS:
-            rows.append(measure(way, seed, train, held_out, profile))
-            print(rows[-1], flush=True)
-    runs = pd.DataFrame(rows)
+    seeds = range(profile.seed, profile.seed + asked.seeds)
+    measured = [measure(way, seed, train, held_out, profile) for seed in seeds for way in WAYS]
+    runs = pd.DataFrame(measured)
     summary = summarise(runs)
-    lines = [f"| | {' | '.join(MEASURES)} |", "| --- " * 4 + "|"]
-    for way, entry in summary.items():
-        cells = [f"{entry[name]:.3f} ± {entry[f'{name} ±']:.3f}" for name in MEASURES]
-        lines.append(f"| {way} | {' | '.join(cells)} |")
+    rows = [
+        [way, *(f"{entry[name]:.3f} ± {entry[f'{name} ±']:.3f}" for name in MEASURES)] for way, entry in summary.items()
+    ]
     note = (
         f"Held-out pairs ({len(held_out)} of {held_out['prompt'].nunique()} prompts) after one epoch on {len(train):,} "
         f"pairs of {train['prompt'].nunique()} prompts, {runs['steps'].iloc[0]} steps of "
         f"{runs['pairs_a_step'].iloc[0]:.0f} pairs; {asked.seeds} seeds, mean and 95 % interval."
     )
     content = {
-        "machine": {"device": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-                    "threads": torch.get_num_threads(), **versions(), "commit": git_commit()},
-        "train_pairs": len(train), "held_out_pairs": len(held_out), "summary": summary, "runs": rows,
+        "machine": machine(threads=torch.get_num_threads()), "train_pairs": len(train), "held_out_pairs": len(held_out),
+        "summary": summary, "runs": measured,
     }  # fmt: skip
-    asked.output.mkdir(parents=True, exist_ok=True)
-    write_json(asked.output / "batches.json", content)
-    (asked.output / "batches.md").write_text("\n".join(lines) + f"\n\n{note}\n")
-    print("\n".join(lines), note, sep="\n\n")
+    save("batches", content, f"{pipes(['', *MEASURES], rows)}\n\n{note}", asked.output)
 
 
 if __name__ == "__main__":

@@ -7,22 +7,21 @@ and the browser's work together; on the published responses and on the miniature
 from __future__ import annotations
 
 import os
-import platform
 import sys
 import tempfile
 from pathlib import Path
 
 import nbformat
 import numpy as np
+from measuring import machine, pipes, save
 
 from persodpo import stages
 from persodpo.config import load_profile
-from persodpo.runfolder import PROJECT, RELEASE_VARIABLE, RunFolder, git_commit, versions, write_json
+from persodpo.runfolder import PROJECT, RELEASE_VARIABLE, RunFolder
 
 sys.path.insert(0, str(PROJECT / "tests"))
 import lab
 
-RESULTS = PROJECT / "benchmarks" / "results"
 #: The README's picture of sliders.
 PICTURE = PROJECT / "figures" / "mini" / "explore_quality.png"
 #: Milliseconds that the median move may take on the published responses.
@@ -73,19 +72,14 @@ def main() -> None:
         with lab.lab(Path(folder) / "lab") as browser:
             measured = {"10,347 published": measure(browser, str(source)), "the miniature's": measure(browser, "mini")}
             chromium = browser.page.context.browser
-            content = {
-                "measured": measured, "bound ms": BOUND, "cpu": platform.processor() or platform.machine(),
-                "cores": os.cpu_count(), "chromium": chromium.version if chromium else "", "commit": git_commit(),
-                "versions": versions(),
-            }  # fmt: skip
-    lines = ["| moved | responses | median | 95th percentile | moves |", "| --- " * 5 + "|"]
-    for responses, moves in measured.items():
-        for name, row in moves.items():
-            times = f"{row['median ms']:.0f} ms | {row['95th percentile ms']:.0f} ms"
-            lines.append(f"| {name} | {responses} | {times} | {row['moves']} |")
-    (RESULTS / "browser.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    write_json(RESULTS / "browser.json", content)
-    print("\n".join(lines))
+            here = machine(chromium=chromium.version if chromium else "")
+    rows = [
+        [name, responses, f"{row['median ms']:.0f} ms", f"{row['95th percentile ms']:.0f} ms", row["moves"]]
+        for responses, moves in measured.items()
+        for name, row in moves.items()
+    ]
+    table = pipes(["moved", "responses", "median", "95th percentile", "moves"], rows)
+    save("browser", {"measured": measured, "bound ms": BOUND, **here}, table)
     slowest = max(row["median ms"] for row in measured["10,347 published"].values())
     if slowest > BOUND:
         raise SystemExit(f"A move takes {slowest:.0f} ms, over {BOUND}.")

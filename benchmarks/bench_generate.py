@@ -1,4 +1,4 @@
-"""Asking an API: throughput, faults, killed processes, one budget for several, memory.
+"""Asking an API: throughput, faults, killed processes, memory.
 
 Run by `make bench-generate`. The server (tests/faulty_server.py) runs in a process of its own. Measured are
 
@@ -9,7 +9,6 @@ Run by `make bench-generate`. The server (tests/faulty_server.py) runs in a proc
   invalid bodies); every prompt must end answered or accounted for, and a second run must ask nothing;
 - kills: a run with a budget is killed (SIGKILL) at random moments and started again; what it acknowledged must be in the
   store, nothing stored may be asked again, and neither the store's sum nor what the server billed may pass the budget;
-- budget: eight processes, each with a model of its own, share a store and a budget;
 - memory: 100,000 prompts as long as the published ones, answered at once; the client's peak.
 """
 
@@ -18,12 +17,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
-import resource
 import sqlite3
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -35,18 +31,18 @@ from pathlib import Path
 from typing import Any
 
 import openai
+from measuring import RESULTS, answer, machine, pipes, save, start, tell
 
 from persodpo.config import OpenAIModel, Prices
 from persodpo.generation.ask import generate
 from persodpo.generation.endpoint import OpenAIBackend
 from persodpo.generation.requests import Message, Request, request_key
 from persodpo.generation.store import Store
-from persodpo.runfolder import PROJECT, git_commit, versions, write_json
+from persodpo.runfolder import PROJECT
 
-RESULTS = PROJECT / "benchmarks" / "results"
 SERVER = PROJECT / "tests" / "faulty_server.py"
 LATENCY, CONCURRENCY, FAULTS, SEED = 0.2, 64, 0.3, 44
-REPEATS, SEQUENTIAL, PROCESSES = 3, 60, 8
+REPEATS, SEQUENTIAL = 3, 60
 PRICES = Prices(input_per_million=0.15, output_per_million=0.6)
 #: Bytes of a prompt in the memory part, as long as the published ones are on average.
 PROMPT_BYTES = 2000
@@ -59,9 +55,7 @@ Figures = dict[str, float]
 @contextmanager
 def serving(log: Path, latency: float = LATENCY, faults: float = 0.0) -> Iterator[str]:
     """Start the server; gives its address."""
-    options = {"--log": log, "--latency": latency, "--faults": faults, "--seed": SEED}
-    command = [sys.executable, str(SERVER), *(str(part) for option in options.items() for part in option)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with start(str(SERVER), log=log, latency=latency, faults=faults, seed=SEED) as process:
         assert process.stdout is not None
         try:
             yield f"http://127.0.0.1:{int(process.stdout.readline())}/v1"
@@ -69,11 +63,11 @@ def serving(log: Path, latency: float = LATENCY, faults: float = 0.0) -> Iterato
             process.kill()
 
 
-def backend(url: str, model: str = "bench") -> OpenAIBackend:
+def backend(url: str) -> OpenAIBackend:
     """Return the backend all parts use."""
     return OpenAIBackend(
         OpenAIModel(
-            kind="openai", model=model, base_url=url, concurrency=CONCURRENCY, timeout_seconds=3.0, attempts=10,
+            kind="openai", model="bench", base_url=url, concurrency=CONCURRENCY, timeout_seconds=3.0, attempts=10,
             prices=PRICES,
         )
     )  # fmt: skip
@@ -89,13 +83,6 @@ def requests(count: int, size: int = 0) -> Iterator[Request]:
 def events(log: Path, kind: str) -> list[dict[str, Any]]:
     """Return what the server noted of one kind."""
     return [event for event in map(json.loads, log.read_text().splitlines()) if event["event"] == kind]
-
-
-def child(path: Path, url: str, prompts: int, budget: float, model: str = "bench") -> subprocess.Popen[str]:
-    """Start a run in a process of its own, which says which keys are on the disk as soon as they are."""
-    options = {"--child": path, "--url": url, "--prompts": prompts, "--budget": budget, "--model": model}
-    command = [sys.executable, __file__, *(str(part) for option in options.items() for part in option)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
 def throughput(folder: Path, prompts: int) -> Figures:
@@ -144,12 +131,13 @@ def billed(log: Path) -> float:
 def kills(folder: Path, prompts: int, count: int) -> Figures:
     """Kill a run at random moments until it has died often enough, then let it end."""
     log, path, drawn = folder / "kills.jsonl", folder / "kills.sqlite", random.Random(SEED)  # noqa: S311
-    keys = {request_key(one, backend("http://any/v1")): one.texts[0] for one in requests(prompts)}
-    highest = backend("http://any/v1").highest_cost(next(requests(1)))
-    budget, stored_at, lost, passed = highest * (prompts / 4 + 130 * count), dict[str, float](), 0, 0.0
+    anywhere = backend("http://any/v1")
+    keys = {request_key(one, anywhere): one.texts[0] for one in requests(prompts)}
+    budget = anywhere.highest_cost(next(requests(1))) * (prompts / 4 + 130 * count)
+    stored_at, lost, passed = dict[str, float](), 0, 0.0
     with serving(log) as url:
         for _ in range(count):
-            with child(path, url, prompts, budget) as process:
+            with start(__file__, child=path, url=url, prompts=prompts, budget=budget) as process:
                 assert process.stdout is not None
                 process.stdout.readline()
                 time.sleep(drawn.uniform(0.0, 0.9))
@@ -172,39 +160,22 @@ def kills(folder: Path, prompts: int, count: int) -> Figures:
     }  # fmt: skip
 
 
-def one_budget(folder: Path, prompts: int) -> Figures:
-    """Let several processes ask under one budget, which half of their prompts use up."""
-    log, path = folder / "budget.jsonl", folder / "budget.sqlite"
-    budget = PROCESSES * prompts / 2 * PRICES.cost(8, 10)
-    with serving(log) as url:
-        children = [child(path, url, prompts, budget, f"model-{number}") for number in range(PROCESSES)]
-        for process in children:
-            process.communicate()
-    with Store(path) as store:
-        spent = store.spent()
-    return {"processes": PROCESSES, "spent share of the budget": spent / budget, "billed share": billed(log) / spent}
-
-
 def memory(folder: Path, prompts: int) -> Figures:
     """Measure the client's memory in a process of its own."""
     with serving(Path(os.devnull), latency=0.0) as url:
-        command = [sys.executable, __file__, "--memory", str(folder / "memory.sqlite"), "--url", url]
-        done = subprocess.run([*command, "--prompts", str(prompts)], check=True, capture_output=True, text=True)
-    measured: Figures = json.loads(done.stdout.splitlines()[-1])
-    return measured
+        measured = answer(start(__file__, memory=folder / "memory.sqlite", url=url, prompts=prompts))
+    return {
+        "prompts": prompts, "prompt MB": prompts * PROMPT_BYTES / 1e6, "seconds": measured["seconds"],
+        "requests a second": prompts / measured["seconds"], "peak MB": measured["gib"] * 2**30 / 1e6,
+    }  # fmt: skip
 
 
 def memory_child(path: Path, url: str, prompts: int) -> None:
-    """Ask all prompts and print the figures as JSON."""
+    """Ask all prompts, and tell how long it took."""
     with Store(path) as store:
         summary = generate(requests(prompts, PROMPT_BYTES), backend(url), store, progress=False)
     assert summary.answered == prompts, summary
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6  # the kernel counts KiB
-    seconds = summary.seconds
-    print(json.dumps({
-        "prompts": prompts, "prompt MB": prompts * PROMPT_BYTES / 1e6, "seconds": seconds,
-        "requests a second": prompts / seconds, "peak MB": peak,
-    }))  # fmt: skip
+    tell({"seconds": summary.seconds})
 
 
 class TellingStore(Store):
@@ -216,21 +187,23 @@ class TellingStore(Store):
         os.write(1, "".join(f"{entry.key}\n" for entry in entries).encode())
 
 
+def asking_child(path: Path, url: str, prompts: int, budget: float) -> None:
+    """Ask under a budget, and say which keys are on the disk."""
+    print("asking", flush=True)
+    with TellingStore(path) as store:
+        generate(requests(prompts), backend(url), store, budget_usd=budget, progress=False)
+
+
 def bound(name: str) -> str:
     """Return what must hold of a figure."""
     least, most = AT_LEAST.get(name), AT_MOST.get(name)
     return f"at least {least:g}" if least is not None else "" if most is None else f"at most {most:g}"
 
 
-def table(measured: dict[str, Figures]) -> str:
-    """Return the figures as a table."""
-    lines = ["| part | figure | value | bound |", "| --- | --- | --- | --- |"]
-    for part, values in measured.items():
-        for name, value in values.items():
-            note = f" (extrapolated from {SEQUENTIAL} prompts)" if name == "sequential seconds" else ""
-            shown = f"{value:,.0f}" if float(value).is_integer() else f"{value:,.2f}"
-            lines.append(f"| {part} | {name} | {shown}{note} | {bound(name)} |")
-    return "\n".join(lines)
+def shown(name: str, value: float) -> str:
+    """Return a figure as it stands in the table."""
+    note = f" (extrapolated from {SEQUENTIAL} prompts)" if name == "sequential seconds" else ""
+    return f"{value:,.0f}{note}" if float(value).is_integer() else f"{value:,.2f}{note}"
 
 
 def main() -> None:
@@ -240,14 +213,11 @@ def main() -> None:
     parser.add_argument("--many-prompts", type=int, default=100_000, help="prompts of the memory part")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--output", type=Path, default=RESULTS)
-    for hidden, kind in {"child": Path, "memory": Path, "url": str, "model": str, "budget": float}.items():
+    for hidden, kind in {"child": Path, "memory": Path, "url": str, "budget": float}.items():
         parser.add_argument(f"--{hidden}", type=kind, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.child:
-        print("asking", flush=True)
-        with TellingStore(asked.child) as store:
-            to_ask = requests(asked.prompts)
-            generate(to_ask, backend(asked.url, asked.model), store, budget_usd=asked.budget, progress=False)
+        asking_child(asked.child, asked.url, asked.prompts, asked.budget)
         return
     if asked.memory:
         memory_child(asked.memory, asked.url, asked.prompts)
@@ -256,22 +226,17 @@ def main() -> None:
         folder = Path(made)
         measured = {
             "throughput": throughput(folder, asked.prompts), "faults": with_faults(folder, asked.prompts),
-            "kills": kills(folder, asked.prompts, asked.kills), "budget": one_budget(folder, asked.prompts // 10),
-            "memory": memory(folder, asked.many_prompts),
+            "kills": kills(folder, asked.prompts, asked.kills), "memory": memory(folder, asked.many_prompts),
         }  # fmt: skip
-    machine = {
-        "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), **versions(),
-        **{name: version(name) for name in ("openai", "uvicorn")}, "sqlite": sqlite3.sqlite_version, "commit": git_commit(),
-    }  # fmt: skip
+    figures = [(part, name, value) for part, values in measured.items() for name, value in values.items()]
+    rows = [(part, name, shown(name, value), bound(name)) for part, name, value in figures]
+    packages = {name: version(name) for name in ("openai", "uvicorn")} | {"sqlite": sqlite3.sqlite_version}
     sizes = {
         "prompts": asked.prompts, "many_prompts": asked.many_prompts, "prompt_bytes": PROMPT_BYTES, "latency": LATENCY,
         "concurrency": CONCURRENCY, "faults": FAULTS, "sequential_prompts": SEQUENTIAL, "throughput_repeats": REPEATS,
     }  # fmt: skip
-    asked.output.mkdir(parents=True, exist_ok=True)
-    write_json(asked.output / "generate.json", {"machine": machine, "sizes": sizes, "measured": measured})
-    (asked.output / "generate.md").write_text(table(measured) + "\n")
-    print(table(measured))
-    figures = [(part, name, value) for part, values in measured.items() for name, value in values.items()]
+    content = {"machine": machine(**packages), "sizes": sizes, "measured": measured}
+    save("generate", content, pipes(["part", "figure", "value", "bound"], rows), asked.output)
     if misses := [
         f"{part}: {name} {value:.3g}, {bound(name)}" for part, name, value in figures
         if value < AT_LEAST.get(name, value) or value > AT_MOST.get(name, value)

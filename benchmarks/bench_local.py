@@ -16,7 +16,6 @@ answer's object.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from measuring import RESULTS, machine, pipes, save
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, pipeline
 from transformers.utils.logging import set_verbosity_error
 
@@ -35,11 +35,10 @@ from persodpo.generation.ask import generate
 from persodpo.generation.local import TransformersBackend
 from persodpo.generation.requests import Request, request_key, requests_for
 from persodpo.generation.store import Store
-from persodpo.runfolder import PROJECT, RunFolder, git_commit, versions, write_json
+from persodpo.runfolder import RunFolder
 from persodpo.stages.policy import start_policy
 from persodpo.training.policy import load_policy
 
-RESULTS = PROJECT / "benchmarks" / "results"
 BATCH = {"small": 32, "qwen2-0.5b": 64}
 #: What answering together must reach against the released way, tokens a second, with the authors' model.
 AT_LEAST = 3.0
@@ -48,6 +47,7 @@ QWEN2 = {
     "vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
     "num_key_value_heads": 2, "max_position_embeddings": 32_768, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
 }  # fmt: skip
+COLUMNS = ("prompts", "seconds", "tokens a second", "times the released way", "same texts")
 
 
 def random_qwen2(folder: Path, tokenizer_from: Path) -> Path:
@@ -116,37 +116,20 @@ def measure(ways: dict[str, Way], repeats: int, tokens: Callable[[list[str]], in
             seconds[name].append(time.perf_counter() - started)
             texts[name] = dict(zip(way.places, made, strict=True))
             print(name, f"{seconds[name][-1]:.1f} s", file=sys.stderr, flush=True)
-    first = next(iter(ways))
-    made_by = {name: tokens(list(of.values())) for name, of in texts.items()}
+    first, *_ = ways
+    written = {name: tokens(list(made.values())) for name, made in texts.items()}
     rows = {}
-    for name in ways:
+    for name, times in seconds.items():
         ratios = [
-            made_by[name] / ours / (made_by[first] / theirs)
-            for theirs, ours in zip(seconds[first], seconds[name], strict=True)
+            written[name] / ours / (written[first] / theirs) for theirs, ours in zip(seconds[first], times, strict=True)
         ]
-        common = texts[first].keys() & texts[name].keys()
+        common, middle = texts[first].keys() & texts[name].keys(), statistics.median(times)
         rows[name] = {
-            "prompts": len(texts[name]), "seconds": statistics.median(seconds[name]), "all seconds": seconds[name],
-            "tokens": made_by[name], "tokens a second": made_by[name] / statistics.median(seconds[name]),
-            "times the released way": statistics.median(ratios),
+            "prompts": len(texts[name]), "seconds": middle, "all seconds": times, "tokens": written[name],
+            "tokens a second": written[name] / middle, "times the released way": statistics.median(ratios),
             "same texts": sum(texts[first][place] == texts[name][place] for place in common) / len(common),
         }  # fmt: skip
     return rows
-
-
-def table(measured: dict[str, dict[str, Any]]) -> str:
-    """Return the figures as a table."""
-    lines = [
-        "| model | way | prompts | seconds | tokens a second | times the released way | same texts |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for model, rows in measured.items():
-        for way, row in rows.items():
-            lines.append(
-                f"| {model} | {way} | {row['prompts']} | {row['seconds']:,.1f} | {row['tokens a second']:,.1f} | "
-                f"{row['times the released way']:.1f}x | {row['same texts']:.1%} |"
-            )
-    return "\n".join(lines)
 
 
 def main() -> None:
@@ -174,35 +157,29 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as made:
         random = random_qwen2(Path(made) / "qwen2", small)
-        sample = sample_of(fewer, asked.qwen2_released)
-        measured = {
-            "small": measure(
-                {
-                    "released": released_way(small, requests, range(len(requests))),
-                    "together": our_way(small, requests, batch_size=BATCH["small"]),
-                    "latency": our_way(small, requests, mode="latency"),
-                    "stop at JSON": our_way(small, requests, batch_size=BATCH["small"], stop_at_json=True),
-                },
-                asked.repeats,
-                tokens,
-            ),
-            "qwen2-0.5b": measure(
-                {
-                    "released": released_way(random, fewer, sample),
-                    "together": our_way(random, fewer, batch_size=BATCH["qwen2-0.5b"]),
-                },
-                asked.repeats,
-                tokens,
-            ),
+        ways = {
+            "small": {
+                "released": released_way(small, requests, range(len(requests))),
+                "together": our_way(small, requests, batch_size=BATCH["small"]),
+                "latency": our_way(small, requests, mode="latency"),
+                "stop at JSON": our_way(small, requests, batch_size=BATCH["small"], stop_at_json=True),
+            },
+            "qwen2-0.5b": {
+                "released": released_way(random, fewer, sample_of(fewer, asked.qwen2_released)),
+                "together": our_way(random, fewer, batch_size=BATCH["qwen2-0.5b"]),
+            },
         }
-    shown = table(measured)
-    machine = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), **versions(), "commit": git_commit()}
+        measured = {model: measure(of_model, asked.repeats, tokens) for model, of_model in ways.items()}
+    forms = ("{}", "{:,.1f}", "{:,.1f}", "{:.1f}x", "{:.1%}")
+    rows = [
+        [model, way, *(form.format(row[name]) for name, form in zip(COLUMNS, forms, strict=True))]
+        for model, of_model in measured.items()
+        for way, row in of_model.items()
+    ]
     sizes = {"batch_size": BATCH, "max_new_tokens": requests[0].max_new_tokens, "repeats": asked.repeats}
-    asked.output.mkdir(parents=True, exist_ok=True)
-    write_json(asked.output / "local.json", {"machine": machine, "sizes": sizes, "measured": measured})
-    (asked.output / "local.md").write_text(shown + "\n")
-    print(shown)
-    together = [rows["together"] for rows in measured.values()]
+    content = {"machine": machine(threads=torch.get_num_threads()), "sizes": sizes, "measured": measured}
+    save("local", content, pipes(["model", "way", *COLUMNS], rows), asked.output)
+    together = [of_model["together"] for of_model in measured.values()]
     if together[-1]["times the released way"] < AT_LEAST or any(row["same texts"] < 1 for row in together):
         sys.exit(f"together must reach {AT_LEAST}x with qwen2-0.5b, and the same texts with both")
 

@@ -1,23 +1,21 @@
 """The miniature from nothing: how long, how much memory, and what it finds.
 
 Run by `make bench-mini`: `persodpo reproduce` in a folder of its own, then once more with nothing changed, then the arms
-in a second world, for which nothing was chosen. Memory is the most that the process and all below it held at one time,
-shared pages counted once (Linux's proportional set size), looked at once a second. That two runs find the same is shown by
-a test (`tests/test_mini_run.py`).
+in a second world, for which nothing was chosen. That two runs find the same is shown by a test (`tests/test_mini_run.py`).
 """
 
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
+
+from measuring import RESULTS, machine, most_memory, pipes
 
 from persodpo import stages
 from persodpo.config import Profile, load_profile, with_overrides
@@ -25,36 +23,17 @@ from persodpo.evaluation.exports import number, p_text
 from persodpo.evaluation.observations import EVERY, IMPUTED, SUCCESSES
 from persodpo.runfolder import PROJECT, RunFolder, git_commit, read_json, versions, write_json
 
-RESULTS = PROJECT / "benchmarks" / "results"
 #: What a run from nothing and a second one may take, seconds, and the former's memory, GiB.
-FIRST, SECOND, MEMORY = 480, 60, 3.0
+LIMITS = {"first seconds": 480, "second seconds": 60, "peak GiB": 3.0}
 #: Seed of the second world: other people, places and models.
 OTHER_WORLD = 7
-#: What ablations are compared in.
-ABLATED = (("grounded", EVERY), ("repeats", EVERY), ("quality", IMPUTED), ("failure_ratio", EVERY))
-
-
-def children(process: int) -> list[int]:
-    """Return a process and all below it."""
-    found = [process]
-    for task in Path(f"/proc/{process}/task").glob("*/children"):
-        try:
-            found += [below for child in task.read_text().split() for below in children(int(child))]
-        except OSError:
-            continue
-    return found
-
-
-def held(process: int) -> float:
-    """Return the memory of a process and all below it, GiB."""
-    total = 0
-    for each in children(process):
-        try:
-            lines = Path(f"/proc/{each}/smaps_rollup").read_text().splitlines()
-        except OSError:
-            continue
-        total += next((int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
-    return total / 2**20
+#: What the README's table shows, its heads, and what ablations are compared in.
+SHOWN = {
+    "grounded": ("grounded", EVERY), "repeats a sentence": ("repeats", EVERY), "ROUGE-L": ("rouge_l", IMPUTED),
+    "quality, failures imputed": ("quality", IMPUTED), "quality, successes alone": ("quality", SUCCESSES),
+    "failure ratio": ("failure_ratio", EVERY),
+}  # fmt: skip
+ABLATED = {"grounded": EVERY, "repeats": EVERY, "quality": IMPUTED, "failure_ratio": EVERY}
 
 
 def reproduce(source: Path) -> tuple[float, float]:
@@ -63,48 +42,39 @@ def reproduce(source: Path) -> tuple[float, float]:
     started = time.perf_counter()
     command = [sys.executable, "-m", "persodpo.cli", "reproduce", "--profile", str(source)]
     process = subprocess.Popen(command, env=environment, cwd=PROJECT)
-    peaks = [0.0]
-    over = threading.Event()
+    memory = most_memory(process)
+    if process.returncode:
+        raise SystemExit(f"reproduce ended with status {process.returncode}")
+    return time.perf_counter() - started, memory
 
-    def watch() -> None:
-        while not over.wait(1):
-            peaks.append(held(process.pid))
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    status = process.wait()
-    over.set()
-    watcher.join()
-    if status:
-        raise SystemExit(f"reproduce ended with status {status}")
-    return time.perf_counter() - started, max(peaks)
+def interval(row: Any, name: str) -> str:
+    """Write a value with its interval."""
+    return f"{number(row[name], 3)} [{number(row['low'], 3)}, {number(row['high'], 3)}]"
 
 
 def findings(profile: Profile) -> str:
     """Return the tables that the README shows: the judge first, the quality score in both readings beside it."""
     run = RunFolder(profile)
     estimates, comparisons = run.read("evaluation/estimates"), run.read("evaluation/comparisons")
-    shown = (("grounded", EVERY), ("repeats", EVERY), ("rouge_l", IMPUTED), ("quality", IMPUTED), ("quality", SUCCESSES),
-             ("failure_ratio", EVERY))  # fmt: skip
     table = estimates.set_index(["arm", "metric", "reading"])
     rows = []
     for arm in ("base", *profile.training.arms):
-        cells = [table.loc[arm, metric, reading] for metric, reading in shown]
-        texts = [interval(cell, "mean") if name != "rouge_l" else number(cell["mean"], 3)
-                 for cell, (name, _) in zip(cells, shown, strict=True)]  # fmt: skip
-        texts[4] += f" of {cells[4]['responses']}"
-        rows.append([f"`{arm}`", str(cells[3]["responses"]), *texts])
-    head = ["arm", "responses", "grounded", "repeats a sentence", "ROUGE-L", "quality, failures imputed",
-            "quality, successes alone", "failure ratio"]  # fmt: skip
-    tests = []
-    for metric in ("grounded", "quality"):
-        chosen = comparisons[(comparisons["metric"] == metric) & comparisons["reading"].isin([EVERY, IMPUTED])]
-        for row in chosen.to_dict("records"):
-            values = [p_text(row["p_holm"], "≤" if row["p_at_floor"] else ""), p_text(row["p_exact_holm"])]
-            pair = f"`{row['arm']}` less `{row['baseline']}`"
-            tests.append([metric, pair, interval(row, "difference"), *values, str(row["family"])])
+        cells = {head: table.loc[(arm, *key)] for head, key in SHOWN.items()}
+        texts = {head: interval(cell, "mean") for head, cell in cells.items()}
+        texts["ROUGE-L"] = number(cells["ROUGE-L"]["mean"], 3)
+        texts["quality, successes alone"] += f" of {cells['quality, successes alone']['responses']}"
+        rows.append([f"`{arm}`", cells["quality, failures imputed"]["responses"], *texts.values()])
+    tests = [
+        [
+            row["metric"], f"`{row['arm']}` less `{row['baseline']}`", interval(row, "difference"),
+            p_text(row["p_holm"], "≤" if row["p_at_floor"] else ""), p_text(row["p_exact_holm"]), row["family"],
+        ]
+        for metric in ("grounded", "quality")
+        for row in comparisons[comparisons["metric"] == metric].to_dict("records") if row["reading"] != SUCCESSES
+    ]  # fmt: skip
     names = ["metric", "arms", "difference", "p (Holm)", "sign test (Holm)", "tests in the family"]
-    return f"{pipes(head, rows)}\n{pipes(names, tests)}"
+    return f"{pipes(['arm', 'responses', *SHOWN], rows)}\n\n{pipes(names, tests)}\n"
 
 
 def judged(profile: Profile) -> dict[str, Any]:
@@ -118,15 +88,25 @@ def judged(profile: Profile) -> dict[str, Any]:
     }
 
 
-def interval(row: Any, name: str) -> str:
-    """Write a value with its interval."""
-    return f"{number(row[name], 3)} [{number(row['low'], 3)}, {number(row['high'], 3)}]"
+def ablations(profile: Profile) -> str:
+    """Return how every ablation differs from the arm that they start from, one seed each."""
+    run, start = RunFolder(profile), profile.evaluation.ablated
+    means, table = (
+        run.read(f"ablations/{name}").set_index(["arm", "metric", "reading"]) for name in ("estimates", "comparisons")
+    )
+    rows = [[start, *(number(means.loc[(start, *key), "mean"], 3) for key in ABLATED.items())]]
+    for one in profile.evaluation.ablations:
+        rows.append([one.name, *(interval(table.loc[(one.name, *key)], "difference") for key in ABLATED.items())])
+    return pipes(["ablation", *(f"{name.replace('_', ' ')}, difference" for name in ABLATED)], rows) + "\n"
 
 
-def pipes(head: list[str], rows: list[list[str]]) -> str:
-    """Return a table in Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+def write_tables(profile: Profile, other: Profile) -> None:
+    """Write what both worlds' runs found; the times of a run stay as they were noted."""
+    texts = {"mini": findings(profile), "mini-second": findings(other), "mini-ablations": ablations(profile)}
+    for name, text in texts.items():
+        (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
+    worlds = {one.name: judged(one) for one in (profile, other)}
+    write_json(RESULTS / "mini-worlds.json", {"commit": git_commit(), "versions": versions(), "worlds": worlds})
 
 
 def main() -> None:
@@ -136,50 +116,16 @@ def main() -> None:
         source = Path(folder) / "profile.yaml"
         source.write_text(profile.to_yaml(), encoding="utf-8")
         (first, memory), (second, _) = reproduce(source), reproduce(source)
+        measured = {"first seconds": first, "second seconds": second, "peak GiB": memory}
+        copies = sorted(RunFolder(profile).notebooks.glob("*.ipynb"))
+        notebooks = {copy.stem: read_json(copy)["metadata"]["papermill"]["duration"] for copy in copies}
+        write_json(RESULTS / "mini.json", measured | {"notebooks": notebooks, **machine()})
         other = with_overrides(profile, ["name=second", f"seed={OTHER_WORLD}"])
         stages.make(other, "evaluate")
-        noted: dict[str, Any] = {
-            "first seconds": first, "second seconds": second, "peak GiB": memory, "notebooks": notebook_seconds(profile),
-            "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "commit": git_commit(),
-            "versions": versions(),
-        }  # fmt: skip
-        write_json(RESULTS / "mini.json", noted)
         write_tables(profile, other)
         shutil.copy(RunFolder(profile).figures / "forest.png", PROJECT / "figures" / "mini" / "forest.png")
-    for name, value, limit in (("first", first, FIRST), ("second", second, SECOND), ("GiB", memory, MEMORY)):
-        print(f"{name}: {value:.1f}, at most {limit:g}: {'held' if value <= limit else 'MISSED'}")
-
-
-def write_tables(profile: Profile, other: Profile) -> None:
-    """Write what both worlds' runs found; the times of a run stay as they were noted."""
-    (RESULTS / "mini.md").write_text(findings(profile), encoding="utf-8")
-    (RESULTS / "mini-second.md").write_text(findings(other), encoding="utf-8")
-    (RESULTS / "mini-ablations.md").write_text(ablations(profile), encoding="utf-8")
-    worlds = {one.name: judged(one) for one in (profile, other)}
-    write_json(RESULTS / "mini-worlds.json", {"commit": git_commit(), "versions": versions(), "worlds": worlds})
-
-
-def notebook_seconds(profile: Profile) -> dict[str, float]:
-    """Return the wall time of each notebook."""
-    copies = sorted(RunFolder(profile).notebooks.glob("*.ipynb"))
-    return {copy.stem: read_json(copy)["metadata"]["papermill"]["duration"] for copy in copies}
-
-
-def ablations(profile: Profile) -> str:
-    """Return how every ablation differs from the arm that they start from, one seed each."""
-    run = RunFolder(profile)
-    means = run.read("ablations/estimates").set_index(["arm", "metric", "reading"])["mean"]
-    table = run.read("ablations/comparisons").set_index(["arm", "metric", "reading"])
-    start = profile.evaluation.ablated
-    rows = [[start, *(number(means.loc[start, name, reading], 3) for name, reading in ABLATED)]]
-    for ablation in profile.evaluation.ablations:
-        rows.append(
-            [
-                ablation.name,
-                *(interval(table.loc[ablation.name, name, reading], "difference") for name, reading in ABLATED),
-            ]
-        )
-    return pipes(["ablation", *(f"{name.replace('_', ' ')}, difference" for name, _ in ABLATED)], rows)
+    for name, limit in LIMITS.items():
+        print(f"{name}: {measured[name]:.1f}, at most {limit:g}: {'held' if measured[name] <= limit else 'MISSED'}")
 
 
 if __name__ == "__main__":

@@ -13,31 +13,25 @@ Dialogues are numbers, pairs are row numbers: no text is read or written.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
+from measuring import RESULTS, answer, machine, pipes, save, start, tell
 
 from persodpo.config import load_profile
 from persodpo.method import METRICS, measure_scale, perso_pairs, rate, thresholds
-from persodpo.runfolder import PROJECT, versions
+from persodpo.runfolder import PROJECT
 
-RESULTS = PROJECT / "benchmarks" / "results"
-MODELS = 7
-REPEATS = 3
-RELEASED_SECONDS = 60.0
+MODELS, REPEATS, RELEASED_SECONDS = 7, 3, 60.0
 #: Responses -> the bounds that must hold: seconds and GiB.
 BOUNDS = {10_000_000: (5.0, 1.0), 100_000_000: (90.0, 5.0)}
 #: Rows of a group of the generated file.
@@ -67,23 +61,19 @@ def generate(responses: int, target: Path) -> None:
         writer.close()
 
 
-def run_ours(_: int, source: Path) -> dict[str, float]:
+def ours(source: Path) -> dict[str, float]:
     """Time `persodpo.method` on the file, as a query that streams it."""
     weights = load_profile("release").scoring.weights.model_dump()
     target = source.with_name("pairs.parquet")
     started = time.perf_counter()
     rows = pl.scan_parquet(source)
-    scale = measure_scale(rows)
-    rated = rate(rows.with_row_index("row"), scale, weights).select("dialogue_id", "row", "quality")
+    rated = rate(rows.with_row_index("row"), measure_scale(rows), weights).select("dialogue_id", "row", "quality")
     pairs = perso_pairs(rated, *thresholds(rated, 0.4, 0.6))
     pairs.select("dialogue_id", "row_chosen", "row_rejected").sink_parquet(target)
-    seconds = time.perf_counter() - started
-    count = pq.ParquetFile(target).metadata.num_rows
-    target.unlink()
-    return {"seconds": seconds, "pairs": count}
+    return {"seconds": time.perf_counter() - started, "pairs": pq.ParquetFile(target).metadata.num_rows}
 
 
-def run_released(_: int, source: Path) -> dict[str, float]:
+def released(source: Path) -> dict[str, float]:
     """Time the released way: normalise with pandas, then scan all rows once a prompt."""
     frame = pd.read_parquet(source)
     weights = load_profile("release").scoring.weights
@@ -105,97 +95,68 @@ def run_released(_: int, source: Path) -> dict[str, float]:
             for rejected in rows[rows["quality"] <= low].itertuples():
                 pairs.append((prompt, chosen.Index, rejected.Index))
         done += 1
-        if time.perf_counter() - looped > RELEASED_SECONDS and done < len(prompts):
+        if time.perf_counter() - looped > RELEASED_SECONDS:
             break
     loop = (time.perf_counter() - looped) * len(prompts) / done
     return {"seconds": fixed + loop, "pairs": len(pairs), "share": done / len(prompts)}
 
 
-def measure(which: str, responses: int, source: Path) -> dict[str, float]:
-    """Run one measurement in a process of its own."""
-    command = [sys.executable, __file__, "--one", which, "--responses", str(responses), "--source", str(source)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return measured
+def bench(size: int, source: Path) -> dict[str, Any]:
+    """Measure one size; medians of `REPEATS` processes, one at 100 million."""
+    generate(size, source)
+    repeats = 1 if size >= 100_000_000 else REPEATS
+    runs = [answer(start(__file__, one="ours", source=source)) for _ in range(repeats)]
+    row: dict[str, Any] = {
+        "responses": size, "pairs": runs[0]["pairs"], "repeats": repeats,
+        "seconds": statistics.median(run["seconds"] for run in runs), "gib": max(run["gib"] for run in runs),
+    }  # fmt: skip
+    if size <= 1_000_000:
+        theirs = answer(start(__file__, one="released", source=source))
+        if theirs["share"] == 1.0 and theirs["pairs"] != row["pairs"]:
+            sys.exit(f"{size}: the released way gives {theirs['pairs']} pairs, ours {row['pairs']}.")
+        row |= {f"released_{name}": theirs[name] for name in ("seconds", "gib", "share")}
+        row["ratio"] = theirs["seconds"] / row["seconds"]
+    source.unlink()
+    return row
 
 
-def one(which: str, responses: int, source: Path) -> None:
-    """Print one measurement as JSON."""
-    measured = {"ours": run_ours, "released": run_released}[which](responses, source)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps(measured | {"gib": peak}))
-
-
-def bench(sizes: list[int], folder: Path) -> list[dict[str, object]]:
-    """Measure every size; medians of `REPEATS` processes, one at 100 million."""
-    rows: list[dict[str, object]] = []
-    for size in sizes:
-        source = folder / f"metrics-{size}.parquet"
-        generate(size, source)
-        repeats = 1 if size >= 100_000_000 else REPEATS
-        runs = [measure("ours", size, source) for _ in range(repeats)]
-        row: dict[str, object] = {
-            "responses": size, "pairs": int(runs[0]["pairs"]), "repeats": repeats,
-            "seconds": statistics.median(run["seconds"] for run in runs), "gib": max(run["gib"] for run in runs),
-        }  # fmt: skip
-        if size <= 1_000_000:
-            theirs = measure("released", size, source)
-            whole = theirs["share"] == 1.0
-            if whole and theirs["pairs"] != row["pairs"]:
-                sys.exit(f"{size}: the released way gives {theirs['pairs']} pairs, ours {row['pairs']}.")
-            row |= {
-                "released_seconds": theirs["seconds"], "released_gib": theirs["gib"], "released_share": theirs["share"],
-                "ratio": theirs["seconds"] / float(str(row["seconds"])),
-            }  # fmt: skip
-        rows.append(row)
-        print(table_line(row), flush=True)
-        source.unlink()
-    return rows
-
-
-def table_line(row: dict[str, object]) -> str:
-    """Format one row of the table."""
+def cells(row: dict[str, Any]) -> list[str]:
+    """Return the table's cells of a size."""
     theirs, ratio = "not run", ""
     if "ratio" in row:
-        share = float(str(row["released_share"]))
+        share = row["released_share"]
         note = "" if share == 1.0 else f" (extrapolated from {share:.1%} of prompts)"
         theirs, ratio = (
             f"{row['released_seconds']:,.1f} s{note}, {row['released_gib']:.2f} GiB",
             f"{row['ratio']:,.0f}x",
         )
-    ours = f"{row['seconds']:.2f} s, {row['gib']:.2f} GiB"
-    return f"| {row['responses']:,} | {row['pairs']:,} | {ours} | {theirs} | {ratio} |"
+    return [
+        f"{row['responses']:,}",
+        f"{row['pairs']:,}",
+        f"{row['seconds']:.2f} s, {row['gib']:.2f} GiB",
+        theirs,
+        ratio,
+    ]
 
 
 def main() -> None:
     """Run all sizes, write the results, and fail where a bound is missed."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--one", choices=["ours", "released"])
-    parser.add_argument("--responses", type=int)
-    parser.add_argument("--source", type=Path)
+    parser.add_argument("--one", choices=["ours", "released"], help=argparse.SUPPRESS)
+    parser.add_argument("--source", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000, 1_000_000, *BOUNDS])
     parser.add_argument("--output", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    if arguments.one:
-        one(arguments.one, arguments.responses, arguments.source)
+    asked = parser.parse_args()
+    if asked.one:
+        tell({"ours": ours, "released": released}[asked.one](asked.source))
         return
-    header = "| responses | pairs | ours | released way | ratio |\n| --- | --- | --- | --- | --- |"
-    print(header)
     with tempfile.TemporaryDirectory(dir=PROJECT / "runs" if (PROJECT / "runs").is_dir() else None) as folder:
-        rows = bench(arguments.sizes, Path(folder))
-    machine = {
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": pl.thread_pool_size(),
-        **versions(),
-    }
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "pairs.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
-    lines = "\n".join(table_line(row) for row in rows)
-    (arguments.output / "pairs.md").write_text(f"{header}\n{lines}\n")
+        rows = [bench(size, Path(folder) / "metrics.parquet") for size in asked.sizes]
+    table = pipes(["responses", "pairs", "ours", "released way", "ratio"], map(cells, rows))
+    save("pairs", {"machine": machine(threads=pl.thread_pool_size()), "rows": rows}, table, asked.output)
     for row in rows:
-        seconds, gib = BOUNDS.get(int(str(row["responses"])), (float("inf"), float("inf")))
-        if float(str(row["seconds"])) > seconds or float(str(row["gib"])) > gib:
+        seconds, gib = BOUNDS.get(row["responses"], (float("inf"), float("inf")))
+        if row["seconds"] > seconds or row["gib"] > gib:
             sys.exit(f"{row['responses']:,} responses missed the bound of {seconds:.0f} s and {gib} GiB.")
 
 

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import pandas as pd
+from measuring import RESULTS, pipes
 
 from persodpo.completions import repeats_sentence
 from persodpo.config import ArmName, TransformersModel, load_profile, with_overrides
@@ -21,7 +22,7 @@ from persodpo.generation.summary import stored_answers
 from persodpo.miniature.judge import judge
 from persodpo.miniature.world import focus_world
 from persodpo.pairs import measured, rebuild
-from persodpo.runfolder import PROJECT, RunFolder
+from persodpo.runfolder import RunFolder
 from persodpo.stages.asking import job_for
 from persodpo.stages.policy import start_policy
 from persodpo.stages.train import corrected
@@ -52,9 +53,7 @@ def main() -> None:
                 made = train_arm(pairs, arm, start, folder / arm, profile=profile, key=f"{arm} {rate}")
                 accuracy = made.log.loc[made.log["kind"] == "eval", "reward_accuracy"].iloc[-1]
                 rows.append([arm, f"{rate:g}", *judged(run, folder / arm, dialogues, folder), f"{accuracy:.3f}"])
-    head = ["arm", "learning rate", *COLUMNS]
-    lines = [" | ".join(line) for line in (head, ["---"] * len(head), *rows)]
-    (PROJECT / "benchmarks/results/mini-rates.md").write_text("".join(f"| {line} |\n" for line in lines))
+    (RESULTS / "mini-rates.md").write_text(pipes(["arm", "learning rate", *COLUMNS], rows) + "\n")
 
 
 def pairs_of(run: RunFolder, arm: ArmName) -> pd.DataFrame:

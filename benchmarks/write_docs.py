@@ -10,6 +10,8 @@ import json
 import re
 from typing import Any
 
+from measuring import RESULTS, pipes
+
 from persodpo.corrections import CORRECTIONS
 from persodpo.release.audit import FINDINGS
 from persodpo.runfolder import PROJECT
@@ -22,18 +24,12 @@ ARMS = ("arm", "grounded", "repeats a sentence", "quality, failures imputed", "f
 
 def paragraphs(result: str) -> list[str]:
     """Return the parts of a result's Markdown that blank lines separate."""
-    return (PROJECT / "benchmarks" / "results" / f"{result}.md").read_text(encoding="utf-8").strip().split("\n\n")
+    return (RESULTS / f"{result}.md").read_text(encoding="utf-8").strip().split("\n\n")
 
 
 def content(result: str) -> Any:
     """Return a result's JSON."""
-    return json.loads((PROJECT / "benchmarks" / "results" / f"{result}.json").read_text(encoding="utf-8"))
-
-
-def rows(lines: list[list[str]]) -> str:
-    """Return a table in Markdown, its head first."""
-    head, *others = lines
-    return "\n".join(["", "", *(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *others)), "", ""])
+    return json.loads((RESULTS / f"{result}.json").read_text(encoding="utf-8"))
 
 
 def cells(result: str) -> list[list[str]]:
@@ -45,29 +41,29 @@ def facts() -> dict[str, str]:
     """Return what is no table of a result."""
     mini, grouped, measured = content("mini"), content("train-cpu")["rungs"]["grouped"], content("generate")["measured"]
     types = {name: count for name, count, _ in cells("architectures")[1:]}
-    arms = cells("mini")
-    seconds = {"from nothing": mini["first seconds"], "with nothing changed": mini["second seconds"]} | mini[
-        "notebooks"
-    ]
+    head, *arms = cells("mini")
+    seconds = {
+        "from nothing": mini["first seconds"],
+        "with nothing changed": mini["second seconds"],
+        **mini["notebooks"],
+    }
+    times = [(name, f"{time:,.0f}") for name, time in seconds.items()]
     return {
         "mini minutes": f"{mini['first seconds'] / 60:.0f}",
         "times trl": f"{grouped['against_trl']:.0f}",
         "times pairs": f"{grouped['against_pairs']:.1f}",
         "types": ", ".join(f"{count} {name}" for name, count in types.items()),
         "throughput": f"{measured['throughput']['share of the ideal']:.2f}",
-        "arms": rows([[line[arms[0].index(name)] for name in ARMS] for line in arms]),
-        "mini times": rows(
-            [
-                ["run", "seconds"],
-                *([name, f"{time:,.0f}"] for name, time in seconds.items()),
-                ["memory at its peak", f"{mini['peak GiB']:.1f} GiB"],
-            ]
-        ),
-        "findings": rows(
-            [["id", "claim", "what follows"], *([one.id, one.claim, one.consequence] for one in FINDINGS)]
-        ),
-        "corrections": rows([["id", "what is done"], *map(list, CORRECTIONS.items())]),
+        "arms": block(pipes(ARMS, ([line[head.index(name)] for name in ARMS] for line in arms))),
+        "mini times": block(pipes(["run", "seconds"], [*times, ("memory at its peak", f"{mini['peak GiB']:.1f} GiB")])),
+        "findings": block(pipes(["id", "claim", "what follows"], ((f.id, f.claim, f.consequence) for f in FINDINGS))),
+        "corrections": block(pipes(["id", "what is done"], CORRECTIONS.items())),
     }
+
+
+def block(text: str) -> str:
+    """Return a part with a blank line before and after it."""
+    return f"\n\n{text}\n\n"
 
 
 def value(name: str) -> str:
@@ -79,7 +75,7 @@ def value(name: str) -> str:
     if kind == "table":
         result, _, number = rest.partition(" ")
         parts = paragraphs(result) if not number else [paragraphs(result)[int(number) - 1]]
-        return "\n\n".join(["", *parts, ""])
+        return block("\n\n".join(parts))
     return facts()[name]
 
 

@@ -1,7 +1,7 @@
 """Means over dialogues and seeds in; percentile bootstrap intervals, standard errors and p-values out.
 
-One seed: the percentile bootstrap over dialogues. The same dialogues are drawn for all arms, metrics and seeds, so arms stay
-paired and three seeds on the same dialogues are not three times as many dialogues.
+One seed: the percentile bootstrap over dialogues (Efron 1979). The same dialogues are drawn for all arms, metrics and seeds,
+so arms stay paired and three seeds on the same dialogues are not three times as many dialogues.
 
 Several seeds: dialogues and seeds are crossed random effects. Seeds are too few to be drawn again themselves (three give ten
 resamples), so the mean over them deviates by Student's t, with one degree of freedom less than there are seeds, as wide as
@@ -11,16 +11,14 @@ Degrees of freedom add up as Satterthwaite's (1946).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
-from scipy.stats import t as student
 
 from persodpo.evaluation.observations import Floats
-from persodpo.evaluation.significance import Z95
+from persodpo.evaluation.significance import stretch
 
 #: Below so many dialogues a percentile interval holds the truth far less often than it says, so none is given.
 FEWEST = 10
@@ -30,8 +28,6 @@ _LEVELS = (0.025, 0.975)
 _CHUNK = 4_000_000
 #: Differences smaller than this share of a statistic's largest value are roundings of zero.
 _ROUNDING = 1e-12
-
-Row = dict[str, Any]
 
 
 class Resampling(NamedTuple):
@@ -46,13 +42,23 @@ class Statistic:
     """A mean over seeds of means over dialogues.
 
     Attributes:
-        columns: A row per dialogue (the same ones, in the same order, in every statistic that is drawn together), a column
-            per seed, or per pair of seeds in the order of `itertools.product`; NaN where a dialogue does not count.
-        seeds: The seeds of the columns; where two arms have different seeds, those of each.
+        values: [dialogues, seeds], or [dialogues, seeds of the one arm, seeds of the other]; the same dialogues in the same
+            order in every statistic that is drawn together; NaN where a dialogue does not count.
+        seeds: The seeds along each axis after the first.
     """
 
-    columns: Floats
+    values: Floats
     seeds: tuple[tuple[int, ...], ...]
+
+    @property
+    def columns(self) -> Floats:
+        """The values with one axis for all seeds or pairs of seeds."""
+        return self.values.reshape(len(self.values), -1)
+
+    @property
+    def dialogues(self) -> int:
+        """How many dialogues count in any column."""
+        return int((~np.isnan(self.columns)).any(axis=1).sum())
 
     @property
     def fewest(self) -> int:
@@ -83,112 +89,14 @@ class Spread(NamedTuple):
     at_floor: bool = False
 
 
-#: A row of a table (what it is of, and its ``reason`` to have no numbers, None if it has some), and what they follow from.
-Cell = tuple[Row, Statistic]
-
-
-def table_of(
-    cells: Iterable[Cell],
-    numbers: Callable[[Row, Statistic, Spread], Row],
-    columns: Sequence[str],
-    sampling: Resampling,
-) -> pd.DataFrame:
-    """Return the rows of cells, with the numbers of those that can be derived; few dialogues have a reason and no interval.
-
-    Args:
-        cells: At least one.
-        numbers: Gives the numbers of a row.
-        columns: Of the table.
-        sampling: How often, and which draws.
-    """
-    every = list(cells)
-    sound = [cell for cell in every if cell[0]["reason"] is None]
-    for (row, statistic), spread in zip(sound, bootstrap([cell[1] for cell in sound], sampling), strict=True):
-        row.update(numbers(row, statistic, spread))
-        if np.isnan(row["low"]):
-            row["reason"] = f"{statistic.fewest} dialogues are too few for a 95 % interval, {FEWEST} are not"
-    return pd.DataFrame([row for row, _ in every]).reindex(columns=list(columns))
-
-
 def bootstrap(statistics: Sequence[Statistic], sampling: Resampling) -> list[Spread]:
-    """Draw all statistics again, together.
-
-    Args:
-        statistics: At least one value in each column.
-        sampling: How often, and which draws.
-    """
+    """Draw all statistics again, together; each has at least one value in each column."""
     if not statistics:
         return []
     drawn = _resampled_means(np.concatenate([statistic.columns for statistic in statistics], axis=1), sampling)
     ends = np.cumsum([statistic.columns.shape[1] for statistic in statistics])
     parts = np.split(drawn, ends[:-1], axis=1)
     return [_spread(statistic, part, sampling) for statistic, part in zip(statistics, parts, strict=True)]
-
-
-def _spread(statistic: Statistic, drawn: Floats, sampling: Resampling) -> Spread:
-    """Sum up the resamples of one statistic."""
-    seed_means = np.nanmean(statistic.columns, axis=0)
-    estimate = float(seed_means.mean())
-    if statistic.fewest < FEWEST:
-        return Spread(estimate)
-    # A resample may hold none of the few dialogues that count: one in twenty thousand where ten do, fewer where more.
-    whole = ~np.isnan(drawn).any(axis=1)
-    parts = list(_seed_parts(seed_means, drawn[whole], statistic.seeds))
-    means = drawn[whole].mean(axis=1)
-    variance = float(means.var())
-    dialogue_variance = max(0.0, variance - sum(noise for _, _, noise in parts))
-    if parts and variance > 0:
-        means = estimate + (means - estimate) * np.sqrt(dialogue_variance / variance)
-    means += sum(_deviations(seeds, between, sampling)[whole] for seeds, between, _ in parts)
-    means[np.abs(means) <= _ROUNDING * np.nanmax(np.abs(statistic.columns), initial=0.0)] = 0.0
-    low, high = np.quantile(means, _LEVELS)
-    contrary = min(int((means <= 0).sum()), int((means >= 0).sum()))
-    p_value = min(1.0, 2 * (contrary + 1) / (len(means) + 1))
-    dialogues = int((~np.isnan(statistic.columns)).any(axis=1).sum())
-    error, freedom = _standard_error(
-        [(dialogue_variance, dialogues - 1), *((between, len(seeds) - 1) for seeds, between, _ in parts)]
-    )
-    return Spread(estimate, float(low), float(high), error, freedom, p_value, contrary == 0)
-
-
-def _seed_parts(
-    seed_means: Floats, drawn: Floats, seeds: Sequence[tuple[int, ...]]
-) -> Iterator[tuple[tuple[int, ...], float, float]]:
-    """Yield each group of several seeds with the variance of the mean over them, and the share of responses' noise in it."""
-    shape = [len(group) for group in seeds]
-    table, draws = seed_means.reshape(shape), drawn.reshape([len(drawn), *shape])
-    for axis, group in enumerate(seeds):
-        number = len(group)
-        if number == 1:
-            continue
-        others = tuple(other for other in range(len(shape)) if other != axis)
-        between = float(table.mean(axis=others).var(ddof=1))
-        means = draws.mean(axis=tuple(other + 1 for other in others))
-        apart = means - means.mean(axis=1, keepdims=True)
-        noise = float(apart.var(axis=0).sum()) / (number - 1)
-        # Seeds may lie together by chance; the interval is never narrower than their responses' noise alone would make it.
-        between = max(between, noise / stretch(number - 1) ** 2)
-        yield group, between / number, noise / number
-
-
-def _deviations(seeds: tuple[int, ...], variance: float, sampling: Resampling) -> Floats:
-    """Draw how far the mean over seeds deviates, one number per resample."""
-    generator = np.random.default_rng([sampling.seed, 1, *seeds])
-    deviations: Floats = generator.standard_t(len(seeds) - 1, sampling.resamples) * np.sqrt(variance)
-    return deviations
-
-
-def stretch(freedom: float) -> float:
-    """Return how much wider than a normal interval one of these degrees of freedom is, 1 or more."""
-    return float(student.ppf(0.975, freedom) / Z95)
-
-
-def _standard_error(parts: Sequence[tuple[float, int]]) -> tuple[float, float]:
-    """Add variances; their joint degrees of freedom are those of Satterthwaite."""
-    total = sum(variance for variance, _ in parts)
-    if total == 0:
-        return 0.0, float(parts[0][1])
-    return float(np.sqrt(total)), total**2 / sum(variance**2 / freedom for variance, freedom in parts)
 
 
 def _resampled_means(columns: Floats, sampling: Resampling) -> Floats:
@@ -208,3 +116,54 @@ def _resampled_means(columns: Floats, sampling: Resampling) -> Floats:
         with np.errstate(invalid="ignore"):
             parts.append(counts @ values / (counts @ masks)[:, which.ravel()] + origin)
     return np.concatenate(parts)
+
+
+def _spread(statistic: Statistic, drawn: Floats, sampling: Resampling) -> Spread:
+    """Sum up the resamples of one statistic."""
+    estimate = float(np.nanmean(statistic.values, axis=0).mean())
+    if statistic.fewest < FEWEST:
+        return Spread(estimate)
+    # A resample may hold none of the few dialogues that count: one in twenty thousand where ten do, fewer where more.
+    whole = ~np.isnan(drawn).any(axis=1)
+    means = drawn[whole].mean(axis=1)
+    variance = dialogue_variance = float(means.var())
+    parts = list(_seed_parts(statistic, drawn[whole]))
+    if parts and variance > 0:
+        dialogue_variance = max(0.0, variance - sum(noise for _, _, noise in parts))
+        means = estimate + (means - estimate) * np.sqrt(dialogue_variance / variance)
+    for seeds, between, _ in parts:
+        generator = np.random.default_rng([sampling.seed, 1, *seeds])
+        means += (generator.standard_t(len(seeds) - 1, sampling.resamples) * np.sqrt(between))[whole]
+    means[np.abs(means) <= _ROUNDING * np.nanmax(np.abs(statistic.values), initial=0.0)] = 0.0
+    low, high = np.quantile(means, _LEVELS)
+    contrary = min(int((means <= 0).sum()), int((means >= 0).sum()))
+    p_value = min(1.0, 2 * (contrary + 1) / (len(means) + 1))
+    error, freedom = _standard_error(
+        [(dialogue_variance, statistic.dialogues - 1), *((between, len(seeds) - 1) for seeds, between, _ in parts)]
+    )
+    return Spread(estimate, float(low), float(high), error, freedom, p_value, contrary == 0)
+
+
+def _seed_parts(statistic: Statistic, drawn: Floats) -> Iterator[tuple[tuple[int, ...], float, float]]:
+    """Yield each group of several seeds, the variance of the mean over them, and the share of responses' noise in it."""
+    table = np.nanmean(statistic.values, axis=0)
+    draws = drawn.reshape(len(drawn), *table.shape)
+    for axis, seeds in enumerate(statistic.seeds):
+        number = len(seeds)
+        if number == 1:
+            continue
+        others = tuple(other for other in range(table.ndim) if other != axis)
+        between = float(table.mean(axis=others).var(ddof=1))
+        means = draws.mean(axis=tuple(other + 1 for other in others))
+        noise = float((means - means.mean(axis=1, keepdims=True)).var(axis=0).sum()) / (number - 1)
+        # Seeds may lie together by chance; the interval is never narrower than their responses' noise alone would make it.
+        between = max(between, noise / stretch(number - 1) ** 2)
+        yield seeds, between / number, noise / number
+
+
+def _standard_error(parts: Sequence[tuple[float, int]]) -> tuple[float, float]:
+    """Add variances; their joint degrees of freedom are those of Satterthwaite."""
+    total = sum(variance for variance, _ in parts)
+    if total == 0:
+        return 0.0, float(parts[0][1])
+    return float(np.sqrt(total)), total**2 / sum(variance**2 / freedom for variance, freedom in parts)

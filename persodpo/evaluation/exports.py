@@ -29,7 +29,7 @@ _LATEX = {
     "|": r"\textbar{}", "−": "$-$", "–": "--", "≤": r"$\leq$",
 }  # fmt: skip
 
-Row = Mapping[str, Any]
+Row = Mapping[Any, Any]
 
 
 class TextTable(NamedTuple):
@@ -38,22 +38,6 @@ class TextTable(NamedTuple):
     caption: str
     cells: pd.DataFrame
     notes: list[str]
-
-
-class _Notes(list[str]):
-    """Reasons, each with its letter, in the order in which they come up."""
-
-    def letter(self, reason: str) -> str:
-        if reason not in self:
-            self.append(reason)
-        number = self.index(reason)
-        return f"({string.ascii_lowercase[number % 26] * (number // 26 + 1)})"
-
-    def dash(self, reason: str) -> str:
-        return f"– {self.letter(reason)}"
-
-    def lines(self) -> list[str]:
-        return [f"{self.letter(reason)} {reason}" for reason in self]
 
 
 def number(value: float, places: int = _PLACES) -> str:
@@ -67,13 +51,24 @@ def p_text(p_value: float, bound: str = "") -> str:
     return "<0.001" if p_value < 0.0005 else f"{bound if p_value < 1 else ''}{p_value:.3f}"
 
 
-def _rows(table: pd.DataFrame) -> list[Row]:
+def _rows(table: pd.DataFrame) -> list[dict[Any, Any]]:
     """Return rows by column, None where nothing stands."""
-    rows = table.astype(object).where(table.notna(), None).to_dict("records")
-    return [{str(name): value for name, value in row.items()} for row in rows]
+    return table.astype(object).where(table.notna(), None).to_dict("records")
 
 
-def _interval(row: Row, name: str, notes: _Notes) -> str:
+def _letter(reason: str, reasons: list[str]) -> str:
+    """Return the letter that stands for a reason, which joins the others if it is new."""
+    if reason not in reasons:
+        reasons.append(reason)
+    place = reasons.index(reason)
+    return f"({string.ascii_lowercase[place % 26] * (place // 26 + 1)})"
+
+
+def _notes(reasons: list[str]) -> list[str]:
+    return [f"{_letter(reason, reasons)} {reason}" for reason in reasons]
+
+
+def _interval(row: Row, name: str, reasons: list[str]) -> str:
     """Write a value with its interval, as far as they could be derived.
 
     Raises:
@@ -82,10 +77,9 @@ def _interval(row: Row, name: str, notes: _Notes) -> str:
     value, reason = row[name], row["reason"]
     if value is None and reason is None:
         raise PersodpoError(f"{row['metric']} of {row['arm']} has neither value nor reason; derive it again.")
-    if value is None:
-        return notes.dash(reason)
     if row["low"] is None:
-        return f"{number(value)} {notes.letter(reason)}" if reason else number(value)
+        shown = "–" if value is None else number(value)
+        return f"{shown} {_letter(reason, reasons)}" if reason else shown
     return f"{number(value)} [{number(row['low'])}, {number(row['high'])}]"
 
 
@@ -93,7 +87,7 @@ def results_table(estimates: pd.DataFrame, reading: str) -> TextTable:
     """Lay estimates out as the results table: one row per arm, one column per metric.
 
     Args:
-        estimates: From `persodpo.evaluation.estimates.estimates`.
+        estimates: From `persodpo.evaluation.results.estimates`.
         reading: How text metrics count failures.
 
     Returns:
@@ -104,19 +98,17 @@ def results_table(estimates: pd.DataFrame, reading: str) -> TextTable:
     """
     shown = estimates[estimates["reading"].isin([reading, EVERY])].copy()
     times = shown["metric"] == TIME
-    for rows, reason in (
-        (times & shown["batch_size"].astype("Int64").gt(1).fillna(False),
-         "answered in batches, which have no response time of their own"),
-        (times & shown.duplicated(["arm", "metric"], keep=False),
-         "timed under several conditions, which have no common mean"),
-    ):  # fmt: skip
-        shown.loc[rows, "mean"] = np.nan
-        shown.loc[rows, "reason"] = reason
-    notes, cell = _Notes(), {(row["arm"], row["metric"]): row for row in _rows(shown)}
+    batches = times & shown["batch_size"].astype("Int64").gt(1).fillna(False)
+    several = times & shown.duplicated(["arm", "metric"], keep=False)
+    shown.loc[batches | several, ["mean", "low", "high"]] = np.nan
+    shown.loc[batches, "reason"] = "answered in batches, which have no response time of their own"
+    shown.loc[several, "reason"] = "timed under several conditions, which have no common mean"
+    reasons: list[str] = []
+    cell = {(row["arm"], row["metric"]): row for row in _rows(shown)}
     arms, metrics = list(shown["arm"].unique()), sorted(shown["metric"].unique(), key=metric_order)
     cells = pd.DataFrame(
-        [[_interval(cell[arm, metric], "mean", notes) for metric in metrics] for arm in arms],
-        columns=list(map(metric_label, metrics)),
+        [[_interval(cell[arm, metric], "mean", reasons) for metric in metrics] for arm in arms],
+        columns=[metric_label(metric) for metric in metrics],
     )
     counted = shown[~shown["metric"].isin([*FLAGS, TIME])].groupby("arm")[["seeds", "responses"]].max().loc[arms]
     cells.insert(0, "Arm", arms)
@@ -129,28 +121,28 @@ def results_table(estimates: pd.DataFrame, reading: str) -> TextTable:
         " One seed an arm: intervals cover the draw of dialogues, not that of another training." if seeds == 1
         else f" Means over {seeds} seeds at most; intervals cover dialogues and seeds."
     )  # fmt: skip
-    return TextTable(caption, cells, notes.lines())
+    return TextTable(caption, cells, _notes(reasons))
 
 
 def comparison_table(comparisons: pd.DataFrame) -> TextTable:
     """Lay paired comparisons out, one row per comparison, metric and reading.
 
     Args:
-        comparisons: From `persodpo.evaluation.comparisons.compare`.
+        comparisons: From `persodpo.evaluation.results.compare`.
 
     Raises:
         PersodpoError: A comparison has neither value nor reason.
     """
-    notes, rows = _Notes(), []
+    reasons: list[str] = []
+    rows, least = [], 10.0**-_PLACES
     for row in _rows(comparisons):
         bound = "≤" if row["p_at_floor"] else ""
         tests = {name: "" if row[name] is None else p_text(row[name], bound) for name in ("p_value", "p_holm")}
         exact, detectable = row["p_exact_holm"], row["detectable"]
-        least = 10.0**-_PLACES
         rows.append({
             "Difference of": f"{row['arm']} − {row['baseline']}", "Metric": metric_label(row["metric"]),
             "Reading": row["reading"], "Dialogues": f"{row['dialogues']:,}",
-            "Difference": _interval(row, "difference", notes), "p": tests["p_value"], "p (Holm)": tests["p_holm"],
+            "Difference": _interval(row, "difference", reasons), "p": tests["p_value"], "p (Holm)": tests["p_holm"],
             "p exact (Holm)": "" if exact is None else f"{p_text(exact)} ({row['exact_test']})",
             "Detectable": "" if detectable is None else number(detectable) if detectable >= least / 2 else f"<{least}",
         })  # fmt: skip
@@ -162,7 +154,7 @@ def comparison_table(comparisons: pd.DataFrame) -> TextTable:
         f"true difference found four times in five, by itself. {'One seed' if seeds == 1 else f'{seeds} seeds'} an arm"
         f"{'' if seeds == 1 else ' at most'}."
     )
-    return TextTable(caption, pd.DataFrame(rows), notes.lines())
+    return TextTable(caption, pd.DataFrame(rows), _notes(reasons))
 
 
 def markdown(table: TextTable) -> str:

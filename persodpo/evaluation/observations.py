@@ -1,4 +1,4 @@
-"""Responses and scores in, one table of observations out, and the same by dialogue, arm and seed.
+"""Responses and scores in; one table of observations, and the same by dialogue, out.
 
 An observation is what one arm, trained under one seed, made of one dialogue. Everything joins on ``dialogue_id``; the order
 of rows never matters.
@@ -6,9 +6,8 @@ of rows never matters.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -18,8 +17,6 @@ from persodpo.errors import PersodpoError
 from persodpo.method import SIGNALS
 
 Floats = NDArray[np.float64]
-#: Batch size and hardware of a response time; 0 and an empty text where they are not known.
-Condition = tuple[int, str]
 
 #: Metrics of a response's text, all better when higher. ROUGE-L against the reference is in no quality score.
 TEXT_METRICS = ("quality", *SIGNALS, "rouge_l")
@@ -30,9 +27,8 @@ TIME = "response_time"
 #: The two ways to count failures in a text metric, and the one way of what needs no text.
 IMPUTED, SUCCESSES, EVERY = "failures imputed", "successes alone", "all responses"
 
-_KEY = ["arm", "seed", "dialogue_id"]
 _JUDGED = ["grounded", "repeats", "rouge_l"]
-COLUMNS = (*_KEY, "failed", "grounded", "repeats", *TEXT_METRICS, TIME, "batch_size", "hardware")
+COLUMNS = ("arm", "seed", "dialogue_id", *FLAGS, *TEXT_METRICS, TIME, "batch_size", "hardware")
 
 
 def observe(
@@ -51,8 +47,8 @@ def observe(
         judged: Judgements of the same responses, failures with a ROUGE-L of 0; None: there are none.
 
     Returns:
-        One row per response, columns as in `COLUMNS`: failed (anything but outcome ``ok``), the metrics (NaN: not
-        scored), response_time in seconds with its batch_size and hardware.
+        One row per response, columns as in `COLUMNS`: failure_ratio is 1 for anything but outcome ``ok``, other flags are 0
+        or 1, a metric that is not known is NaN; response_time in seconds with its batch_size and hardware.
 
     Raises:
         PersodpoError: A response has no scores, or a model of ``arms`` has no responses.
@@ -71,82 +67,53 @@ def observe(
     frame = frame.merge(arms[["model", "arm", "seed"]], on="model", validate="many_to_one")
     if judged is not None:
         frame = frame.merge(judged[[*key, *_JUDGED]], on=key, how="left")
-    judgements = {name: frame[name].astype(float) if name in frame else np.nan for name in _JUDGED}
-    return frame.assign(**judgements, failed=frame["outcome"] != "ok")[list(COLUMNS)].reset_index(drop=True)
+    frame["failure_ratio"] = frame["outcome"] != "ok"
+    metrics = [*FLAGS, *TEXT_METRICS, TIME]
+    numbers = {name: frame[name].astype(float) if name in frame else np.nan for name in metrics}
+    return frame.assign(**numbers)[list(COLUMNS)].reset_index(drop=True)
 
 
-@dataclass(frozen=True)
-class Grid:
-    """Observations by dialogue: tables with a row per dialogue and a column per arm and seed, both sorted.
-
-    Attributes:
-        seeds: The seeds of each arm, ascending.
-        present: Whether there is an observation.
-        failed: Whether it is a failure.
-        metrics: Each metric, NaN where it is not known.
-        condition: What each response was timed under; NaN where its time is not known.
-    """
-
-    seeds: Mapping[str, tuple[int, ...]]
-    present: pd.DataFrame
-    failed: pd.DataFrame
-    metrics: Mapping[str, pd.DataFrame]
-    condition: pd.DataFrame
-
-    def readings(self, metrics: Sequence[str]) -> list[tuple[str, str]]:
-        """Return metrics with their readings: flags that are known of any response, then text metrics in both readings."""
-        flags = [flag for flag in FLAGS if self.metrics[flag].notna().any(axis=None)]
-        return [*((flag, EVERY) for flag in flags), *itertools.product(metrics, (IMPUTED, SUCCESSES))]
-
-    def read(self, metric: str, reading: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Return a metric's values, NaN where they do not count, and where one that should count is not known."""
-        counted = self.present & ~self.failed if reading == SUCCESSES else self.present
-        values = self.metrics[metric].where(counted)
-        return values, counted & values.isna()
-
-    def conditions(self, arm: str, dialogues: pd.Series[bool] | None = None) -> list[Condition]:
-        """Return what an arm was timed under, in order, in all dialogues or in some."""
-        table = self.condition[arm] if dialogues is None else self.condition.loc[dialogues, arm]
-        return sorted({one for one in table.to_numpy().ravel() if isinstance(one, tuple)})
-
-
-def grid(observations: pd.DataFrame, metrics: Sequence[str]) -> Grid:
-    """Arrange observations by dialogue.
-
-    Args:
-        observations: From `observe`.
-        metrics: Text metrics to arrange; flags and response times always are.
+def by_dialogue(observations: pd.DataFrame) -> pd.DataFrame:
+    """Give observations a row per dialogue and a column per metric, arm and seed, all sorted; NaN where there is nothing.
 
     Raises:
-        PersodpoError: The table is empty, or a value is not finite.
+        PersodpoError: There are none, or a value is not finite.
     """
     if observations.empty:
         raise PersodpoError("There is nothing to evaluate; generate and score held-out responses first.")
-    frame = observations.reset_index(drop=True)
-    sizes, machines = frame["batch_size"].fillna(0).astype(int), frame["hardware"].astype(object).fillna("")
-    conditions = pd.Series(list(zip(sizes, machines, strict=True)), dtype=object)
-    frame = frame.assign(condition=conditions.where(frame[TIME] >= 0)).set_index(_KEY)
-
-    def by_dialogue(column: pd.Series) -> pd.DataFrame:
-        return column.unstack(["arm", "seed"]).sort_index().sort_index(axis=1)  # noqa: PD010 - nothing is aggregated
-
-    values = {
-        name: by_dialogue(frame[name].astype(float)) for name in (*metrics, TIME, "grounded", "repeats", "failed")
-    }
-    for name, table in values.items():
-        if np.isinf(table.to_numpy()).any():
-            raise PersodpoError(f"{name} has values that are not finite; score those responses again.")
-    failed = values.pop("failed")
-    seeds: dict[str, tuple[int, ...]] = {}
-    for arm, seed in sorted(set(zip(observations["arm"], observations["seed"], strict=True))):
-        seeds[arm] = (*seeds.get(arm, ()), int(seed))
-    values["failure_ratio"] = failed
-    return Grid(seeds, failed.notna(), failed == 1, values, by_dialogue(frame["condition"]))
+    table = observations.drop(columns=["batch_size", "hardware"]).pivot(index="dialogue_id", columns=["arm", "seed"])  # noqa: PD010
+    infinite = table.isin([np.inf, -np.inf]).any()
+    if infinite.any():
+        first = infinite[infinite].index.get_level_values(0)[0]
+        raise PersodpoError(f"{first} has values that are not finite; score those responses again.")
+    return table.sort_index().sort_index(axis=1)
 
 
-def of_arm(table: pd.DataFrame, arm: str) -> pd.DataFrame:
-    """Return an arm's columns of a table of `Grid`, by seed."""
-    return table.loc[:, [arm]].droplevel("arm", axis=1)
+def readings(table: pd.DataFrame) -> Iterator[tuple[str, str]]:
+    """Yield the metrics of `by_dialogue` that are known of any response: flags, then text metrics in both readings."""
+    for metric in (*FLAGS, *TEXT_METRICS):
+        if table[[metric]].notna().any(axis=None):
+            yield from ((metric, reading) for reading in ([EVERY] if metric in FLAGS else [IMPUTED, SUCCESSES]))
+
+
+def of_arm(table: pd.DataFrame, metric: str, arm: str) -> pd.DataFrame:
+    """Return an arm's values of a metric in `by_dialogue`, a column per seed."""
+    return cast(pd.DataFrame, table[metric, arm])
+
+
+def read(table: pd.DataFrame, arm: str, metric: str, reading: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return an arm's values of a metric by seed, NaN where they do not count, and where one that should is not known."""
+    failed = of_arm(table, "failure_ratio", arm)
+    counted = failed == 0 if reading == SUCCESSES else failed.notna()
+    values = of_arm(table, metric, arm).where(counted)
+    return values, counted & values.isna()
+
+
+def timed(observations: pd.DataFrame) -> pd.DataFrame:
+    """Return the observations with a response time; a batch size that is not known is 0, hardware an empty text."""
+    rows = observations[observations[TIME] >= 0]
+    sizes, machines = rows["batch_size"].fillna(0).astype(int), rows["hardware"].astype(object).fillna("")
+    return rows.assign(batch_size=sizes, hardware=machines)
 
 
 def problem_of(values: Floats, unknown: NDArray[np.bool_], metric: str, reading: str) -> str | None:

@@ -15,22 +15,13 @@ import yaml
 from persodpo.corrections import Correction
 from persodpo.pairs import pair_keys, rebuild
 from persodpo.release import checks, checks_results
-from persodpo.release.material import Evidence, Material
+from persodpo.release.checks import Evidence, Material
 from persodpo.release.published import TRAIN_SETS, published_metrics
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A claim about the release.
-
-    Attributes:
-        id: A1, A2, ...
-        check: Name of the function that recomputes the claim from the published files.
-        claim: What is claimed.
-        consequence: What it means for the method or the paper.
-        correction: The entry of ``corrections`` in a profile that mends it; None if there is none.
-        mend: Where there is none, what mends it.
-    """
+    """A claim about the release: the fields of an entry of ``findings.yaml``."""
 
     id: str
     check: str
@@ -51,14 +42,7 @@ FINDINGS = [Finding(**entry) for entry in yaml.safe_load(CLAIMS.read_text(encodi
 
 
 def findings_table(material: Material) -> pd.DataFrame:
-    """Run every check.
-
-    Args:
-        material: Published files and tables made ``as_released``.
-
-    Returns:
-        Columns id, claim, verdict, evidence, consequence and setting (what corrects it).
-    """
+    """Run every check; returns columns id, claim, verdict, evidence, consequence and setting (what corrects it)."""
     rows = []
     for finding in FINDINGS:
         verdict, text = finding.evidence(material)
@@ -81,9 +65,6 @@ def mended_findings() -> dict[Correction, list[str]]:
 
 def correction_effects(material: Material) -> pd.DataFrame:
     """Rebuild the perso pairs under each correction by itself, and under all together; nothing is written.
-
-    Args:
-        material: Published files and tables made ``as_released``.
 
     Returns:
         Columns correction (finding ids), settings (switched on), low_threshold, high_threshold, responses (scored), pairs,

@@ -1,18 +1,65 @@
-"""Checks of the audit on completions, scores and pairs: each recomputes one claim of ``findings.yaml``."""
+"""Checks of the audit on completions, scores and pairs: each recomputes one claim of ``findings.yaml``.
+
+A check takes `Material` and returns `Evidence`.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from persodpo.completions import count_words, is_echo, is_one_object, read_completion
+from persodpo.config import Profile
 from persodpo.dialogues import overlaps
 from persodpo.method import SIGNALS
 from persodpo.prompts import FIELDS
-from persodpo.release.material import PARTLY, Evidence, Material, evidence
+from persodpo.release.published import SETS, PublishedSet, read_set
 
+CONFIRMED, PARTLY, REFUTED = "confirmed", "partly", "refuted"
 #: Equal up to the noise of batched float32 inference.
 COHERENCE_TOLERANCE = 1e-5
+#: A verdict and the numbers it rests on, in a sentence or two. ``partly``: the data files show one part of the claim only.
+Evidence = tuple[str, str]
+
+
+def evidence(holds: bool, text: str, verdict: str = CONFIRMED) -> Evidence:
+    """Confirm a claim, as a whole or partly, or refute it."""
+    return (verdict if holds else REFUTED), text
+
+
+@dataclass(frozen=True)
+class Material:
+    """What the checks look at: published files by manifest path, and the run's tables by name, made ``as_released``."""
+
+    files: dict[str, Path]
+    tables: dict[str, pd.DataFrame]
+    low: float  # thresholds of quality
+    high: float
+    profile: Profile
+
+    @cached_property
+    def sets(self) -> dict[str, tuple[PublishedSet, pd.DataFrame]]:
+        """Every published set by its label, as published."""
+        return {which.label: (which, read_set(self.files, which)) for which in SETS}
+
+    @cached_property
+    def pool(self) -> pd.DataFrame:
+        """Ranked train responses with their scores."""
+        return self.tables["responses"].merge(self.tables["scores"], on=["dialogue_id", "model"], validate="one_to_one")
+
+    def rows(self, label: str) -> pd.DataFrame:
+        """Return a published set, as published."""
+        return self.sets[label][1]
+
+    def gate(self, pair_set: str) -> dict[str, float]:
+        """Return the gate's checks of a pair set."""
+        gate = self.tables["pairs/gate"]
+        rows = gate[gate["pair_set"] == pair_set]
+        return dict(zip(rows["check"], rows["value"], strict=True))
 
 
 def scored_response(rows: int) -> np.ndarray:
@@ -39,13 +86,11 @@ def coherence(material: Material) -> Evidence:
     spreads = {label: rows.groupby(scored_response(len(rows))).agg(np.ptp) for label, rows in columns.items()}
     every, one = pd.concat(spreads), "gpt-4-turbo-train"
     broken = int((every > COHERENCE_TOLERANCE).sum())
-    distinct = ""
-    if one in spreads:
-        distinct = f"gpt-4-turbo: {len(columns[one]):,} rows hold the scores of {len(spreads[one])} responses. "
     text = (
         f"In {len(spreads)} metric files, {len(every):,} groups of rows that k//8 + k%8 sends to one response: {broken} "
-        f"with values further apart than {COHERENCE_TOLERANCE:g} (widest {every.max():.1e}). {distinct}Every file covers "
-        f"the first eighth of its responses ({len(every):,} in all)."
+        f"with values further apart than {COHERENCE_TOLERANCE:g} (widest {every.max():.1e}). gpt-4-turbo: "
+        f"{len(columns[one]):,} rows hold the scores of {len(spreads[one])} responses. Every file covers the first "
+        f"eighth of its responses ({len(every):,} in all)."
     )
     return evidence(not broken, text)
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import ast
-import importlib.metadata
-import importlib.util
+import re
+from importlib.metadata import distribution
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import pandas as pd
 
 from persodpo.completions import read_completion
 from persodpo.release import published
-from persodpo.release.material import PARTLY, Evidence, Material, evidence
+from persodpo.release.checks import PARTLY, Evidence, Material, evidence
 from persodpo.release.parity import FIGURE_2A, RESULT_ROWS, STEP_PAIRS, parity_table, set_statistics
 from persodpo.runfolder import sha256
 
@@ -38,21 +37,12 @@ def weights_inert(material: Material) -> Evidence:
 
 
 def _trl_columns() -> str:
-    """Say which columns TRL's DPO trainer keeps, read from its source without importing it."""
-    package = importlib.util.find_spec("trl")
-    if package is None or package.origin is None:
-        return "TRL is not installed, so its columns were not read."
-    source = Path(package.origin).parent / "trainer" / "dpo_trainer.py"
-    kept = {
-        element.value
-        for node in ast.walk(ast.parse(source.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "self._signature_columns"
-        and isinstance(node.value, ast.List)
-        for element in node.value.elts
-        if isinstance(element, ast.Constant)
-    }  # fmt: skip
-    lost = [column for column in ("score_chosen", "score_rejected") if column not in kept]
-    return f"TRL {importlib.metadata.version('trl')} drops the columns {' and '.join(lost)} before the loss."
+    """Say which columns TRL's DPO trainer drops, read from its source without importing it."""
+    trl = distribution("trl")
+    source = Path(str(trl.locate_file("trl/trainer/dpo_trainer.py"))).read_text(encoding="utf-8")
+    kept = " ".join(re.findall(r"self\._signature_columns = \[([^]]*)\]", source))
+    lost = [column for column in ("score_chosen", "score_rejected") if f'"{column}"' not in kept]
+    return f"TRL {trl.version} drops the columns {' and '.join(lost)} before the loss."
 
 
 def unequal_sizes(material: Material) -> Evidence:

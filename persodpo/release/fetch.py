@@ -57,11 +57,7 @@ def fetch_release(target: Path, *, manifest: Path = _MANIFEST) -> dict[str, Path
 
 
 def release_files(target: Path, *, manifest: Path = _MANIFEST) -> dict[str, Path]:
-    """Return where each published file lies, by its path in the release; nothing is fetched.
-
-    Args:
-        target: The folder that `fetch_release` filled.
-        manifest: The list of published files.
+    """Return where each published file of a folder lies, by its path in the release; nothing is fetched.
 
     Raises:
         PersodpoError: A file is missing or is not the published one.

@@ -42,7 +42,6 @@ FIGURE_2A = {
 STEP_PAIRS = 16
 _SETS = {which.label: which for which in SETS}
 
-
 COLUMNS = ("group", "quantity", "published", "ours", "verdict", "source")
 #: What a row of the table is made of: quantity, the published number, ours (None: nothing leads to it), where ours is from,
 #: and, where equality does not tell, whether the two are the same.
@@ -65,13 +64,10 @@ def parity_table(files: dict[str, Path], tables: dict[str, pd.DataFrame]) -> pd.
         "responses": _responses(counts["responses"], tables["responses"]),
         "quality": _quality(counts["quality"], tables),
         "pairs": _pairs(counts["pairs"], tables),
-        **{
-            f"training log, {run}": _training(run, counts["training"][run], len(tables[f"pairs/{run}"]))
-            for run in ("simple", "perso")
-        },
-        "results table": _results_table(files),
-        "figure 2a": _figure_2a(counts["figure_2a"], files),
     }
+    for run in ("simple", "perso"):
+        groups[f"training log, {run}"] = _training(run, counts["training"][run], len(tables[f"pairs/{run}"]))
+    groups |= {"results table": _results_table(files), "figure 2a": _figure_2a(counts["figure_2a"], files)}
     rows = []
     for group, entries in groups.items():
         for quantity, theirs, ours, source, *same in entries:
@@ -97,17 +93,18 @@ def _preparation(counts: dict[str, Any], dialogues: pd.DataFrame) -> list[Row]:
 def _responses(counts: dict[str, Any], responses: pd.DataFrame) -> list[Row]:
     parsed = responses["outcome"] == "ok"
     recovered = ~parsed & responses["response"].notna()
-    by_model = responses[parsed].groupby("model").size()
-    ours = {
-        "models": ("models", responses["model"].nunique()), "responses": ("total", len(responses)),
-        "unusable": ("unusable", (~parsed & ~recovered).sum()), "parsed": ("parsed", parsed.sum()),
-        "recovered failures": ("recovered_failures", recovered.sum()),
-    }  # fmt: skip
-    rows: list[Row] = [(name, counts[key], int(count), "responses") for name, (key, count) in ours.items()]
-    for label, count in counts["parsed_per_model"].items():
-        model = published.true_name(label)
-        rows.append((f"parsed, {model}", count, int(by_model[model]), "responses"))
-    return rows
+    source, by_model = "responses", responses[parsed].groupby("model").size()
+    return [
+        ("models", counts["models"], responses["model"].nunique(), source),
+        ("responses", counts["total"], len(responses), source),
+        ("unusable", counts["unusable"], int((~parsed & ~recovered).sum()), source),
+        ("parsed", counts["parsed"], int(parsed.sum()), source),
+        ("recovered failures", counts["recovered_failures"], int(recovered.sum()), source),
+        *(
+            (f"parsed, {model}", count, int(by_model[model]), source)
+            for model, count in ((published.true_name(label), n) for label, n in counts["parsed_per_model"].items())
+        ),
+    ]
 
 
 def _quality(counts: dict[str, Any], tables: dict[str, pd.DataFrame]) -> list[Row]:
@@ -153,14 +150,9 @@ def _training(run: str, log: dict[str, Any], pairs: int) -> list[Row]:
 
 
 def set_statistics(files: dict[str, Path], label: str) -> dict[str, tuple[float, float]]:
-    """Return mean and population standard deviation of each column of the results table for one published set.
+    """Return mean and population standard deviation of each column of the results table for the published set of a label.
 
-    Args:
-        files: Manifest path -> published file.
-        label: Of a set with a metric file.
-
-    Returns:
-        Column of the results table -> (mean, standard deviation); failures count with the file's worst-case values.
+    Failures count with the file's worst-case values.
     """
     frame = read_set(files, _SETS[label])
     columns = {"response_time": frame["response_time"]} | {name: frame[ours] for name, ours in METRICS.items()}
@@ -176,18 +168,15 @@ def _results_table(files: dict[str, Path]) -> list[Row]:
         statistics = set_statistics(files, origin) if origin else {}
         source = str(_SETS[origin].metrics) if origin else "no published file"
         for column, cell in record.items():
-            ours = _cell(str(column), statistics)
-            same = ours is not None and _numbers(str(cell)) == _numbers(ours)
-            rows.append((f"{label}: {column}", cell, ours, source, same))
+            ours = _cell(str(column), *statistics[str(column)]) if origin else None
+            rows.append(
+                (f"{label}: {column}", cell, ours, source, ours is not None and _numbers(cell) == _numbers(ours))
+            )
     return rows
 
 
-def _cell(column: str, statistics: dict[str, tuple[float, float]]) -> str | None:
-    """Print a mean and deviation as the results table does."""
-    if not statistics:
-        return None
-    mean, deviation = statistics[column]
-    # The published deviation of the failure ratio is that of one number, 0.
+def _cell(column: str, mean: float, deviation: float) -> str:
+    """Print a mean and deviation as the results table does; that of the failure ratio is of one number, 0."""
     return f"{mean:.3f} ± 0.00" if column == "Failure Ratio" else f"{mean:.2f} ± {deviation:.2f}"
 
 

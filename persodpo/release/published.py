@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -49,15 +49,10 @@ class PublishedSet:
     metrics: str | None
 
 
-def _set(
-    model: str, split: Literal["train", "valid"], label: str, *, raw: bool = True, metrics: bool = True
-) -> PublishedSet:
-    """Return a set whose files, where there are any, are called by its label."""
-    return PublishedSet(
-        model, split, label,
-        f"Raw Responses/FoCus/{label}.csv" if raw else None,
-        f"Metrics Results/FoCus/{label}-results.xlsx" if metrics else None,
-    )  # fmt: skip
+def _set(model: str, split: Literal["train", "valid"], label: str, *, raw: bool = True) -> PublishedSet:
+    """Return a set whose files are called by its label."""
+    completions = f"Raw Responses/FoCus/{label}.csv" if raw else None
+    return PublishedSet(model, split, label, completions, f"Metrics Results/FoCus/{label}-results.xlsx")
 
 
 #: The seven models whose responses are ranked.
@@ -77,7 +72,9 @@ VALID_SETS = (
     _set(f"{_BASE}/length_prior", "valid", f"{_TUNED}-length_prior"),
     _set(f"{_BASE}/simple", "valid", f"{_TUNED}-simple"),
     _set(f"{_BASE}/perso", "valid", f"{_TUNED}-perso", raw=False),
-    replace(_set(f"{_BASE}/perso-raw", "valid", f"{_TUNED}-perso", metrics=False), label=f"{_TUNED}-perso (raw file)"),
+    PublishedSet(
+        f"{_BASE}/perso-raw", "valid", f"{_TUNED}-perso (raw file)", f"Raw Responses/FoCus/{_TUNED}-perso.csv", None
+    ),
 )
 
 #: Every published set, train first.
@@ -116,25 +113,13 @@ def prompts_file(split: Literal["train", "valid"]) -> str:
 def read_set(files: dict[str, Path], which: PublishedSet) -> pd.DataFrame:
     """Read one published set, row by row in the order of its prompts.
 
-    Args:
-        files: Manifest path -> local file.
-        which: The set.
-
     Returns:
         Columns completion (None if none was published), parsed (the published response, None for a failure),
         response_time (s), and the four metrics (NaN if none were published).
-
-    Raises:
-        PersodpoError: The set's files have different lengths.
     """
     raw = pd.read_csv(files[which.raw]) if which.raw else None
     scored = _read_sheet(files[which.metrics], files[which.metrics].stat().st_mtime_ns) if which.metrics else None
-    if raw is not None and scored is not None and len(raw) != len(scored):
-        raise PersodpoError(f"{which.raw} has {len(raw)} rows, {which.metrics} has {len(scored)}; fetch the release.")
-    base = raw if raw is not None else scored
-    if base is None:
-        raise PersodpoError(f"No published file belongs to {which.label}.")
-    frame = pd.DataFrame({"response_time": base["response_time"]})
+    frame = next(table for table in (raw, scored) if table is not None)[["response_time"]].copy()
     frame["completion"] = raw["gen_response"] if raw is not None else None
     frame["parsed"] = scored["gen_response"] if scored is not None else None
     for published, ours in METRICS.items():
@@ -186,7 +171,7 @@ def published_responses(
     """Read published completions.
 
     Args:
-        files: Manifest path -> local file.
+        files: Published files by manifest path.
         sets: Which published sets.
         dialogues: Dialogues table; a set answers its split's dialogues in their order.
         reading: How completions are read.
@@ -221,14 +206,9 @@ def published_responses(
 def published_metrics(files: dict[str, Path], sets: Iterable[PublishedSet], responses: pd.DataFrame) -> pd.DataFrame:
     """Read the published scores of parsed responses.
 
-    Args:
-        files: Manifest path -> local file.
-        sets: Which published sets.
-        responses: Responses table; gives the dialogue ids.
-
     Returns:
-        dialogue_id, model, the four metrics and parsed, the text that was scored (None where the published parse
-        failed; its metrics are then the release's own worst-case values).
+        dialogue_id (of the responses table), model, the four metrics and parsed, the text that was scored (None where the
+        published parse failed; its metrics are then the release's own worst-case values).
     """
     frames = []
     for which in sets:

@@ -13,9 +13,8 @@ import pandas as pd
 
 from persodpo.config import Ablation, Profile, with_overrides
 from persodpo.evaluation.bootstrap import Resampling
-from persodpo.evaluation.comparisons import compare
-from persodpo.evaluation.estimates import estimates
 from persodpo.evaluation.observations import observe
+from persodpo.evaluation.results import compare, estimates
 from persodpo.pairs import Variant, measured, pair_keys, rebuild
 from persodpo.runfolder import RunFolder, StageReport
 from persodpo.stages.base import Need, Targets
@@ -125,9 +124,9 @@ def _estimates(run: RunFolder, overwrite: bool) -> StageReport:
         )
         both = pd.concat([own[own["arm"] == settings.ablated], other], ignore_index=True)
         sampling = Resampling(settings.resamples, run.profile.seed)
-        write_table(targets[table], table, estimates(both, sampling=sampling))
+        write_table(targets[table], table, estimates(both, sampling))
         pairs = [(ablation, settings.ablated) for ablation in other["arm"].unique()]
-        write_table(targets[compared], compared, compare(both, pairs, sampling=sampling))
+        write_table(targets[compared], compared, compare(both, pairs, sampling))
 
     return run.stage(
         "ablations",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from persodpo.config import Profile, load_profile
 from persodpo.release import audit, parity, published
-from persodpo.release.material import Material
+from persodpo.release.checks import Material
 from persodpo.runfolder import RunFolder, StageReport
 from persodpo.stages.base import Need, Targets, published_files
 from persodpo.stages.pairs import limits

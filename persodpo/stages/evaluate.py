@@ -5,10 +5,9 @@ from __future__ import annotations
 from persodpo.config import Profile
 from persodpo.errors import PersodpoError
 from persodpo.evaluation.bootstrap import Resampling
-from persodpo.evaluation.comparisons import compare
-from persodpo.evaluation.estimates import estimates, summarise
 from persodpo.evaluation.exports import comparison_table, results_table, write_exports
 from persodpo.evaluation.observations import IMPUTED, SUCCESSES, observe
+from persodpo.evaluation.results import compare, estimates, summarise
 from persodpo.runfolder import RunFolder, StageReport
 from persodpo.stages.base import Need, Targets
 from persodpo.stages.heldout import arms_of, held_out_arms, judge_held_out
@@ -44,8 +43,8 @@ def evaluate(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
         sampling = Resampling(settings.resamples, profile.seed)
         results = {
             "results": summarise(responses, scores),
-            "estimates": estimates(observations, sampling=sampling),
-            "comparisons": compare(observations, settings.pairs, sampling=sampling),
+            "estimates": estimates(observations, sampling),
+            "comparisons": compare(observations, settings.pairs, sampling),
         }
         for name, table in results.items():
             write_table(targets[f"evaluation/{name}"], f"evaluation/{name}", table)
