@@ -1,4 +1,4 @@
-"""Asking an API: throughput, faults, killed processes, memory.
+"""Asking an API: throughput, faults, killed processes, one budget for several, memory.
 
 Run by `make bench-generate`. The server (tests/faulty_server.py) runs in a process of its own. Measured are
 
@@ -9,6 +9,7 @@ Run by `make bench-generate`. The server (tests/faulty_server.py) runs in a proc
   invalid bodies); every prompt must end answered or accounted for, and a second run must ask nothing;
 - kills: a run with a budget is killed (SIGKILL) at random moments and started again; what it acknowledged must be in the
   store, nothing stored may be asked again, and neither the store's sum nor what the server billed may pass the budget;
+- budget: eight processes, each with a model of its own, share a store and a budget;
 - memory: 100,000 prompts as long as the published ones, answered at once; the client's peak.
 """
 
@@ -42,7 +43,7 @@ from persodpo.runfolder import PROJECT
 
 SERVER = PROJECT / "tests" / "faulty_server.py"
 LATENCY, CONCURRENCY, FAULTS, SEED = 0.2, 64, 0.3, 44
-REPEATS, SEQUENTIAL = 3, 60
+REPEATS, SEQUENTIAL, PROCESSES = 3, 60, 8
 PRICES = Prices(input_per_million=0.15, output_per_million=0.6)
 #: Bytes of a prompt in the memory part, as long as the published ones are on average.
 PROMPT_BYTES = 2000
@@ -63,11 +64,11 @@ def serving(log: Path, latency: float = LATENCY, faults: float = 0.0) -> Iterato
             process.kill()
 
 
-def backend(url: str) -> OpenAIBackend:
+def backend(url: str, model: str = "bench") -> OpenAIBackend:
     """Return the backend all parts use."""
     return OpenAIBackend(
         OpenAIModel(
-            kind="openai", model="bench", base_url=url, concurrency=CONCURRENCY, timeout_seconds=3.0, attempts=10,
+            kind="openai", model=model, base_url=url, concurrency=CONCURRENCY, timeout_seconds=3.0, attempts=10,
             prices=PRICES,
         )
     )  # fmt: skip
@@ -137,7 +138,7 @@ def kills(folder: Path, prompts: int, count: int) -> Figures:
     stored_at, lost, passed = dict[str, float](), 0, 0.0
     with serving(log) as url:
         for _ in range(count):
-            with start(__file__, child=path, url=url, prompts=prompts, budget=budget) as process:
+            with start(__file__, child=path, url=url, prompts=prompts, budget=budget, model="bench") as process:
                 assert process.stdout is not None
                 process.stdout.readline()
                 time.sleep(drawn.uniform(0.0, 0.9))
@@ -158,6 +159,19 @@ def kills(folder: Path, prompts: int, count: int) -> Figures:
         "left by the budget": last.left, "lost": lost, "asked again": len(late), "billed share": passed,
         "spent share of the budget": spent / budget,
     }  # fmt: skip
+
+
+def one_budget(folder: Path, prompts: int) -> Figures:
+    """Let several processes ask under one budget, which half of their prompts use up."""
+    log, path = folder / "budget.jsonl", folder / "budget.sqlite"
+    budget = PROCESSES * prompts / 2 * PRICES.cost(8, 10)
+    with serving(log) as url:
+        common = {"child": path, "url": url, "prompts": prompts, "budget": budget}
+        for process in [start(__file__, **common, model=f"model-{number}") for number in range(PROCESSES)]:
+            process.communicate()
+    with Store(path) as store:
+        spent = store.spent()
+    return {"processes": PROCESSES, "spent share of the budget": spent / budget, "billed share": billed(log) / spent}
 
 
 def memory(folder: Path, prompts: int) -> Figures:
@@ -187,11 +201,11 @@ class TellingStore(Store):
         os.write(1, "".join(f"{entry.key}\n" for entry in entries).encode())
 
 
-def asking_child(path: Path, url: str, prompts: int, budget: float) -> None:
+def asking_child(path: Path, url: str, prompts: int, budget: float, model: str) -> None:
     """Ask under a budget, and say which keys are on the disk."""
     print("asking", flush=True)
     with TellingStore(path) as store:
-        generate(requests(prompts), backend(url), store, budget_usd=budget, progress=False)
+        generate(requests(prompts), backend(url, model), store, budget_usd=budget, progress=False)
 
 
 def bound(name: str) -> str:
@@ -213,11 +227,11 @@ def main() -> None:
     parser.add_argument("--many-prompts", type=int, default=100_000, help="prompts of the memory part")
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--output", type=Path, default=RESULTS)
-    for hidden, kind in {"child": Path, "memory": Path, "url": str, "budget": float}.items():
+    for hidden, kind in {"child": Path, "memory": Path, "url": str, "model": str, "budget": float}.items():
         parser.add_argument(f"--{hidden}", type=kind, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.child:
-        asking_child(asked.child, asked.url, asked.prompts, asked.budget)
+        asking_child(asked.child, asked.url, asked.prompts, asked.budget, asked.model)
         return
     if asked.memory:
         memory_child(asked.memory, asked.url, asked.prompts)
@@ -226,7 +240,8 @@ def main() -> None:
         folder = Path(made)
         measured = {
             "throughput": throughput(folder, asked.prompts), "faults": with_faults(folder, asked.prompts),
-            "kills": kills(folder, asked.prompts, asked.kills), "memory": memory(folder, asked.many_prompts),
+            "kills": kills(folder, asked.prompts, asked.kills), "budget": one_budget(folder, asked.prompts // 10),
+            "memory": memory(folder, asked.many_prompts),
         }  # fmt: skip
     figures = [(part, name, value) for part, values in measured.items() for name, value in values.items()]
     rows = [(part, name, shown(name, value), bound(name)) for part, name, value in figures]
