@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -121,11 +121,12 @@ def load_policy(
         disable_progress_bar()  # type: ignore[no-untyped-call]
     name = str(name)
     model: Any
+    found: Any
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
         adapter = find_adapter_config_file(name, revision=revision)
         base = str(json.loads(Path(adapter).read_text())["base_model_name_or_path"]) if adapter else name
-        model, found = AutoModelForCausalLM.from_pretrained(  # type: ignore[no-untyped-call]
+        model, found = cast(Any, AutoModelForCausalLM).from_pretrained(
             base,
             attn_implementation=attention,
             dtype=dtype,

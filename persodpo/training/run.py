@@ -85,15 +85,7 @@ def train_arm(
     checkpoint = _prepare(folder, key)
     model, tokenizer = load_policy(policy)
     described = describe(policy, model.num_parameters())
-    rank = settings.lora_rank
-    lora = {"lora_alpha": 2 * rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} if rank else {}
-    health = Health(
-        held_out["prompt"].tolist(),
-        count=settings.health_prompts,
-        max_new_tokens=settings.health_tokens,
-        reading=profile.reading,
-        stop=settings.stop_when_collapsed,
-    )
+    health = _health(held_out, profile)
     with _without_chatter(), disk_errors(folder):
         trainer = GroupedDPOTrainer(
             model=model,
@@ -101,13 +93,14 @@ def train_arm(
             train_dataset=as_dataset(train),
             eval_dataset=as_dataset(held_out),
             processing_class=tokenizer,
-            peft_config=LoraConfig(r=rank, **lora) if rank else None,
+            peft_config=_adapters(settings.lora_rank),
             callbacks=[health, _CheckpointRecord()],
         )
         trainer.remove_callback(PrinterCallback)
-        left_out = {name: str(skipped) for name, skipped in trainer.skipped.items()}
-        said = "; ".join(f"{name}: {left_out[name]}" for name, skipped in trainer.skipped.items() if skipped)
-        tqdm.write(f"{arm}: {described}; {len(train):,} pairs, {len(held_out):,} held out; {said or 'none left out'}")
+        said = (
+            "; ".join(f"{name}: {skipped}" for name, skipped in trainer.skipped.items() if skipped) or "none left out"
+        )
+        tqdm.write(f"{arm}: {described}; {len(train):,} pairs, {len(held_out):,} held out; {said}")
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         history: list[dict[str, Any]] = trainer.state.log_history
         if not any(log.get("step") == trainer.state.global_step and "eval_loss" in log for log in history):
@@ -117,7 +110,8 @@ def train_arm(
         record = {
             "key": key, "arm": arm, "policy": described, "parameters": model.num_parameters(),
             "steps": trainer.state.global_step, "train_pairs": len(train), "held_out_pairs": len(held_out),
-            "left_out": left_out, "weights": _digests(folder, "*.safetensors"),
+            "left_out": {name: str(skipped) for name, skipped in trainer.skipped.items()},
+            "weights": _digests(folder, "*.safetensors"),
             "packing": asdict(cast(Verdict, trainer.packing)),
             # Of training, evaluations and health checks included, the reference pass not.
             "seconds": next((log["train_runtime"] for log in reversed(history) if "train_runtime" in log), 0.0),
@@ -220,6 +214,23 @@ def as_dataset(pairs: pd.DataFrame) -> datasets.Dataset:
     """Return what the trainer needs of a pairs table."""
     columns = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected")
     return datasets.Dataset.from_dict({column: pairs[column].tolist() for column in columns})
+
+
+def _health(held_out: pd.DataFrame, profile: Profile) -> Health:
+    settings = profile.training
+    return Health(
+        held_out["prompt"].tolist(),
+        count=settings.health_prompts,
+        max_new_tokens=settings.health_tokens,
+        reading=profile.reading,
+        stop=settings.stop_when_collapsed,
+    )
+
+
+def _adapters(rank: int | None) -> LoraConfig | None:
+    if rank is None:
+        return None
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def _save(trainer: GroupedDPOTrainer, folder: Path) -> None:
