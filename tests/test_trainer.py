@@ -378,8 +378,15 @@ def test_the_users_own_config_is_taken_and_left_as_it_was(tmp_path):
         mine: int = 3
         weighting: str = "sigmoid"
 
-    args = Mine(str(tmp_path), **(TINY | {"max_steps": 1, "precompute_ref_batch_size": 3, "disable_dropout": False}))
-    before = dict(vars(args))
+    accumulated = {"gradient_accumulation_kwargs": {"num_steps": 2}}
+    settings = {
+        "max_steps": 1,
+        "precompute_ref_batch_size": 3,
+        "disable_dropout": False,
+        "accelerator_config": accumulated,
+    }
+    args = Mine(str(tmp_path), **(TINY | settings))
+    before = dict(vars(args)) | {"accelerator_config": copy.deepcopy(args.accelerator_config)}
     seen = []
 
     class Reads(TrainerCallback):
@@ -397,6 +404,7 @@ def test_the_users_own_config_is_taken_and_left_as_it_was(tmp_path):
     trainer.train()
     assert seen == [3]
     assert dict(vars(args)) == before
+    assert trainer.args.gradient_accumulation_steps == 2
     assert logs(trainer, "weights")[0] != 1.0
 
 

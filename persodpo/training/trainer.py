@@ -94,6 +94,8 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         """
         # What is changed here is changed in a copy, of the class that was given.
         args = copy.copy(args) if args else GroupedDPOConfig("grouped-dpo")
+        # Transformers takes the steps to accumulate out of it, which a second trainer would miss.
+        args.accelerator_config = copy.deepcopy(args.accelerator_config)
         if data_collator is not None or compute_metrics is not None:
             raise PersodpoError("data_collator and compute_metrics cannot be used with grouped rows; leave them out.")
         check_arguments(args, kwargs.get("callbacks") or ())
