@@ -10,18 +10,15 @@ from contextlib import suppress
 import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
-from test_training_math import plain_log_probs
-from tiny import TINY, tiny_model, tiny_pairs, tiny_tokenizer
+from tiny import grouped, logs, plain_log_probs, stock, tiny_model, trained
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2Model, apply_rotary_pos_emb
-from trl import DPOConfig, DPOTrainer
 
 from persodpo.errors import PersodpoError
 from persodpo.training.guard import check_packing
 from persodpo.training.packing import Group, Layout, pack
 from persodpo.training.probe import longest_window
-from persodpo.training.trainer import GroupedDPOConfig, GroupedDPOTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -41,7 +38,9 @@ ARCHITECTURES = {
     "experts": ("mixtral", "sdpa", {"num_local_experts": 4}, True),
     "convolution": ("lfm2", "sdpa", {"layer_types": ["conv", "full_attention"]}, False),
     "linear attention": (
-        "qwen3_5_text", "sdpa", {"layer_types": ["linear_attention", "full_attention"], "head_dim": 8}, False,
+        "qwen3_5_text", "sdpa",
+        {"layer_types": ["linear_attention", "full_attention"], "head_dim": 8, "linear_num_key_heads": 2,
+         "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}, False,
     ),
     "recurrence": ("mamba", "eager", {"state_size": 4}, False),
     "positions from columns": ("mpt", "eager", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 256}, False),
@@ -87,22 +86,6 @@ def test_log_probs_are_those_of_plain_forward_passes(name):
     assert torch.isfinite(again).all(), "other calls stay what they were"
 
 
-def trained(cls, folder, model, **changes):
-    """Train three steps of four prompts with six pairs each; return the trainer."""
-    config, batch = (GroupedDPOConfig, 4) if cls is GroupedDPOTrainer else (DPOConfig, 24)
-    settings = TINY | {"per_device_train_batch_size": batch, "max_steps": 3, "precompute_ref_log_probs": True} | changes
-    trainer = cls(
-        model=model, args=config(str(folder), **settings), train_dataset=tiny_pairs(12),
-        processing_class=tiny_tokenizer(),
-    )  # fmt: skip
-    trainer.train()
-    return trainer
-
-
-def logs(trainer, key: str) -> list[float]:
-    return [entry[key] for entry in trainer.state.log_history if "grad_norm" in entry]
-
-
 @pytest.mark.parametrize(
     "name",
     ["eager, an added mask", "soft caps, window, eager", "window by layer", "scaled logits", "experts", "convolution",
@@ -110,33 +93,34 @@ def logs(trainer, key: str) -> list[float]:
 )  # fmt: skip
 def test_steps_are_stock_trls(name, tmp_path):
     """Losses, gradients and the auxiliary loss of experts, which TRL adds by default."""
-    kind, attention, extra, grouped = ARCHITECTURES[name]
+    kind, attention, extra, packs = ARCHITECTURES[name]
     extra = extra | ({"router_aux_loss_coef": 0.5} if name == "experts" else {})
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        ours = trained(GroupedDPOTrainer, tmp_path / "a", architecture(kind, attention, extra))
-    theirs = trained(DPOTrainer, tmp_path / "b", architecture(kind, attention, extra))
+        ours = trained(grouped(tmp_path / "a", model=architecture(kind, attention, extra), token_budget=4096))
+    model = architecture(kind, attention, extra)
+    theirs = trained(stock(tmp_path / "b", model=model, precompute_ref_log_probs=True))
     for key in ["loss", "grad_norm", *(["aux_loss"] if name == "experts" else [])]:
         assert logs(ours, key) == pytest.approx(logs(theirs, key), rel=2e-4, abs=1e-5), key
     assert logs(ours, "num_tokens") == logs(theirs, "num_tokens")
     told = [str(warning.message) for warning in said if "one response per row" in str(warning.message)]
-    assert len(told) == (0 if grouped else 1)
-    assert grouped or (type(ours.model).__name__ in told[0] and attention in told[0])
+    assert len(told) == (0 if packs else 1)
+    assert packs or (type(ours.model).__name__ in told[0] and attention in told[0])
 
 
 def test_the_guarantees_hold_with_one_response_per_row(tmp_path):
-    """LoRA, checkpointing, a small budget, resuming bit by bit."""
+    """Checkpointing, a small budget, half precision."""
 
     def model():
         return architecture(*ARCHITECTURES["convolution"][:3])
 
-    plain = trained(GroupedDPOTrainer, tmp_path / "a", model())
-    small = trained(GroupedDPOTrainer, tmp_path / "b", model(), token_budget=60, gradient_checkpointing=True)
+    plain = trained(grouped(tmp_path / "a", model=model(), token_budget=4096))
+    small = trained(grouped(tmp_path / "b", model=model(), token_budget=60, gradient_checkpointing=True))
     assert not plain.packing.grouped
     assert logs(small, "loss") == pytest.approx(logs(plain, "loss"), abs=1e-5)
     assert logs(small, "grad_norm") == pytest.approx(logs(plain, "grad_norm"), rel=1e-4)
     assert logs(plain, "loss")[0] == pytest.approx(math.log(2), abs=1e-6)
-    half = trained(GroupedDPOTrainer, tmp_path / "c", model(), bf16=True)
+    half = trained(grouped(tmp_path / "c", model=model(), bf16=True))
     assert logs(half, "loss") == pytest.approx(logs(plain, "loss"), abs=0.05)
 
 
@@ -204,6 +188,10 @@ def test_windows_are_found_wherever_a_config_keeps_them():
     nested = architecture("gemma3_text", "sdpa", {"sliding_window": 16, "head_dim": 8})
     nested.config.inner = AutoConfig.for_model("llama4_text", attention_chunk_size=24)
     assert longest_window(nested, 64) == 24
+    model = tiny_model()
+    model.config.attention_window = [1500, 1500]
+    model.config.layers = ({"local_span": 700.0},)
+    assert [longest_window(model, limit) for limit in (4096, 1000)] == [1500, 700]
 
 
 @pytest.mark.parametrize(
@@ -239,19 +227,33 @@ def test_the_guard_leaves_everything_as_it_was():
     assert [module.training for module in model.modules()] == modes
 
 
+def of_kind(name: str) -> LoraConfig:
+    adapters = LoraConfig(task_type="CAUSAL_LM")
+    adapters.peft_type = name
+    return adapters
+
+
+PROMPTS = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+
+
 @pytest.mark.parametrize(
-    ("kind", "arguments"),
-    [(PromptTuningConfig, {}), (PrefixTuningConfig, {}), (PromptEncoderConfig, {"encoder_hidden_size": 32})],
+    ("config", "words"),
+    [
+        (PromptTuningConfig(**PROMPTS), "PromptTuningConfig"),
+        (PrefixTuningConfig(**PROMPTS), "PrefixTuningConfig"),
+        (PromptEncoderConfig(**PROMPTS, encoder_hidden_size=32), "PromptEncoderConfig"),
+        (LoraConfig(r=4, task_type="CAUSAL_LM", alora_invocation_tokens=[10, 11]), "LoraConfig"),
+        (of_kind("LILY"), "LILY cannot be trained on packed rows"),
+        (of_kind("PVERA"), "PVERA cannot be trained on packed rows"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_virtual_tokens_are_refused_by_name(tmp_path, kind, arguments):
-    config = kind(task_type="CAUSAL_LM", num_virtual_tokens=4, **arguments)
-    with pytest.raises(PersodpoError, match=kind.__name__):
-        GroupedDPOTrainer(
-            model=tiny_model(), args=GroupedDPOConfig(str(tmp_path), **TINY), train_dataset=tiny_pairs(4),
-            processing_class=tiny_tokenizer(), peft_config=config,
-        )  # fmt: skip
-    with pytest.raises(PersodpoError, match=kind.__name__):
-        check_packing(get_peft_model(tiny_model(), config))
+def test_adapters_that_see_a_sequence_or_a_batch_are_refused_by_name(tmp_path, config, words):
+    with pytest.raises(PersodpoError, match=words):
+        grouped(tmp_path, peft_config=config)
+    if words.startswith("Pr"):
+        with pytest.raises(PersodpoError, match=words):
+            check_packing(get_peft_model(tiny_model(), config))
 
 
 def test_attention_without_masks_trains_one_response_per_row():
@@ -289,44 +291,37 @@ def test_half_precision_and_small_weights_hide_no_leak(name, deviation):
     assert check_packing(tiny_model().to(torch.bfloat16), max_length=64).grouped
 
 
-def test_attention_that_another_name_changes_is_left_alone():
+SPARSE = {
+    "index_topk": 40, "index_head_dim": 8, "kv_lora_rank": 8, "q_lora_rank": 8, "v_head_dim": 8, "num_key_value_heads": 4,
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+
+
+def test_attention_that_depends_on_its_name_generates_as_before():
     """DeepSeek's sparse attention picks the best keys under the names 'eager' and 'sdpa' alone."""
-    extra = {
-        "index_topk": 40, "index_n_heads": 2, "index_head_dim": 8, "kv_lora_rank": 8, "q_lora_rank": 8,
-        "qk_rope_head_dim": 4,
-        "qk_nope_head_dim": 4, "v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
-        "topk_group": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1, "num_key_value_heads": 4,
-    }  # fmt: skip
-    model = architecture("deepseek_v32", "sdpa", extra)
-    group = Group([number % 50 + 3 for number in range(60)], GROUPS[0].responses)
+    some = {"index_n_heads": 2, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "moe_intermediate_size": 16}
+    others = {"index_n_heads": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "moe_intermediate_size": 64}
+    model = architecture("deepseek_v32", "sdpa", SPARSE | some | {"first_k_dense_replace": 1})
+    ids = torch.randint(10, 60, (1, 90), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        plain = plain_log_probs(model, group)
+        before = model(input_ids=ids, use_cache=False).logits
         # Its selection of keys has ties that tokens behind a response can turn; then it is refused.
         with suppress(PersodpoError):
             assert not check_packing(model, max_length=128).grouped
-        assert torch.equal(plain_log_probs(model, group), plain), "who generates notices nothing"
+        assert torch.equal(model(input_ids=ids, use_cache=False).logits, before)
+        model = architecture("deepseek_v32", "sdpa", SPARSE | others | {"mlp_layer_types": ["dense", "sparse"]})
+        before = model(input_ids=ids, use_cache=False).logits
+        assert check_packing(model, max_length=30, token_budget=38).grouped
+        assert torch.equal(model(input_ids=ids, use_cache=False).logits, before)
 
 
 def test_what_changes_after_the_guard_is_noticed(tmp_path):
-    trainer = GroupedDPOTrainer(
-        model=architecture("mistral", "sdpa", {"sliding_window": 8}), args=GroupedDPOConfig(str(tmp_path), **TINY),
-        train_dataset=tiny_pairs(4), processing_class=tiny_tokenizer(),
-    )  # fmt: skip
-    copied = copy.deepcopy(trainer.model)
+    trainer = grouped(tmp_path, model=architecture("mistral", "sdpa", {"sliding_window": 8}))
     with pytest.raises(PersodpoError, match="copy"):
-        check_packing(copied)
+        check_packing(copy.deepcopy(trainer.model))
     trainer.model.set_attn_implementation("sdpa")
     with pytest.raises(PersodpoError, match="Attention was set to 'sdpa'"):
         trainer.train()
-
-
-def test_invocation_tokens_are_refused(tmp_path):
-    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[10, 11])
-    with pytest.raises(PersodpoError, match="LoraConfig"):
-        GroupedDPOTrainer(
-            model=tiny_model(), args=GroupedDPOConfig(str(tmp_path), **TINY), train_dataset=tiny_pairs(4),
-            processing_class=tiny_tokenizer(), peft_config=config,
-        )  # fmt: skip
 
 
 def assert_right(model, group: Group, **limits) -> bool:
@@ -346,43 +341,28 @@ def assert_right(model, group: Group, **limits) -> bool:
 LONG = Group([3 + n % 60 for n in range(90)], [list(range(20, 29)), list(range(30, 36)), list(range(40, 51))])
 
 
+CHUNKS = {
+    "attention_chunk_size": 40, "max_position_embeddings": 32, "head_dim": 8, "intermediate_size_mlp": 64,
+    "num_local_experts": 4,
+}  # fmt: skip
+DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, "max_position_embeddings": 64}
+BLOCKS = {
+    "index_topk_blocks": 4, "index_block_size": 16, "index_local_blocks": 1, "head_dim": 8, "num_local_experts": 4,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("kind", "extra", "limits"),
+    ("kind", "extra", "limit"),
     [
-        (
-            "llama4_text",
-            {"attention_chunk_size": 40, "max_position_embeddings": 32, "head_dim": 8},
-            {"max_length": 128},
-        ),
-        (
-            "llama4_text",
-            {"attention_chunk_size": 40, "max_position_embeddings": 32, "head_dim": 8},
-            {"max_length": None},
-        ),
-        (
-            "llama",
-            {
-                "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
-                "max_position_embeddings": 64,
-            },
-            {"max_length": None},
-        ),
-        (
-            "minimax_m3_vl_text",
-            {
-                "index_topk_blocks": 4,
-                "index_block_size": 16,
-                "index_local_blocks": 1,
-                "head_dim": 8,
-                "num_local_experts": 4,
-            },
-            {"max_length": 128},
-        ),
+        ("llama4_text", CHUNKS, 128),
+        ("llama4_text", CHUNKS, None),
+        ("llama", DYNAMIC, None),
+        ("minimax_m3_vl_text", BLOCKS, 128),
     ],
 )
-def test_lengths_from_which_on_a_model_computes_otherwise_are_reached(kind, extra, limits):
+def test_lengths_from_which_on_a_model_computes_otherwise_are_reached(kind, extra, limit):
     """Chunks longer than the positions, angles that change beyond them, a window that is a product of two entries."""
-    assert_right(architecture(kind, "sdpa", extra), LONG, **limits)
+    assert_right(architecture(kind, "sdpa", extra), LONG, max_length=limit, token_budget=256)
 
 
 def test_blocks_that_begin_at_zero_are_seen():
@@ -515,13 +495,6 @@ def test_what_shows_only_later_is_seen_at_once(make):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_windows_in_lists_are_found():
-    model = tiny_model()
-    model.config.attention_window = [1500, 1500]
-    model.config.layers = ({"local_span": 700.0},)
-    assert [longest_window(model, limit) for limit in (4096, 1000)] == [1500, 700]
-
-
 def test_statistics_of_the_batch_are_refused(tmp_path):
     class PowerNorm(torch.nn.Module):
         def __init__(self, in_place):
@@ -540,12 +513,12 @@ def test_statistics_of_the_batch_are_refused(tmp_path):
         model = tiny_model()
         model.model.norm = PowerNorm(in_place)
         with pytest.raises(PersodpoError, match=r"changes model\.norm\.phi in training"):
-            trainer_of(model, tmp_path)
+            grouped(tmp_path, model=model)
         assert torch.equal(model.model.norm.phi, torch.ones(32))
     model = tiny_model()
     model.model.norm = torch.nn.Sequential(model.model.norm, Swapped(torch.nn.BatchNorm1d(32)))
     with pytest.raises(PersodpoError, match="normalises over the batch"):
-        trainer_of(model, tmp_path)
+        grouped(tmp_path, model=model)
 
 
 class Swapped(torch.nn.Module):
@@ -567,24 +540,8 @@ def test_noise_that_no_module_draws_is_said(tmp_path, dropout, said):
         layer.self_attn.attention_dropout = dropout
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer_of(model, tmp_path)
+        grouped(tmp_path, model=model)
     assert any("draws noise in training" in str(warning.message) for warning in caught) == said
-
-
-def trainer_of(model, folder):
-    args = GroupedDPOConfig(str(folder), **TINY)
-    return GroupedDPOTrainer(model=model, args=args, train_dataset=tiny_pairs(4), processing_class=tiny_tokenizer())
-
-
-@pytest.mark.parametrize("kind", ["LILY", "PVERA"])
-def test_adapters_that_read_a_batch_or_draw_noise_are_refused(tmp_path, kind):
-    adapters = LoraConfig(task_type="CAUSAL_LM")
-    adapters.peft_type = kind
-    with pytest.raises(PersodpoError, match=f"{kind} cannot be trained on packed rows"):
-        GroupedDPOTrainer(
-            model=tiny_model(), args=GroupedDPOConfig(str(tmp_path), **TINY), train_dataset=tiny_pairs(4),
-            processing_class=tiny_tokenizer(), peft_config=adapters,
-        )  # fmt: skip
 
 
 def test_quantised_weights_have_the_tolerance_of_half_precision():
@@ -607,17 +564,3 @@ def test_ends_beyond_the_vocabulary_are_left_out_of_the_random_text():
     model = tiny_model()
     model.config.bos_token_id, model.config.eos_token_id = 151_643, [1, 151_645]
     assert check_packing(model, max_length=64, token_budget=128).grouped
-
-
-def test_a_model_that_chooses_by_the_name_of_its_attention_generates_as_before():
-    sizes = {
-        "index_topk": 40, "index_head_dim": 8, "index_n_heads": 16, "kv_lora_rank": 8, "q_lora_rank": 8, "v_head_dim": 8,
-        "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "num_key_value_heads": 4, "mlp_layer_types": ["dense", "sparse"],
-        "moe_intermediate_size": 64, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
-    }  # fmt: skip
-    model = architecture("deepseek_v32", "sdpa", sizes)
-    ids = torch.randint(10, 60, (1, 90), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        before = model(input_ids=ids, use_cache=False).logits
-        assert check_packing(model, max_length=30, token_budget=38).grouped
-        assert torch.equal(model(input_ids=ids, use_cache=False).logits, before)

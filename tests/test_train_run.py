@@ -112,23 +112,6 @@ def test_the_log_starts_at_weight_times_log_2_and_has_every_kind(trained, tmp_pa
     assert trained[1].generations["prompt"].str.startswith("User1").all()
 
 
-def test_arms_differ_in_their_weights_alone(tmp_path, policy, profile, trained):
-    plain = run.train_arm(pairs_table(), "perso", policy, tmp_path / "perso", profile=profile, key="k").log
-    weighted = trained[1].log
-    train = plain["kind"] == "train"
-    assert (plain.loc[train, "weight"] == 1).all()
-    assert plain.loc[train, "learning_rate"].tolist() == weighted.loc[train, "learning_rate"].tolist()
-    assert plain["loss"].tolist() != weighted["loss"].tolist()
-
-
-def test_a_lora_arm_leaves_an_adapter(tmp_path, policy):
-    profile = load_profile("release", [*OVERRIDES, "training.lora_rank=2", "training.epochs=1"])
-    made = run.train_arm(pairs_table(), "perso", policy, tmp_path / "perso", profile=profile, key="k")
-    assert (tmp_path / "perso" / "adapter_model.safetensors").is_file()
-    assert run.is_trained(tmp_path / "perso", "k")
-    assert made.log.query("kind == 'train'")["loss"].iloc[0] == pytest.approx(math.log(2), abs=1e-6)
-
-
 SCRIPT = """
 import sys, torch
 torch.set_num_threads(1)
@@ -208,24 +191,20 @@ def interrupted(policy, profile, folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint-*"))
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "trainer_state.json", "model.safetensors", "rng_state.pth"])
-def test_a_damaged_checkpoint_is_set_aside(tmp_path, policy, profile, trained, name, capsys):
+@pytest.mark.parametrize("names", [["optimizer.pt"], ["trainer_state.json"], ["model.safetensors", "rng_state.pth"]])
+def test_damaged_checkpoints_are_set_aside(tmp_path, policy, profile, trained, names, capsys):
+    """The newest, then the one before; where every one is damaged training begins anew."""
     folder = tmp_path / "perso_weighted"
-    _, newest = interrupted(policy, profile, folder)
-    (newest / name).write_bytes((newest / name).read_bytes()[:-40])
+    checkpoints = interrupted(policy, profile, folder)
+    for checkpoint, name in zip(reversed(checkpoints), names, strict=False):
+        (checkpoint / name).write_bytes((checkpoint / name).read_bytes()[:-40])
     made = run.train_arm(pairs_table(), "perso_weighted", policy, folder, profile=profile, key="k")
-    assert "checkpoint-4 is damaged" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "checkpoint-4 is damaged" in printed
+    assert ("checkpoint-2 is damaged" in printed) == (len(names) == 2)
     pd.testing.assert_frame_equal(made.log, trained[1].log)
     assert run.is_trained(folder, "k")
     assert not list(folder.glob("*checkpoint*"))
-
-
-def test_training_begins_anew_where_every_checkpoint_is_damaged(tmp_path, policy, profile, trained):
-    folder = tmp_path / "perso_weighted"
-    for checkpoint in interrupted(policy, profile, folder):
-        (checkpoint / "trainer_state.json").write_text("{")
-    made = run.train_arm(pairs_table(), "perso_weighted", policy, folder, profile=profile, key="k")
-    pd.testing.assert_frame_equal(made.log, trained[1].log)
 
 
 def test_a_learning_rate_that_is_too_high_leaves_no_arm(tmp_path, policy):
@@ -236,13 +215,15 @@ def test_a_learning_rate_that_is_too_high_leaves_no_arm(tmp_path, policy):
     assert not (tmp_path / "perso" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("rank", [None, 4])
-def test_a_folder_of_adapters_is_trained_on_from_where_they_were(tmp_path, policy, rank, capsys):
+def test_a_folder_of_adapters_is_trained_on_from_where_they_were(tmp_path, policy, capsys):
     """The first round's weights are the second round's reference, and stay in what is saved."""
     quick = [*OVERRIDES, "training.epochs=1"]
     profile = load_profile("release", [*quick, "training.lora_rank=2", "training.learning_rate=0.05"])
     first = tmp_path / "first"
-    run.train_arm(pairs_table(), "perso", policy, first, profile=profile, key="k")
+    made = run.train_arm(pairs_table(), "perso", policy, first, profile=profile, key="k").log.query("kind == 'train'")
+    assert made["loss"].iloc[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert (first / "adapter_model.safetensors").is_file()
+    assert run.is_trained(first, "k")
     merged, tokenizer = load_policy(first)
     assert "merged into their base" in capsys.readouterr().out
     base = load_policy(policy)[0]
@@ -252,14 +233,15 @@ def test_a_folder_of_adapters_is_trained_on_from_where_they_were(tmp_path, polic
         logits.append(PeftModel.from_pretrained(base, str(first))(ids).logits)
     assert not torch.allclose(logits[1], logits[0], atol=1e-3)
     assert torch.allclose(logits[1], logits[2], atol=1e-5)
-    again = load_profile("release", [*quick, f"training.lora_rank={rank or 'null'}"])
-    made = run.train_arm(pairs_table(), "perso", first, tmp_path / "second", profile=again, key="k")
-    train = made.log.query("kind == 'train'")
-    assert train["loss"].iloc[0] == pytest.approx(math.log(2), abs=1e-6)
-    assert train["logps_chosen"].iloc[0] != pytest.approx(
-        run.train_arm(pairs_table(), "perso", policy, tmp_path / "other", profile=again, key="k")
-        .log.query("kind == 'train'")["logps_chosen"].iloc[0], abs=1e-3,
-    )  # fmt: skip
+    for rank in (None, 4):
+        again = load_profile("release", [*quick, f"training.lora_rank={rank or 'null'}"])
+        logs = [
+            run.train_arm(pairs_table(), "perso", start, tmp_path / f"{start.name} {rank}", profile=again, key="k").log
+            for start in (first, policy)
+        ]
+        train, other = (log.query("kind == 'train'") for log in logs)
+        assert train["loss"].iloc[0] == pytest.approx(math.log(2), abs=1e-6)
+        assert train["logps_chosen"].iloc[0] != pytest.approx(other["logps_chosen"].iloc[0], abs=1e-3)
 
 
 def test_an_unknown_arm_is_one_sentence(tmp_path, capsys):

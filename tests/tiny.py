@@ -1,20 +1,28 @@
-"""A tiny tokenizer, model and set of pairs for tests of training."""
+"""A tiny tokenizer, model and set of pairs, and the grouped and the stock trainer on them, for tests of training."""
 
 from __future__ import annotations
 
 import random
+from functools import lru_cache
 
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from trl import DPOConfig, DPOTrainer
+
+from persodpo.training.packing import Group
+from persodpo.training.trainer import GroupedDPOConfig, GroupedDPOTrainer
 
 WORDS = [f"w{number}" for number in range(60)]
 TINY = {
     "learning_rate": 1e-3, "logging_steps": 1, "bf16": False, "report_to": [], "gradient_checkpointing": False,
     "save_strategy": "no", "use_cpu": True, "disable_tqdm": True, "lr_scheduler_type": "constant",
-    "train_sampling_strategy": "sequential",
+    "train_sampling_strategy": "sequential", "max_length": 64,
 }  # fmt: skip
+PAIRS_A_PROMPT = 6
+#: Arguments of trainers that are no settings.
+OBJECTS = {"peft_config", "eval_dataset", "ref_model", "callbacks"}
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -26,15 +34,17 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_model(seed: int = 0) -> Qwen2ForCausalLM:
+def tiny_model(seed: int = 0, **changes) -> Qwen2ForCausalLM:
     torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, attn_implementation="sdpa", initializer_range=0.2, eos_token_id=1, pad_token_id=2,
-    )  # fmt: skip
-    return Qwen2ForCausalLM(config)
+    sizes = {
+        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "attn_implementation": "sdpa", "initializer_range": 0.2, "eos_token_id": 1,
+        "pad_token_id": 2,
+    }  # fmt: skip
+    return Qwen2ForCausalLM(Qwen2Config(**sizes | changes))
 
 
+@lru_cache
 def tiny_pairs(prompts: int = 24, chosen: int = 2, rejected: int = 3, seed: int = 0) -> Dataset:
     """Make a cross product of pairs a prompt, with scores."""
     source = random.Random(seed)
@@ -58,3 +68,43 @@ def tiny_pairs(prompts: int = 24, chosen: int = 2, rejected: int = 3, seed: int 
             for r in range(chosen, chosen + rejected)
         ]
     return Dataset.from_list(rows)
+
+
+def grouped(folder, dataset=None, *, model=None, **changes) -> GroupedDPOTrainer:
+    extra = {name: changes.pop(name) for name in OBJECTS & set(changes)}
+    settings = TINY | {"per_device_train_batch_size": 4, "max_steps": 3, "token_budget": 150} | changes
+    return GroupedDPOTrainer(
+        model=model or tiny_model(), args=GroupedDPOConfig(str(folder), **settings),
+        train_dataset=tiny_pairs() if dataset is None else dataset, processing_class=tiny_tokenizer(), **extra,
+    )  # fmt: skip
+
+
+def stock(folder, dataset=None, *, model=None, **changes) -> DPOTrainer:
+    extra = {name: changes.pop(name) for name in OBJECTS & set(changes)}
+    settings = TINY | {"per_device_train_batch_size": 4 * PAIRS_A_PROMPT, "max_steps": 3} | changes
+    if model is None and "peft_config" not in extra:
+        extra = {"ref_model": tiny_model()} | extra
+    return DPOTrainer(
+        model=model or tiny_model(), args=DPOConfig(str(folder), **settings),
+        train_dataset=tiny_pairs() if dataset is None else dataset, processing_class=tiny_tokenizer(), **extra,
+    )  # fmt: skip
+
+
+def trained(trainer):
+    trainer.train()
+    return trainer
+
+
+def logs(trainer, key: str = "loss") -> list[float]:
+    return [entry[key] for entry in trainer.state.log_history if key in entry and "train_runtime" not in entry]
+
+
+def plain_log_probs(model, group: Group) -> torch.Tensor:
+    """One forward pass a response: prompt and response alone."""
+    sums = []
+    for response in group.responses:
+        ids = torch.tensor([group.prompt + response])
+        log_probs = torch.log_softmax(model(input_ids=ids).logits.float(), -1)
+        start = len(group.prompt) - 1
+        sums.append(log_probs[0, start:-1].gather(-1, ids[0, start + 1 :, None]).sum())
+    return torch.stack(sums)

@@ -31,7 +31,7 @@ class Arm:
         pairs: Pair set.
         weighting: As in `persodpo.training.loss.pair_weights`.
         corrected: Make the pairs with every correction that needs neither new answers nor new scores.
-        meaning: What the arm stands for.
+        meaning: In a few words.
     """
 
     pairs: Literal["simple", "perso"]
@@ -54,10 +54,10 @@ def arm_name(name: str) -> ArmName:
     Raises:
         PersodpoError: There is no such arm.
     """
-    known = [arm for arm in ARMS if arm == name]
-    if not known:
-        raise PersodpoError(f"There is no arm '{name}'; there are {', '.join(ARMS)}.")
-    return known[0]
+    for arm in ARMS:
+        if arm == name:
+            return arm
+    raise PersodpoError(f"There is no arm '{name}'; there are {', '.join(ARMS)}.")
 
 
 def label_of(arm: ArmName, seed: int, seeds: Sequence[int]) -> str:
@@ -65,21 +65,8 @@ def label_of(arm: ArmName, seed: int, seeds: Sequence[int]) -> str:
     return arm if seed == seeds[0] else f"{arm}@{seed}"
 
 
-def arm_of(label: str) -> ArmName:
-    """Return the arm that a label from `label_of` names."""
-    return arm_name(label.partition("@")[0])
-
-
 def split_prompts(pairs: pd.DataFrame, share: float, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Hold out the pairs of some prompts.
-
-    Args:
-        pairs: A pairs table.
-        share: Share of its prompts to hold out, above 0 and below 1; at least one is.
-        seed: Which prompts.
-
-    Returns:
-        The pairs to train on and the held-out ones; no prompt is in both.
+    """Return the pairs to train on and the held-out ones, those of a share of the prompts; no prompt is in both.
 
     Raises:
         PersodpoError: There are fewer than two prompts.
@@ -94,11 +81,7 @@ def split_prompts(pairs: pd.DataFrame, share: float, seed: int) -> tuple[pd.Data
 
 
 def log_table(history: Sequence[Mapping[str, Any]], policy: str) -> pd.DataFrame:
-    """Make the log table of a trainer's log history.
-
-    Args:
-        history: The log history, under TRL's names.
-        policy: What was trained, for figures to say.
+    """Make the log table of a trainer's log history; ``policy`` says what was trained.
 
     Returns:
         Columns policy, kind, step, epoch and those of `LOG_COLUMNS`, NaN where a row of its kind has no such value.

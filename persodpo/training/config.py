@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, get_args
 
 from trl import DPOConfig
@@ -13,7 +13,7 @@ from trl.trainer.callbacks import SyncRefModelCallback
 
 from persodpo.errors import PersodpoError
 from persodpo.runfolder import versions
-from persodpo.training.loss import Weighting
+from persodpo.training.loss import LossSettings, Weighting
 
 #: Arguments that look at a response's partner, change the reference, split a row or draw noise per row, with the only value
 #: that can be grouped.
@@ -55,22 +55,26 @@ class GroupedDPOConfig(DPOConfig):  # type: ignore[misc]
     precompute_ref_log_probs: bool = True
 
 
-def check_arguments(args: DPOConfig, callbacks: Iterable[object] = ()) -> None:
-    """Refuse arguments that grouped rows cannot honour, and warn of those that have no effect.
+def check_arguments(args: DPOConfig, callbacks: Iterable[object]) -> None:
+    """Refuse arguments and callbacks that grouped rows cannot honour, and warn of those that have no effect.
 
     Raises:
-        PersodpoError: An argument cannot be honoured.
+        PersodpoError: One cannot be honoured.
     """
-    if option(args, "weighting") not in get_args(Weighting):
-        raise PersodpoError(f"weighting is one of {', '.join(get_args(Weighting))}, not {option(args, 'weighting')!r}.")
-    if option(args, "token_budget") < 1:
-        raise PersodpoError(f"token_budget is {option(args, 'token_budget')}; it needs at least 1 position.")
+    weighting, budget, optim = option(args, "weighting"), option(args, "token_budget"), str(args.optim)
+    losses = [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type)
     refused = {
+        f"weighting is {weighting!r}, not one of {', '.join(get_args(Weighting))}": weighting
+        not in get_args(Weighting),
+        f"token_budget is {budget}; it needs at least 1 position": budget < 1,
+        f"One loss is trained on grouped rows, not {', '.join(losses)} weighted; `trl dpo` adds losses up": (
+            len(losses) != 1 or args.loss_weights not in (None, [1.0])
+        ),
         f"train_sampling_strategy={args.train_sampling_strategy!r} has no use, as batches are sorted anyway": (
             args.train_sampling_strategy not in {"random", "sequential"}
         ),
-        f"optim={str(args.optim)!r} steps in each backward pass, and a step has several here": (
-            any(part in str(args.optim).lower() for part in ("layerwise", "lomo"))
+        f"optim={optim!r} steps in each backward pass, and a step has several here": (
+            any(part in optim.lower() for part in ("layerwise", "lomo"))
         ),
         "ACCELERATE_DYNAMO_BACKEND compiles the model, which sees rows of every length here": (
             os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"
@@ -81,7 +85,9 @@ def check_arguments(args: DPOConfig, callbacks: Iterable[object] = ()) -> None:
     }
     for sentence in filter(refused.get, refused):
         raise PersodpoError(f"{sentence}; leave it out.")
-    check_callbacks(*callbacks)
+    LossSettings(losses[0], args.beta, args.label_smoothing)
+    for one in callbacks:
+        check_callback(one)
     for name, allowed in UNGROUPED.items():
         if getattr(args, name, allowed) != allowed:
             raise PersodpoError(
@@ -92,45 +98,28 @@ def check_arguments(args: DPOConfig, callbacks: Iterable[object] = ()) -> None:
             warnings.warn(f"{name}={getattr(args, name)!r} {sentence}.", stacklevel=3)
 
 
-def check_callbacks(*callbacks: object) -> None:
-    """Refuse callbacks that grouped rows cannot honour, as objects or classes.
+def check_callback(callback: object) -> None:
+    """Refuse a callback, object or class, that moves the reference.
 
     Raises:
-        PersodpoError: There is one.
+        PersodpoError: It does.
     """
-    for one in callbacks:
-        if issubclass(one if isinstance(one, type) else type(one), SyncRefModelCallback):
-            raise PersodpoError("SyncRefModelCallback moves the reference, which is computed once here; leave it out.")
-
-
-def only_loss(args: DPOConfig) -> str:
-    """Return the name of the loss.
-
-    Raises:
-        PersodpoError: Several are to be added up.
-    """
-    names = [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type)
-    if len(names) != 1 or args.loss_weights not in (None, [1.0]):
-        raise PersodpoError(
-            f"One loss is trained on grouped rows, not {', '.join(names)} weighted; `trl dpo` adds losses up."
-        )
-    return str(names[0])
+    if issubclass(callback if isinstance(callback, type) else type(callback), SyncRefModelCallback):
+        raise PersodpoError("SyncRefModelCallback moves the reference, which is computed once here; leave it out.")
 
 
 def option(args: DPOConfig, name: str) -> Any:
     """Return an argument of `GroupedDPOConfig`, its default where another config has none."""
-    (default,) = (field.default for field in fields(GroupedDPOConfig) if field.name == name)
-    return getattr(args, name, default)
+    return getattr(args, name, getattr(GroupedDPOConfig, name))
 
 
 def described(args: DPOConfig, skipped: Mapping[str, object], *, grouped: bool) -> str:
     """Return the section of a model card that says what TRL's does not know."""
     rows = "all responses of a prompt in one row" if grouped else "one response per row"
     weighting, scaled = option(args, "weighting"), option(args, "scale_weights")
-    lines = [
-        "", "## Grouped training", "",
-        f"- persodpo {versions().get('persodpo', '')}, `GroupedDPOTrainer`: {rows}, gradients of DPO on all pairs.",
-        f"- Weight of a pair: {weighting}{', scaled to mean 1' if scaled and weighting != 'none' else ''}.",
-        f"- {'; '.join(f'{name} dataset, {text}' for name, text in skipped.items())}.", "",
-    ]  # fmt: skip
-    return "\n".join(lines)
+    return (
+        "\n## Grouped training\n\n"
+        f"- persodpo {versions().get('persodpo', '')}, `GroupedDPOTrainer`: {rows}, gradients of DPO on all pairs.\n"
+        f"- Weight of a pair: {weighting}{', scaled to mean 1' if scaled and weighting != 'none' else ''}.\n"
+        f"- {'; '.join(f'{name} dataset, {text}' for name, text in skipped.items())}.\n"
+    )

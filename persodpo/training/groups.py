@@ -6,9 +6,10 @@ One row of a grouped dataset is a prompt with its distinct responses and the ind
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,47 +26,21 @@ GROUP_COLUMNS = {
     "pair_ids": "pair_ids",
 }  # fmt: skip
 SCORES = ("score_chosen", "score_rejected")
+#: Why a pair is left out: its prompt fills the whole length limit, a side has no token, or both are the same tokens.
+LONG_PROMPT, EMPTY, IDENTICAL = "prompt as long as max_length", "empty response", "chosen equals rejected"
 
 
-@dataclass(frozen=True)
-class Skipped:
-    """Pairs that were left out, by reason.
-
-    Attributes:
-        long_prompt: The prompt fills the whole length limit.
-        empty: A side has no token.
-        identical: Both sides are the same tokens (after truncation).
-    """
-
-    long_prompt: int = 0
-    empty: int = 0
-    identical: int = 0
-
-    def __bool__(self) -> bool:
-        """Tell whether any pair was left out."""
-        return bool(self.long_prompt or self.empty or self.identical)
+class Skipped(Counter[str]):
+    """Pairs that were left out, by reason."""
 
     def __str__(self) -> str:
-        """Say what was left out and why."""
-        parts = {
-            "prompt as long as max_length": self.long_prompt,
-            "empty response": self.empty,
-            "chosen equals rejected": self.identical,
-        }
-        named = ", ".join(f"{count} ({reason})" for reason, count in parts.items() if count)
+        """Say how many were left out, and why."""
+        named = ", ".join(f"{self[reason]} ({reason})" for reason in (LONG_PROMPT, EMPTY, IDENTICAL) if self[reason])
         return f"left out pairs: {named or 'none'}"
 
 
-@dataclass(frozen=True)
-class TokenPair:
-    """A tokenised pair.
-
-    Attributes:
-        prompt: Token ids of the prompt.
-        chosen: Token ids of the chosen response, end of sequence included.
-        rejected: Token ids of the rejected response.
-        weight: Weight of its loss.
-    """
+class TokenPair(NamedTuple):
+    """Token ids of prompt, chosen and rejected response, end of sequence included, and the weight of the pair's loss."""
 
     prompt: Sequence[int]
     chosen: Sequence[int]
@@ -90,25 +65,19 @@ def group_pairs(pairs: Sequence[TokenPair], max_length: int | None, first: int =
     """
     groups: dict[tuple[int, ...], Group] = {}
     places: dict[tuple[int, ...], dict[tuple[int, ...], int]] = {}
-    long_prompt = empty = identical = 0
+    skipped = Skipped()
     for number, pair in enumerate(pairs):
         prompt = tuple(pair.prompt)
         if not prompt:
             raise PersodpoError(f"Pair {number} has a prompt without tokens; every prompt needs at least one.")
-        room = None if max_length is None else max_length - len(prompt)
-        if room is not None and room <= 0:
-            long_prompt += 1
-            continue
-        chosen, rejected = tuple(pair.chosen[:room]), tuple(pair.rejected[:room])
-        if not chosen or not rejected:
-            empty += 1
-            continue
-        if chosen == rejected:
-            identical += 1
+        room = None if max_length is None else max(0, max_length - len(prompt))
+        sides = tuple(pair.chosen[:room]), tuple(pair.rejected[:room])
+        if room == 0 or not all(sides) or sides[0] == sides[1]:
+            skipped[LONG_PROMPT if room == 0 else IDENTICAL if all(sides) else EMPTY] += 1
             continue
         group = groups.setdefault(prompt, Group(list(prompt)))
         numbers = places.setdefault(prompt, {})
-        for side, indices in ((chosen, group.chosen), (rejected, group.rejected)):
+        for side, indices in zip(sides, (group.chosen, group.rejected), strict=True):
             if side not in numbers:
                 numbers[side] = len(group.responses)
                 group.responses.append(list(side))
@@ -117,7 +86,7 @@ def group_pairs(pairs: Sequence[TokenPair], max_length: int | None, first: int =
     for group in groups.values():
         group.pair_ids = list(range(first, first + len(group.weights)))
         first += len(group.weights)
-    return list(groups.values()), Skipped(long_prompt, empty, identical)
+    return list(groups.values()), skipped
 
 
 def split_pairs(group: Group, token_budget: int, layout: Layout) -> list[Group]:
@@ -131,23 +100,22 @@ def split_pairs(group: Group, token_budget: int, layout: Layout) -> list[Group]:
     mean = sum(map(len, group.responses)) / len(group.responses)
     room = (token_budget - len(group.prompt)) / mean if layout.grouped else token_budget / (len(group.prompt) + mean)
     tile = max(1, int(room / 2))
-    ranks = [{index: rank // tile for rank, index in enumerate(sorted(set(side)))} for side in _sides(group)]
-    order = sorted(range(len(group.weights)), key=lambda p: (ranks[0][group.chosen[p]], ranks[1][group.rejected[p]]))
+    tiles = [
+        {index: rank // tile for rank, index in enumerate(sorted(set(side)))} for side in (group.chosen, group.rejected)
+    ]
+    order = sorted(range(len(group.weights)), key=lambda p: (tiles[0][group.chosen[p]], tiles[1][group.rejected[p]]))
     parts: list[list[int]] = []
     held: set[int] = set()
     for pair in order:
-        wider = held | {group.chosen[pair], group.rejected[pair]}
-        if parts and layout.positions(group.prompt, [group.responses[index] for index in wider]) <= token_budget:
+        sides = {group.chosen[pair], group.rejected[pair]}
+        together = [group.responses[index] for index in held | sides]
+        if parts and layout.positions(group.prompt, together) <= token_budget:
             parts[-1].append(pair)
-            held = wider
+            held |= sides
         else:
             parts.append([pair])
-            held = {group.chosen[pair], group.rejected[pair]}
+            held = sides
     return [group.part(pairs) for pairs in parts]
-
-
-def _sides(group: Group) -> tuple[list[int], list[int]]:
-    return group.chosen, group.rejected
 
 
 def split_responses(group: Group, token_budget: int, layout: Layout) -> list[Group]:
@@ -189,12 +157,7 @@ def micro_batches(groups: Sequence[Group], token_budget: int, layout: Layout | N
 
 @dataclass
 class Batch:
-    """A collated batch.
-
-    Attributes:
-        rows: Packed micro-batches.
-        tokens: Tokens of prompt and response over both sides of all pairs, which TRL counts.
-    """
+    """A collated batch: packed micro-batches, and the tokens of both sides of all pairs, which TRL counts."""
 
     rows: list[PackedRows]
     tokens: int
@@ -205,29 +168,13 @@ class Batch:
         return sum(len(rows.weights) for rows in self.rows)
 
 
-@dataclass(frozen=True)
-class GroupCollator:
-    """Packs dataset rows into micro-batches.
-
-    Attributes:
-        token_budget: Most positions of a micro-batch.
-        layout: How groups become rows.
-    """
-
-    token_budget: int
-    layout: Layout
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Batch]:
-        """Return the batch, in a dict as transformers expects."""
-        groups = [part for row in examples for part in split_pairs(to_group(row), self.token_budget, self.layout)]
-        batches = micro_batches(groups, self.token_budget, self.layout)
-        rows = [pack([groups[place] for place in places], self.layout) for places in batches]
-        tokens = sum(
-            len(group.prompt) + len(group.responses[index])
-            for group in groups
-            for index in (*group.chosen, *group.rejected)
-        )
-        return {"batch": Batch(rows, tokens)}
+def collate(examples: Sequence[Mapping[str, Any]], token_budget: int, layout: Layout) -> dict[str, Batch]:
+    """Pack dataset rows into micro-batches of at most ``token_budget`` positions, in a dict as transformers expects."""
+    groups = [part for row in examples for part in split_pairs(to_group(row), token_budget, layout)]
+    batches = micro_batches(groups, token_budget, layout)
+    rows = [pack([groups[place] for place in places], layout) for places in batches]
+    sides = [(group, index) for group in groups for index in (*group.chosen, *group.rejected)]
+    return {"batch": Batch(rows, sum(len(group.prompt) + len(group.responses[index]) for group, index in sides))}
 
 
 def to_group(example: Mapping[str, Any]) -> Group:
@@ -236,12 +183,19 @@ def to_group(example: Mapping[str, Any]) -> Group:
     return Group(**columns, reference=example.get("reference", []))
 
 
+def refuse_images(dataset: Any, name: str) -> None:
+    """Refuse a dataset of which only the texts would be trained."""
+    if {"image", "images"} & set(getattr(dataset, "column_names", None) or ()):
+        raise PersodpoError(f"The {name} dataset has images, which rows of ours leave out; use TRL's DPOTrainer.")
+
+
 def unformatted(dataset: Any, name: str) -> Dataset:
     """Return a dataset as plain Python values of what its format shows: columns left out, transforms applied.
 
     Raises:
-        PersodpoError: It is a stream, or was grouped already.
+        PersodpoError: It is a stream, has images, or was grouped already.
     """
+    refuse_images(dataset, name)
     if isinstance(dataset, IterableDataset):
         raise PersodpoError(f"The {name} dataset is a stream; grouping needs all pairs of a prompt at hand.")
     if set(GROUP_COLUMNS) <= set(dataset.column_names):
@@ -253,16 +207,14 @@ def unformatted(dataset: Any, name: str) -> Dataset:
     return plain if set(columns) == set(plain.column_names) else plain.select_columns(columns)
 
 
-def check_scores(dataset: Dataset, weighting: str, dataset_name: str) -> None:
+def check_scores(dataset: Dataset, dataset_name: str) -> None:
     """Refuse a dataset without scores, or with one that is not a number.
 
     Raises:
         PersodpoError: It is so.
     """
     if not set(SCORES) <= set(dataset.column_names):
-        raise PersodpoError(
-            f"weighting '{weighting}' needs the columns {' and '.join(SCORES)} in the {dataset_name} dataset."
-        )
+        raise PersodpoError(f"weighting needs the columns {' and '.join(SCORES)} in the {dataset_name} dataset.")
     for name in SCORES:
         for row, score in enumerate(dataset[name]):
             if not isinstance(score, int | float) or not math.isfinite(score):

@@ -9,72 +9,35 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 import torch
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType
 from tqdm import tqdm
 from transformers import GenerationConfig, TrainerCallback
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from persodpo.completions import is_loop, read_completion, repeats_sentence
 from persodpo.errors import PersodpoError
 
 Level = Literal["ok", "watch", "bad"]
-Logs = Sequence[Mapping[str, Any]]
-Prompt = str | list[dict[str, str]]
 #: The verdicts of `judge`, in its order.
 VERDICTS = ("chosen_logps", "saturation", "parse_rate", "length", "repetition")
 #: Verdicts of which one that is bad means that the model has collapsed.
 COLLAPSE = ("parse_rate", "repetition")
 #: Where `Measured` goes in the trainer's log history.
 LOGGED = ("health/parse_rate", "health/words", "health/loops")
+#: Nats that chosen responses may lose against the reference; 20 are a quarter nat a token on responses of 80 tokens.
+CHOSEN_FALL = 20.0
+#: Training logs that are averaged, and that must all be saturated: from this accuracy on, with a loss below this.
+WINDOW, SATURATED_ACCURACY, SATURATED_LOSS = 5, 0.99, 0.01
+#: How far the parse rate may fall, and by which factor mean words may change.
+PARSE_FALL, LENGTH_FACTOR = 0.2, 2.0
+#: Share of generations that may loop or say a sentence twice, unless as many did at the start.
+LOOPS = 0.2
 #: Share of a threshold from which a verdict is ``watch``.
 WATCH = 0.5
-
-
-@dataclass(frozen=True)
-class HealthSettings:
-    """How much to generate and from where on a run is bad; from half of each threshold on it is to be watched.
-
-    Attributes:
-        prompts: Greedy generations an evaluation; the first distinct prompts are taken.
-        max_new_tokens: Longest generation; what is cut there counts as not read.
-        reading: As in `read_completion`. ``as_released`` accepts a tail of braces behind the object, ``strict`` not.
-        chosen_fall: Nats a chosen response may lose; 20 are a quarter nat a token on responses of 80 tokens.
-        beta: DPO's beta; `Health` takes the trainer's. With it the fall is read from ``rewards/chosen`` over beta, each
-            response against the reference; without it from ``logps/chosen``, noisy as batches differ.
-        window: Training logs that are averaged, and that must all be saturated.
-        saturated_accuracy, saturated_loss: A log is saturated from this accuracy on with a loss below this.
-        parse_fall, length_factor: How far the parse rate may fall, and by which factor mean words may change.
-        loops: Share of generations that may loop or say a sentence twice, unless as many did at the start.
-        stop: Stop training when a verdict of `COLLAPSE` is bad; needs evaluations during training.
-
-    Raises:
-        PersodpoError: A count is below 1.
-    """
-
-    prompts: int = 16
-    max_new_tokens: int = 256
-    reading: Literal["as_released", "strict"] = "strict"
-    chosen_fall: float = 20.0
-    beta: float | None = None
-    window: int = 5
-    saturated_accuracy: float = 0.99
-    saturated_loss: float = 0.01
-    parse_fall: float = 0.2
-    length_factor: float = 2.0
-    loops: float = 0.2
-    stop: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse counts below 1."""
-        for name in ("prompts", "max_new_tokens", "window"):
-            if getattr(self, name) < 1:
-                raise PersodpoError(f"{name} of HealthSettings is {getattr(self, name)}; set it to 1 or more.")
 
 
 class Measured(NamedTuple):
@@ -96,64 +59,51 @@ class Verdict(NamedTuple):
     sentence: str
 
 
-def judge(log_history: Logs, generations: Sequence[Measured], settings: HealthSettings) -> list[Verdict]:
+def judge(log_history: Sequence[Mapping[str, Any]], generations: Sequence[Measured], beta: float) -> list[Verdict]:
     """Judge a run as it stands.
 
     Args:
         log_history: The trainer's logs, under TRL's names.
         generations: Measured generations from the start on; the first is what later ones are held against.
-        settings: Thresholds.
+        beta: DPO's, which makes log-ratios of rewards.
 
     Returns:
         One verdict for each of `VERDICTS`. Where nothing was measured yet: ``watch`` at step -1 with value NaN.
     """
-    found = _judge_generations(generations[0], generations[-1], settings) if generations else []
-    logged = (_judge_chosen(log_history, settings), _judge_saturation(log_history, settings))
-    known = {verdict.name: verdict for verdict in (*logged, *found) if verdict}
+    logs = [log for log in log_history if {"loss", "rewards/accuracies", "rewards/margins"} <= set(log)][-WINDOW:]
+    verdicts = [_judge_chosen(logs, beta), _judge_saturation(logs)] if logs else []
+    verdicts += _judge_generations(generations[0], generations[-1]) if generations else []
+    known = {verdict.name: verdict for verdict in verdicts}
     return [known.get(name) or Verdict(name, "watch", -1, math.nan, "Nothing to judge yet.") for name in VERDICTS]
 
 
-def _judge_chosen(log_history: Logs, settings: HealthSettings) -> Verdict | None:
-    key = "rewards/chosen" if settings.beta else "logps/chosen"
-    logs = [log for log in log_history if key in log]
-    if not logs:
-        return None
-    values = [float(log[key]) for log in logs]
-    if settings.beta:
-        change, since = _mean(values[-settings.window :]) / settings.beta, "the reference"
-    else:
-        count = max(1, min(settings.window, len(values) // 2))
-        change, since = _mean(values[-count:]) - _mean(values[:count]), "the first logs"
-    sentence = f"Chosen responses changed by {change:+.1f} nats since {since} (allowed: -{settings.chosen_fall:g})."
-    return Verdict("chosen_logps", _level(-change, settings.chosen_fall), int(logs[-1]["step"]), change, sentence)
+def _judge_chosen(logs: Sequence[Mapping[str, Any]], beta: float) -> Verdict:
+    change = _mean([log["rewards/chosen"] for log in logs]) / beta
+    sentence = f"Chosen responses changed by {change:+.1f} nats since the reference (allowed: -{CHOSEN_FALL:g})."
+    return Verdict("chosen_logps", _level(-change, CHOSEN_FALL), int(logs[-1]["step"]), change, sentence)
 
 
-def _judge_saturation(log_history: Logs, settings: HealthSettings) -> Verdict | None:
-    keys = {"loss", "rewards/accuracies", "rewards/margins"}
-    logs = [log for log in log_history if keys <= set(log)][-settings.window :]
-    if not logs:
-        return None
+def _judge_saturation(logs: Sequence[Mapping[str, Any]]) -> Verdict:
     losses, margins = ([float(log[key]) for log in logs] for key in ("loss", "rewards/margins"))
-    right = [log["rewards/accuracies"] >= settings.saturated_accuracy for log in logs]
-    full = [all_right and loss < settings.saturated_loss for all_right, loss in zip(right, losses, strict=True)]
+    full = [log["rewards/accuracies"] >= SATURATED_ACCURACY and log["loss"] < SATURATED_LOSS for log in logs]
     level: Level = "watch" if full[-1] else "ok"
     sentence = f"The loss of the last {len(logs)} logs is {_mean(losses):.2g}; {sum(full)} of them are saturated."
     if not all(map(math.isfinite, losses + margins)):
         level, sentence = "bad", "The loss or the margin is not a number."
-    elif all(full) and len(full) == settings.window and margins[-1] > margins[0]:
+    elif sum(full) == WINDOW and margins[-1] > margins[0]:
         level = "bad"
         sentence = f"Nothing is left to learn, yet the margin grows from {margins[0]:.1f} to {margins[-1]:.1f}."
     return Verdict("saturation", level, int(logs[-1]["step"]), _mean(losses), sentence)
 
 
-def _judge_generations(first: Measured, last: Measured, settings: HealthSettings) -> list[Verdict]:
-    read = _level(first.parse_rate - last.parse_rate, settings.parse_fall)
+def _judge_generations(first: Measured, last: Measured) -> list[Verdict]:
+    read = _level(first.parse_rate - last.parse_rate, PARSE_FALL)
     said = f"{last.parse_rate:.0%} of the generations can be read, {first.parse_rate:.0%} at the start."
     if first.parse_rate == last.parse_rate == 0:
         read, said = "watch", "No generation can be read, now or at the start, so a collapse could not show."
     low, high = sorted((first.words, last.words))
-    length = _level(high / low if low else math.inf, settings.length_factor, least=1.0) if first.words else "watch"
-    loops = _level(last.loops, settings.loops)
+    length = _level(high / low if low else math.inf, LENGTH_FACTOR, least=1.0) if first.words else "watch"
+    loops = _level(last.loops, LOOPS)
     loops = "watch" if loops == "bad" and last.loops <= first.loops else loops
     looping = f"{last.loops:.0%} of the generations repeat themselves, {first.loops:.0%} at the start."
     long = f"A response has {last.words:.1f} words, {first.words:.1f} at the start."
@@ -179,28 +129,37 @@ class Health(TrainerCallback):
     """Generates at the start, at each evaluation and at the end of training, and judges the run.
 
     ``state.log_history`` gets ``health/parse_rate``, ``health/words`` and ``health/loops``; a line is printed when a
-    level changes. Rank 0 generates, every rank gets the texts, so all stop together. A resumed run is held against the
-    start in its checkpoint's log history. A best model loaded at the end is not measured again: its evaluation was.
+    level changes. A resumed run is held against the start in its checkpoint's log history. A best model loaded at the end
+    is not measured again: its evaluation was.
 
     Args:
-        prompts: Held-out prompts, text or chat messages, as in the training set's ``prompt`` column.
-        settings: Thresholds and amounts.
+        prompts: Held-out prompts; the first distinct ones are taken.
+        count: How many.
+        max_new_tokens: Longest generation; what is cut there counts as not read.
+        reading: As in `read_completion`. ``as_released`` accepts a tail of braces behind the object, ``strict`` not.
+        stop: Stop training when a verdict of `COLLAPSE` is bad; needs evaluations during training.
 
     Raises:
         PersodpoError: There is no prompt, or the model's weights are sharded over processes.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], settings: HealthSettings | None = None) -> None:
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        *,
+        count: int = 16,
+        max_new_tokens: int = 256,
+        reading: Literal["as_released", "strict"] = "strict",
+        stop: bool = False,
+    ) -> None:
         """Keep the first distinct prompts."""
-        self.settings = settings or HealthSettings()
-        distinct = {str(prompt): prompt for prompt in prompts}
-        self.prompts = list(distinct.values())[: self.settings.prompts]
+        self.prompts = list(dict.fromkeys(prompts))[:count]
         if not self.prompts:
             raise PersodpoError("Health has no prompts to generate for; pass some held-out ones.")
+        self.max_new_tokens, self.reading, self.stop = max_new_tokens, reading, stop
         self._verdicts: list[Verdict] = []
         self._measured: list[Measured] = []
         self._rows: list[tuple[int, int, str, str]] = []
-        self._levels: dict[str, Level] = {}
 
     @property
     def generations(self) -> pd.DataFrame:
@@ -213,44 +172,38 @@ class Health(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start anew, or from the log history of the checkpoint."""
-        zero3 = is_deepspeed_zero3_enabled()  # type: ignore[no-untyped-call]
-        if zero3 or AcceleratorState().distributed_type == DistributedType.FSDP:
+        if AcceleratorState().distributed_type == DistributedType.FSDP:
             raise PersodpoError("Health needs whole weights on a process; train without sharding or without Health.")
-        self.settings = replace(self.settings, beta=self.settings.beta or getattr(args, "beta", None))
         logs = [log for log in state.log_history if LOGGED[0] in log]
         self._measured = [Measured(int(log["step"]), *(log[name] for name in LOGGED)) for log in logs]
-        self._rows = [row for row in self._rows if row[0] in {measured.step for measured in self._measured}]
-        self._levels = {}
-        self._measure(state, control, **kwargs)
+        self._rows, self._verdicts = [], []
+        self._measure(args, state, control, **kwargs)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Generate and judge."""
-        self._measure(state, control, **kwargs)
+        self._measure(args, state, control, **kwargs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Generate and judge once more, unless this step was."""
         if state.best_model_checkpoint is None or not args.load_best_model_at_end:
-            self._measure(state, control, **kwargs)
+            self._measure(args, state, control, **kwargs)
 
-    def _measure(self, state: Any, control: Any, model: Any = None, processing_class: Any = None, **_: Any) -> None:
+    def _measure(self, args: Any, state: Any, control: Any, *, model: Any, processing_class: Any, **_: Any) -> None:
         """Generate unless this step was, log, judge, print what changed, and stop if asked."""
         if all(measured.step != state.global_step for measured in self._measured):
-            first, longest = state.is_world_process_zero, self.settings.max_new_tokens
             with _untouched(model):
-                texts = _generate(model, processing_class, self.prompts, longest) if first else []
-            self._record(state, broadcast_object_list([texts])[0])
-        self._verdicts = judge(state.log_history, self._measured, self.settings)
-        for verdict in self._verdicts:
-            level = "ok" if verdict.step < 0 else verdict.level
-            if level != self._levels.get(verdict.name, "ok") and state.is_world_process_zero:
-                tqdm.write(f"health at step {state.global_step}: {verdict.name} {level}. {verdict.sentence}")
-            self._levels[verdict.name] = level
-        if self.settings.stop and any(found.level == "bad" and found.name in COLLAPSE for found in self._verdicts):
+                self._record(state, _generate(model, processing_class, self.prompts, self.max_new_tokens))
+        before = {verdict.name: verdict.level for verdict in self._verdicts if verdict.step >= 0}
+        self._verdicts = judge(state.log_history, self._measured, args.beta)
+        for name, level, step, _value, sentence in self._verdicts:
+            if step >= 0 and level != before.get(name, "ok") and state.is_world_process_zero:
+                tqdm.write(f"health at step {state.global_step}: {name} {level}. {sentence}")
+        if self.stop and any(found.level == "bad" and found.name in COLLAPSE for found in self._verdicts):
             control.should_training_stop = True
 
     def _record(self, state: Any, texts: list[str]) -> None:
         """Read the generations and log what they amount to."""
-        readings = [read_completion(text, self.settings.reading) for text in texts]
+        readings = [read_completion(text, self.reading) for text in texts]
         words = [len((reading.response or "").split()) for reading in readings]
         loops = [
             reading.outcome == "loop" or is_loop(text) or repeats_sentence(reading.response or "")
@@ -279,10 +232,9 @@ def _untouched(model: Any) -> Iterator[None]:
             module.training = mode
 
 
-def _generate(model: Any, processing_class: Any, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
+def _generate(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
     """Generate greedily in one batch, padded on the left; the model's own sampling and penalties are set aside."""
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    ids = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
+    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     width = max(map(len, ids))
     padded = torch.tensor([[pad] * (width - len(row)) + row for row in ids], device=model.device)
@@ -293,10 +245,3 @@ def _generate(model: Any, processing_class: Any, prompts: Sequence[Prompt], max_
     )  # fmt: skip
     made = model.generate(input_ids=padded, attention_mask=mask, generation_config=plain)
     return list(tokenizer.batch_decode(made[:, width:], skip_special_tokens=True))
-
-
-def _prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """Tokenize a prompt as TRL does."""
-    if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"])
-    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])

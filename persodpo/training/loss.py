@@ -1,8 +1,7 @@
-"""Log-probability ratios of pairs in, weighted DPO losses out: pure functions of tensors.
+"""Log-probability ratios of pairs in, weighted DPO losses out: pure functions of tensors, names and formulas of TRL 1.16.
 
 A response's log-probability does not depend on its partner, so a loss here is a function of two log-ratios and two
-lengths per pair. Names and formulas follow TRL 1.16. Losses that sort or average over the batch cannot be computed from
-responses that were each processed once; other losses and f-divergences are left to TRL (``trl dpo`` takes the same pairs).
+lengths per pair. Losses that sort or average over the batch, and f-divergences, are left to TRL (``trl dpo``).
 """
 
 from __future__ import annotations
@@ -28,6 +27,9 @@ class LossSettings:
         loss_type: One of `LOSSES`.
         beta: Strength of the pull to the reference, over 0.
         label_smoothing: Chance that a label is wrong, 0 to 0.5; only ``robust`` reads it.
+
+    Raises:
+        PersodpoError: The loss is not computed here, or its label smoothing is out of range.
     """
 
     loss_type: str = "sigmoid"
@@ -35,11 +37,7 @@ class LossSettings:
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse what is not computed here.
-
-        Raises:
-            PersodpoError: The loss or its label smoothing is not one of those.
-        """
+        """Refuse what is not computed here."""
         if self.loss_type not in LOSSES:
             raise PersodpoError(
                 f"loss_type '{self.loss_type}' is not computed on grouped rows, only {', '.join(LOSSES)} are; "
@@ -50,14 +48,7 @@ class LossSettings:
 
 
 class Pairs(NamedTuple):
-    """What a loss sees of each pair.
-
-    Attributes:
-        chosen: Log-probability of the chosen response minus the reference's, in nats, [pairs].
-        rejected: The same of the rejected response, [pairs].
-        chosen_length: Tokens of the chosen response, [pairs].
-        rejected_length: Tokens of the rejected response, [pairs].
-    """
+    """What a loss sees: log-probability minus the reference's, in nats, and tokens of each side, [pairs] each."""
 
     chosen: Tensor
     rejected: Tensor
@@ -66,33 +57,22 @@ class Pairs(NamedTuple):
 
 
 def pair_weights(score_chosen: Tensor, score_rejected: Tensor, weighting: Weighting) -> Tensor:
-    """Return the weight of each pair's loss.
+    """Return the weight of each pair's loss, [pairs]: 1, or the sigmoid of its score margin, which is PersoDPO's formula.
 
     Args:
         score_chosen: Quality of the chosen response, [pairs].
         score_rejected: Quality of the rejected response, [pairs].
-        weighting: ``sigmoid``: the sigmoid of the score margin, which is PersoDPO's formula (0.5 to 0.73 for scores in
-            0..1); ``none``: 1.
-
-    Returns:
-        Weights, [pairs].
+        weighting: ``none`` or ``sigmoid`` (0.5 to 0.73 for scores in 0..1).
     """
     margin = score_chosen - score_rejected
     return torch.sigmoid(margin) if weighting == "sigmoid" else torch.ones_like(margin)
 
 
 def pair_losses(pairs: Pairs, settings: LossSettings) -> Tensor:
-    """Return the unweighted loss of each pair.
+    """Return the unweighted loss of each pair, in nats, [pairs].
 
     ``sigmoid`` is equation 7 of DPO (arXiv 2305.18290), ``hinge`` that of SLiC (2305.10425), ``ipo`` equation 17 of IPO
     (2310.12036) with log-ratios per token as TRL has them, ``robust`` that of robust DPO (2403.00409).
-
-    Args:
-        pairs: Log-ratios and lengths.
-        settings: Which loss.
-
-    Returns:
-        Losses in nats, [pairs].
     """
     logit = settings.beta * (pairs.chosen - pairs.rejected)
     if settings.loss_type == "sigmoid":

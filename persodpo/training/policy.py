@@ -15,11 +15,10 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from pydantic import model_validator
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
@@ -39,7 +38,7 @@ from persodpo.config import PolicySize
 from persodpo.errors import PersodpoError
 from persodpo.folders import made_once
 from persodpo.imports import code_of
-from persodpo.profile_text import Count, Positive, Seed
+from persodpo.profile_text import Positive, Seed, setting
 from persodpo.runfolder import sha256
 from persodpo.training.forward import response_log_probs
 from persodpo.training.groups import micro_batches
@@ -49,41 +48,22 @@ RECORD = "policy.json"
 WEIGHTS = "model.safetensors"
 END, PAD = "<|endoftext|>", "<|pad|>"
 MINIMUM_EXAMPLES = 8
+LAYERS, HEADS, KEY_VALUE_HEADS = 2, 2, 1
 #: Share of the steps over which the learning rate rises, and over which the last loss is averaged.
 RAMP = 0.1
 
+Examples = Sequence[tuple[str, str]]
+
 
 class SmallPolicy(PolicySize):
-    """Size and warm-up of the small policy: a profile's, and what is the same for every run.
+    """Size and warm-up of the small policy."""
 
-    Attributes:
-        layers: Decoder layers.
-        heads: Attention heads.
-        key_value_heads: Of which share keys and values.
-        learning_rate: Of the warm-up, at its highest.
-        seed: Of weights and batches.
-    """
-
-    layers: Count = 2
-    heads: Count = 2
-    key_value_heads: Count = 1
-    learning_rate: Positive = 3e-3
-    seed: Seed
-
-    @model_validator(mode="after")
-    def _heads_fit(self) -> Self:
-        if self.hidden_size % (2 * self.heads) or self.heads % self.key_value_heads:
-            raise ValueError("hidden_size must be an even multiple of heads, and heads a multiple of key_value_heads")
-        return self
+    learning_rate: Positive = setting("of the warm-up, at its highest", 3e-3)
+    seed: Seed = setting("of weights and batches")
 
 
 def make_small_policy(
-    examples: Sequence[tuple[str, str]],
-    settings: SmallPolicy,
-    folder: Path,
-    *,
-    start: Path | None = None,
-    progress: bool = True,
+    examples: Examples, settings: SmallPolicy, folder: Path, *, start: Path | None = None, progress: bool = True
 ) -> Path:
     """Make the small policy from training texts, unless ``folder`` holds it already.
 
@@ -110,14 +90,11 @@ def make_small_policy(
         "start": sha256(start / WEIGHTS) if start else None,
         "code": code_of(__name__, "persodpo.training"),
     }
-    return made_once(
-        folder,
-        RECORD,
-        basis,
-        lambda scratch: _make(examples, settings, scratch, start=start, progress=progress),
-        what="a small policy",
-        needs=WEIGHTS,
-    )
+
+    def make(scratch: Path) -> dict[str, Any]:
+        return _make(examples, settings, scratch, start=start, progress=progress)
+
+    return made_once(folder, RECORD, basis, make, what="a small policy", needs=WEIGHTS)
 
 
 def load_policy(
@@ -142,25 +119,25 @@ def load_policy(
     """
     if not sys.stderr.isatty():
         disable_progress_bar()  # type: ignore[no-untyped-call]
+    name = str(name)
     model: Any
     found: Any
-    source: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name), **source)
-        adapter = find_adapter_config_file(str(name), revision=revision)
-        base = str(json.loads(Path(adapter).read_text())["base_model_name_or_path"]) if adapter else str(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
+        adapter = find_adapter_config_file(name, revision=revision)
+        base = str(json.loads(Path(adapter).read_text())["base_model_name_or_path"]) if adapter else name
         model, found = cast(Any, AutoModelForCausalLM).from_pretrained(
             base,
             attn_implementation=attention,
             dtype=dtype,
+            revision=(revision if base == name else None) or "main",
             use_safetensors=True,
+            trust_remote_code=False,
             output_loading_info=True,
-            **(source if base == str(name) else source | {"revision": "main"}),
         )
         if adapter:
-            model = PeftModel.from_pretrained(
-                model, str(name), revision=revision, use_safetensors=True
-            ).merge_and_unload()
+            wrapped: Any = PeftModel.from_pretrained(model, name, revision=revision, use_safetensors=True)
+            model = wrapped.merge_and_unload()
             model.requires_grad_(requires_grad=True)
             tqdm.write(f"{name}: adapters, merged into their base {base}")
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
@@ -180,19 +157,19 @@ def load_policy(
     return model, tokenizer
 
 
-def _check(examples: Sequence[tuple[str, str]]) -> None:
+def _check(examples: Examples) -> None:
     if len(examples) < MINIMUM_EXAMPLES:
         raise PersodpoError(
             f"The small policy needs at least {MINIMUM_EXAMPLES} examples to learn from, not {len(examples)}."
         )
-    for number, (prompt, completion) in enumerate(examples):
-        for side, text in (("prompt", prompt), ("completion", completion)):
+    for number, texts in enumerate(examples):
+        for side, text in zip(("prompt", "completion"), texts, strict=True):
             if not text.strip():
                 raise PersodpoError(f"Example {number} has an empty {side}; leave it out.")
 
 
 def _make(
-    examples: Sequence[tuple[str, str]], settings: SmallPolicy, folder: Path, *, start: Path | None, progress: bool
+    examples: Examples, settings: SmallPolicy, folder: Path, *, start: Path | None, progress: bool
 ) -> dict[str, Any]:
     """Train tokenizer and model into ``folder`` and return what there is to say about it."""
     started = time.perf_counter()
@@ -220,7 +197,7 @@ def _make(
     }  # fmt: skip
 
 
-def _train_tokenizer(examples: Sequence[tuple[str, str]], settings: SmallPolicy) -> PreTrainedTokenizerFast:
+def _train_tokenizer(examples: Examples, settings: SmallPolicy) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE on each distinct text once."""
     tokenizer = Tokenizer(models.BPE())
     # An opening brace is a token of its own: a completion starts with one, and must not merge with its prompt's end
@@ -238,17 +215,8 @@ def _train_tokenizer(examples: Sequence[tuple[str, str]], settings: SmallPolicy)
     )
 
 
-def _encode(
-    examples: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> tuple[list[Group], dict[str, int]]:
-    """Group examples by prompt and tokenise them.
-
-    Returns:
-        The groups; how many examples were cut (the completion lost its end) and left out (the prompt alone is too long).
-
-    Raises:
-        PersodpoError: No prompt leaves room for a completion.
-    """
+def _encode(examples: Examples, tokenizer: Any, max_length: int) -> tuple[list[Group], dict[str, int]]:
+    """Tokenise and group examples; also count those cut (the completion lost its end) and left out (too long a prompt)."""
     by_prompt: dict[str, dict[str, None]] = {}
     for prompt, completion in examples:
         by_prompt.setdefault(prompt, {})[completion] = None
@@ -270,8 +238,8 @@ def _encode(
 def _new_model(tokenizer: PreTrainedTokenizerFast, settings: SmallPolicy) -> Qwen2ForCausalLM:
     config = Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=settings.hidden_size, intermediate_size=settings.intermediate_size,
-        num_hidden_layers=settings.layers, num_attention_heads=settings.heads,
-        num_key_value_heads=settings.key_value_heads, max_position_embeddings=settings.max_length,
+        num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=KEY_VALUE_HEADS,
+        max_position_embeddings=settings.max_length,
         tie_word_embeddings=True, dtype=torch.float32, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
@@ -298,9 +266,8 @@ def _train(model: PreTrainedModel, groups: Sequence[Group], settings: SmallPolic
     model.train()
     losses: list[float] = []
     batches = _batches(groups, settings)
-    for _ in tqdm(
-        range(settings.steps), desc="small policy, warm-up", disable=not (progress and sys.stderr.isatty()), leave=False
-    ):
+    quiet = not (progress and sys.stderr.isatty())
+    for _ in tqdm(range(settings.steps), desc="small policy, warm-up", disable=quiet, leave=False):
         rows = pack(next(batches))
         loss = -response_log_probs(model, rows).sum() / rows.lengths.sum()
         optimiser.zero_grad()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,21 @@ import peft
 import torch
 import transformers
 import trl
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 from trl.trainer.utils import use_adapter
 
+from persodpo.errors import PersodpoError
 from persodpo.imports import code_of
 from persodpo.runfolder import write_atomically
 from persodpo.training.forward import attention_of, base_model
 from persodpo.training.groups import micro_batches, split_responses
 from persodpo.training.guard import Verdict
 from persodpo.training.packing import Group, Layout, PackedRows, pack
-
-Forward = Callable[[PackedRows], Tensor]
 
 
 def describe(model: Any, verdict: Verdict) -> dict[str, object]:
@@ -44,14 +46,11 @@ def describe(model: Any, verdict: Verdict) -> dict[str, object]:
 
 
 def reference_key(groups: Sequence[Group], **settings: object) -> str:
-    """Return the cache key: everything that a reference log-probability depends on.
+    """Return the cache key: the sha256 of everything that a reference log-probability depends on.
 
     Args:
         groups: Token ids of prompts and responses (so of the template and the length limit too).
         **settings: The rest, by name: the model's weights and config, dtype, attention, code and versions.
-
-    Returns:
-        A hex sha256.
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for group in groups:
@@ -74,53 +73,55 @@ def adapters_off(model: Any) -> Iterator[None]:
 
 
 def reference_log_probs(
-    compute: Forward, rows: Sequence[Group], *, token_budget: int, layout: Layout, share: tuple[int, int] = (0, 1)
-) -> dict[int, list[float]]:
-    """Compute the log-probability of each response.
+    compute: Callable[[PackedRows], Tensor],
+    groups: Sequence[Group],
+    *,
+    token_budget: int,
+    layout: Layout,
+    accelerator: Accelerator,
+) -> list[float]:
+    """Compute the log-probability of each response in order, each process its share.
 
     Args:
         compute: Packed rows to log-probabilities, [responses].
-        rows: What to compute it for.
+        groups: What to compute it for.
         token_budget: Most positions of a micro-batch; a larger group is split.
         layout: How groups become rows.
-        share: This process's number and how many there are; each takes its share of the micro-batches.
+        accelerator: Of the trainer.
 
-    Returns:
-        Number of a part of a group -> one value per response, for this process's share.
+    Raises:
+        PersodpoError: One is not a number.
     """
-    number, count = share
-    parts = [part for group in rows for part in split_responses(group, token_budget, layout)]
-    values: dict[int, list[float]] = {}
-    batches = list(micro_batches(parts, token_budget, layout))
+    parts = [part for group in groups for part in split_responses(group, token_budget, layout)]
+    batches, count = list(micro_batches(parts, token_budget, layout)), accelerator.num_processes
     # Sharded models gather weights in each pass, so every process makes as many.
-    batches += batches[: -len(batches) % count]
-    mine = tqdm(
-        batches[number::count], desc="reference log-probs", leave=False, disable=number > 0 or not sys.stderr.isatty()
-    )
-    for places in mine:
-        with torch.no_grad():
-            log_probs = iter(compute(pack([parts[place] for place in places], layout)).float().tolist())
+    rounds = itertools.islice(itertools.cycle(batches), math.ceil(len(batches) / count) * count)
+    mine = list(itertools.islice(rounds, accelerator.process_index, None, count))
+    quiet = not (accelerator.is_main_process and sys.stderr.isatty())
+    values: dict[int, list[float]] = {}
+    for places in tqdm(mine, desc="reference log-probs", leave=False, disable=quiet):
+        rows = pack([parts[place] for place in places], layout).to(accelerator.device)
+        with torch.no_grad(), accelerator.autocast():
+            log_probs = iter(compute(rows).float().tolist())
         values |= {place: [next(log_probs) for _ in parts[place].responses] for place in places}
-    return values
+    merged = {place: part for share in gather_object([values]) for place, part in share.items()}
+    flat = [value for place in sorted(merged) for value in merged[place]]
+    if not all(map(math.isfinite, flat)):
+        raise PersodpoError("A reference log-probability is not a number; the model's weights are damaged.")
+    return flat
 
 
-def by_group(values: Iterable[float], groups: Sequence[Group]) -> list[list[float]]:
-    """Return one list per group from the values of all responses in order."""
-    rest = iter(values)
-    return [[next(rest) for _ in group.responses] for group in groups]
-
-
-def load_reference(path: Path, groups: Sequence[Group]) -> list[list[float]] | None:
-    """Read cached values; None if there are none, or the file is damaged."""
+def load_reference(path: Path, count: int) -> list[float] | None:
+    """Read ``count`` cached values; None if there are none, or the file is damaged."""
     try:
-        values = load_file(path)["log_probs"].tolist()
+        values: list[float] = load_file(path)["log_probs"].tolist()
     except (OSError, SafetensorError, KeyError):
         return None
-    return by_group(values, groups) if len(values) == sum(len(group.responses) for group in groups) else None
+    return values if len(values) == count else None
 
 
-def save_reference(path: Path, values: Sequence[Sequence[float]], **settings: object) -> None:
+def save_reference(path: Path, values: Sequence[float], **settings: object) -> None:
     """Write values with the settings that name them, atomically."""
-    tensor = torch.tensor(list(chain.from_iterable(values)), dtype=torch.float32)
+    tensor = torch.tensor(values, dtype=torch.float32)
     described = {name: str(value) for name, value in settings.items()}
     write_atomically(path, lambda temporary: save_file({"log_probs": tensor}, temporary, metadata=described))

@@ -11,9 +11,9 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import datasets
 import pandas as pd
@@ -28,7 +28,7 @@ from persodpo.errors import disk_errors, make_folder
 from persodpo.runfolder import read_json, sha256, write_json
 from persodpo.training.arms import ARMS, log_table, split_prompts
 from persodpo.training.guard import Verdict
-from persodpo.training.health import Health, HealthSettings
+from persodpo.training.health import Health
 from persodpo.training.policy import RECORD, load_policy
 from persodpo.training.trainer import GroupedDPOConfig, GroupedDPOTrainer
 
@@ -37,8 +37,7 @@ ARM_RECORD = "arm.json"
 CHECKPOINT_RECORD = "persodpo.json"
 
 
-@dataclass(frozen=True)
-class Trained:
+class Trained(NamedTuple):
     """What training gave.
 
     Attributes:
@@ -78,9 +77,6 @@ def train_arm(
         profile: Its ``training`` section and seed.
         key: Stands for everything that the outcome depends on.
 
-    Returns:
-        Log, verdicts and generations.
-
     Raises:
         PersodpoError: The policy cannot be loaded, its attention or the pairs do not fit, or the disk fails.
     """
@@ -89,13 +85,7 @@ def train_arm(
     checkpoint = _prepare(folder, key)
     model, tokenizer = load_policy(policy)
     described = describe(policy, model.num_parameters())
-    health = Health(
-        held_out["prompt"].unique().tolist(),
-        HealthSettings(
-            settings.health_prompts, settings.health_tokens, profile.reading,
-            stop=settings.stop_when_collapsed,
-        ),
-    )  # fmt: skip
+    health = _health(held_out, profile)
     with _without_chatter(), disk_errors(folder):
         trainer = GroupedDPOTrainer(
             model=model,
@@ -107,9 +97,13 @@ def train_arm(
             callbacks=[health, _CheckpointRecord()],
         )
         trainer.remove_callback(PrinterCallback)
-        tqdm.write(f"{arm}: {described}; {len(train):,} pairs, {len(held_out):,} held out; {_left_out(trainer)}")
+        said = (
+            "; ".join(f"{name}: {skipped}" for name, skipped in trainer.skipped.items() if skipped) or "none left out"
+        )
+        tqdm.write(f"{arm}: {described}; {len(train):,} pairs, {len(held_out):,} held out; {said}")
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if not any(log.get("step") == trainer.state.global_step and "eval_loss" in log for log in _history(trainer)):
+        history: list[dict[str, Any]] = trainer.state.log_history
+        if not any(log.get("step") == trainer.state.global_step and "eval_loss" in log for log in history):
             trainer.evaluate()
         tqdm.write(_summary(trainer, settings.warmup_steps))
         _save(trainer, folder)
@@ -117,12 +111,15 @@ def train_arm(
             "key": key, "arm": arm, "policy": described, "parameters": model.num_parameters(),
             "steps": trainer.state.global_step, "train_pairs": len(train), "held_out_pairs": len(held_out),
             "left_out": {name: str(skipped) for name, skipped in trainer.skipped.items()},
-            "weights": _digests(folder, "*.safetensors"), "packing": asdict(cast(Verdict, trainer.packing)),
-            "seconds": _seconds(trainer), "threads": torch.get_num_threads(), "device": str(trainer.args.device),
+            "weights": _digests(folder, "*.safetensors"),
+            "packing": asdict(cast(Verdict, trainer.packing)),
+            # Of training, evaluations and health checks included, the reference pass not.
+            "seconds": next((log["train_runtime"] for log in reversed(history) if "train_runtime" in log), 0.0),
+            "threads": torch.get_num_threads(), "device": str(trainer.args.device),
         }  # fmt: skip
         write_json(folder / ARM_RECORD, record)
     generations = health.generations.assign(prompt=lambda frame: [health.prompts[number] for number in frame["prompt"]])
-    return Trained(log_table(_history(trainer), described), health.summary(), generations)
+    return Trained(log_table(history, described), health.summary(), generations)
 
 
 @contextmanager
@@ -137,10 +134,6 @@ def _without_chatter() -> Iterator[None]:
         yield
 
 
-def _left_out(trainer: GroupedDPOTrainer) -> str:
-    return "; ".join(f"{name}: {skipped}" for name, skipped in trainer.skipped.items() if skipped) or "none left out"
-
-
 def describe(policy: str | Path, parameters: int) -> str:
     """Say plainly which policy it is, with its true size."""
     made_here = (Path(policy) / RECORD).is_file()
@@ -153,34 +146,17 @@ class _CheckpointRecord(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the sha256 of each file."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero:
-            write_json(folder / CHECKPOINT_RECORD, _digests(folder, "*"))
-
-
-def _history(trainer: GroupedDPOTrainer) -> list[dict[str, Any]]:
-    history: list[dict[str, Any]] = trainer.state.log_history
-    return history
+        write_json(folder / CHECKPOINT_RECORD, _digests(folder, "*"))
 
 
 def _summary(trainer: GroupedDPOTrainer, warmup: int) -> str:
     """Say in a line how a training ended."""
-    last = next(log for log in reversed(_history(trainer)) if "eval_loss" in log)
+    last = next(log for log in reversed(trainer.state.log_history) if "eval_loss" in log)
+    names = {"loss": "eval_loss", "accuracy": "eval_rewards/accuracies", "margin": "eval_rewards/margins"}
+    found = ", ".join(f"{name} {last[key]:.3f}" for name, key in names.items())
     steps = trainer.state.global_step
-    found = ", ".join(
-        f"{name} {last[key]:.3f}"
-        for name, key in (
-            ("loss", "eval_loss"),
-            ("accuracy", "eval_rewards/accuracies"),
-            ("margin", "eval_rewards/margins"),
-        )
-    )
     short = f"; the warm-up of {warmup} steps left it no full learning rate: lower training.warmup_steps"
     return f"  held out after {steps:,} steps: {found} -> {trainer.args.output_dir}{short if steps <= warmup else ''}"
-
-
-def _seconds(trainer: GroupedDPOTrainer) -> float:
-    """Return the wall time of training, evaluations and health checks included, the reference pass not."""
-    return next((float(log["train_runtime"]) for log in reversed(_history(trainer)) if "train_runtime" in log), 0.0)
 
 
 def _prepare(folder: Path, key: str) -> Path | None:
@@ -238,6 +214,17 @@ def as_dataset(pairs: pd.DataFrame) -> datasets.Dataset:
     """Return what the trainer needs of a pairs table."""
     columns = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected")
     return datasets.Dataset.from_dict({column: pairs[column].tolist() for column in columns})
+
+
+def _health(held_out: pd.DataFrame, profile: Profile) -> Health:
+    settings = profile.training
+    return Health(
+        held_out["prompt"].tolist(),
+        count=settings.health_prompts,
+        max_new_tokens=settings.health_tokens,
+        reading=profile.reading,
+        stop=settings.stop_when_collapsed,
+    )
 
 
 def _adapters(rank: int | None) -> LoraConfig | None:

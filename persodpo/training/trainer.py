@@ -14,6 +14,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,25 +29,26 @@ from trl.trainer.utils import hash_module
 
 from persodpo.errors import PersodpoError
 from persodpo.training.checks import check_models, check_vocabulary, trains_adapters_alone, unwrapped
-from persodpo.training.config import GroupedDPOConfig, check_arguments, check_callbacks, described, only_loss, option
+from persodpo.training.config import GroupedDPOConfig, check_arguments, check_callback, described, option
 from persodpo.training.groups import (
     GROUP_COLUMNS,
+    LONG_PROMPT,
     Batch,
-    GroupCollator,
     Skipped,
     check_scores,
+    collate,
     group_pairs,
+    refuse_images,
     to_group,
     token_pairs,
     unformatted,
     without_filling,
 )
 from persodpo.training.guard import Verdict, refuse_prompt_learning
-from persodpo.training.loss import LossSettings, Pairs, Weighting, pair_losses
-from persodpo.training.packing import Group, Layout, PackedRows
+from persodpo.training.loss import LossSettings, Pairs, pair_losses
+from persodpo.training.packing import Layout, PackedRows
 from persodpo.training.reference import (
     adapters_off,
-    by_group,
     describe,
     load_reference,
     reference_key,
@@ -92,12 +94,14 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         """
         # What is changed here is changed in a copy, of the class that was given.
         args = copy.copy(args) if args else GroupedDPOConfig("grouped-dpo")
+        # Transformers takes the steps to accumulate out of it, which a second trainer would miss.
+        args.accelerator_config = copy.deepcopy(args.accelerator_config)
         if data_collator is not None or compute_metrics is not None:
             raise PersodpoError("data_collator and compute_metrics cannot be used with grouped rows; leave them out.")
         check_arguments(args, kwargs.get("callbacks") or ())
-        model, ref_model = unwrapped(model), unwrapped(ref_model)
+        refuse_images(train_dataset, "train")
         refuse_prompt_learning(kwargs.get("peft_config"))
-        LossSettings(only_loss(args), args.beta, args.label_smoothing)  # refuses other losses before anything is loaded
+        model, ref_model = unwrapped(model), unwrapped(ref_model)
         self.skipped: dict[str, Skipped] = {}
         self.packing: Verdict | None = None
         self._mean_weight: float | None = None
@@ -110,15 +114,11 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         args.logging_nan_inf_filter = False
         datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
         super().__init__(model=model, ref_model=ref_model, args=args, **datasets, **kwargs)
-        self.data_collator = GroupCollator(option(args, "token_budget"), self._layout())
+        self.data_collator = partial(collate, token_budget=option(args, "token_budget"), layout=self._layout())
 
     def add_callback(self, callback: Any) -> None:
-        """Add a callback as transformers does.
-
-        Raises:
-            PersodpoError: It moves the reference.
-        """
-        check_callbacks(callback)
+        """Add a callback as transformers does, unless it moves the reference."""
+        check_callback(callback)
         super().add_callback(callback)
 
     def _layout(self) -> Layout:
@@ -134,97 +134,82 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         dataset = unformatted(dataset, dataset_name)
         if dataset_name == "train" and "train" in self.skipped:
             dataset_name = "eval train"
-        weighting: Weighting = option(args, "weighting")
+        weighting = option(args, "weighting")
         if weighting != "none":
-            check_scores(dataset, weighting, dataset_name)
+            check_scores(dataset, dataset_name)
         tokenised = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         groups, skipped = group_pairs(token_pairs(tokenised, weighting), args.max_length, self._numbered)
+        self.skipped[dataset_name] = skipped
+        if len(tokenised) < len(dataset):
+            skipped[LONG_PROMPT] += len(dataset) - len(tokenised)
+        weights = [weight for group in groups for weight in group.weights]
         # No two pairs of a trainer have one number, so that datasets can be joined.
-        self._numbered += sum(len(group.weights) for group in groups)
-        too_long = skipped.long_prompt + len(dataset) - len(tokenised)
-        skipped = self.skipped[dataset_name] = Skipped(too_long, skipped.empty, skipped.identical)
+        self._numbered += len(weights)
         if not groups:
             raise PersodpoError(f"The {dataset_name} dataset has no pair to train on; {skipped}.")
         if skipped:
-            warnings.warn(
-                f"{dataset_name} dataset, {skipped}; {sum(len(g.weights) for g in groups)} stay.", stacklevel=2
-            )
+            warnings.warn(f"{dataset_name} dataset, {skipped}; {len(weights)} stay.", stacklevel=2)
         if option(args, "scale_weights"):
             if self._mean_weight is None:
-                weights = [weight for group in groups for weight in group.weights]
-                self._mean_weight = sum(weights) / len(weights)
+                self._mean_weight = sum(weights) / len(weights) or 1.0
             for group in groups:
-                group.weights = [weight / (self._mean_weight or 1.0) for weight in group.weights]
+                group.weights = [weight / self._mean_weight for weight in group.weights]
         return Dataset.from_dict(
             {name: [getattr(group, field) for group in groups] for name, field in GROUP_COLUMNS.items()}
         )
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """Add the reference log-probability of each distinct response, from the cache or computed once."""
+        budget = option(self.args, "token_budget")
         if self.packing is None:
             self.packing = check_models(
                 self.model,
                 self.ref_model,
                 max_length=self.args.max_length,
-                token_budget=option(self.args, "token_budget"),
+                token_budget=budget,
                 aux_loss=self.aux_loss_enabled,
             )
         model = self.ref_model or self.model
         groups = [to_group(example) for example in dataset]
+        check_vocabulary(model, groups)
         described = describe(model, self.packing) | {
             "weights": self._precompute_model_hash, "autocast": self.accelerator.mixed_precision,
             "max_length": self.args.max_length,
         }  # fmt: skip
         folder = Path(option(self.args, "reference_cache") or Path(self.args.output_dir) / "reference")
         path = folder / f"{reference_key(groups, **described)}.safetensors"
-        check_vocabulary(model, groups)
         # After training the model's hash is that of its start.
-        started = self.state.global_step > 0
-        values = None if started else load_reference(path, groups)
+        cached = self.state.global_step == 0
+        values = load_reference(path, sum(len(group.responses) for group in groups)) if cached else None
         # One process may have read the file while another found none.
         if any(gather_object([values is None])) or values is None:
-            values = self._reference_values(model, groups)
-            if self.accelerator.is_main_process and not started:
+            training = model.training
+            model.eval()
+            adapters = adapters_off(self.model) if self.ref_model is None else nullcontext()
+            with disable_gradient_checkpointing(model, self.args.gradient_checkpointing_kwargs), adapters:
+                values = reference_log_probs(
+                    lambda rows: model(packed=rows),
+                    groups,
+                    token_budget=budget,
+                    layout=self._layout(),
+                    accelerator=self.accelerator,
+                )
+            model.train(training)
+            if self.accelerator.is_main_process and cached:
                 save_reference(path, values, **described)
-        return dataset.add_column("reference", values)
-
-    def _reference_values(self, model: Any, groups: list[Group]) -> list[list[float]]:
-        """Compute reference log-probabilities, each process its share."""
-        training = model.training
-        model.eval()
-
-        def forward(rows: PackedRows) -> Tensor:
-            with self.accelerator.autocast():
-                log_probs: Tensor = model(packed=rows.to(self.accelerator.device))
-            return log_probs
-
-        adapters = adapters_off(self.model) if self.ref_model is None else nullcontext()
-        with disable_gradient_checkpointing(model, self.args.gradient_checkpointing_kwargs), adapters:
-            parts = reference_log_probs(
-                forward,
-                groups,
-                token_budget=option(self.args, "token_budget"),
-                layout=self._layout(),
-                share=(self.accelerator.process_index, self.accelerator.num_processes),
-            )
-        model.train(training)
-        merged = {place: values for share in gather_object([parts]) for place, values in share.items()}
-        values = by_group((value for place in sorted(merged) for value in merged[place]), groups)
-        if not all(math.isfinite(value) for group in values for value in group):
-            raise PersodpoError("A reference log-probability is not a number; the model's weights are damaged.")
-        return values
+        of_responses = iter(values)
+        return dataset.add_column("reference", [[next(of_responses) for _ in group.responses] for group in groups])
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Batch]], device: torch.device) -> Tensor:
         """Count the pairs of the optimiser step over all ranks."""
         pairs = torch.tensor(sum(sample["batch"].pairs for sample in batch_samples), device=device)
-        total: Tensor = self.accelerator.gather(pairs).sum() if self.args.world_size > 1 else pairs
+        total: Tensor = self.accelerator.gather(pairs).sum()
         return total
 
     def _rounds(self, batch: Batch) -> Iterator[tuple[PackedRows, bool, bool]]:
         """Yield micro-batches, whether each is real, and whether it is the last; every rank gets as many."""
-        count = len(batch.rows)
-        if self.args.world_size > 1:
-            count = int(self.accelerator.gather(torch.tensor(count, device=self.accelerator.device)).max())
+        mine = torch.tensor(len(batch.rows), device=self.accelerator.device)
+        count = int(self.accelerator.gather(mine).max())
         for number in range(count):
             rows = batch.rows[min(number, len(batch.rows) - 1)].to(self.accelerator.device)
             yield rows, number < len(batch.rows), number == count - 1
@@ -276,11 +261,7 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
 
     def _pair_values(self, model: nn.Module, rows: PackedRows) -> dict[str, Tensor]:
         """Return the loss of each pair of a micro-batch, and what is logged of it, [pairs] each."""
-        aux_loss = None
-        if self.aux_loss_enabled:
-            log_probs, aux_loss = model(packed=rows, aux_loss=True)
-        else:
-            log_probs = model(packed=rows)
+        log_probs, *aux = model(packed=rows, aux_loss=True) if self.aux_loss_enabled else (model(packed=rows),)
         ratio = log_probs - rows.reference
         pairs = Pairs(ratio[rows.chosen], ratio[rows.rejected], rows.lengths[rows.chosen], rows.lengths[rows.rejected])
         settings = LossSettings(self.loss_types[0], self.beta, self.label_smoothing)
@@ -291,7 +272,7 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
             "rewards/margins": chosen - rejected, "rewards/accuracies": (chosen > rejected).float(),
             "logps/chosen": log_probs[rows.chosen], "logps/rejected": log_probs[rows.rejected], "weights": rows.weights,
         }  # fmt: skip
-        if aux_loss is not None:
+        for aux_loss in aux:
             values |= {"loss": losses + self.router_aux_loss_coef * aux_loss, "aux_loss": aux_loss.expand_as(chosen)}
         return values
 
@@ -312,26 +293,18 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         self._eval_names = list(values)
         return torch.cat(losses).mean(), None, None
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+    def evaluation_loop(self, dataloader: Any, *args: Any, **kwargs: Any) -> Any:
         """Evaluate, and return the exact means over the pairs of the dataset under the name that was asked for."""
+        if "pair_ids" not in dataloader.dataset.column_names:
+            raise PersodpoError("predict takes a dataset of this trainer, such as trainer.eval_dataset; use evaluate.")
         self._evaluated = []
-        output = super().evaluation_loop(*args, **kwargs)
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
         ids, values = (torch.cat(parts) for parts in zip(*gather_object(self._evaluated), strict=True))
-        kept = without_filling(ids.numpy(), (args[0] if args else kwargs["dataloader"]).dataset["pair_ids"])
+        kept = without_filling(ids.numpy(), dataloader.dataset["pair_ids"])
         means = dict(zip(self._eval_names, values[kept].double().mean(0).tolist(), strict=True))
         prefix = kwargs.get("metric_key_prefix", "eval")
         output.metrics.update({f"{prefix}_{name}": mean for name, mean in means.items() if name != "pairs"})
         return output
-
-    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate as transformers' trainer does, on a dataset of this trainer.
-
-        Raises:
-            PersodpoError: The dataset was not grouped by it.
-        """
-        if not set(GROUP_COLUMNS) <= set(test_dataset.column_names):
-            raise PersodpoError("predict takes a dataset of this trainer, such as trainer.eval_dataset; use evaluate.")
-        return super().predict(test_dataset, *args, **kwargs)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate as TRL's trainer; a dataset that is new is grouped first.
@@ -366,8 +339,7 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         if self.model.training and "pairs" in self._sums:
             sums, self._sums = self._sums, {}
             names = sorted(sums)
-            stacked = torch.stack([sums[name].double() for name in names])[None]
-            totals = self.accelerator.gather(stacked).sum(0) if self.args.world_size > 1 else stacked[0]
+            totals = self.accelerator.gather(torch.stack([sums[name].double() for name in names])[None]).sum(0)
             means = dict(zip(names, (totals / totals[names.index("pairs")]).tolist(), strict=True))
             self._total_train_tokens += round(float(totals[names.index("tokens")]))
             self._metrics["train"].update(
@@ -377,11 +349,7 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model as transformers does.
-
-        Raises:
-            PersodpoError: A weight is not a number.
-        """
+        """Save the model as transformers does, unless a weight is not a number."""
         if not all(bool(torch.isfinite(weight).all()) for weight in self.model.parameters() if weight.requires_grad):
             raise PersodpoError(
                 f"A weight is not a number after step {self.state.global_step}, so nothing is saved; lower the learning "
