@@ -6,10 +6,13 @@ defaults; here both are errors, found before anything runs.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -89,13 +92,14 @@ def check_parameters(notebook: Path, parameters: Mapping[str, Any]) -> None:
         )
 
 
-def run_notebook(notebook: Path, copy: Path, parameters: Mapping[str, Any]) -> Executed:
+def run_notebook(notebook: Path, copy: Path, parameters: Mapping[str, Any], progress: bool = True) -> Executed:
     """Execute one notebook.
 
     Args:
         notebook: The source; it is not changed.
         copy: Where the executed copy goes, outputs and all, also when a cell fails.
         parameters: Values for its parameters cell.
+        progress: Show a bar, on a terminal.
 
     Returns:
         What ran.
@@ -117,7 +121,7 @@ def run_notebook(notebook: Path, copy: Path, parameters: Mapping[str, Any]) -> E
                 kernel_name="python3",
                 cwd=str(notebook.parent),
                 config=Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}}),
-                progress_bar={"desc": notebook.name, "leave": False} if sys.stderr.isatty() else False,
+                progress_bar={"desc": notebook.name, "leave": False} if progress and sys.stderr.isatty() else False,
             )
     except PapermillExecutionError as error:
         raise PersodpoError(_explain(notebook, copy, error)) from error
@@ -144,7 +148,7 @@ def reproduce(
     overwrite: bool = False,
     notebooks: Sequence[Path] | None = None,
 ) -> Iterator[Executed]:
-    """Run the notebooks in order; their stages skip what has not changed.
+    """Run the notebooks in order; their stages skip what has not changed. Where all would, two run at a time.
 
     Args:
         profile: A profile's name or file.
@@ -171,5 +175,25 @@ def reproduce(
         raise PersodpoError(f"There are no notebooks in {NOTEBOOKS}.")
     for notebook in chosen:
         check_parameters(notebook, parameters)
-    for notebook in chosen:
-        yield run_notebook(notebook, run.notebooks / notebook.name, parameters)
+    from persodpo import stages  # noqa: PLC0415 - slow to load, and not needed to run one notebook
+
+    if overwrite or len(chosen) == 1 or not stages.nothing_to_do(run.profile):
+        for notebook in chosen:
+            yield run_notebook(notebook, run.notebooks / notebook.name, parameters)
+    else:
+        yield from _side_by_side(chosen, run.notebooks, parameters)
+
+
+def _side_by_side(notebooks: Sequence[Path], folder: Path, parameters: Mapping[str, Any]) -> Iterator[Executed]:
+    """Run notebooks that only read, two at a time on a thread each, and yield them in their order."""
+    with ProcessPoolExecutor(2, initializer=os.environ.setdefault, initargs=("OMP_NUM_THREADS", "1")) as pool:
+        running = [pool.submit(run_notebook, file, folder / file.name, parameters, False) for file in notebooks]
+        try:
+            for one in running:
+                yield one.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():  # an interrupt may have come to this process alone
+                if process.pid:
+                    os.kill(process.pid, signal.SIGINT)
+            raise

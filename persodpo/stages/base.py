@@ -13,8 +13,6 @@ from persodpo.errors import PersodpoError
 from persodpo.release.fetch import fetch_release, release_files
 from persodpo.runfolder import RELEASE_VARIABLE, RunFolder
 
-Targets = Mapping[str, Path]
-
 
 @dataclass(frozen=True)
 class Need:

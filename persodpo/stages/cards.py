@@ -13,7 +13,9 @@ from persodpo.training.arms import label_of
 
 def after_pairs(run: RunFolder) -> list[str]:
     """Write the card of the pair sets."""
-    return [f"what the pairs would teach, and what to mind: {write_dataset_card(run)}"]
+    card = write_dataset_card(run)
+    run.files.add(card)
+    return [f"what the pairs would teach, and what to mind: {card}"]
 
 
 def after_training(run: RunFolder, *, arms: Sequence[str] = (), seeds: Sequence[int] = ()) -> list[str]:
@@ -29,5 +31,5 @@ def after_evaluation(run: RunFolder) -> list[str]:
     if run.profile.evaluation.source == "arms":
         estimates, seeds = run.read("evaluation/estimates"), run.profile.evaluation.seeds
         for arm, seed in trained(run.profile, seeds=seeds):
-            write_model_card(run, label_of(arm, seed, seeds), source_of(run, arm), estimates)
+            run.files.add(write_model_card(run, label_of(arm, seed, seeds), source_of(run, arm), estimates))
     return notes

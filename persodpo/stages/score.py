@@ -12,12 +12,11 @@ import pandas as pd
 from persodpo import pairs
 from persodpo.config import Profile
 from persodpo.release import published
-from persodpo.runfolder import RunFolder, StageReport
+from persodpo.runfolder import RunFolder, StageReport, Tables
 from persodpo.scoring import extras, factory, heads, probes
 from persodpo.scoring.encoder import Encoder, remembered
 from persodpo.scoring.score import Engine, ScoreCache, Scorer, Tally, computed_metrics, one_by_one
-from persodpo.stages.base import Need, Targets, published_files
-from persodpo.tables import write_table
+from persodpo.stages.base import Need, published_files
 
 #: The responses that are ranked, and the held-out ones.
 TABLES = ("scores", "evaluation/scores")
@@ -56,14 +55,13 @@ def score_settings(profile: Profile) -> dict[str, object]:
     }
 
 
-def write_scores(
-    profile: Profile, targets: Targets, responses: Mapping[str, pd.DataFrame], metrics: Mapping[str, pd.DataFrame]
-) -> None:
-    """Impute, rate and rank, and write both scores tables and the thresholds.
+def ranked(
+    profile: Profile, responses: Mapping[str, pd.DataFrame], metrics: Mapping[str, pd.DataFrame]
+) -> dict[str, pd.DataFrame]:
+    """Impute, rate and rank; return both scores tables and the thresholds.
 
     Args:
         profile: The settings.
-        targets: Paths to write, of the scores tables and of thresholds.
         responses: Responses tables, by the name of their scores table.
         metrics: Metric values of parsed responses, by the same names.
     """
@@ -74,30 +72,21 @@ def write_scores(
         for table in responses
     }
     ranking = pairs.rank(values["scores"], profile)
-    write_table(targets["scores"], "scores", ranking.scores)
-    for table in [table for table in responses if table != "scores"]:
-        write_table(targets[table], table, pairs.rate(values[table], ranking.scale, profile))
     scale = ranking.scale
+    others = {table: pairs.rate(values[table], scale, profile) for table in responses if table != "scores"}
     named = {
         "low": ranking.low, "high": ranking.high, "target_words": scale.target_words, "mean_words": scale.mean_words,
     }  # fmt: skip
-    write_table(targets["thresholds"], "thresholds", pd.DataFrame(named.items(), columns=["name", "value"]))
+    return {"scores": ranking.scores, **others, "thresholds": pd.DataFrame(named.items(), columns=["name", "value"])}
 
 
 def _extras(run: RunFolder) -> StageReport:
     """Make the extras table: what is reported beside the quality score."""
 
-    def build(targets: Targets) -> None:
-        write_table(targets["extras"], "extras", extras.extras_table(run.read("responses"), run.read("dialogues")))
+    def build() -> Tables:
+        return {"extras": extras.extras_table(run.read("responses"), run.read("dialogues"))}
 
-    return run.stage(
-        "extras",
-        inputs={name: run.path(name) for name in ("dialogues", "responses")},
-        settings={},
-        outputs=["extras"],
-        code=__name__,
-        build=build,
-    )
+    return run.stage("extras", build, reads=["dialogues", "responses"], outputs=["extras"])
 
 
 def _published(run: RunFolder, overwrite: bool) -> StageReport:
@@ -108,21 +97,20 @@ def _published(run: RunFolder, overwrite: bool) -> StageReport:
     )
     answers = {table: table.replace("scores", "responses") for table in wanted}
 
-    def build(targets: Targets) -> None:
+    def build() -> Tables:
         tables = {table: run.read(name) for table, name in answers.items()}
         metrics = {table: published.published_metrics(files, sets, tables[table]) for table, sets in wanted.items()}
-        write_scores(profile, targets, tables, metrics)
         for left in ("probes", "scorers"):
             run.forget(left)
+        return ranked(profile, tables, metrics)
 
     return run.stage(
         "score",
-        inputs={name: run.path(name) for name in answers.values()}
-        | published.set_files(files, [which for sets in wanted.values() for which in sets]),
+        build,
+        reads=list(answers.values()),
+        files=published.set_files(files, [which for sets in wanted.values() for which in sets]),
         settings=score_settings(profile),
         outputs=["scores", "thresholds", *list(wanted)[1:]],
-        code=__name__,
-        build=build,
         overwrite=overwrite,
     )
 
@@ -139,7 +127,7 @@ def _computed(run: RunFolder, overwrite: bool) -> StageReport:
     answers = {table: table.replace("scores", "responses") for table in wanted}
     notes: list[str] = []
 
-    def build(targets: Targets) -> None:
+    def build() -> Tables:
         found = [verdict for scorer in scorers for verdict in probes.probe(scorer)]
         _warnings(profile, found)
         tables = {table: run.read(name) for table, name in answers.items()}
@@ -151,20 +139,18 @@ def _computed(run: RunFolder, overwrite: bool) -> StageReport:
             metrics[table], report, tallies = measure(run, frame, scorers)
             reports.append(report.assign(table=table))
             notes.extend(f"{table}, {tally}" for tally in tallies)
-        write_scores(profile, targets, tables, metrics)
-        write_table(targets["probes"], "probes", pd.DataFrame(found))
-        write_table(targets["scorers"], "scorers", pd.concat(reports, ignore_index=True))
         if profile.evaluation.source == "published":
             for left in set(TABLES) - set(wanted):
                 run.forget(left)
+        said = {"probes": pd.DataFrame(found), "scorers": pd.concat(reports, ignore_index=True)}
+        return ranked(profile, tables, metrics) | said
 
     report = run.stage(
         "score",
-        inputs={name: run.path(name) for name in ("dialogues", *answers.values())},
+        build,
+        reads=["dialogues", *answers.values()],
         settings=score_settings(profile) | {"scorers": keys_of(scorers)},
         outputs=[*answers, "thresholds", "probes", "scorers"],
-        code=__name__,
-        build=build,
         overwrite=overwrite,
     )
     kept = [probes.Verdict(*row) for row in run.read("probes").itertuples(index=False)]
