@@ -54,11 +54,16 @@ def notebook_files(folder: Path = NOTEBOOKS) -> list[Path]:
     return [*sorted(folder.glob("[0-9][0-9]_*.ipynb")), *folder.glob("explore.ipynb")]
 
 
-def parameter_names(notebook: Path) -> set[str]:
-    """Return the names that papermill finds in the cell tagged ``parameters``.
+def _literal(path: Path) -> str:
+    """Return a path for papermill, which takes braces in it for parameters."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
+def check_parameters(notebook: Path, parameters: Mapping[str, Any]) -> None:
+    """Refuse parameters that the notebook does not declare in its one cell tagged ``parameters``.
 
     Raises:
-        PersodpoError: The file is no notebook, or has not exactly one such cell.
+        PersodpoError: A parameter is unknown, the file is no notebook, or there is no such cell.
     """
     try:
         tags = [cell.metadata.get("tags", []) for cell in papermill.iorw.load_notebook_node(str(notebook)).cells]
@@ -70,21 +75,6 @@ def parameter_names(notebook: Path) -> set[str]:
         raise PersodpoError(
             f"{notebook.name} has {count} cells tagged 'parameters'; tag exactly one, or papermill runs with defaults."
         )
-    return names
-
-
-def _literal(path: Path) -> str:
-    """Return a path for papermill, which takes braces in it for parameters."""
-    return str(path).replace("{", "{{").replace("}", "}}")
-
-
-def check_parameters(notebook: Path, parameters: Mapping[str, Any]) -> None:
-    """Refuse parameters that the notebook does not declare.
-
-    Raises:
-        PersodpoError: A parameter is unknown, or there is no parameters cell.
-    """
-    names = parameter_names(notebook)
     unknown = sorted(set(parameters) - names)
     if unknown:
         raise PersodpoError(
@@ -124,21 +114,16 @@ def run_notebook(notebook: Path, copy: Path, parameters: Mapping[str, Any], prog
                 progress_bar={"desc": notebook.name, "leave": False} if progress and sys.stderr.isatty() else False,
             )
     except PapermillExecutionError as error:
-        raise PersodpoError(_explain(notebook, copy, error)) from error
+        source = "\n".join(f"    {line}" for line in str(error.source).splitlines())
+        raise PersodpoError(
+            f"{notebook.name} failed in cell [{error.exec_count}]:\n{source}\n{error.ename}: {error.evalue}\n"
+            f"The executed copy with the whole traceback is {copy}."
+        ) from error
     except DeadKernelError as error:
         raise PersodpoError(
             f"{notebook.name}: its kernel died, most often for lack of memory; what ran before is in {copy}."
         ) from error
     return Executed(notebook, copy, time.perf_counter() - started)
-
-
-def _explain(notebook: Path, copy: Path, error: PapermillExecutionError) -> str:
-    """Show the failing cell and its error."""
-    source = "\n".join(f"    {line}" for line in str(error.source).splitlines())
-    return (
-        f"{notebook.name} failed in cell [{error.exec_count}]:\n{source}\n{error.ename}: {error.evalue}\n"
-        f"The executed copy with the whole traceback is {copy}."
-    )
 
 
 def reproduce(

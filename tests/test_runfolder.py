@@ -128,29 +128,30 @@ def test_a_failing_stage_leaves_the_last_table(profile):
     ]
 
 
+def child(folder: Path, body: str) -> subprocess.Popen:
+    """Start a process with the run folder of `profile` as ``run``."""
+    here = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+    here += "import time; from pathlib import Path; from conftest import profile_in; from test_runfolder import *\n"
+    here += f"run = RunFolder(profile_in(Path({str(folder)!r})))\n"
+    return subprocess.Popen([sys.executable, "-c", here + textwrap.dedent(body)], stdout=subprocess.PIPE, text=True)
+
+
 def test_a_killed_stage_leaves_the_last_table_and_a_rerun_mends(profile, tmp_path):
     """SIGKILL while the stage writes: the old table stays whole, the next run makes the new one."""
     run = RunFolder(profile)
     make(run)
-    script = textwrap.dedent(f"""
-        import sys, time
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from pathlib import Path
-        from conftest import profile_in
-        from persodpo.runfolder import RunFolder
-        from persodpo import runfolder
-        from test_runfolder import make
+    process = child(tmp_path, """
         def write_table(path, *_):
             path.write_bytes(b"PAR1")
             print("writing", flush=True)
             time.sleep(60)
         runfolder.write_table = write_table
-        make(RunFolder(profile_in(Path({str(tmp_path)!r}))), overwrite=True)
-    """)
-    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    assert child.stdout.readline().strip() == "writing"
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+        make(run, overwrite=True)
+    """)  # fmt: skip
+    assert process.stdout.readline().strip() == "writing"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list(run.root.glob(".partial-*"))
     assert_frame_equal(run.read("thresholds"), THRESHOLDS, check_dtype=False)
     changed = THRESHOLDS.assign(value=[0.2, 0.8])
     assert not make(run, changed, settings={"a": 9}).skipped
@@ -226,45 +227,26 @@ def test_missing_text_reads_as_none(profile):
 def test_two_stages_at_once_do_not_mix(profile, tmp_path):
     """Two processes make the same table; both end well and the table is whole."""
     run = RunFolder(profile)
-    script = textwrap.dedent(f"""
-        import sys
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from pathlib import Path
-        from conftest import profile_in
-        from persodpo.runfolder import RunFolder
-        from test_runfolder import make
-        make(RunFolder(profile_in(Path({str(tmp_path)!r}))), overwrite=True)
-    """)
-    children = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(2)]
-    assert [child.wait(timeout=120) for child in children] == [0, 0]
+    children = [child(tmp_path, "make(run, overwrite=True)") for _ in range(2)]
+    assert [process.wait(timeout=120) for process in children] == [0, 0]
     assert_frame_equal(run.read("thresholds"), THRESHOLDS, check_dtype=False)
     assert json.loads(provenance_path(run.path("thresholds")).read_text())["rows"] == 2
 
 
 @pytest.mark.slow
 def test_a_second_process_in_a_run_folder_says_so_and_stops(profile, tmp_path):
-    run = RunFolder(profile)
-    script = textwrap.dedent(f"""
-        import sys
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from pathlib import Path
-        from conftest import profile_in
-        from persodpo.runfolder import RunFolder
-        from persodpo.errors import PersodpoError
+    run, body = RunFolder(profile), """
         try:
-            with RunFolder(profile_in(Path({str(tmp_path)!r}))).locked():
+            with run.locked():
                 print("worked")
         except PersodpoError as error:
             print(error)
-    """)
-
-    def other() -> str:
-        return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-
+    """  # fmt: skip
     with run.locked(), run.locked():
-        assert "Another process works in" in other()
-        assert "--set name=another" in other()
-    assert other() == "worked\n"
+        said, _ = child(tmp_path, body).communicate()
+        assert "Another process works in" in said
+        assert "--set name=another" in said
+    assert child(tmp_path, body).communicate()[0] == "worked\n"
 
 
 def test_a_folder_that_cannot_be_is_one_sentence(profile):

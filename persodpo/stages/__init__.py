@@ -28,22 +28,22 @@ from persodpo.stages import (
     score,
     train,
 )
-from persodpo.stages.base import Stage, published_at_hand
+from persodpo.stages.base import Need, Stage, published_at_hand
 
 __all__ = ["STAGES", "make", "plan", "published_at_hand"]
 
 #: Every stage by name, in order.
 STAGES: Mapping[str, Stage] = {
-    "dialogues": Stage(dialogues.make_dialogues, dialogues.needs),
+    "dialogues": Stage(dialogues.make_dialogues),
     "generate": Stage(generate.make_responses, generate.needs, shared=True),
     "ask": Stage(generate.ask, generate.needs_to_ask, shared=True),
-    "score": Stage(score.make_scores, score.needs),
-    "pairs": Stage(pairs.make_pairs, pairs.needs, after=cards.after_pairs),
+    "score": Stage(score.make_scores, ["generate"]),
+    "pairs": Stage(pairs.make_pairs, ["score"], after=cards.after_pairs),
     "train": Stage(train.train_arms, train.needs, after=cards.after_training),
     "evaluate": Stage(evaluate.evaluate, evaluate.needs, after=cards.after_evaluation),
     "ablate": Stage(ablate.ablate, ablate.needs),
-    "audit": Stage(audit.judge, audit.needs, profile=audit.as_released),
-    "figures": Stage(figures.draw, figures.needs),
+    "audit": Stage(audit.judge, ["pairs"], profile=audit.as_released),
+    "figures": Stage(figures.draw, ["train", "evaluate", "ablate"]),
 }
 
 Step = tuple[Profile, str, Mapping[str, Any]]
@@ -60,7 +60,7 @@ def plan(profile: Profile, name: str, options: Mapping[str, Any] | None = None) 
     stage, options = STAGES[name], options or {}
     profile = stage.profile(profile) if stage.profile else profile
     steps: list[Step] = []
-    for need in stage.needs(profile, **options):
+    for need in stage.needs(profile, **options) if callable(stage.needs) else map(Need, stage.needs):
         steps += [step for step in plan(need.profile or profile, need.stage, need.options) if step not in steps]
     return [*steps, (profile, name, options)]
 

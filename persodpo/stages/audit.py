@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from persodpo.config import Profile, load_profile
 from persodpo.release import audit, parity, published
+from persodpo.release.fetch import fetch_release
 from persodpo.release.material import Material
 from persodpo.runfolder import RunFolder, StageReport, Tables
-from persodpo.stages.base import Need, published_files
 from persodpo.stages.pairs import limits
 
 #: Sections that do not touch what the audit judges.
@@ -30,14 +30,9 @@ def as_released(profile: Profile) -> Profile:
     return profile if same else twin.model_copy(update={"name": f"{profile.name}-as-released"})
 
 
-def needs(_profile: Profile) -> list[Need]:
-    """Return what is judged."""
-    return [Need("pairs")]
-
-
 def judge(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
     """Make the parity table, the findings and the effect of every correction, on the tables as released."""
-    profile, files = run.profile, published_files(run)
+    profile, files = run.profile, fetch_release(run.release)
     names = ["dialogues", "responses", "scores", "thresholds", "pairs/simple", "pairs/perso", "pairs/gate"]
 
     def build() -> Tables:

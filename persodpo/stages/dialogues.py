@@ -13,15 +13,10 @@ from persodpo.errors import PersodpoError
 from persodpo.miniature.world import write_world
 from persodpo.own_data import read_dialogues
 from persodpo.release import published
+from persodpo.release.fetch import fetch_release
 from persodpo.runfolder import PROJECT, RunFolder, StageReport, Tables
-from persodpo.stages.base import Need, published_files
 
 FOCUS = "https://github.com/pkchat-focus/FoCus"
-
-
-def needs(_profile: Profile) -> list[Need]:
-    """Return nothing: dialogues come first."""
-    return []
 
 
 def make_dialogues(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
@@ -71,5 +66,5 @@ def _files(run: RunFolder) -> dict[str, Path]:
         return {split: path for split, path in given.items() if path}
     if settings.source == "csv" and settings.csv_file:
         return {"csv": PROJECT / settings.csv_file}
-    files = published_files(run)
+    files = fetch_release(run.release)
     return {name: files[name] for name in map(published.prompts_file, ("train", "valid"))}

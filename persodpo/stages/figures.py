@@ -10,18 +10,11 @@ import pandas as pd
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from persodpo.config import Profile
 from persodpo.errors import NothingToShowError, PersodpoError
 from persodpo.figures import FIGURES, style
 from persodpo.imports import code_of
 from persodpo.release import published
 from persodpo.runfolder import RunFolder, StageReport, files_are_unchanged, read_json, sha256
-from persodpo.stages.base import Need
-
-
-def needs(_profile: Profile) -> list[Need]:
-    """Return what figures show."""
-    return [Need("train"), Need("evaluate"), Need("ablate")]
 
 
 def draw(run: RunFolder, overwrite: bool = False) -> list[StageReport]:

@@ -19,9 +19,10 @@ from persodpo.generation.requests import Job
 from persodpo.generation.store import Store
 from persodpo.generation.summary import Forecast, Summary, forecast, stored_answers
 from persodpo.release import published
+from persodpo.release.fetch import fetch_release
 from persodpo.runfolder import PROJECT, RunFolder, StageReport, Tables
 from persodpo.stages.asking import WAIT_SECONDS, Scope, entry_of, is_small_policy, jobs_of
-from persodpo.stages.base import Need, published_files
+from persodpo.stages.base import Need
 
 _UNFINISHED = (
     "Not every prompt is answered yet ({summary}); run `persodpo {command} --profile {profile}` again, what is stored is "
@@ -103,7 +104,7 @@ def _outcomes(run: RunFolder) -> str:
 
 def _published(run: RunFolder, overwrite: bool) -> StageReport:
     """Read the published completions."""
-    profile, files = run.profile, published_files(run)
+    profile, files = run.profile, fetch_release(run.release)
     tables = {"responses": published.ranked_sets(profile.generation.models)}
     if profile.evaluation.source == "published":
         tables["evaluation/responses"] = published.VALID_SETS

@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import pandas as pd
 
-from persodpo.config import Profile
 from persodpo.errors import PersodpoError
 from persodpo.gate import inspect_pairs
 from persodpo.pairs import build_pairs
 from persodpo.prompts import load_template
 from persodpo.runfolder import RunFolder, StageReport, Tables
-from persodpo.stages.base import Need
 
 #: What to do where a pair set is empty, for each that there is.
 _MENDS = {
     "simple": "where no model ever fails, leave simple out of pairs.sets",
     "perso": "move pairs.low_quantile and pairs.high_quantile together or add models",
 }
-
-
-def needs(_profile: Profile) -> list[Need]:
-    """Return what pairs follow from."""
-    return [Need("score")]
 
 
 def make_pairs(run: RunFolder, overwrite: bool = False) -> list[StageReport]:

@@ -12,21 +12,16 @@ import pandas as pd
 from persodpo import pairs
 from persodpo.config import Profile
 from persodpo.release import published
+from persodpo.release.fetch import fetch_release
 from persodpo.runfolder import RunFolder, StageReport, Tables
 from persodpo.scoring import extras, factory, heads, probes
 from persodpo.scoring.encoder import Encoder, remembered
 from persodpo.scoring.score import Engine, ScoreCache, Scorer, Tally, computed_metrics, one_by_one
-from persodpo.stages.base import Need, published_files
 
 #: The responses that are ranked, and the held-out ones.
 TABLES = ("scores", "evaluation/scores")
 #: Under the folder of all runs, for scores and heads do not depend on a run's name; no run can be called so.
 CACHE, HEADS = "_scores.sqlite", "_heads"
-
-
-def needs(_profile: Profile) -> list[Need]:
-    """Return what scores follow from."""
-    return [Need("generate")]
 
 
 def make_scores(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
@@ -91,7 +86,7 @@ def _extras(run: RunFolder) -> StageReport:
 
 def _published(run: RunFolder, overwrite: bool) -> StageReport:
     """Make scores and thresholds of the published metric values."""
-    profile, files = run.profile, published_files(run)
+    profile, files = run.profile, fetch_release(run.release)
     wanted = dict(
         zip(tables_of(profile), (published.ranked_sets(profile.generation.models), published.VALID_SETS), strict=False)
     )
