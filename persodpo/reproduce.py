@@ -6,13 +6,13 @@ defaults; here both are errors, found before anything runs.
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -171,14 +171,14 @@ def reproduce(
 
 def _side_by_side(notebooks: Sequence[Path], folder: Path, parameters: Mapping[str, Any]) -> Iterator[Executed]:
     """Run notebooks that only read, two at a time on a thread each, and yield them in their order."""
-    with ProcessPoolExecutor(2, initializer=os.environ.setdefault, initargs=("OMP_NUM_THREADS", "1")) as pool:
-        running = [pool.submit(run_notebook, file, folder / file.name, parameters, False) for file in notebooks]
-        try:
-            for one in running:
-                yield one.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():  # an interrupt may have come to this process alone
-                if process.pid:
-                    os.kill(process.pid, signal.SIGINT)
-            raise
+    with multiprocessing.Pool(2, _start_worker) as pool:
+        yield from pool.imap(functools.partial(_run_quietly, folder, parameters), notebooks)
+
+
+def _start_worker() -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # by which a pool ends its workers: kernels end, too
+
+
+def _run_quietly(folder: Path, parameters: Mapping[str, Any], notebook: Path) -> Executed:
+    return run_notebook(notebook, folder / notebook.name, parameters, progress=False)

@@ -115,8 +115,10 @@ def _run(run: RunFolder, stage: Stage, overwrite: bool, options: Mapping[str, An
 def nothing_to_do(profile: Profile) -> bool:
     """Tell whether no stage of a profile would do anything; the audit is left out where nothing published is at hand."""
     names = ["figures", *(["audit"] if published_at_hand(RunFolder(profile)) else [])]
+    try:
+        steps = [step for name in names for step in plan(profile, name)]
+    except PersodpoError:  # there is a stage that this profile has not
+        return False
     return all(
-        records.unchanged(RunFolder(step[0]), step[1], STAGES[step[1]], step[2]) is not None
-        for name in names
-        for step in plan(profile, name)
+        records.unchanged(RunFolder(one), name, STAGES[name], options) is not None for one, name, options in steps
     )

@@ -11,10 +11,6 @@ import re
 import pandas as pd
 
 from persodpo.config import Ablation, Profile, with_overrides
-from persodpo.evaluation.bootstrap import Resampling
-from persodpo.evaluation.comparisons import compare
-from persodpo.evaluation.estimates import estimates
-from persodpo.evaluation.observations import observe
 from persodpo.pairs import Variant, measured, pair_keys, rebuild
 from persodpo.runfolder import RunFolder, StageReport, Tables
 from persodpo.stages.base import Need
@@ -109,6 +105,11 @@ def _estimates(run: RunFolder, overwrite: bool) -> StageReport:
     names = [f"{group}/{kind}" for group in ("evaluation", "ablations") for kind in ("responses", "scores", "judged")]
 
     def build() -> Tables:
+        from persodpo.evaluation.bootstrap import Resampling
+        from persodpo.evaluation.comparisons import compare
+        from persodpo.evaluation.estimates import estimates
+        from persodpo.evaluation.observations import observe
+
         own, other = (
             observe(run.read(f"{group}/responses"), run.read(f"{group}/scores"), judged=run.read(f"{group}/judged"))
             for group in ("evaluation", "ablations")

@@ -4,11 +4,6 @@ from __future__ import annotations
 
 from persodpo.config import Profile
 from persodpo.errors import PersodpoError
-from persodpo.evaluation.bootstrap import Resampling
-from persodpo.evaluation.comparisons import compare
-from persodpo.evaluation.estimates import estimates, summarise
-from persodpo.evaluation.exports import comparison_table, results_table, write_exports
-from persodpo.evaluation.observations import IMPUTED, SUCCESSES, observe
 from persodpo.runfolder import RunFolder, StageReport, Tables
 from persodpo.stages.base import Need
 from persodpo.stages.heldout import arms_of, held_out_arms, judge_held_out
@@ -38,6 +33,11 @@ def evaluate(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
     reports = held_out_arms(run, overwrite) if by_arms else [judge_held_out(run, "evaluation", overwrite)]
 
     def build() -> Tables:
+        from persodpo.evaluation.bootstrap import Resampling
+        from persodpo.evaluation.comparisons import compare
+        from persodpo.evaluation.estimates import estimates, summarise
+        from persodpo.evaluation.observations import observe
+
         responses, scores, judged = (run.read(name) for name in tables)
         observations = observe(responses, scores, arms, judged)
         sampling = Resampling(settings.resamples, profile.seed)
@@ -60,6 +60,9 @@ def evaluate(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
 
 def after(run: RunFolder) -> list[str]:
     """Write the tables of the evaluation as CSV, Markdown and LaTeX; they are made anew from the tables every time."""
+    from persodpo.evaluation.exports import comparison_table, results_table, write_exports
+    from persodpo.evaluation.observations import IMPUTED, SUCCESSES
+
     estimated, compared = (run.read(f"evaluation/{name}") for name in ("estimates", "comparisons"))
     folder = run.path("evaluation/results").parent
     for reading, name in ((IMPUTED, "failures_imputed"), (SUCCESSES, "successes_alone")):

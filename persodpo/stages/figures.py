@@ -5,16 +5,20 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from persodpo.errors import NothingToShowError, PersodpoError
-from persodpo.figures import FIGURES, style
 from persodpo.imports import code_of
 from persodpo.release import published
 from persodpo.runfolder import RunFolder, StageReport, files_are_unchanged, read_json, sha256
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from persodpo.figures.style import FigureSpec
 
 
 def draw(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
@@ -25,6 +29,8 @@ def draw(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
 
 def figure_names(run: RunFolder) -> list[str]:
     """Return the figures whose tables the profile makes."""
+    from persodpo.figures import FIGURES
+
     profile = run.profile
     absent = {f"pairs/{name}" for name in ("simple", "perso") if name not in profile.pairs.sets}
     if not profile.evaluation.ablations:
@@ -67,16 +73,22 @@ def save_figure(run: RunFolder, name: str, *, overwrite: bool = False) -> StageR
         for path in files:
             path.unlink(missing_ok=True)
         return StageReport(stage, False, {}, 0.0, ("left out, as the run has nothing that it could show",))
+    from persodpo.figures import style
+
     style.save(figure, name, run.figures, inputs, spec.note)
     return StageReport(stage, False, {}, time.perf_counter() - started)
 
 
 def figure_code(name: str) -> dict[str, str]:
     """Return the sha256 of the code that draws a figure, within `persodpo.figures`, and of the style sheet."""
-    return {"code": code_of(_spec(name).draw.__module__, within="persodpo.figures"), "style": sha256(style.STYLE)}
+    from persodpo.figures.style import STYLE
+
+    return {"code": code_of(_spec(name).draw.__module__, within="persodpo.figures"), "style": sha256(STYLE)}
 
 
-def _spec(name: str) -> style.FigureSpec:
+def _spec(name: str) -> FigureSpec:
+    from persodpo.figures import FIGURES
+
     if name not in FIGURES:
         raise PersodpoError(f"There is no figure '{name}'; there are {', '.join(FIGURES)}.")
     return FIGURES[name]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pandas as pd
 
 from persodpo.errors import PersodpoError
-from persodpo.gate import inspect_pairs
 from persodpo.pairs import build_pairs
 from persodpo.prompts import load_template
 from persodpo.runfolder import RunFolder, StageReport, Tables
@@ -22,6 +21,8 @@ def make_pairs(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
     profile = run.profile
 
     def build() -> Tables:
+        from persodpo.gate import inspect_pairs
+
         frames = {name: run.read(name) for name in ("responses", "scores", "dialogues")}
         tables, gate = {}, []
         for name in profile.pairs.sets:

@@ -84,7 +84,7 @@ def _counts(run: RunFolder, models: Iterable[str]) -> dict[str, Any]:
 
 def _named(value: Any) -> Iterator[Path]:
     """Yield the files that settings name, alone or in a folder, and what says which revision the Hub's cache has."""
-    from huggingface_hub.constants import HF_HUB_CACHE  # noqa: PLC0415
+    from huggingface_hub.constants import HF_HUB_CACHE
 
     if isinstance(value, Mapping | list | tuple):
         for inner in value.values() if isinstance(value, Mapping) else value:

@@ -178,8 +178,8 @@ def heads_folder(run: RunFolder) -> Path:
     """
     dialogues = run.read("dialogues")
     if run.profile.dialogues.source == "miniature":
-        from persodpo.miniature.models import own_dialogues  # noqa: PLC0415 - torch is slow to load
-        from persodpo.stages.policy import miniature_folder  # noqa: PLC0415
+        from persodpo.miniature.models import own_dialogues
+        from persodpo.stages.policy import miniature_folder
 
         dialogues = own_dialogues(miniature_folder(run), run.profile.miniature, run.profile.seed)
     encoder = Encoder(run.profile.scoring.encoder, run.profile.scoring.compute.batch_tokens)
@@ -201,7 +201,7 @@ def measure(
     """
     engine: Engine = one_by_one
     if run.profile.engine.scorers == "ray":
-        from persodpo.scoring.cluster import ray_engine  # noqa: PLC0415 - optional
+        from persodpo.scoring.cluster import ray_engine
 
         folder = heads_folder(run) if run_needs_heads(run) else None
         make = partial(factory.make_scorer, profile=run.profile, heads=folder)

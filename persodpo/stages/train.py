@@ -106,7 +106,7 @@ def train_on(
     Returns:
         What was done.
     """
-    from persodpo.training import run as training  # noqa: PLC0415 - torch is slow to load
+    from persodpo.training import run as training
 
     start = start_policy(run)
     outputs = [f"training/{label}/{name}" for name in ("log", "health", "generations")]
