@@ -26,7 +26,7 @@ def unchanged(run: RunFolder, name: str, stage: Stage, options: Mapping[str, Any
     """Return the reports of a step that has nothing to do, None if there is something, or nothing is known."""
     record = read_json(_place(run, name, options))
     files, asked = record.get("files", {}), record.get("answers", {})
-    if not record or record != _record(run, stage, files, asked, record["reports"]):
+    if not record or record != _record(run, stage, files, asked, record.get("reports", [])):
         return None
     return [StageReport(one["stage"], True, one["rows"], 0.0, tuple(one["notes"])) for one in record["reports"]]
 
