@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -171,14 +170,11 @@ def reproduce(
 
 def _side_by_side(notebooks: Sequence[Path], folder: Path, parameters: Mapping[str, Any]) -> Iterator[Executed]:
     """Run notebooks that only read, two at a time on a thread each, and yield them in their order."""
-    with multiprocessing.Pool(2, _start_worker) as pool:
+    # Fresh processes, for one that has talked to kernels cannot be forked.
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
         yield from pool.imap(functools.partial(_run_quietly, folder, parameters), notebooks)
 
 
-def _start_worker() -> None:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # by which a pool ends its workers: kernels end, too
-
-
 def _run_quietly(folder: Path, parameters: Mapping[str, Any], notebook: Path) -> Executed:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     return run_notebook(notebook, folder / notebook.name, parameters, progress=False)

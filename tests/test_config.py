@@ -224,9 +224,9 @@ def test_files_that_cannot_be_read(tmp_path):
         (f"zzz={SECRET}", "zzz"),
         (f"{SECRET}=1", "key"),
         ("generation.backends=[{kind: openai, model: a, base_url: http://a/v1, api_key: %s}]" % SECRET,  # noqa: UP031
-         "generation.backends.0.api_key"),
+         "generation.backends"),
         (f"generation.backends=[{{kind: openai, model: a, base_url: 'https://a/v1?api_key={SECRET}'}}]",
-         "generation.backends.0.base_url"),
+         "generation.backends"),
     ],
 )  # fmt: skip
 def test_secrets_are_refused_and_never_repeated(override, path, tmp_path):

@@ -110,6 +110,7 @@ def test_everything_is_checked_before_anything_runs(tmp_path, profile):
     assert done.copy == tmp_path / "runs" / "release" / "notebooks" / "01_good.ipynb"
 
 
+@pytest.mark.slow
 def test_notebooks_whose_stages_have_nothing_to_do_run_two_at_a_time(tmp_path, profile, monkeypatch):
     """Each of two waits for the other; both are told in order, and one that fails ends the run and its neighbour."""
     source = tmp_path / "profile.yaml"

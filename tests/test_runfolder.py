@@ -298,7 +298,7 @@ def test_a_stage_of_which_nothing_has_changed_is_not_even_looked_into(profile, t
         provenance_path(run.path("dialogues")).unlink()
 
     changes = [
-        (edit_table, ["generate"]), (edit_record, ["dialogues", "generate"]),
+        (edit_table, ["generate"]), (edit_record, ["dialogues"]),
         (lambda: completions.write_text(completions.read_text() + "\n"), ["dialogues", "generate"]),
         (lambda: template.write_text(template.read_text() + "\n."), ["dialogues", "generate"]),
     ]  # fmt: skip
