@@ -67,4 +67,4 @@ def _files(run: RunFolder) -> dict[str, Path]:
     if settings.source == "csv" and settings.csv_file:
         return {"csv": PROJECT / settings.csv_file}
     files = fetch_release(run.release)
-    return {name: files[name] for name in map(published.prompts_file, ("train", "valid"))}
+    return {name: files[name] for name in (published.prompts_file("train"), published.prompts_file("valid"))}
