@@ -152,21 +152,6 @@ def train(
 
 
 @app.command()
-def miniature(
-    dialogues: Annotated[
-        int, typer.Option(help="Dialogues of the train file; the valid file gets a quarter of it.")
-    ] = 160,
-    folder: Annotated[Path, typer.Option(help="Where train.json and valid.json go.")] = Path("data/mini"),
-    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same files.")] = 44,
-) -> None:
-    """Generate a world of dialogues in FoCus's own JSON, for `dialogues.source: focus_json`."""
-    from persodpo.miniature.world import write_world  # noqa: PLC0415
-
-    for path in write_world(folder, dialogues, max(dialogues // 4, 20), seed):
-        print(path)
-
-
-@app.command()
 def fetch(
     what: Annotated[str, typer.Argument(help="What to fetch: release or encoder.")],
     profile: ProfileOption = DEFAULT_PROFILE,

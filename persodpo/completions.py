@@ -43,27 +43,14 @@ _LOOP_MINIMUM = 80
 
 
 class Reading(NamedTuple):
-    """What a completion says.
+    """What a completion says."""
 
-    Attributes:
-        response: The answer; for a failure the text recovered from it; None if there is none.
-        outcome: One of `OUTCOMES`; ``ok`` means that the answer was read.
-    """
-
-    response: str | None
-    outcome: str
+    response: str | None  # the answer; for a failure the text recovered from it
+    outcome: str  # one of OUTCOMES; ok means that the answer was read
 
 
 def read_completion(completion: str | None, reading: Literal["as_released", "strict"] = "as_released") -> Reading:
-    """Read a completion.
-
-    Args:
-        completion: The generated text; None or white space is ``empty``.
-        reading: ``as_released`` or ``strict``, see the module's docstring.
-
-    Returns:
-        The response and its outcome. Never raises, whatever the text.
-    """
+    """Read a completion, of which None or white space is ``empty``; never raises, whatever the text."""
     if completion is None or not completion.strip():
         return Reading(None, "empty")
     text = _without_surrogates(completion)

@@ -385,7 +385,7 @@ def load_profile(name: str | Path = DEFAULT_PROFILE, overrides: Sequence[str] = 
 
     Args:
         name: A shipped profile's name (see `profile_names`) or the path of a YAML file.
-        overrides: Assignments such as ``"pairs.low_quantile=0.3"``, see `persodpo.profile_text.assign`.
+        overrides: Assignments such as ``"pairs.low_quantile=0.3"``, the value as text.
 
     Raises:
         PersodpoError: The file cannot be read, or as `persodpo.profile_text.resolve`.

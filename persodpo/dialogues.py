@@ -28,15 +28,10 @@ _MISSED_END = re.compile(r"(?<=[^\sA-Z])(?=I(?:m|ve|d)? )")
 
 
 def split_personas(joined: str, expected: int | None = None) -> list[str]:
-    """Split persona sentences that were joined without a space.
+    """Split persona sentences that were joined without a space, as in ``"I love art.I have a dog."``.
 
-    Args:
-        joined: For example ``"I love art.I have a dog."``.
-        expected: The number of sentences if it is known; ends that the author left unmarked are looked for only if
-            fewer were found.
-
-    Returns:
-        The sentences; joined again they give ``joined``.
+    Ends that the author left unmarked are looked for only if fewer sentences than ``expected`` were found. Joined again
+    the sentences give ``joined``.
     """
     sentences = [s for s in _SENTENCE_END.split(joined) if s]
     if expected and len(sentences) < expected:
@@ -45,14 +40,10 @@ def split_personas(joined: str, expected: int | None = None) -> list[str]:
 
 
 def published_focus(path: Path, split: Split) -> pd.DataFrame:
-    """Read published FoCus prompts (columns personas, context, act_response).
-
-    Args:
-        path: ``Prompts/FoCus-train.csv`` or ``Prompts/FoCus-valid.csv`` of the release.
-        split: Its split; the row number becomes the dialogue's id.
+    """Read published FoCus prompts: ``Prompts/FoCus-train.csv`` or ``Prompts/FoCus-valid.csv`` of the release.
 
     Returns:
-        A dialogues table in the file's order.
+        A dialogues table in the file's order; the row number becomes the dialogue's id.
 
     Raises:
         PersodpoError: The file cannot be read or lacks a column, or a dialogue has no persona sentence.

@@ -18,11 +18,7 @@ class NothingToShowError(PersodpoError):
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder and its parents.
-
-    Raises:
-        PersodpoError: It cannot be created, for whatever reason.
-    """
+    """Create a folder and its parents; where that cannot be, a sentence says why."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -33,14 +29,7 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def disk_errors(target: Path) -> Iterator[None]:
-    """Turn a full or read-only disk under ``target`` into one sentence.
-
-    Args:
-        target: The file or folder being written; named in the message.
-
-    Raises:
-        PersodpoError: The disk is full, or the place cannot be written.
-    """
+    """Turn a full or read-only disk under ``target``, a file or folder that is being written, into one sentence."""
     try:
         yield
     except PersodpoError:

@@ -110,20 +110,11 @@ def _or_sentence(panel: Callable[P, Panel]) -> Callable[P, Panel | HTML]:
     return open_panel
 
 
-# --- responses -------------------------------------------------------------------------------------------------------
-
-
 @_or_sentence
 def responses(run: RunFolder) -> Panel:
     """Find a dialogue by its text, a model or an outcome class; see all answers side by side with their scores.
 
     Where a completion failed, or is not exactly one JSON object, it is shown as it came.
-
-    Args:
-        run: A run with dialogues, responses and scores.
-
-    Returns:
-        The panel, or a sentence if a table is missing.
     """
     dialogues, answers, scores = (run.read(name) for name in ("dialogues", "responses", "scores"))
     rows = _joined(answers, scores)
@@ -181,21 +172,12 @@ def _plain(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-# --- quality ---------------------------------------------------------------------------------------------------------
-
-
 def pairs_under(run: RunFolder) -> Callable[[Mapping[str, float], float, float], Outcome]:
     """Prepare what no weight changes, so that `persodpo.method` answers while a slider moves.
 
-    Args:
-        run: A run with dialogues, responses and scores; all settings but weights and quantiles are its own.
-
     Returns:
         A function of a weight for each of `persodpo.method.SIGNALS` (they sum to 1) and the low and high quantile of
-        quality (0 to 1).
-
-    Raises:
-        PersodpoError: A table is missing or was edited, or no response is scored.
+        quality (0 to 1); all other settings are the run's own.
     """
     profile = run.profile
     answers, scores, dialogues = (run.read(name) for name in ("responses", "scores", "dialogues"))
@@ -222,12 +204,6 @@ def quality(run: RunFolder) -> Panel:
     """Move the five weights and the two quantiles of a run, and see what becomes of scores, pairs and ranks.
 
     The sliders give proportions: weights are divided by their sum.
-
-    Args:
-        run: A run with dialogues, responses and scores.
-
-    Returns:
-        The panel, its controls named after the signals, and ``quantiles``; or a sentence if a table is missing.
     """
     pair, weights, settings = pairs_under(run), run.profile.scoring.weights.model_dump(), run.profile.pairs
     bounds = (settings.low_quantile, settings.high_quantile)
@@ -247,11 +223,7 @@ def quality(run: RunFolder) -> Panel:
 
 
 def normalised(shares: Mapping[str, float]) -> dict[str, float]:
-    """Return weights that sum to 1, in the proportions of ``shares``.
-
-    Raises:
-        PersodpoError: All of them are 0.
-    """
+    """Return weights that sum to 1, in the proportions of ``shares``."""
     total = sum(shares.values())
     if total == 0:
         raise PersodpoError("All weights are 0, so there is no quality; move one of them up.")
@@ -273,19 +245,9 @@ def _numbers_html(now: Outcome, own: Outcome, weights: Mapping[str, float], seed
     )
 
 
-# --- training --------------------------------------------------------------------------------------------------------
-
-
 @_or_sentence
 def training(run: RunFolder) -> Panel:
-    """Set the training curves of a run's arms beside each other and beside the published ones.
-
-    Args:
-        run: Any run; before training the published curves stand alone.
-
-    Returns:
-        The panel, with a box to tick for each training, ``axis`` and ``smoothing``; or a sentence if a log was edited.
-    """
+    """Set the training curves of a run's arms beside each other and the published ones; these alone before training."""
     curves = _curves(run)
     boxes = {
         name: widgets.Checkbox(
@@ -315,18 +277,11 @@ def _curves(run: RunFolder) -> dict[str, pd.DataFrame]:
     return logs | {f"published {name}": group for name, group in published.groupby("run")}
 
 
-# --- arms ------------------------------------------------------------------------------------------------------------
-
-
 @_or_sentence
 def arms(run: RunFolder) -> Panel:
     """See every arm's answer to one held-out dialogue, and how the arms differ here and over all dialogues.
 
-    Args:
-        run: A run that was evaluated. Of several seeds the answers of the first are shown; differences are of all.
-
-    Returns:
-        The panel, with ``compare`` and ``dialogue``; or a sentence if a table is missing.
+    Of several seeds the answers of the first are shown; differences are of all.
     """
     comparisons = run.read("evaluation/comparisons").dropna(subset="difference")
     if comparisons.empty:

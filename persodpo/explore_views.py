@@ -90,15 +90,7 @@ def svg(figure: Figure) -> str:
 
 
 def dialogue_html(dialogue: Mapping[str, Any], answers: pd.DataFrame) -> str:
-    """Return a dialogue and its answers side by side.
-
-    Args:
-        dialogue: A row of the dialogues table.
-        answers: Its responses with their scores, a row a model.
-
-    Returns:
-        HTML at most 900 pixels wide; words of the persona are bold and underlined.
-    """
+    """Return a dialogue, and its responses with their scores side by side; words of the persona stand out."""
     words = {word.casefold() for text in dialogue["personas"] for word in _WORD.findall(text)} - ENGLISH_STOP_WORDS
     persona = "".join(f"<li>{marked(text, words)}</li>" for text in dialogue["personas"])
     turns = "<br>".join(html.escape(turn) for turn in (dialogue["context"] or "").splitlines())
@@ -138,12 +130,7 @@ def marked(text: str, words: Collection[str]) -> str:
 
 
 def quality_figure(now: Outcome, own: Outcome) -> Figure:
-    """Draw the quality of all responses with both thresholds, and each model's rank and pairs.
-
-    Args:
-        now: What the sliders give.
-        own: What the profile gives.
-    """
+    """Draw the quality of all responses with both thresholds, and each model's rank and pairs, beside the profile's own."""
     with rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 3.2))
         margins = {"left": 0.05, "right": 0.98, "bottom": 0.1, "top": 0.88, "wspace": 0.45}
@@ -217,15 +204,9 @@ def differences(
 ) -> pd.DataFrame:
     """Set each difference between two arms in one dialogue beside that of all dialogues.
 
-    Args:
-        comparisons: Comparisons table.
-        rows: Held-out responses with their scores.
-        dialogue: Which dialogue.
-        metric: Which metric.
-        reading: How failures count.
-
     Returns:
-        The rows of ``comparisons`` with a column ``here``: the mean difference over seeds, NaN where it does not count.
+        The rows of ``comparisons`` of a metric and reading, with a column ``here``: the mean difference over seeds in the
+        dialogue, from held-out responses with their scores; NaN where it does not count.
     """
     here = rows[rows["dialogue_id"] == dialogue]
     failed = here["outcome"] != "ok"
@@ -244,11 +225,7 @@ def differences(
 
 
 def differences_html(table: pd.DataFrame) -> str:
-    """Return differences between arms; an arm is named by what follows a slash.
-
-    Args:
-        table: Rows of the comparisons table, with a column here: the difference in the dialogue that is shown.
-    """
+    """Return differences between arms from `differences`; an arm is named by what follows a slash."""
     names = [f"{arm.split('/')[-1]} − {base.split('/')[-1]}" for arm, base in table[["arm", "baseline"]].to_numpy()]
     spans = [
         f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" for mean, low, high in table[["difference", "low", "high"]].to_numpy()

@@ -6,14 +6,12 @@ from. What is made from the same basis again, and is still as it was written, is
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from persodpo.errors import PersodpoError, disk_errors
-from persodpo.runfolder import as_json, is_running, read_json, sha256, versions, write_json
+from persodpo.runfolder import as_json, files_are_unchanged, read_json, scratch_in, sha256, versions, write_json
 
 
 def made_once(
@@ -25,7 +23,7 @@ def made_once(
     what: str,
     needs: str,
 ) -> Path:
-    """Make a folder, unless it was made from ``basis`` already.
+    """Make a folder, whole or not at all, unless it was made from ``basis`` and is still as it was written.
 
     Args:
         folder: Its place. One made from something else is replaced.
@@ -41,42 +39,33 @@ def made_once(
     Raises:
         PersodpoError: ``folder`` holds something else, or the disk fails; what was there stays as it was.
     """
-    if is_current(folder, record, basis, needs):
+    known = read_json(folder / record)
+    same = as_json(basis).items() <= known.items() and needs in known.get("files", {})
+    if same and files_are_unchanged(folder, known):
         return folder
     refuse_others(folder, record, what)
 
     def fill(scratch: Path) -> None:
-        found = make(scratch)
+        said = make(scratch)
         files = {path.name: sha256(path) for path in sorted(scratch.iterdir())}
-        write_json(scratch / record, {**basis, **found, "files": files, "versions": versions()})
+        write_json(scratch / record, {**basis, **said, "files": files, "versions": versions()})
 
-    return replaced(folder, fill)
+    return replace_folder(folder, fill)
 
 
-def replaced(folder: Path, fill: Callable[[Path], None]) -> Path:
+def replace_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
     """Let ``fill`` fill a scratch folder, then rename it to ``folder`` in place of what is there.
 
     Raises:
         PersodpoError: The disk fails; what was there stays as it was.
     """
-    scratch = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    with disk_errors(folder):
-        _clear_scratch(folder)
-        scratch.mkdir(parents=True)
-        try:
-            fill(scratch)
-            _publish(scratch, folder)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+    with disk_errors(folder), scratch_in(folder.parent) as scratch:
+        (scratch / "new").mkdir()
+        fill(scratch / "new")
+        if folder.exists():
+            folder.rename(scratch / "old")
+        (scratch / "new").rename(folder)
     return folder
-
-
-def is_current(folder: Path, record: str, basis: Mapping[str, Any], needs: str) -> bool:
-    """Tell whether ``folder`` was made from ``basis`` and is still as it was written."""
-    found = read_json(folder / record)
-    files: dict[str, str] = found.get("files", {})
-    same = needs in files and all(found.get(key) == value for key, value in as_json(basis).items())
-    return same and all((folder / n).is_file() and sha256(folder / n) == digest for n, digest in files.items())
 
 
 def refuse_others(folder: Path, record: str, what: str) -> None:
@@ -87,20 +76,3 @@ def refuse_others(folder: Path, record: str, what: str) -> None:
     """
     if folder.exists() and not (folder.is_dir() and ((folder / record).is_file() or not any(folder.iterdir()))):
         raise PersodpoError(f"{folder} holds something other than {what}; name another folder or remove it.")
-
-
-def _clear_scratch(folder: Path) -> None:
-    """Remove what killed processes left beside ``folder``; that of running ones stays."""
-    for left in folder.parent.glob(f".{folder.name}.*-*"):
-        owner = left.name.rpartition("-")[2]
-        if owner.isdigit() and (int(owner) == os.getpid() or not is_running(int(owner))):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _publish(scratch: Path, folder: Path) -> None:
-    """Rename ``scratch`` to ``folder``, after moving aside what it replaces."""
-    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-    if folder.exists():
-        folder.rename(old)
-    scratch.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -32,16 +32,8 @@ WORST_CASE = {"coherence": 0.0, "c_score": -1.0, "ue_score": 0.0, "persona_dista
 PairKeys = set[tuple[str, str, str]]
 
 
-@dataclass(frozen=True)
-class Ranking:
-    """Rated responses.
-
-    Attributes:
-        scores: Metric values with compliance and quality.
-        scale: What quality was measured against.
-        low: Threshold at or below which a response may be rejected.
-        high: Threshold at or above which it may be chosen.
-    """
+class Ranking(NamedTuple):
+    """Rated responses: metric values with compliance and quality, what these were measured against, the two thresholds."""
 
     scores: pd.DataFrame
     scale: Scale
@@ -49,14 +41,8 @@ class Ranking:
     high: float
 
 
-@dataclass(frozen=True)
-class Variant:
-    """What other settings make of the same responses.
-
-    Attributes:
-        ranking: Scores, scale and thresholds.
-        pairs: A pairs table.
-    """
+class Variant(NamedTuple):
+    """What other settings make of the same responses."""
 
     ranking: Ranking
     pairs: pd.DataFrame
@@ -147,32 +133,21 @@ def rank(pool: pd.DataFrame, profile: Profile) -> Ranking:
 def answers_of(
     pair_set: PairSet, responses: pd.DataFrame, scores: pd.DataFrame, prompts: pd.DataFrame, profile: Profile
 ) -> pl.DataFrame:
-    """Return the responses that can stand in a pair, with the text that stands there.
+    """Return the scored train responses that can stand in a pair, with the text that stands there.
 
-    Args:
-        pair_set: In ``perso`` pairs as released a failed completion is written anew, as valid JSON like the chosen one;
-            elsewhere, and under correction A4, it stays broken as it was generated.
-        responses: Responses table.
-        scores: Scores table; joined on dialogue_id and model.
-        prompts: From `prompt_table`.
-        profile: Pair settings.
+    In ``perso`` pairs as released a failed completion is written anew, as valid JSON like the chosen one; elsewhere, and
+    under correction A4, it stays broken as it was generated.
 
     Returns:
-        dialogue_id, model, outcome, quality and text, of scored train responses with some text; under correction B1 also
-        repeats: whether the response says a sentence twice.
+        dialogue_id, model, outcome, quality and text; under correction B1 also repeats: whether the response says a
+        sentence twice.
     """
     frame = responses[responses["split"].eq("train") & responses["response"].notna()]
     frame = frame.merge(scores[scores["quality"].notna()], on=["dialogue_id", "model"], validate="one_to_one")
     frame = frame[frame["dialogue_id"].isin(prompts["dialogue_id"])]
     rewritten = pair_set == "perso" and not profile.corrects("A4")
     texts = [write_completion(text) for text in frame["response"]] if rewritten else frame["completion"]
-    kinds = {
-        "dialogue_id": pl.String,
-        "model": pl.String,
-        "outcome": pl.String,
-        "quality": pl.Float64,
-        "text": pl.String,
-    }
+    kinds = dict.fromkeys(("dialogue_id", "model", "outcome", "quality", "text"), pl.String) | {"quality": pl.Float64}
     answers = pl.from_pandas(frame.assign(text=texts)[list(kinds)], schema_overrides=kinds)
     if profile.corrects("B1"):
         twice = [repeats_sentence(text) for text in frame["response"]]
@@ -189,15 +164,7 @@ def build_pairs(
     limits: tuple[float, float],
     profile: Profile,
 ) -> pd.DataFrame:
-    """Build one pair set with its texts.
-
-    Args:
-        pair_set: ``simple`` or ``perso``.
-        responses: Responses table.
-        scores: Scores table.
-        dialogues: Dialogues table, all splits.
-        limits: Low and high threshold of quality.
-        profile: Prompt and pair settings.
+    """Build one pair set with its texts, from the tables of all splits and the two thresholds of quality.
 
     Returns:
         A pairs table ordered by dialogue, chosen and rejected model; scores rounded to three decimals.
@@ -219,14 +186,9 @@ def build_pairs(
 
 
 def prompt_table(dialogues: pd.DataFrame, profile: Profile) -> pd.DataFrame:
-    """Render the prompt of every train dialogue that may be trained on.
+    """Return dialogue_id and prompt of every train dialogue that may be trained on.
 
-    Args:
-        dialogues: Dialogues table, all splits.
-        profile: Under correction A12 dialogues whose context or personas stand in another split are left out.
-
-    Returns:
-        Columns dialogue_id and prompt.
+    Under correction A12 dialogues whose context or personas stand in another split are left out.
     """
     train = dialogues[dialogues["split"] == "train"]
     if profile.corrects("A12"):
@@ -250,13 +212,10 @@ def rebuild(
 
     Args:
         responses: Responses table; only its completions are read.
-        metrics: Metric values of parsed responses, see `impute`.
+        metrics: As of `impute`, for instance from `measured`.
         dialogues: Dialogues table, all splits.
         profile: The settings.
         pair_set: Which pairs.
-
-    Returns:
-        Ranking and pairs.
     """
     read = read_completions(responses, profile.reading)
     ranking = rank(impute(read, metrics, unread=False, count=word_counter(profile)), profile)
@@ -277,15 +236,7 @@ def pair_keys(pairs: pd.DataFrame) -> PairKeys:
 
 
 def pair_changes(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, int]:
-    """Count what changed from one pairs table to another.
-
-    Args:
-        before: A pairs table.
-        after: Another one, of the same dialogues and models.
-
-    Returns:
-        Pairs that are kept, added, dropped, and flipped (the same two responses, chosen and rejected exchanged).
-    """
+    """Count pairs that are kept, added, dropped, and flipped (chosen and rejected exchanged) from one table to another."""
     old, new = pair_keys(before), pair_keys(after)
     flipped = len({(dialogue, rejected, chosen) for dialogue, chosen, rejected in old} & new)
     kept = len(old & new)
@@ -298,15 +249,7 @@ def pair_changes(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, int]:
 
 
 def measured(responses: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
-    """Return the metric values in a scores table that were measured and not given to failures.
-
-    Args:
-        responses: Responses table.
-        scores: Scores table of the same responses.
-
-    Returns:
-        Columns dialogue_id, model, the four metrics, and parsed: the text that was scored.
-    """
+    """Return the metric values in a scores table that were measured and not given to failures, for `impute`."""
     known = scores[~scores["imputed"] & scores["quality"].notna()]
     texts = responses[["dialogue_id", "model", "response"]].rename(columns={"response": "parsed"})
     return known[["dialogue_id", "model", *METRICS]].merge(texts, on=["dialogue_id", "model"], validate="one_to_one")

@@ -1,8 +1,8 @@
 """What settings are made of, and their text: plain YAML and ``section.key=value`` in, checked sections out, and back.
 
-YAML 1.1 reads ``010`` as 8, ``no`` as false and ``1e-6`` as a text, lets a key stand twice, and has dates, tags and aliases
-that unfold to gigabytes. Here ``010`` and ``no`` are texts, ``1e-6`` is a number, and the rest is refused in a sentence.
-What cannot be parsed and what looks like a secret is named by its place and never repeated.
+YAML says where lists and sections stand, and nothing of types: ``010``, ``no``, ``1e-6`` and dates are texts until a field
+makes of them what it holds. Aliases, anchors, tags and keys that stand twice are refused. What cannot be parsed and what
+looks like a secret is named by its place and never repeated.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
+from typing import Annotated, Any, TypeVar, cast, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from persodpo.errors import PersodpoError
@@ -42,6 +41,7 @@ Text = Annotated[str, BeforeValidator(_filled)]
 Place = Annotated[Path, BeforeValidator(_filled)]
 _Entry = TypeVar("_Entry")
 Several = Annotated[tuple[_Entry, ...], AfterValidator(distinct)]
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class Section(BaseModel):
@@ -49,9 +49,26 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_texts(cls, values: Any) -> Any:
+        """Read the text of a list or section as YAML, and ``null`` or nothing as None where there may be none."""
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        for name, field in cls.model_fields.items():
+            text = values.get(name)
+            if not isinstance(text, str):
+                continue
+            if type(None) in get_args(field.annotation) and text.strip() in {"", "~", "null"}:
+                values[name] = None
+            elif get_origin(field.annotation) in {tuple, dict} or _sections_in(field.annotation):
+                values[name] = read_yaml(text, f"The value of {name}")
+        return values
+
     def to_yaml(self) -> str:
         """Return all settings as a profile file, each with its comment."""
-        return "\n".join([*commented(self), ""])
+        return "\n".join([*_commented(self), ""])
 
 
 def setting(comment: str, default: Any = ..., **limits: Any) -> Any:
@@ -59,21 +76,7 @@ def setting(comment: str, default: Any = ..., **limits: Any) -> Any:
     return Field(default, description=comment, **limits)
 
 
-Model = TypeVar("Model", bound=BaseModel)
-
-_DIGITS = "(0|[1-9][0-9]{0,17})"
-#: What an unquoted text is taken for, and what that begins with.
-_PLAIN = {
-    "null": ("~|null|Null|NULL|", ["~", "n", "N", ""]),
-    "bool": ("true|True|TRUE|false|False|FALSE", list("tTfF")),
-    "int": (f"[-+]?{_DIGITS}", list("-+0123456789")),
-    "float": (rf"[-+]?(\.inf|\.nan|({_DIGITS}(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?)", list("-+.0123456789")),
-}
-
-
-class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - as PyYAML declares it
-
+class _Loader(yaml.BaseLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event: Any = cast(Any, self).peek_event()
         if isinstance(event, yaml.AliasEvent) or event.anchor or getattr(event, "tag", None):
@@ -89,17 +92,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-class _Dumper(yaml.SafeDumper):
-    """Quotes each text that YAML 1.1 or `_Loader` would take for something else."""
-
-
-for _name, (_pattern, _first) in _PLAIN.items():
-    for _kind in (_Loader, _Dumper):
-        _kind.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(rf"^(?:{_pattern})$"), _first)
-
-
 def read_yaml(text: str, where: str) -> Any:
-    """Return what a text says.
+    """Return what a text says: lists, sections, and texts.
 
     Args:
         text: One YAML document.
@@ -114,39 +108,33 @@ def read_yaml(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         fault, mark = error.problem or "it cannot be read", error.problem_mark
     except (yaml.YAMLError, ValueError):
-        fault = "it holds characters or numbers that cannot be read"
+        fault = "it holds characters that cannot be read"
     except RecursionError:
         fault = "it is nested too deeply"
     line = f", line {mark.line + 1}," if mark else ""
     raise PersodpoError(f"{where}{line} is not plain YAML: {fault}; write texts, numbers, lists and sections only.")
 
 
-def commented(section: BaseModel, indent: str = "") -> Iterator[str]:
+def _commented(section: BaseModel, indent: str = "") -> Iterator[str]:
     """Yield the lines of a section as YAML, with the description of every field as its comment."""
     values = section.model_dump(mode="json")
     for name, field in type(section).model_fields.items():
         value = getattr(section, name)
-        told = field.description or (type(value).__doc__ or "").splitlines()[0].rstrip(".")
-        comment, *more = told.splitlines()
+        comment, *more = (field.description or (type(value).__doc__ or "").splitlines()[0].rstrip(".")).splitlines()
         if isinstance(value, BaseModel):
             yield f"{indent}{name}:  # {comment}"
-            yield from commented(value, f"{indent}  ")
+            yield from _commented(value, f"{indent}  ")
         elif isinstance(value, tuple) and value and isinstance(value[0], BaseModel):
             yield f"{indent}{name}:  # {comment}"
             for entry in value:
-                first, *others = commented(entry, f"{indent}    ")
+                first, *others = _commented(entry, f"{indent}    ")
                 yield from (f"{indent}  - {first.strip()}", *others)
         else:
-            yield f"{indent}{name}: {_on_one_line(values[name])}  # {comment}"
+            style: Any = {"default_flow_style": True, "width": 10**9, "allow_unicode": True}
+            style["default_style"] = '"' if "\\n" in repr(values[name]) else None
+            text = yaml.safe_dump(values[name], **style).strip().removesuffix("...").strip()
+            yield f"{indent}{name}: {text}  # {comment}"
         yield from (f"{indent}# {line}" for line in more)
-
-
-def _on_one_line(value: Any) -> str:
-    style = '"' if "\\n" in repr(value) else None
-    text = yaml.dump(
-        value, Dumper=_Dumper, default_flow_style=True, default_style=style, width=10**9, allow_unicode=True
-    )
-    return text.strip().removesuffix("...").strip()
 
 
 def fields_of(section: type[BaseModel], before: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -165,51 +153,29 @@ def _sections_in(annotation: Any) -> list[type[BaseModel]]:
     return [section for inner in get_args(annotation) for section in _sections_in(inner)]
 
 
-def _types(annotation: Any) -> set[Any]:
-    """Return the plain types that a value may have."""
-    if get_origin(annotation) is Literal:
-        return {type(value) for value in get_args(annotation)}
-    if get_origin(annotation) is Annotated:
-        return _types(get_args(annotation)[0])
-    if get_origin(annotation) in {Union, UnionType}:
-        return {kind for inner in get_args(annotation) for kind in _types(inner)}
-    return {annotation}
-
-
-def assign(settings: dict[str, Any], assignment: str, model: type[BaseModel]) -> None:
-    """Apply one ``section.key=value`` to nested settings in place.
-
-    The value of a text is taken whole, with ``null`` for none where there may be none; any other is read as YAML.
-
-    Raises:
-        PersodpoError: It has not that form, or the value is no plain YAML.
-    """
-    key, equals, text = assignment.partition("=")
-    *sections, leaf = key.strip().split(".")
-    if not equals or not leaf:
-        raise PersodpoError("An override must read section.key=value, for example pairs.low_quantile=0.3.")
-    node = settings
-    for section in sections:
-        if not isinstance(node.get(section), dict):
-            node[section] = {}  # where that is no section, validation says so
-        node = node[section]
-    field = dict(fields_of(model)).get(key.strip())
-    types = _types(field.annotation) if field else set()
-    if types and types <= {str, Path, type(None)}:
-        node[leaf] = None if type(None) in types and text.strip() in {"", "null"} else text
-    else:
-        node[leaf] = read_yaml(text, f"The value of {key.strip()}")
-
-
 def resolve(model: type[Model], settings: dict[str, Any], overrides: Sequence[str] = ()) -> Model:
     """Return nested settings, after ``overrides``, as a section.
+
+    Args:
+        model: The section.
+        settings: Nested settings; changed in place.
+        overrides: Each ``section.key=value``; the value is a text, which the field reads.
 
     Raises:
         PersodpoError: A key is unknown, a value impossible, or a text looks like a secret, each named by its path; or an
             override is none.
     """
     for assignment in overrides:
-        assign(settings, assignment, model)
+        key, equals, text = assignment.partition("=")
+        *sections, leaf = key.strip().split(".")
+        if not equals or not leaf:
+            raise PersodpoError("An override must read section.key=value, for example pairs.low_quantile=0.3.")
+        node = settings
+        for section in sections:
+            if not isinstance(node.get(section), dict):
+                node[section] = {}  # where that is no section, validation says so
+            node = node[section]
+        node[leaf] = text
     try:
         _refuse_secrets(settings)
         return model.model_validate(settings)

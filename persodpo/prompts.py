@@ -53,14 +53,7 @@ def load_template(name: str) -> str:
 
 
 def load_system(name: str, settings: Prompts) -> str:
-    """Read a chat's system message and fill its word limit in.
-
-    Args:
-        name: As for `load_template`.
-        settings: The word limit.
-
-    Returns:
-        The message.
+    """Read a chat's system message, named as templates are, and fill its word limit in.
 
     Raises:
         PersodpoError: There is no such file, it is empty, or it has another field than ``{max_words}``.
@@ -84,9 +77,6 @@ def render(
         context: The turns, one a line, each led by its speaker.
         settings: The word limit.
         persona_lines: One sentence a line (correction A10a); else they are joined without a space, as released.
-
-    Returns:
-        The prompt.
     """
     joined = "\n".join(f"- {sentence}" for sentence in personas) if persona_lines else "".join(personas)
     return _fill(template, {"personas": joined, "context": context, "max_words": str(settings.max_words)})
@@ -110,9 +100,6 @@ def token_budget(template: str, max_words: int, *, fits_words: bool = False) -> 
         max_words: The word limit that the model is told.
         fits_words: As many as that many words and the JSON around them take (correction A5); else as many tokens as
             words, as released, which cuts long answers off.
-
-    Returns:
-        Tokens.
     """
     keys = len(answer_keys(template))
     if not fits_words:

@@ -11,7 +11,7 @@ from nbconvert import HTMLExporter
 from nbconvert.preprocessors.sanitize import SanitizeHTML
 
 from persodpo.errors import PersodpoError
-from persodpo.folders import refuse_others, replaced
+from persodpo.folders import refuse_others, replace_folder
 from persodpo.runfolder import RunFolder, read_json, read_text, write_text
 
 INDEX = "index.html"
@@ -59,7 +59,7 @@ def write_report(run: RunFolder) -> Path:
             title = titles.get(name, f"Run {run.profile.name}")
             write_text(scratch / name, _PAGE.format(title=title, run=run.profile.name, body=body))
 
-    return replaced(run.root / "report", fill) / INDEX
+    return replace_folder(run.root / "report", fill) / INDEX
 
 
 def _body(file: Path) -> str:

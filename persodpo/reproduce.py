@@ -6,6 +6,8 @@ defaults; here both are errors, found before anything runs.
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
 import os
 import sys
 import time
@@ -51,11 +53,16 @@ def notebook_files(folder: Path = NOTEBOOKS) -> list[Path]:
     return [*sorted(folder.glob("[0-9][0-9]_*.ipynb")), *folder.glob("explore.ipynb")]
 
 
-def parameter_names(notebook: Path) -> set[str]:
-    """Return the names that papermill finds in the cell tagged ``parameters``.
+def _literal(path: Path) -> str:
+    """Return a path for papermill, which takes braces in it for parameters."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
+def check_parameters(notebook: Path, parameters: Mapping[str, Any]) -> None:
+    """Refuse parameters that the notebook does not declare in its one cell tagged ``parameters``.
 
     Raises:
-        PersodpoError: The file is no notebook, or has not exactly one such cell.
+        PersodpoError: A parameter is unknown, the file is no notebook, or there is no such cell.
     """
     try:
         tags = [cell.metadata.get("tags", []) for cell in papermill.iorw.load_notebook_node(str(notebook)).cells]
@@ -67,21 +74,6 @@ def parameter_names(notebook: Path) -> set[str]:
         raise PersodpoError(
             f"{notebook.name} has {count} cells tagged 'parameters'; tag exactly one, or papermill runs with defaults."
         )
-    return names
-
-
-def _literal(path: Path) -> str:
-    """Return a path for papermill, which takes braces in it for parameters."""
-    return str(path).replace("{", "{{").replace("}", "}}")
-
-
-def check_parameters(notebook: Path, parameters: Mapping[str, Any]) -> None:
-    """Refuse parameters that the notebook does not declare.
-
-    Raises:
-        PersodpoError: A parameter is unknown, or there is no parameters cell.
-    """
-    names = parameter_names(notebook)
     unknown = sorted(set(parameters) - names)
     if unknown:
         raise PersodpoError(
@@ -89,13 +81,14 @@ def check_parameters(notebook: Path, parameters: Mapping[str, Any]) -> None:
         )
 
 
-def run_notebook(notebook: Path, copy: Path, parameters: Mapping[str, Any]) -> Executed:
+def run_notebook(notebook: Path, copy: Path, parameters: Mapping[str, Any], progress: bool = True) -> Executed:
     """Execute one notebook.
 
     Args:
         notebook: The source; it is not changed.
         copy: Where the executed copy goes, outputs and all, also when a cell fails.
         parameters: Values for its parameters cell.
+        progress: Show a bar, on a terminal.
 
     Returns:
         What ran.
@@ -117,24 +110,19 @@ def run_notebook(notebook: Path, copy: Path, parameters: Mapping[str, Any]) -> E
                 kernel_name="python3",
                 cwd=str(notebook.parent),
                 config=Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}}),
-                progress_bar={"desc": notebook.name, "leave": False} if sys.stderr.isatty() else False,
+                progress_bar={"desc": notebook.name, "leave": False} if progress and sys.stderr.isatty() else False,
             )
     except PapermillExecutionError as error:
-        raise PersodpoError(_explain(notebook, copy, error)) from error
+        source = "\n".join(f"    {line}" for line in str(error.source).splitlines())
+        raise PersodpoError(
+            f"{notebook.name} failed in cell [{error.exec_count}]:\n{source}\n{error.ename}: {error.evalue}\n"
+            f"The executed copy with the whole traceback is {copy}."
+        ) from error
     except DeadKernelError as error:
         raise PersodpoError(
             f"{notebook.name}: its kernel died, most often for lack of memory; what ran before is in {copy}."
         ) from error
     return Executed(notebook, copy, time.perf_counter() - started)
-
-
-def _explain(notebook: Path, copy: Path, error: PapermillExecutionError) -> str:
-    """Show the failing cell and its error."""
-    source = "\n".join(f"    {line}" for line in str(error.source).splitlines())
-    return (
-        f"{notebook.name} failed in cell [{error.exec_count}]:\n{source}\n{error.ename}: {error.evalue}\n"
-        f"The executed copy with the whole traceback is {copy}."
-    )
 
 
 def reproduce(
@@ -144,7 +132,7 @@ def reproduce(
     overwrite: bool = False,
     notebooks: Sequence[Path] | None = None,
 ) -> Iterator[Executed]:
-    """Run the notebooks in order; their stages skip what has not changed.
+    """Run the notebooks in order; their stages skip what has not changed. Where all would, two run at a time.
 
     Args:
         profile: A profile's name or file.
@@ -171,5 +159,22 @@ def reproduce(
         raise PersodpoError(f"There are no notebooks in {NOTEBOOKS}.")
     for notebook in chosen:
         check_parameters(notebook, parameters)
-    for notebook in chosen:
-        yield run_notebook(notebook, run.notebooks / notebook.name, parameters)
+    from persodpo import stages  # noqa: PLC0415 - slow to load, and not needed to run one notebook
+
+    if overwrite or len(chosen) == 1 or not stages.nothing_to_do(run.profile):
+        for notebook in chosen:
+            yield run_notebook(notebook, run.notebooks / notebook.name, parameters)
+    else:
+        yield from _side_by_side(chosen, run.notebooks, parameters)
+
+
+def _side_by_side(notebooks: Sequence[Path], folder: Path, parameters: Mapping[str, Any]) -> Iterator[Executed]:
+    """Run notebooks that only read, two at a time on a thread each, and yield them in their order."""
+    # Fresh processes, for one that has talked to kernels cannot be forked.
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        yield from pool.imap(functools.partial(_run_quietly, folder, parameters), notebooks)
+
+
+def _run_quietly(folder: Path, parameters: Mapping[str, Any], notebook: Path) -> Executed:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    return run_notebook(notebook, folder / notebook.name, parameters, progress=False)

@@ -58,29 +58,18 @@ class Run(RunFolder):
             **options: Those of the stage: ``arms`` and ``seeds`` of train; ``scope`` and ``retry_failed`` of ask.
 
         Returns:
-            A report of each table, which prints as a line.
-
-        Raises:
-            PersodpoError: As `persodpo.stages.make`.
+            A report of each table, which prints as a line; errors as `persodpo.stages.make`.
         """
         from persodpo import stages  # noqa: PLC0415 - slow to load, and not needed to read tables
 
         return stages.make(self.profile, stage, overwrite, **options)
 
     def table(self, name: str) -> pd.DataFrame:
-        """Return a table of the run, such as ``pairs/perso``; its columns are told in `persodpo.tables`.
-
-        Raises:
-            PersodpoError: As `persodpo.runfolder.RunFolder.read`.
-        """
+        """Return a table of the run, such as ``pairs/perso``; its columns are told in `persodpo.tables`."""
         return self.read(name)
 
     def figure(self, name: str) -> Figure:
-        """Draw a figure from the run's tables; stage ``figures`` saves them all as PDF, PNG and JSON.
-
-        Raises:
-            PersodpoError: As `persodpo.stages.figures.draw_figure`.
-        """
+        """Draw a figure from the run's tables; stage ``figures`` saves them all as PDF, PNG and JSON."""
         from persodpo.stages.figures import draw_figure  # noqa: PLC0415 - the same
 
         return draw_figure(self, name)

@@ -1,9 +1,9 @@
 """Run folders and provenance files: the only module that knows where tables lie (`persodpo.tables` knows their columns).
 
-Every table is a Parquet file (or CSV, for the results table) in ``runs/<profile>/`` with a provenance file
-``<file>.json`` beside it: the sha256 of its inputs and of itself, the settings it was made with, versions, commit, rows
-and seconds. Stages meet only in these files. A table is written to a temporary name and renamed; its provenance file
-comes last, so a table without a matching one was interrupted or edited, and is refused.
+Every table is a Parquet file in ``runs/<profile>/`` with a provenance file ``<file>.json`` beside it: the sha256 of its
+inputs and of itself, the settings it was made with, versions, commit, rows and seconds. Stages meet only in these files. A
+table is written to a temporary name and renamed; its provenance file comes last, so a table without a matching one was
+interrupted or edited, and is refused.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from filelock import FileLock, Timeout
 from persodpo.config import Profile, profile_names
 from persodpo.errors import PersodpoError, disk_errors, make_folder
 from persodpo.imports import code_of
-from persodpo.tables import check_table, schema_of, with_none
+from persodpo.tables import check_table, schema_of, with_none, write_table
 
 PROJECT = Path(__file__).resolve().parents[1]
 DATA = PROJECT / "data"
@@ -43,6 +43,7 @@ MAKER = {
     "extras": "score", "scorers": "score", "probes": "score", "pairs": "pairs", "training": "train",
     "evaluation": "evaluate", "ablations": "ablate", "audit": "audit",
 }  # fmt: skip
+Tables = Mapping[str, pd.DataFrame]
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class StageReport:
         skipped: True if its inputs, settings and code were unchanged, so nothing was done.
         rows: Rows of each table it made.
         seconds: Wall time, 0 if skipped.
-        notes: Further lines to show, warnings among them.
+        notes: Further lines to show, warnings among them; of a stage that was skipped only these.
     """
 
     stage: str
@@ -63,60 +64,17 @@ class StageReport:
     seconds: float
     notes: tuple[str, ...] = ()
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """The notes that hold whether it was skipped or not."""
+        return tuple(note for note in self.notes if note.startswith("warning"))
+
     def __str__(self) -> str:
         """Return a line for logs and notebooks, and one for each note."""
-        tables = ", ".join(f"{name} ({count:,} rows)" for name, count in self.rows.items())
+        tables = [", ".join(f"{name} ({count:,} rows)" for name, count in self.rows.items())] if self.rows else []
         done = "unchanged, skipped" if self.skipped else f"written in {self.seconds:.1f} s"
-        return "\n  ".join([f"{self.stage}: {tables} - {done}", *self.notes])
-
-
-def sha256(path: Path) -> str:
-    """Return the hex sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def digest_of(content: Mapping[str, Any]) -> str:
-    """Return the hex sha256 of JSON-like content, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then rename it to ``path``.
-
-    Args:
-        path: The file to make; its folder is created.
-        write: Called with the temporary path, which keeps the suffix of ``path``.
-
-    Raises:
-        PersodpoError: The disk is full or read-only; ``path`` stays as it was.
-    """
-    with disk_errors(path):
-        make_folder(path.parent)
-        with tempfile.TemporaryDirectory(prefix=_scratch_name(), dir=path.parent) as folder:
-            temporary = Path(folder) / path.name
-            write(temporary)
-            temporary.replace(path)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that shape results."""
-    packages = ["persodpo", "polars", "pyarrow", "pandas", "numpy", "scikit-learn", "torch", "transformers", "trl"]
-    found = {"python": sys.version.split()[0]}
-    for package in packages:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
-
-
-def git_commit() -> str | None:
-    """Return the project's commit, with ``-dirty`` if the working tree differs; None outside a git checkout."""
-    try:
-        command = ["git", "-C", str(PROJECT), "describe", "--always", "--abbrev=40", "--dirty"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)  # noqa: S603
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None
+        lines = self.warnings if self.skipped else self.notes
+        return "\n  ".join([f"{self.stage}: {' - '.join([*tables, done])}", *lines])
 
 
 class RunFolder:
@@ -125,12 +83,16 @@ class RunFolder:
     Attributes:
         profile: The profile whose tables lie here.
         root: The folder.
+        files: What was read and made through this object.
+        asked: Models whose stored answers were read through it.
     """
 
     def __init__(self, profile: Profile) -> None:
         """Name the run folder of ``profile``; nothing is created until a stage writes."""
         self.profile = profile
         self.root = PROJECT / profile.paths.runs / profile.name
+        self.files: set[Path] = set()
+        self.asked: set[str] = set()
 
     @property
     def release(self) -> Path:
@@ -172,7 +134,7 @@ class RunFolder:
         if not path.is_file():
             raise PersodpoError(f"Table {name} is missing ({path}); make it with {command}.")
         check_table(path, name)
-        provenance = read_json(provenance_path(path))
+        provenance = self.provenance(name)
         if provenance.get("table") != name or provenance.get("sha256") != sha256(path):
             raise PersodpoError(
                 f"Table {name} does not match its provenance file ({path}): it was edited or its stage was "
@@ -181,11 +143,7 @@ class RunFolder:
         return path
 
     def read(self, name: str) -> pd.DataFrame:
-        """Read table ``name``; missing text is None.
-
-        Raises:
-            PersodpoError: As `checked_path`.
-        """
+        """Read table ``name``; missing text is None. Errors as `checked_path`."""
         return with_none(pq.read_table(self.checked_path(name), columns=schema_of(name).names).to_pandas())
 
     def forget(self, name: str) -> None:
@@ -200,93 +158,81 @@ class RunFolder:
     def stage(
         self,
         name: str,
+        build: Callable[[], Tables],
         *,
-        inputs: Mapping[str, Path],
-        settings: Mapping[str, Any],
         outputs: Sequence[str],
-        code: str,
-        build: Callable[[Mapping[str, Path]], None],
+        reads: Sequence[str] = (),
+        files: Mapping[str, Path] | None = None,
+        settings: Mapping[str, Any] | None = None,
         overwrite: bool = False,
     ) -> StageReport:
-        """Run a stage unless its inputs, settings and code are those its outputs were made with.
+        """Make tables, unless their inputs, settings and code are those that they were made with.
 
         Args:
             name: The stage's name, for messages.
-            inputs: Files it reads, by a name that does not depend on the machine.
-            settings: JSON-like settings it depends on.
-            outputs: Tables it makes.
-            code: Name of the stage's module; the stage runs again if its source or that of a module which it imports has
+            build: Returns the tables. They are made again if the source of its module, or of one which that imports, has
                 changed, see `persodpo.imports`.
-            build: Called with a temporary path for each output, which it must fill.
+            outputs: Names of these tables.
+            reads: Tables of this run that it reads.
+            files: Other files that it reads, by a name that does not depend on the machine.
+            settings: JSON-like settings it depends on.
             overwrite: Run even if nothing changed.
-
-        Returns:
-            What was done.
 
         Raises:
             PersodpoError: An input is missing, an output breaks its schema, or the disk fails. Outputs of earlier runs
                 stay as they were.
         """
+        inputs = {table: self.path(table) for table in reads} | dict(files or {})
         missing = [str(path) for path in inputs.values() if not path.is_file()]
         if missing:
             raise PersodpoError(f"Stage {name} needs {missing[0]}, which does not exist.")
-        basis = {
+        made = [path for output in outputs for path in (self.path(output), provenance_path(self.path(output)))]
+        self.files |= {*inputs.values(), *made}
+        basis = as_json({
             "inputs": {key: sha256(path) for key, path in sorted(inputs.items())},
-            "settings": dict(settings),
-            "code": code_of(code),
-        }
-        if not overwrite and (rows := self._unchanged(outputs, basis)) is not None:
-            self._save_profile()
-            return StageReport(name, True, rows, 0.0)
-        started = time.perf_counter()
-        with disk_errors(self.root):
-            make_folder(self.root)
-            self._clear_scratch()
-            scratch = tempfile.TemporaryDirectory(prefix=_scratch_name(), dir=self.root, ignore_cleanup_errors=True)
-        with scratch as folder:
-            targets = {output: Path(folder) / f"{output.replace('/', '-')}.parquet" for output in outputs}
-            with disk_errors(self.root):
-                build(targets)
-            rows = {output: check_table(path, output) for output, path in targets.items()}
-            seconds = time.perf_counter() - started
-            with disk_errors(self.root):
-                for output, path in targets.items():
-                    self._publish(name, output, path, basis=basis, rows=rows[output], seconds=seconds)
-        self._save_profile()
-        return StageReport(name, False, rows, seconds)
+            "settings": settings or {},
+            "code": code_of(build.__module__),
+        })  # fmt: skip
+        rows = None if overwrite else self._unchanged(outputs, basis)
+        skipped, seconds = rows is not None, 0.0
+        if rows is None:
+            rows, seconds = self._make(name, build, outputs, basis)
+        if read_text(self.root / "profile.yaml") != self._settings:
+            write_atomically(self.root / "profile.yaml", lambda path: write_text(path, self._settings))
+        return StageReport(name, skipped, rows, seconds)
 
-    def _clear_scratch(self) -> None:
-        """Remove what killed runs left behind; the folders of running ones stay."""
-        for folder in [*self.root.rglob(".partial-*"), *self.figures.glob(".partial-*")]:
-            owner = folder.name.split("-")[1]
-            if not (owner.isdigit() and is_running(int(owner))):
-                shutil.rmtree(folder, ignore_errors=True)
+    def _make(
+        self, stage: str, build: Callable[[], Tables], outputs: Sequence[str], basis: Mapping[str, Any]
+    ) -> tuple[dict[str, int], float]:
+        """Make tables and move them to their places, all checked before the first; return their rows, and seconds."""
+        started = time.perf_counter()
+        with disk_errors(self.root), scratch_in(self.root) as scratch:
+            tables, paths = build(), {output: scratch / f"{output.replace('/', '-')}.parquet" for output in outputs}
+            for output, path in paths.items():
+                write_table(path, output, tables[output])
+            rows = {output: check_table(path, output) for output, path in paths.items()}
+            seconds = time.perf_counter() - started
+            for output, path in paths.items():
+                provenance = {
+                    "table": output, "stage": stage, "rows": rows[output], "sha256": sha256(path),
+                    "seconds": round(seconds, 3), **basis, "profile": self.profile.name,
+                    "profile_sha256": self.profile.digest(), "versions": versions(), "commit": git_commit(),
+                }  # fmt: skip
+                make_folder(self.path(output).parent)
+                path.replace(self.path(output))
+                write_json(provenance_path(self.path(output)), provenance)
+        return rows, seconds
 
     def _unchanged(self, outputs: Sequence[str], basis: Mapping[str, Any]) -> dict[str, int] | None:
         """Return the rows of ``outputs`` if all were made from ``basis`` and are still as they were written."""
         rows = {}
         for output in outputs:
-            path = self.path(output)
-            provenance = read_json(provenance_path(path))
-            same = all(provenance.get(key) == value for key, value in as_json(basis).items())
-            if not (same and path.is_file() and provenance["sha256"] == sha256(path)):
+            provenance = self.provenance(output)
+            same = basis.items() <= provenance.items()
+            if not (same and self.path(output).is_file() and provenance["sha256"] == sha256(self.path(output))):
                 return None
             rows[output] = int(provenance["rows"])
         return rows
-
-    def _publish(
-        self, stage: str, output: str, made: Path, *, basis: Mapping[str, Any], rows: int, seconds: float
-    ) -> None:
-        """Move a finished table to its place and write its provenance."""
-        path = self.path(output)
-        make_folder(path.parent)
-        provenance = {
-            "table": output, "stage": stage, "rows": rows, "sha256": sha256(made), "seconds": round(seconds, 3),
-            **basis, "profile": self.profile.name, "profile_sha256": self.profile.digest(), "versions": versions(),
-            "commit": git_commit(),
-        }  # fmt: skip
-        made.replace(path)
-        write_json(provenance_path(path), provenance)
 
     @contextmanager
     def locked(self, wait_seconds: float = 0.0) -> Iterator[None]:
@@ -313,18 +259,40 @@ class RunFolder:
             finally:
                 lock.release()
 
-    def _save_profile(self) -> None:
-        if read_text(self.root / "profile.yaml") != self._settings:
-            write_atomically(self.root / "profile.yaml", lambda path: write_text(path, self._settings))
-
     @cached_property
     def _settings(self) -> str:
         return self.profile.to_yaml()
 
 
-def _scratch_name() -> str:
-    """Return what names of this process's scratch folders start with."""
-    return f".partial-{os.getpid()}-"
+@contextmanager
+def scratch_in(folder: Path) -> Iterator[Path]:
+    """Give a folder for half-made things in ``folder``, which is made if need be; what killed processes left there goes."""
+    make_folder(folder)
+    for left in folder.glob(".partial-*"):
+        owner = left.name.split("-")[1]
+        if not (owner.isdigit() and is_running(int(owner))):
+            shutil.rmtree(left, ignore_errors=True)
+    prefix = f".partial-{os.getpid()}-"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=folder, ignore_cleanup_errors=True) as scratch:
+        yield Path(scratch)
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a temporary file of the same name, then rename it to ``path``; its folder is created.
+
+    Raises:
+        PersodpoError: The disk is full or read-only; ``path`` stays as it was.
+    """
+    with disk_errors(path), scratch_in(path.parent) as scratch:
+        write(scratch / path.name)
+        (scratch / path.name).replace(path)
+
+
+def files_are_unchanged(folder: Path, record: Mapping[str, Any]) -> bool:
+    """Tell whether the files in a folder that a record lists under ``files`` are still as they were written."""
+    files: dict[str, str] = record.get("files", {})
+    there = all((folder / name).is_file() and sha256(folder / name) == digest for name, digest in files.items())
+    return bool(files) and there
 
 
 def is_running(process: int) -> bool:
@@ -336,14 +304,35 @@ def is_running(process: int) -> bool:
     return True
 
 
-def file_is_current(record: Path, inputs: Mapping[str, str]) -> bool:
-    """Tell whether a figure's JSON names these inputs and its files are still as they were written."""
-    content = read_json(record)
-    files = content.get("files", {})
-    there = all(
-        (record.parent / name).is_file() and sha256(record.parent / name) == digest for name, digest in files.items()
-    )
-    return bool(files) and there and content.get("inputs") == dict(inputs)
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that shape results."""
+    packages = ["persodpo", "polars", "pyarrow", "pandas", "numpy", "scikit-learn", "torch", "transformers", "trl"]
+    numbers = {"python": sys.version.split()[0]}
+    for package in packages:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            numbers[package] = importlib.metadata.version(package)
+    return numbers
+
+
+def git_commit() -> str | None:
+    """Return the project's commit, with ``-dirty`` if the working tree differs; None outside a git checkout."""
+    try:
+        command = ["git", "-C", str(PROJECT), "describe", "--always", "--abbrev=40", "--dirty"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)  # noqa: S603
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def sha256(path: Path) -> str:
+    """Return the hex sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_of(content: Mapping[str, Any]) -> str:
+    """Return the hex sha256 of JSON-like content, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def provenance_path(path: Path) -> Path:

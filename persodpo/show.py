@@ -66,6 +66,6 @@ def verdict_table(shown: pd.DataFrame, verdicts: pd.DataFrame) -> Styler:
 def stage_log(reports: Sequence[object]) -> str:
     """Return what `persodpo.Run.make` did: a line for all that was unchanged, and what each stage that ran reports."""
     unchanged = [one for one in reports if isinstance(one, StageReport) and one.skipped]
-    warnings = [note for one in unchanged for note in one.notes if note.startswith("warning")]
     first = [f"unchanged: {', '.join(one.stage for one in unchanged)}"] if unchanged else []
+    warnings = [warning for one in unchanged for warning in one.warnings]
     return "\n".join([*first, *warnings, *(str(one) for one in reports if one not in unchanged)])

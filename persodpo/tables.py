@@ -122,29 +122,20 @@ def schema_of(name: str) -> pa.Schema:
     return SCHEMAS[f"training/<arm>/{table}" if folder.startswith("training/") else name]
 
 
-def write_table(path: Path, name: str, table: pd.DataFrame | pa.Table) -> None:
-    """Write ``table`` as Parquet under the schema of ``name``.
-
-    Args:
-        path: The file to write, usually a target handed to a stage's ``build``.
-        name: The table's name, as in `SCHEMAS`.
-        table: A table that has at least the schema's columns; others are dropped.
+def write_table(path: Path, name: str, table: pd.DataFrame) -> None:
+    """Write a table as Parquet under its schema; columns that are not of it are dropped.
 
     Raises:
         PersodpoError: A column is missing or cannot take its type.
     """
     schema = schema_of(name)
-    columns = table.column_names if isinstance(table, pa.Table) else list(table.columns)
-    _require_columns(name, columns)
+    _require_columns(name, list(table.columns))
     try:
-        if isinstance(table, pd.DataFrame):
-            table = pa.Table.from_pandas(table[schema.names], schema=schema, preserve_index=False)
-        else:
-            table = table.select(schema.names).cast(schema)
+        content = pa.Table.from_pandas(table[schema.names], schema=schema, preserve_index=False)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise PersodpoError(f"Table {name}: {error}") from error
     with disk_errors(path):
-        pq.write_table(table, path)
+        pq.write_table(content, path)
 
 
 def _require_columns(name: str, columns: Sequence[str]) -> None:
@@ -153,24 +144,8 @@ def _require_columns(name: str, columns: Sequence[str]) -> None:
         raise PersodpoError(f"Table {name} lacks {', '.join(missing)}; it has {', '.join(columns)}.")
 
 
-def _plain(kind: pa.DataType) -> pa.DataType:
-    """Treat the two widths of Arrow strings and lists as one type."""
-    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
-        return pa.string()
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return pa.list_(_plain(kind.value_type))
-    return kind
-
-
 def check_table(path: Path, name: str) -> int:
-    """Check a Parquet file against its schema, reading only its footer.
-
-    Args:
-        path: The Parquet file.
-        name: The table's name, as in `SCHEMAS`.
-
-    Returns:
-        The number of rows.
+    """Check a Parquet file against the schema of a table, reading only its footer, and return its rows.
 
     Raises:
         PersodpoError: The file is not Parquet, lacks a column, has one of a wrong type, or has nulls in a key.
@@ -180,16 +155,14 @@ def check_table(path: Path, name: str) -> int:
     except (pa.ArrowInvalid, OSError) as error:
         raise PersodpoError(f"{path} is not a readable Parquet file; delete it and run its stage again.") from error
     with file:
-        found = file.schema_arrow
-        _require_columns(name, found.names)
+        columns = file.schema_arrow
+        _require_columns(name, columns.names)
         for field in schema_of(name):
-            kind = found.field(field.name).type
-            if _plain(kind) != _plain(field.type):
+            kind = columns.field(field.name).type
+            if kind != field.type:
                 raise PersodpoError(f"Table {name}: column {field.name} is {kind}, it must be {field.type} ({path}).")
-        keys = [key for key in KEYS if key in schema_of(name).names]
-        nulls = [key for key in keys if _null_count(file.metadata, key)]
-        if nulls:
-            raise PersodpoError(f"Table {name}: {', '.join(nulls)} must not be null ({path}).")
+            if field.name in KEYS and _null_count(file.metadata, field.name):
+                raise PersodpoError(f"Table {name}: {field.name} must not be null ({path}).")
         return int(file.metadata.num_rows)
 
 

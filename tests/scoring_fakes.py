@@ -11,7 +11,7 @@ import pandas as pd
 
 from persodpo.runfolder import RunFolder
 from persodpo.scoring.score import Item, Scored
-from persodpo.tables import schema_of, write_table
+from persodpo.tables import schema_of
 
 
 class Letters:
@@ -56,12 +56,8 @@ def write_run(run: RunFolder, dialogues: pd.DataFrame, responses: pd.DataFrame) 
     """Write the tables that scoring reads; the held-out responses are the first half of the others."""
     half = responses.iloc[: len(responses) // 2].assign(split="valid")
     tables = {"dialogues": dialogues, "responses": responses, "evaluation/responses": half}
-
-    def build(targets) -> None:
-        for name, frame in tables.items():
-            write_table(targets[name], name, frame.reindex(columns=schema_of(name).names))
-
-    run.stage("given", inputs={}, settings={}, outputs=list(tables), code=__name__, build=build)
+    tables = {name: frame.reindex(columns=schema_of(name).names) for name, frame in tables.items()}
+    run.stage("given", lambda: tables, outputs=list(tables))
 
 
 def small_world(dialogues: int = 4) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -147,7 +147,8 @@ def test_a_killed_run_leaves_nothing_half_made(folder, tmp_path):
         assert process.stdout.readline() == "training\n"
         process.kill()
     assert process.returncode == -signal.SIGKILL
-    assert names(tmp_path) == [f".small.partial-{process.pid}"]
+    (left,) = names(tmp_path)
+    assert left.startswith(f".partial-{process.pid}-")
     make_small_policy(EXAMPLES, SETTINGS, target, progress=False)
     assert names(tmp_path) == ["small"]
     assert sha256(target / WEIGHTS) == sha256(folder / WEIGHTS)

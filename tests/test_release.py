@@ -14,17 +14,17 @@ from persodpo.config import load_profile, with_overrides
 from persodpo.errors import PersodpoError
 from persodpo.release import audit, checks, published
 from persodpo.release.checks import Material
+from persodpo.release.fetch import fetch_release
 from persodpo.run import Run
 from persodpo.runfolder import PROJECT, RunFolder, sha256
 from persodpo.stages import figures, make
 from persodpo.stages.audit import as_released
-from persodpo.stages.base import published_files
 from persodpo.stages.pairs import limits
 
 
 def test_our_reading_is_the_published_one_text_by_text(release_run):
     """Not only counts: the text of every parsed response is the one in the published metric file."""
-    files, responses = published_files(release_run), release_run.read("responses")
+    files, responses = fetch_release(release_run.release), release_run.read("responses")
     for which in published.TRAIN_SETS:
         theirs = published.read_set(files, which)["parsed"].tolist()
         ours = responses[responses["model"] == which.model]
@@ -78,7 +78,7 @@ def test_a_check_can_fail(release_run):
     """The coherence check refutes its claim on columns that are not scrambled."""
     names = ("dialogues", "responses", "scores")
     tables = {name: release_run.read(name) for name in names}
-    material = Material(published_files(release_run), tables, *limits(release_run), release_run.profile)
+    material = Material(fetch_release(release_run.release), tables, *limits(release_run), release_run.profile)
     draw = np.random.default_rng(0)
     for which, frame in material.sets.values():
         material.sets[which.label] = which, frame.assign(coherence=draw.random(len(frame)))
@@ -141,9 +141,9 @@ def test_committed_figures_show_the_data_of_this_run(release_run):
 
 
 def test_figures_are_skipped_when_nothing_changed_and_drawn_when_something_did(release_run):
-    first = figures.save_figure(release_run, "quality")
+    figures.save_figure(release_run, "quality")
     assert figures.save_figure(release_run, "quality").skipped
-    first.files[0].write_bytes(b"edited")
+    (release_run.figures / "quality.pdf").write_bytes(b"edited")
     assert not figures.save_figure(release_run, "quality").skipped
 
 

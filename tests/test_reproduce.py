@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
 import pytest
 
-from persodpo import reproduce
+from persodpo import reproduce, stages
 from persodpo.errors import PersodpoError
-from persodpo.runfolder import PROJECT
+from persodpo.runfolder import PROJECT, is_running
 
 
 def write(path, *cells, tags=("parameters",)):
@@ -107,6 +108,33 @@ def test_everything_is_checked_before_anything_runs(tmp_path, profile):
     (done,) = reproduce.reproduce(str(source), notebooks=[good])
     assert (tmp_path / "ran").exists()
     assert done.copy == tmp_path / "runs" / "release" / "notebooks" / "01_good.ipynb"
+
+
+@pytest.mark.slow
+def test_notebooks_whose_stages_have_nothing_to_do_run_two_at_a_time(tmp_path, profile, monkeypatch):
+    """Each of two waits for the other; both are told in order, and one that fails ends the run and its neighbour."""
+    source = tmp_path / "profile.yaml"
+    source.write_text(profile.to_yaml())
+    parameters = 'profile = ""\noverrides = []\noverwrite = False'
+    wait = "import time; from pathlib import Path; (here := Path({here!r})).touch()\n"
+    wait += "while not Path({there!r}).exists() and time.sleep(0.1) is None: pass\nprint(here.name)"
+    places = [str(tmp_path / name) for name in ("a", "b")]
+    books = [
+        write(tmp_path / f"0{number}.ipynb", parameters, wait.format(here=places[number], there=places[1 - number]))
+        for number in range(2)
+    ]
+    monkeypatch.setattr(stages, "nothing_to_do", lambda _: True)
+    assert [outputs(done.copy) for done in reproduce.reproduce(str(source), notebooks=books)] == ["a\n", "b\n"]
+    fails = write(tmp_path / "02.ipynb", parameters, "1 / 0")
+    number = f"import os; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))"
+    endless = write(tmp_path / "03.ipynb", parameters, number, "import time; time.sleep(600)")
+    with pytest.raises(PersodpoError, match=r"02\.ipynb failed in cell"):
+        list(reproduce.reproduce(str(source), notebooks=[fails, endless]))
+    kernel = tmp_path / "pid"
+    until = time.monotonic() + 20
+    while kernel.exists() and is_running(int(kernel.read_text() or 0)) and time.monotonic() < until:
+        time.sleep(0.2)
+    assert time.monotonic() < until, "its kernel lives on"
 
 
 @pytest.mark.slow

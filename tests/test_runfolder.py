@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -17,9 +20,14 @@ import pyarrow.parquet as pq
 import pytest
 from pandas.testing import assert_frame_equal
 
-from persodpo import imports, runfolder
+from persodpo import imports, runfolder, stages
+from persodpo.config import with_overrides
 from persodpo.errors import PersodpoError
+from persodpo.generation.requests import Answer
+from persodpo.generation.store import Entry, Store
+from persodpo.prompts import load_template
 from persodpo.runfolder import RunFolder, provenance_path
+from persodpo.stages import records
 from persodpo.tables import SCHEMAS, check_table, write_table
 
 THRESHOLDS = pd.DataFrame({"name": ["low", "high"], "value": [0.4, 0.6]})
@@ -30,14 +38,16 @@ def make(run: RunFolder, table: pd.DataFrame = THRESHOLDS, **changes):
     source = run.root.parent / "input.txt"
     source.parent.mkdir(parents=True, exist_ok=True)
     source.write_text(changes.pop("content", "same"))
-    arguments = {
-        "inputs": {"text": source},
-        "settings": {"a": (1, 2)},
-        "outputs": ["thresholds"],
-        "code": "persodpo.gate",
-        "build": lambda targets: write_table(targets["thresholds"], "thresholds", table),
-    }
-    return run.stage("score", **(arguments | changes))
+    arguments = {"files": {"text": source}, "settings": {"a": (1, 2)}, "outputs": ["thresholds"]}
+    return run.stage("score", changes.pop("build", lambda: {"thresholds": table}), **(arguments | changes))
+
+
+def of_other_code() -> dict[str, pd.DataFrame]:
+    """Build in another module, as it were."""
+    return {"thresholds": THRESHOLDS}
+
+
+of_other_code.__module__ = "persodpo.prompts"
 
 
 def test_a_stage_runs_once_and_says_so(profile):
@@ -50,7 +60,8 @@ def test_a_stage_runs_once_and_says_so(profile):
 
 
 @pytest.mark.parametrize(
-    "change", [{"content": "other"}, {"settings": {"a": (1, 3)}}, {"code": "persodpo.prompts"}, {"overwrite": True}]
+    "change",
+    [{"content": "other"}, {"settings": {"a": (1, 3)}}, {"build": of_other_code}, {"overwrite": True}],
 )
 def test_a_stage_runs_again_when_anything_it_depends_on_changed(profile, change):
     run = RunFolder(profile)
@@ -97,15 +108,14 @@ def test_missing_tables_and_inputs_name_the_remedy(profile, tmp_path):
     with pytest.raises(PersodpoError, match=r"pairs/perso is missing .*`persodpo pairs --profile release`"):
         run.read("pairs/perso")
     with pytest.raises(PersodpoError, match=r"score needs .*nowhere, which does not exist"):
-        make(run, inputs={"x": tmp_path / "nowhere"})
+        make(run, files={"x": tmp_path / "nowhere"})
 
 
 def test_a_failing_stage_leaves_the_last_table(profile):
     run = RunFolder(profile)
     make(run)
 
-    def build(targets):
-        write_table(targets["thresholds"], "thresholds", THRESHOLDS.assign(value=0.0))
+    def build():
         raise RuntimeError("half-way")
 
     with pytest.raises(RuntimeError, match="half-way"):
@@ -118,30 +128,30 @@ def test_a_failing_stage_leaves_the_last_table(profile):
     ]
 
 
+def child(folder: Path, body: str) -> subprocess.Popen:
+    """Start a process with the run folder of `profile` as ``run``."""
+    here = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+    here += "import time; from pathlib import Path; from conftest import profile_in; from test_runfolder import *\n"
+    here += f"run = RunFolder(profile_in(Path({str(folder)!r})))\n"
+    return subprocess.Popen([sys.executable, "-c", here + textwrap.dedent(body)], stdout=subprocess.PIPE, text=True)
+
+
 def test_a_killed_stage_leaves_the_last_table_and_a_rerun_mends(profile, tmp_path):
     """SIGKILL while the stage writes: the old table stays whole, the next run makes the new one."""
     run = RunFolder(profile)
     make(run)
-    script = textwrap.dedent(f"""
-        import sys, time
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from pathlib import Path
-        from conftest import profile_in
-        from persodpo.runfolder import RunFolder
-        from persodpo.tables import write_table
-        from test_runfolder import THRESHOLDS, make
-        def build(targets):
-            write_table(targets["thresholds"], "thresholds", THRESHOLDS.assign(value=0.0))
+    process = child(tmp_path, """
+        def write_table(path, *_):
+            path.write_bytes(b"PAR1")
             print("writing", flush=True)
             time.sleep(60)
-        make(RunFolder(profile_in(Path({str(tmp_path)!r}))), build=build, overwrite=True)
-    """)
-    child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    assert child.stdout.readline().strip() == "writing"
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    for place in (run.root / "pairs", run.figures):  # what a kill in the midst of writing one file leaves
-        (place / f".partial-{child.pid}-x").mkdir(parents=True)
+        runfolder.write_table = write_table
+        make(run, overwrite=True)
+    """)  # fmt: skip
+    assert process.stdout.readline().strip() == "writing"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list(run.root.glob(".partial-*"))
     assert_frame_equal(run.read("thresholds"), THRESHOLDS, check_dtype=False)
     changed = THRESHOLDS.assign(value=[0.2, 0.8])
     assert not make(run, changed, settings={"a": 9}).skipped
@@ -163,7 +173,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(profile):
     run = RunFolder(profile)
     make(run)
 
-    def build(targets):
+    def build():
         with Path("/dev/full").open("wb") as full:
             full.write(b"x" * 100_000)
 
@@ -210,54 +220,33 @@ def test_keys_may_not_be_null(tmp_path):
 def test_missing_text_reads_as_none(profile):
     run = RunFolder(profile)
     frame = pd.DataFrame({name: ["x", None] for name in SCHEMAS["audit/parity"].names})
-    make(
-        run, outputs=["audit/parity"], build=lambda targets: write_table(targets["audit/parity"], "audit/parity", frame)
-    )
+    make(run, outputs=["audit/parity"], build=lambda: {"audit/parity": frame})
     assert run.read("audit/parity")["ours"].tolist() == ["x", None]
 
 
 def test_two_stages_at_once_do_not_mix(profile, tmp_path):
     """Two processes make the same table; both end well and the table is whole."""
     run = RunFolder(profile)
-    script = textwrap.dedent(f"""
-        import sys
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from pathlib import Path
-        from conftest import profile_in
-        from persodpo.runfolder import RunFolder
-        from test_runfolder import make
-        make(RunFolder(profile_in(Path({str(tmp_path)!r}))), overwrite=True)
-    """)
-    children = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(2)]
-    assert [child.wait(timeout=120) for child in children] == [0, 0]
+    children = [child(tmp_path, "make(run, overwrite=True)") for _ in range(2)]
+    assert [process.wait(timeout=120) for process in children] == [0, 0]
     assert_frame_equal(run.read("thresholds"), THRESHOLDS, check_dtype=False)
     assert json.loads(provenance_path(run.path("thresholds")).read_text())["rows"] == 2
 
 
 @pytest.mark.slow
 def test_a_second_process_in_a_run_folder_says_so_and_stops(profile, tmp_path):
-    run = RunFolder(profile)
-    script = textwrap.dedent(f"""
-        import sys
-        sys.path.insert(0, {str(Path(__file__).parent)!r})
-        from pathlib import Path
-        from conftest import profile_in
-        from persodpo.runfolder import RunFolder
-        from persodpo.errors import PersodpoError
+    run, body = RunFolder(profile), """
         try:
-            with RunFolder(profile_in(Path({str(tmp_path)!r}))).locked():
+            with run.locked():
                 print("worked")
         except PersodpoError as error:
             print(error)
-    """)
-
-    def other() -> str:
-        return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-
+    """  # fmt: skip
     with run.locked(), run.locked():
-        assert "Another process works in" in other()
-        assert "--set name=another" in other()
-    assert other() == "worked\n"
+        said, _ = child(tmp_path, body).communicate()
+        assert "Another process works in" in said
+        assert "--set name=another" in said
+    assert child(tmp_path, body).communicate()[0] == "worked\n"
 
 
 def test_a_folder_that_cannot_be_is_one_sentence(profile):
@@ -266,6 +255,80 @@ def test_a_folder_that_cannot_be_is_one_sentence(profile):
     run.root.parent.write_text("a file where the folder should be")
     with pytest.raises(PersodpoError, match=r"cannot be created .* choose another folder"), run.locked():
         pass
+
+
+@pytest.fixture
+def runs(monkeypatch) -> list[str]:
+    """Names of the stages that are looked into, as they are."""
+    names = []
+
+    def watched(name, run):
+        @functools.wraps(run)
+        def watch(*args, **options):
+            names.append(name)
+            return run(*args, **options)
+
+        return watch
+
+    for name, stage in stages.STAGES.items():
+        monkeypatch.setitem(stages.STAGES, name, replace(stage, run=watched(name, stage.run)))
+    return names
+
+
+def test_a_stage_of_which_nothing_has_changed_is_not_even_looked_into(profile, tmp_path, runs):
+    dialogues, completions = (tmp_path / f"{name}.csv" for name in ("dialogues", "completions"))
+    for path in (dialogues, completions):
+        shutil.copy(runfolder.DATA / "example" / path.name, path)
+    template = tmp_path / "mine.txt"
+    template.write_text(load_template("plain"))
+    own = with_overrides(profile, [
+        "dialogues.source=csv", f"dialogues.csv_file={dialogues}", "generation.source=csv",
+        f"generation.csv_file={completions}", f"prompts.template={template}",
+    ])  # fmt: skip
+    run, made = RunFolder(own), stages.make(own, "generate")
+    assert runs == ["dialogues", "generate"]
+    again = stages.make(own, "generate")
+    assert runs == ["dialogues", "generate"]
+    assert [(one.stage, one.rows, one.skipped) for one in again] == [(one.stage, one.rows, True) for one in made]
+
+    def edit_table() -> None:
+        write_table(run.path("responses"), "responses", run.read("responses").assign(response="other"))
+
+    def edit_record() -> None:
+        provenance_path(run.path("dialogues")).unlink()
+
+    changes = [
+        (edit_table, ["generate"]), (edit_record, ["dialogues"]),
+        (lambda: completions.write_text(completions.read_text() + "\n"), ["dialogues", "generate"]),
+        (lambda: template.write_text(template.read_text() + "\n."), ["dialogues", "generate"]),
+    ]  # fmt: skip
+    for change, expected in changes:
+        change()
+        runs.clear()
+        stages.make(own, "generate")
+        assert runs == expected
+        stages.make(own, "generate")
+        assert runs == expected
+    runs.clear()
+    stages.make(own, "generate", overwrite=True)
+    stages.make(with_overrides(own, ["corrections=[A18]"]), "dialogues")
+    assert runs == ["generate", "dialogues"]
+
+
+def test_answers_that_came_meanwhile_are_looked_at(profile, runs):
+    run = RunFolder(profile)
+    run.asked.add("m")
+    make(run)
+    stage = stages.STAGES["generate"]
+    records.remember(run, "generate", stage, {}, [make(run)])
+    assert records.unchanged(run, "generate", stage, {})
+    with Store(run.answers) as store:
+        assert not records.unchanged(run, "generate", stage, {})
+        records.remember(run, "generate", stage, {}, [make(run)])
+        store.write([Entry("k", "other", "t", 1, Answer("answered", "x"))])
+        assert records.unchanged(run, "generate", stage, {})
+        store.write([Entry("l", "m", "t", 1, Answer("answered", "x"))])
+        assert not records.unchanged(run, "generate", stage, {})
 
 
 STAGES = ("dialogues", "generate", "score", "pairs", "train", "heldout", "evaluate", "ablate", "audit")
@@ -301,5 +364,5 @@ def test_a_changed_module_runs_the_stages_again_that_import_it(monkeypatch):
     idle = {name.removeprefix("persodpo.") for name, rerun in again.items() if not rerun and "__init__" not in name}
     assert {name for name in idle if not name.startswith("figures.")} == {
         "cards", "cli", "doctor", "explore", "explore_views", "report", "reproduce", "run", "show",
-        "stages.cards", "stages.figures",
+        "stages.cards", "stages.figures", "stages.records",
     }  # fmt: skip

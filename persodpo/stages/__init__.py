@@ -6,7 +6,7 @@ changed (`persodpo.runfolder.RunFolder.stage`). No stage calls another: the loop
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -14,23 +14,36 @@ from typing import Any
 from persodpo.config import Profile
 from persodpo.errors import PersodpoError
 from persodpo.runfolder import RunFolder, StageReport
-from persodpo.stages import ablate, asking, audit, cards, dialogues, evaluate, figures, generate, pairs, score, train
-from persodpo.stages.base import Stage, published_at_hand
+from persodpo.stages import (
+    ablate,
+    asking,
+    audit,
+    cards,
+    dialogues,
+    evaluate,
+    figures,
+    generate,
+    pairs,
+    records,
+    score,
+    train,
+)
+from persodpo.stages.base import Need, Stage, published_at_hand
 
 __all__ = ["STAGES", "make", "plan", "published_at_hand"]
 
 #: Every stage by name, in order.
 STAGES: Mapping[str, Stage] = {
-    "dialogues": Stage(dialogues.make_dialogues, dialogues.needs),
+    "dialogues": Stage(dialogues.make_dialogues),
     "generate": Stage(generate.make_responses, generate.needs, shared=True),
     "ask": Stage(generate.ask, generate.needs_to_ask, shared=True),
-    "score": Stage(score.make_scores, score.needs),
-    "pairs": Stage(pairs.make_pairs, pairs.needs, after=cards.after_pairs),
+    "score": Stage(score.make_scores, ["generate"]),
+    "pairs": Stage(pairs.make_pairs, ["score"], after=cards.after_pairs),
     "train": Stage(train.train_arms, train.needs, after=cards.after_training),
     "evaluate": Stage(evaluate.evaluate, evaluate.needs, after=cards.after_evaluation),
     "ablate": Stage(ablate.ablate, ablate.needs),
-    "audit": Stage(audit.judge, audit.needs, profile=audit.as_released),
-    "figures": Stage(figures.draw, figures.needs),
+    "audit": Stage(audit.judge, ["pairs"], profile=audit.as_released),
+    "figures": Stage(figures.draw, ["train", "evaluate", "ablate"]),
 }
 
 Step = tuple[Profile, str, Mapping[str, Any]]
@@ -47,7 +60,7 @@ def plan(profile: Profile, name: str, options: Mapping[str, Any] | None = None) 
     stage, options = STAGES[name], options or {}
     profile = stage.profile(profile) if stage.profile else profile
     steps: list[Step] = []
-    for need in stage.needs(profile, **options):
+    for need in stage.needs(profile, **options) if callable(stage.needs) else map(Need, stage.needs):
         steps += [step for step in plan(need.profile or profile, need.stage, need.options) if step not in steps]
     return [*steps, (profile, name, options)]
 
@@ -69,24 +82,43 @@ def make(profile: Profile, name: str, overwrite: bool = False, **options: Any) -
     """
     reports: list[object] = []
     steps = plan(profile, name, options)
-    folders = {profile.name: RunFolder(profile) for profile, *_ in steps}
     wait = asking.WAIT_SECONDS if name == "dialogues" or STAGES[name].shared else 0.0
     with ExitStack() as held:
         for step in steps:
-            run, stage = folders[step[0].name], STAGES[step[1]]
-            if stage.shared:
-                held.close()
-            else:
-                held.enter_context(run.locked(wait))
-            found = [*stage.run(run, overwrite=overwrite and step is steps[-1], **step[2])]
-            if stage.after:
-                notes = tuple(stage.after(run, **step[2]))
-                if notes and isinstance(found[-1], StageReport):
-                    found[-1] = replace(found[-1], notes=(*found[-1].notes, *notes))
-            if step[0].name != steps[-1][0].name:  # of another run, that arm ``corrected`` needs
-                found = [
-                    replace(one, stage=f"{step[0].name}, {one.stage}") if isinstance(one, StageReport) else one
-                    for one in found
+            run, stage = RunFolder(step[0]), STAGES[step[1]]
+            anew = overwrite and step is steps[-1]
+            done: Sequence[object] | None = None if anew else records.unchanged(run, step[1], stage, step[2])
+            if done is None:
+                if stage.shared:
+                    held.close()
+                else:
+                    held.enter_context(run.locked(wait))
+                done = _run(run, stage, anew, step[2])
+                records.remember(run, step[1], stage, step[2], done)
+            if run.profile.name != steps[-1][0].name:  # of another run, that arm ``corrected`` needs
+                done = [
+                    replace(one, stage=f"{run.profile.name}, {one.stage}") if isinstance(one, StageReport) else one
+                    for one in done
                 ]
-            reports += found
+            reports += done
     return reports
+
+
+def _run(run: RunFolder, stage: Stage, overwrite: bool, options: Mapping[str, Any]) -> list[object]:
+    reports = [*stage.run(run, overwrite=overwrite, **options)]
+    notes = tuple(stage.after(run, **options)) if stage.after else ()
+    if notes and isinstance(last := reports[-1], StageReport):
+        reports[-1] = replace(last, notes=(*last.notes, *notes))
+    return reports
+
+
+def nothing_to_do(profile: Profile) -> bool:
+    """Tell whether no stage of a profile would do anything; the audit is left out where nothing published is at hand."""
+    names = ["figures", *(["audit"] if published_at_hand(RunFolder(profile)) else [])]
+    try:
+        steps = [step for name in names for step in plan(profile, name)]
+    except PersodpoError:  # there is a stage that this profile has not
+        return False
+    return all(
+        records.unchanged(RunFolder(one), name, STAGES[name], options) is not None for one, name, options in steps
+    )

@@ -7,22 +7,18 @@ score whatever its pairs were ranked by.
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pandas as pd
 
 from persodpo.config import Ablation, Profile, with_overrides
-from persodpo.evaluation.bootstrap import Resampling
-from persodpo.evaluation.observations import observe
-from persodpo.evaluation.results import compare, estimates
 from persodpo.pairs import Variant, measured, pair_keys, rebuild
-from persodpo.runfolder import RunFolder, StageReport
-from persodpo.stages.base import Need, Targets
-from persodpo.stages.heldout import answer_held_out, judge_held_out, score_held_out
+from persodpo.runfolder import RunFolder, StageReport, Tables
+from persodpo.stages.base import Need
+from persodpo.stages.heldout import held_out
 from persodpo.stages.train import arm_folder, train_on
-from persodpo.tables import write_table
 from persodpo.training.arms import ARMS
 
+_READS = ("responses", "scores", "dialogues")
 _TABLES = tuple(f"ablations/{kind}" for kind in ("pairs", "responses", "scores", "judged", "estimates", "comparisons"))
 
 
@@ -41,10 +37,7 @@ def ablate(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
     reports = [_train(run, ablation, overwrite) for ablation in chosen]
     folders = {ablation.name: arm_folder(run, label_of(ablation)) for ablation in chosen}
     reports.append(_pairs(run, overwrite))
-    reports.append(answer_held_out(run, "ablations/responses", folders, 0, overwrite=overwrite))
-    reports.append(score_held_out(run, "ablations/responses", "ablations/scores", overwrite=overwrite))
-    reports.append(judge_held_out(run, "ablations/responses", "ablations/judged", overwrite=overwrite))
-    return [*reports, _estimates(run, overwrite)]
+    return [*reports, *held_out(run, "ablations", folders, 0, overwrite), _estimates(run, overwrite)]
 
 
 def label_of(ablation: Ablation) -> str:
@@ -54,23 +47,19 @@ def label_of(ablation: Ablation) -> str:
 
 def varied(profile: Profile, ablation: Ablation) -> Profile:
     """Return a profile with an ablation's settings; the weight of a signal that is left out is shared by the others."""
-    found = list(ablation.changes)
+    changes = list(ablation.changes)
     if ablation.without is not None:
         weights = profile.scoring.weights.model_dump() | {ablation.without: 0.0}
         total = sum(weights.values())
-        found += [f"scoring.weights.{signal}={weight / total!r}" for signal, weight in weights.items()]
-    return with_overrides(profile.with_corrections(*ablation.corrections), found)
+        changes += [f"scoring.weights.{signal}={weight / total!r}" for signal, weight in weights.items()]
+    return with_overrides(profile.with_corrections(*ablation.corrections), changes)
 
 
 def _variant(run: RunFolder, profile: Profile) -> Variant:
-    responses, scores, dialogues = (run.read(name) for name in ("responses", "scores", "dialogues"))
+    responses, scores, dialogues = (run.read(name) for name in _READS)
     return rebuild(
         responses, measured(responses, scores), dialogues, profile, ARMS[run.profile.evaluation.ablated].pairs
     )
-
-
-def _inputs(run: RunFolder) -> dict[str, Path]:
-    return {name: run.path(name) for name in ("dialogues", "responses", "scores")}
 
 
 def _train(run: RunFolder, ablation: Ablation, overwrite: bool) -> StageReport:
@@ -84,8 +73,9 @@ def _train(run: RunFolder, ablation: Ablation, overwrite: bool) -> StageReport:
         "corrections": list(variant.corrections),
     }
     return train_on(
-        run, profile.evaluation.ablated, label_of(ablation), lambda: _variant(run, variant).pairs, inputs=_inputs(run),
-        profile=seeded, overwrite=overwrite, basis=basis | {"prompts": variant.prompts.model_dump(mode="json")},
+        run, profile.evaluation.ablated, label_of(ablation), lambda: _variant(run, variant).pairs,
+        files={name: run.path(name) for name in _READS}, profile=seeded, overwrite=overwrite,
+        basis=basis | {"prompts": variant.prompts.model_dump(mode="json")},
     )  # fmt: skip
 
 
@@ -93,47 +83,49 @@ def _pairs(run: RunFolder, overwrite: bool) -> StageReport:
     """Count what became of the pairs."""
     profile, table = run.profile, "ablations/pairs"
 
-    def build(targets: Targets) -> None:
+    def build() -> Tables:
         own = pair_keys(_variant(run, profile).pairs)
         rows = []
         for ablation in profile.evaluation.ablations:
-            made = _variant(run, varied(profile, ablation))
+            variant = _variant(run, varied(profile, ablation))
+            pairs, ranking = variant.pairs, variant.ranking
             rows.append({
-                "ablation": ablation.name, "pairs": len(made.pairs), "prompts": made.pairs["dialogue_id"].nunique(),
-                "shared_pairs": len(own & pair_keys(made.pairs)), "low": made.ranking.low, "high": made.ranking.high,
+                "ablation": ablation.name, "pairs": len(pairs), "prompts": pairs["dialogue_id"].nunique(),
+                "shared_pairs": len(own & pair_keys(pairs)), "low": ranking.low, "high": ranking.high,
             })  # fmt: skip
-        write_table(targets[table], table, pd.DataFrame(rows))
+        return {table: pd.DataFrame(rows)}
 
     settings = profile.model_dump(mode="json", include={"corrections", "prompts", "scoring", "pairs", "evaluation"})
-    return run.stage(
-        "pairs of ablations", inputs=_inputs(run), settings=settings, outputs=[table], code=__name__,
-        build=build, overwrite=overwrite,
-    )  # fmt: skip
+    return run.stage("pairs of ablations", build, reads=_READS, settings=settings, outputs=[table], overwrite=overwrite)
 
 
 def _estimates(run: RunFolder, overwrite: bool) -> StageReport:
     """Estimate every ablation, and compare it with the arm that they start from on the same dialogues, one seed each."""
-    settings, table = run.profile.evaluation, "ablations/estimates"
-    compared = "ablations/comparisons"
+    settings = run.profile.evaluation
     names = [f"{group}/{kind}" for group in ("evaluation", "ablations") for kind in ("responses", "scores", "judged")]
 
-    def build(targets: Targets) -> None:
+    def build() -> Tables:
+        from persodpo.evaluation.bootstrap import Resampling
+        from persodpo.evaluation.observations import observe
+        from persodpo.evaluation.results import compare, estimates
+
         own, other = (
             observe(run.read(f"{group}/responses"), run.read(f"{group}/scores"), judged=run.read(f"{group}/judged"))
             for group in ("evaluation", "ablations")
         )
         both = pd.concat([own[own["arm"] == settings.ablated], other], ignore_index=True)
         sampling = Resampling(settings.resamples, run.profile.seed)
-        write_table(targets[table], table, estimates(both, sampling))
         pairs = [(ablation, settings.ablated) for ablation in other["arm"].unique()]
-        write_table(targets[compared], compared, compare(both, pairs, sampling))
+        return {
+            "ablations/estimates": estimates(both, sampling),
+            "ablations/comparisons": compare(both, pairs, sampling),
+        }
 
     return run.stage(
         "ablations",
-        inputs={name: run.path(name) for name in names},
+        build,
+        reads=names,
         settings={"ablated": settings.ablated, "resamples": settings.resamples, "seed": run.profile.seed},
-        outputs=[table, compared],
-        code=__name__,
-        build=build,
+        outputs=["ablations/estimates", "ablations/comparisons"],
         overwrite=overwrite,
     )

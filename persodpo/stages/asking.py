@@ -108,16 +108,16 @@ def job_for(dialogues: pd.DataFrame, entry: AskedModel, profile: Profile, weight
 def _backend(entry: AskedModel, profile: Profile, weights: str | Path) -> Backend:
     """Return the backend that a model is asked through; each loads only what it needs."""
     if isinstance(entry, TransformersModel):
-        from persodpo.generation.local import TransformersBackend  # noqa: PLC0415
-        from persodpo.training.policy import load_policy  # noqa: PLC0415
+        from persodpo.generation.local import TransformersBackend
+        from persodpo.training.policy import load_policy
 
         return TransformersBackend(entry, weights, load_policy)
     if isinstance(entry, ServedModel):
-        from persodpo.generation.serving import ServedBackend  # noqa: PLC0415
+        from persodpo.generation.serving import ServedBackend
 
         return ServedBackend(entry, weights)
-    from persodpo.generation.batch import BatchBackend  # noqa: PLC0415
-    from persodpo.generation.endpoint import OpenAIBackend  # noqa: PLC0415
+    from persodpo.generation.batch import BatchBackend
+    from persodpo.generation.endpoint import OpenAIBackend
 
     keys = answer_keys(load_template(profile.prompts.template)) if entry.structured_output else ()
     return (BatchBackend if entry.batch else OpenAIBackend)(entry, keys)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from persodpo.config import Profile, load_profile
 from persodpo.release import audit, parity, published
 from persodpo.release.checks import Material
-from persodpo.runfolder import RunFolder, StageReport
-from persodpo.stages.base import Need, Targets, published_files
+from persodpo.release.fetch import fetch_release
+from persodpo.runfolder import RunFolder, StageReport, Tables
 from persodpo.stages.pairs import limits
-from persodpo.tables import write_table
 
 #: Sections that do not touch what the audit judges.
 _NO_CONCERN = ("policy", "training", "evaluation")
@@ -31,31 +30,28 @@ def as_released(profile: Profile) -> Profile:
     return profile if same else twin.model_copy(update={"name": f"{profile.name}-as-released"})
 
 
-def needs(_profile: Profile) -> list[Need]:
-    """Return what is judged."""
-    return [Need("pairs")]
-
-
 def judge(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
     """Make the parity table, the findings and the effect of every correction, on the tables as released."""
-    profile, files = run.profile, published_files(run)
+    profile, files = run.profile, fetch_release(run.release)
     names = ["dialogues", "responses", "scores", "thresholds", "pairs/simple", "pairs/perso", "pairs/gate"]
 
-    def build(targets: Targets) -> None:
+    def build() -> Tables:
         tables = {name: run.read(name) for name in names}
         low, high = limits(run)
         material = Material(files, tables, low, high, profile)
-        write_table(targets["audit/parity"], "audit/parity", parity.parity_table(files, tables))
-        write_table(targets["audit/findings"], "audit/findings", audit.findings_table(material))
-        write_table(targets["audit/corrections"], "audit/corrections", audit.correction_effects(material))
+        return {
+            "audit/parity": parity.parity_table(files, tables),
+            "audit/findings": audit.findings_table(material),
+            "audit/corrections": audit.correction_effects(material),
+        }
 
     report = run.stage(
         "audit",
-        inputs={name: run.path(name) for name in names} | files | published.fact_files() | {"claims": audit.CLAIMS},
+        build,
+        reads=names,
+        files=files | published.fact_files() | {"claims": audit.CLAIMS},
         settings=profile.model_dump(mode="json", exclude={"paths", "engine", "miniature", *_NO_CONCERN}),
         outputs=["audit/parity", "audit/findings", "audit/corrections"],
-        code=__name__,
-        build=build,
         overwrite=overwrite,
     )
     return [report]

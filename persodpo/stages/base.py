@@ -5,15 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from persodpo.config import Profile
 from persodpo.errors import PersodpoError
-from persodpo.release.fetch import fetch_release, release_files
+from persodpo.release.fetch import release_files
 from persodpo.runfolder import RELEASE_VARIABLE, RunFolder
-
-Targets = Mapping[str, Path]
 
 
 @dataclass(frozen=True)
@@ -38,15 +35,15 @@ class Stage:
     Attributes:
         run: Called with the run folder, whether to run even if nothing changed, and the options; makes tables from those of
             earlier stages, and returns reports.
-        needs: Called with the profile and the options, before anything runs: what must be done first. Raises if the
-            profile cannot be run.
+        needs: What must be done first: stages, or what says so of the profile and the options, before anything runs, and
+            raises if the profile cannot be run.
         after: Called with the run folder and the options, whether the tables were made anew or not; returns lines to show.
         shared: Other processes may work in the run folder meanwhile, for models take hours to answer.
         profile: Given the run's profile, the one under which the stage is done.
     """
 
     run: Callable[..., Sequence[object]]
-    needs: Callable[..., Sequence[Need]]
+    needs: Callable[..., Sequence[Need]] | Sequence[str] = ()
     after: Callable[..., Sequence[str]] | None = None
     shared: bool = False
     profile: Callable[[Profile], Profile] | None = None
@@ -61,8 +58,3 @@ def published_at_hand(run: RunFolder) -> bool:
     except PersodpoError:
         return False
     return True
-
-
-def published_files(run: RunFolder) -> dict[str, Path]:
-    """Return the published files by manifest path, fetching them first if any is missing."""
-    return fetch_release(run.release)

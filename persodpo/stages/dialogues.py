@@ -7,61 +7,48 @@ from typing import Any
 
 import pandas as pd
 
-import persodpo.dialogues
-import persodpo.own_data
 from persodpo.config import Profile
+from persodpo.dialogues import Split, focus_json, published_focus
 from persodpo.errors import PersodpoError
 from persodpo.miniature.world import write_world
+from persodpo.own_data import read_dialogues
 from persodpo.release import published
-from persodpo.runfolder import PROJECT, RunFolder, StageReport
-from persodpo.stages.base import Need, Targets, published_files
-from persodpo.tables import write_table
+from persodpo.release.fetch import fetch_release
+from persodpo.runfolder import PROJECT, RunFolder, StageReport, Tables
 
 FOCUS = "https://github.com/pkchat-focus/FoCus"
 
 
-def needs(_profile: Profile) -> list[Need]:
-    """Return nothing: dialogues come first."""
-    return []
-
-
 def make_dialogues(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
     """Make the dialogues table."""
-    profile, settings = run.profile, run.profile.dialogues
-    inputs = _dialogue_files(run)
+    settings, files = run.profile.dialogues, _files(run)
+    seed = {"seed": run.profile.seed} if settings.source == "focus_json" else {}
 
-    def build(targets: Targets) -> None:
-        frames = []
-        for key, path in inputs.items():
-            split: persodpo.dialogues.Split = "train" if "train" in key else "valid"
-            if settings.source == "published_focus":
-                frames.append(persodpo.dialogues.published_focus(path, split))
-            elif settings.source == "miniature":
-                frames.append(persodpo.dialogues.focus_json(path, split).assign(dataset="miniature"))
-            elif settings.source == "csv":
-                frames.append(persodpo.own_data.read_dialogues(path))
-            else:
-                drawn: dict[str, Any] = {
-                    "size": settings.train_size,
-                    "seed": profile.seed,
-                    "max_reference_words": settings.max_reference_words,
-                }
-                frames.append(persodpo.dialogues.focus_json(path, split, **(drawn if split == "train" else {})))
-        write_table(targets["dialogues"], "dialogues", pd.concat(frames, ignore_index=True))
+    def build() -> Tables:
+        return {"dialogues": pd.concat([_read(run.profile, *file) for file in files.items()], ignore_index=True)}
 
     report = run.stage(
-        "dialogues",
-        inputs=inputs,
-        settings=settings.model_dump(mode="json") | ({"seed": profile.seed} if settings.source == "focus_json" else {}),
-        outputs=["dialogues"],
-        code=__name__,
-        build=build,
+        "dialogues", build, files=files, settings=settings.model_dump(mode="json") | seed, outputs=["dialogues"],
         overwrite=overwrite,
-    )
+    )  # fmt: skip
     return [report]
 
 
-def _dialogue_files(run: RunFolder) -> dict[str, Path]:
+def _read(profile: Profile, name: str, path: Path) -> pd.DataFrame:
+    settings = profile.dialogues
+    split: Split = "train" if "train" in name else "valid"
+    if settings.source == "published_focus":
+        return published_focus(path, split)
+    if settings.source == "miniature":
+        return focus_json(path, split).assign(dataset="miniature")
+    if settings.source == "csv":
+        return read_dialogues(path)
+    drawn: dict[str, Any] = {"size": settings.train_size, "seed": profile.seed,
+                             "max_reference_words": settings.max_reference_words}  # fmt: skip
+    return focus_json(path, split, **(drawn if split == "train" else {}))
+
+
+def _files(run: RunFolder) -> dict[str, Path]:
     """Return the files that the dialogues are read from."""
     settings = run.profile.dialogues
     if settings.source == "miniature":
@@ -79,5 +66,5 @@ def _dialogue_files(run: RunFolder) -> dict[str, Path]:
         return {split: path for split, path in given.items() if path}
     if settings.source == "csv" and settings.csv_file:
         return {"csv": PROJECT / settings.csv_file}
-    files = published_files(run)
+    files = fetch_release(run.release)
     return {name: files[name] for name in (published.prompts_file("train"), published.prompts_file("valid"))}

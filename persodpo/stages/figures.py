@@ -5,49 +5,23 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import pandas as pd
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from persodpo.config import Profile
 from persodpo.errors import NothingToShowError, PersodpoError
-from persodpo.figures import FIGURES, style
 from persodpo.imports import code_of
 from persodpo.release import published
-from persodpo.runfolder import RunFolder, file_is_current, sha256
-from persodpo.stages.base import Need
+from persodpo.runfolder import RunFolder, StageReport, files_are_unchanged, read_json, sha256
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from persodpo.figures.style import FigureSpec
 
 
-class FigureReport(NamedTuple):
-    """What became of a figure.
-
-    Attributes:
-        figure: Its name.
-        skipped: True if its tables and code were unchanged, so the files were left alone.
-        files: PDF, PNG and JSON; none where the run has nothing that it could show.
-        seconds: Wall time.
-    """
-
-    figure: str
-    skipped: bool
-    files: tuple[Path, ...]
-    seconds: float
-
-    def __str__(self) -> str:
-        """Return one line for logs."""
-        done = "unchanged, skipped" if self.skipped else f"drawn in {self.seconds:.1f} s"
-        done = done if self.files else "left out, as the run has nothing that it could show"
-        return f"figure {self.figure}: {done}"
-
-
-def needs(_profile: Profile) -> list[Need]:
-    """Return what figures show."""
-    return [Need("train"), Need("evaluate"), Need("ablate")]
-
-
-def draw(run: RunFolder, overwrite: bool = False) -> list[FigureReport]:
+def draw(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
     """Write every figure whose tables the profile makes, with a progress bar where someone watches."""
     names = tqdm(figure_names(run), desc="figures", leave=False, disable=not sys.stderr.isatty())
     return [save_figure(run, name, overwrite=overwrite) for name in names]
@@ -55,6 +29,8 @@ def draw(run: RunFolder, overwrite: bool = False) -> list[FigureReport]:
 
 def figure_names(run: RunFolder) -> list[str]:
     """Return the figures whose tables the profile makes."""
+    from persodpo.figures import FIGURES
+
     profile = run.profile
     absent = {f"pairs/{name}" for name in ("simple", "perso") if name not in profile.pairs.sets}
     if not profile.evaluation.ablations:
@@ -77,34 +53,42 @@ def draw_figure(run: RunFolder, name: str) -> Figure:
     return spec.draw(*(by_arm.get("", by_arm) for by_arm in tables))
 
 
-def save_figure(run: RunFolder, name: str, *, overwrite: bool = False) -> FigureReport:
+def save_figure(run: RunFolder, name: str, *, overwrite: bool = False) -> StageReport:
     """Draw a figure and write it to figures/<profile>/, unless its tables and code are those it was drawn from.
 
     Raises:
         PersodpoError: As `draw_figure`, or the folder cannot be written.
     """
-    started, spec = time.perf_counter(), _spec(name)
-    tables = [table for pattern in spec.tables for table in _tables(run, pattern).values()]
-    inputs = {table: sha256(_path(run, table)) for table in tables} | figure_code(name)
-    files = tuple(run.figures / f"{name}.{suffix}" for suffix in ("pdf", "png", "json"))
-    if not overwrite and file_is_current(files[-1], inputs):
-        return FigureReport(name, True, files, 0.0)
+    started, spec, stage = time.perf_counter(), _spec(name), f"figure {name}"
+    sources = {table: _path(run, table) for pattern in spec.tables for table in _tables(run, pattern).values()}
+    inputs = {table: sha256(path) for table, path in sources.items()} | figure_code(name)
+    files = [run.figures / f"{name}.{suffix}" for suffix in ("pdf", "png", "json")]
+    run.files |= {*sources.values(), *files}
+    record = read_json(files[-1])
+    if not overwrite and record.get("inputs") == inputs and files_are_unchanged(run.figures, record):
+        return StageReport(stage, True, {}, 0.0)
     try:
         figure = draw_figure(run, name)
     except NothingToShowError:
         for path in files:
             path.unlink(missing_ok=True)
-        return FigureReport(name, False, (), 0.0)
+        return StageReport(stage, False, {}, 0.0, ("left out, as the run has nothing that it could show",))
+    from persodpo.figures import style
+
     style.save(figure, name, run.figures, inputs, spec.note)
-    return FigureReport(name, False, files, time.perf_counter() - started)
+    return StageReport(stage, False, {}, time.perf_counter() - started)
 
 
 def figure_code(name: str) -> dict[str, str]:
     """Return the sha256 of the code that draws a figure, within `persodpo.figures`, and of the style sheet."""
-    return {"code": code_of(_spec(name).draw.__module__, within="persodpo.figures"), "style": sha256(style.STYLE)}
+    from persodpo.figures.style import STYLE
+
+    return {"code": code_of(_spec(name).draw.__module__, within="persodpo.figures"), "style": sha256(STYLE)}
 
 
-def _spec(name: str) -> style.FigureSpec:
+def _spec(name: str) -> FigureSpec:
+    from persodpo.figures import FIGURES
+
     if name not in FIGURES:
         raise PersodpoError(f"There is no figure '{name}'; there are {', '.join(FIGURES)}.")
     return FIGURES[name]

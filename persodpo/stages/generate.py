@@ -19,10 +19,10 @@ from persodpo.generation.requests import Job, request_key
 from persodpo.generation.store import Store
 from persodpo.generation.summary import Forecast, Summary, forecast, stored_answers
 from persodpo.release import published
-from persodpo.runfolder import PROJECT, RunFolder, StageReport
+from persodpo.release.fetch import fetch_release
+from persodpo.runfolder import PROJECT, RunFolder, StageReport, Tables
 from persodpo.stages.asking import WAIT_SECONDS, Scope, entry_of, is_small_policy, jobs_of
-from persodpo.stages.base import Need, Targets, published_files
-from persodpo.tables import write_table
+from persodpo.stages.base import Need
 
 _UNFINISHED = (
     "Not every prompt is answered yet ({summary}); run `persodpo {command} --profile {profile}` again, what is stored is "
@@ -60,6 +60,7 @@ def make_responses(run: RunFolder, overwrite: bool = False) -> list[StageReport]
         with run.locked(WAIT_SECONDS):
             return [_published(run, overwrite)]
     scope = Scope(profile.generation.models, ("train",))
+    run.asked |= set(scope.models)
     summaries = _ask(run, scope, retry_failed=False, progress=True)
     check_finished(summaries, profile, "generate")
     return [_write_answers(run), _asked_responses(run, scope, overwrite)]
@@ -80,17 +81,13 @@ def _own(run: RunFolder, path: Path, overwrite: bool) -> StageReport:
     """Read the user's own completions."""
     profile = run.profile
 
-    def build(targets: Targets) -> None:
-        frame = persodpo.own_data.read_responses(path, run.read("dialogues"), profile.reading)
-        write_table(targets["responses"], "responses", frame)
-
     report = run.stage(
         "generate",
-        inputs={"dialogues": run.path("dialogues"), "csv": path},
+        lambda: {"responses": persodpo.own_data.read_responses(path, run.read("dialogues"), profile.reading)},
+        reads=["dialogues"],
+        files={"csv": path},
         settings={"source": "csv", "corrections": profile.switches("A18")},
         outputs=["responses"],
-        code=__name__,
-        build=build,
         overwrite=overwrite,
     )
     return replace(report, notes=(_outcomes(run),))
@@ -107,29 +104,29 @@ def _outcomes(run: RunFolder) -> str:
 
 def _published(run: RunFolder, overwrite: bool) -> StageReport:
     """Read the published completions."""
-    profile, files = run.profile, published_files(run)
+    profile, files = run.profile, fetch_release(run.release)
     tables = {"responses": published.ranked_sets(profile.generation.models)}
     if profile.evaluation.source == "published":
         tables["evaluation/responses"] = published.VALID_SETS
 
-    def build(targets: Targets) -> None:
+    def build() -> Tables:
         dialogues = run.read("dialogues")
-        for table, sets in tables.items():
-            frame = published.published_responses(files, sets, dialogues, profile.reading)
-            write_table(targets[table], table, frame)
+        return {
+            table: published.published_responses(files, sets, dialogues, profile.reading)
+            for table, sets in tables.items()
+        }
 
     return run.stage(
         "generate",
-        inputs={"dialogues": run.path("dialogues")}
-        | published.set_files(files, [which for sets in tables.values() for which in sets]),
+        build,
+        reads=["dialogues"],
+        files=published.set_files(files, [which for sets in tables.values() for which in sets]),
         settings={
             "source": "published",
             "models": list(profile.generation.models),
             "corrections": profile.switches("A18"),
         },
         outputs=list(tables),
-        code=__name__,
-        build=build,
         overwrite=overwrite,
     )
 
@@ -253,14 +250,13 @@ def write_answers(run: RunFolder, name: str, frame: pd.DataFrame, *, overwrite: 
     with run.locked(WAIT_SECONDS):
         return run.stage(
             name,
-            inputs={"dialogues": run.path("dialogues")},
+            lambda: {name: frame},
+            reads=["dialogues"],
             settings={
                 "generation": generation,
                 "answers": content,
                 "corrections": run.profile.switches("A5", "A10a", "A18"),
             },
             outputs=[name],
-            code=__name__,
-            build=lambda targets: write_table(targets[name], name, frame),
             overwrite=overwrite,
         )

@@ -1,4 +1,4 @@
-"""From trained arms to scored held-out responses: the starting policy and every arm answer the same prompts.
+"""From trained arms to judged and scored held-out responses: the starting policy and every arm answer the same prompts.
 
 All are asked in the same way, the profile's, whatever their pairs were made with; what differs is the training alone.
 """
@@ -19,39 +19,20 @@ from persodpo.generation.requests import Job
 from persodpo.generation.store import Store
 from persodpo.generation.summary import stored_answers
 from persodpo.miniature.judge import judge
-from persodpo.runfolder import RunFolder, StageReport
+from persodpo.runfolder import RunFolder, StageReport, Tables
 from persodpo.scoring import extras
 from persodpo.stages import score
 from persodpo.stages.asking import job_for
-from persodpo.stages.base import Targets
 from persodpo.stages.generate import check_finished, write_answers
 from persodpo.stages.policy import start_policy
-from persodpo.stages.train import arm_folder
-from persodpo.tables import SCHEMAS, with_none, write_table
+from persodpo.stages.train import arm_folder, weights_of
+from persodpo.tables import SCHEMAS
 from persodpo.training.arms import label_of
 
 #: Name of the policy that all arms start from, among the arms.
 BASE = "base"
 #: Prompts that an arm answers together where no response time is taken; the decoder halves it where memory runs out.
 BATCH_SIZE = 32
-
-
-def held_out_arms(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
-    """Let the starting policy and all arms under all seeds answer the held-out prompts, and score what they say.
-
-    Raises:
-        PersodpoError: There are no held-out dialogues, or a model has stopped.
-    """
-    profile = run.profile
-    models = {
-        model: start_policy(run) if model == BASE else arm_folder(run, model) for model in arms_of(profile)["model"]
-    }
-    answers = answer_held_out(run, "evaluation/responses", models, profile.evaluation.timed, overwrite=overwrite)
-    return [
-        answers,
-        score_held_out(run, "evaluation/responses", "evaluation/scores", overwrite=overwrite),
-        judge_held_out(run, "evaluation/responses", "evaluation/judged", overwrite=overwrite),
-    ]
 
 
 def arms_of(profile: Profile) -> pd.DataFrame:
@@ -66,32 +47,49 @@ def arms_of(profile: Profile) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["model", "arm", "seed"])
 
 
-def answer_held_out(
-    run: RunFolder, table: str, models: Mapping[str, str | Path], timed: int | None, *, overwrite: bool = False
-) -> StageReport:
-    """Let models answer what is not stored yet.
+def held_out_arms(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
+    """Let the starting policy and all arms under all seeds answer the held-out prompts, and score what they say."""
+    models = {
+        name: start_policy(run) if name == BASE else arm_folder(run, name) for name in arms_of(run.profile)["model"]
+    }
+    return held_out(run, "evaluation", models, run.profile.evaluation.timed, overwrite)
+
+
+def held_out(
+    run: RunFolder, group: str, models: Mapping[str, str | Path], timed: int | None, overwrite: bool
+) -> list[StageReport]:
+    """Let models answer the held-out prompts, and score and judge what they say.
 
     Args:
         run: The run folder.
-        table: The responses table to write.
-        models: Folder or Hub name of each, by its name in the table.
+        group: Where the tables go: evaluation or ablations.
+        models: Folder or Hub name of each, by its name in the tables.
         timed: Dialogues that are answered one at a time, for response times; None: all of them.
-        overwrite: Write the table even if it is written already.
-
-    Returns:
-        What was done.
+        overwrite: Make the tables even if nothing changed.
 
     Raises:
         PersodpoError: There are no held-out dialogues, or a model has stopped.
     """
+    return [
+        _answer(run, f"{group}/responses", models, timed, overwrite),
+        _score(run, group, overwrite),
+        judge_held_out(run, group, overwrite),
+    ]
+
+
+def _answer(
+    run: RunFolder, table: str, models: Mapping[str, str | Path], timed: int | None, overwrite: bool
+) -> StageReport:
+    """Let models answer what is not stored yet."""
     profile = run.profile
     dialogues = run.read("dialogues").query("split == 'valid'")
     if dialogues.empty:
         raise PersodpoError("There are no held-out dialogues to answer; give the profile a valid split.")
+    run.asked |= models.keys()
+    run.files |= {path for weights in models.values() for path in weights_of(weights)}
     with Store(run.answers) as store:
-        jobs = list(_jobs(run, dialogues, models, timed))
-        summaries = generate_all([job for job, _ in jobs], store, reading=profile.reading)
-        check_finished(summaries, profile, "evaluate")
+        jobs = [job for job, _ in _jobs(run, dialogues, models, timed)]
+        check_finished(generate_all(jobs, store, reading=profile.reading), profile, "evaluate")
         frame = stored_answers(store, list(_jobs(run, dialogues, models, timed)), profile.reading)
     # Answers of many at a time have no response time of their own.
     frame["response_time"] = frame["response_time"].where(frame["batch_size"] == 1)
@@ -105,79 +103,43 @@ def _jobs(
     first = len(dialogues) if timed is None else timed
     for model, weights in models.items():
         for mode, part in (("latency", dialogues.iloc[:first]), ("throughput", dialogues.iloc[first:])):
-            if part.empty:
-                continue
-            entry = _entry(model, weights, mode, BATCH_SIZE)
-            yield job_for(part, entry, run.profile, weights), part["split"].tolist()
+            if len(part):
+                fields = {"kind": "transformers", "model": model, "weights": str(weights), "mode": mode}
+                entry = TransformersModel.model_validate(fields | {"batch_size": BATCH_SIZE})
+                yield job_for(part, entry, run.profile, weights), part["split"].tolist()
 
 
-def _entry(model: str, weights: str | Path, mode: str, batch_size: int) -> TransformersModel:
-    fields = {"kind": "transformers", "model": model, "weights": str(weights), "mode": mode, "batch_size": batch_size}
-    return TransformersModel.model_validate(fields)
+def judge_held_out(run: RunFolder, group: str, overwrite: bool = False) -> StageReport:
+    """Judge held-out responses by what no pair set was made from: references, and the generated world where there is one."""
+    generated, answers, table = run.profile.dialogues.source == "miniature", f"{group}/responses", f"{group}/judged"
 
-
-def judge_held_out(run: RunFolder, answers: str, table: str, *, overwrite: bool = False) -> StageReport:
-    """Judge held-out responses by what no pair set was made from: references, and the generated world where there is one.
-
-    Args:
-        run: The run folder.
-        answers: The responses table to judge.
-        table: The table to write.
-        overwrite: Judge even if nothing changed.
-
-    Returns:
-        What was done.
-    """
-    generated = run.profile.dialogues.source == "miniature"
-
-    def build(targets: Targets) -> None:
+    def build() -> Tables:
         responses, dialogues = run.read(answers), run.read("dialogues")
         overlap = extras.extras_table(responses, dialogues)["rouge_l"].where(responses["outcome"] == "ok", 0.0)
-        repeats = [repeats_sentence(text or "") for text in with_none(responses)["response"]]
+        repeats = [repeats_sentence(text or "") for text in responses["response"]]
         frame = responses[["dialogue_id", "model"]].assign(rouge_l=overlap, repeats=repeats)
         if generated:
             frame = frame.merge(judge(dialogues, responses), on=["dialogue_id", "model"], validate="one_to_one")
-        write_table(targets[table], table, frame.reindex(columns=SCHEMAS[table].names))
+        return {table: frame.reindex(columns=SCHEMAS[table].names)}
 
+    settings = {"generated": generated}
     return run.stage(
-        f"judge {answers}",
-        inputs={name: run.path(name) for name in ("dialogues", answers)},
-        settings={"generated": generated},
-        outputs=[table],
-        code=__name__,
-        build=build,
-        overwrite=overwrite,
+        f"judge {answers}", build, reads=["dialogues", answers], settings=settings, outputs=[table], overwrite=overwrite
     )
 
 
-def score_held_out(run: RunFolder, answers: str, table: str, *, overwrite: bool = False) -> StageReport:
-    """Score held-out responses on the scale of the ranked ones, with the same scorers.
-
-    Args:
-        run: The run folder.
-        answers: The responses table to score.
-        table: The scores table to write.
-        overwrite: Score even if nothing changed.
-
-    Returns:
-        What was done.
-    """
-    profile, names = run.profile, ("dialogues", "scores", answers)
+def _score(run: RunFolder, group: str, overwrite: bool) -> StageReport:
+    """Score held-out responses on the scale of the ranked ones, with the same scorers."""
+    profile, answers, table = run.profile, f"{group}/responses", f"{group}/scores"
     scorers = score.run_scorers(run)
 
-    def build(targets: Targets) -> None:
-        responses, ranked = run.read(answers), run.read("scores")
+    def build() -> Tables:
+        responses = run.read(answers)
         metrics, _, _ = score.measure(run, responses, scorers)
         values = pairs.impute(responses, metrics, unread=True, count=pairs.word_counter(profile))
-        scale = pairs.scale_of(ranked, profile.scoring)
-        write_table(targets[table], table, pairs.rate(values, scale, profile))
+        return {table: pairs.rate(values, pairs.scale_of(run.read("scores"), profile.scoring), profile)}
 
     return run.stage(
-        f"score {answers}",
-        inputs={name: run.path(name) for name in names},
+        f"score {answers}", build, reads=["dialogues", "scores", answers], outputs=[table], overwrite=overwrite,
         settings=score.score_settings(profile) | {"scorers": score.keys_of(scorers)},
-        outputs=[table],
-        code=__name__,
-        build=build,
-        overwrite=overwrite,
-    )
+    )  # fmt: skip

@@ -4,17 +4,10 @@ from __future__ import annotations
 
 import pandas as pd
 
-import persodpo.completions
-import persodpo.dialogues
-import persodpo.gate
-import persodpo.method
-import persodpo.pairs
-import persodpo.prompts
-from persodpo.config import Profile
 from persodpo.errors import PersodpoError
-from persodpo.runfolder import RunFolder, StageReport
-from persodpo.stages.base import Need, Targets
-from persodpo.tables import write_table
+from persodpo.pairs import build_pairs
+from persodpo.prompts import load_template
+from persodpo.runfolder import RunFolder, StageReport, Tables
 
 #: What to do where a pair set is empty, for each that there is.
 _MENDS = {
@@ -23,52 +16,39 @@ _MENDS = {
 }
 
 
-def needs(_profile: Profile) -> list[Need]:
-    """Return what pairs follow from."""
-    return [Need("score")]
-
-
 def make_pairs(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
     """Make the pair sets and their gate report."""
     profile = run.profile
-    names = [f"pairs/{pair_set}" for pair_set in profile.pairs.sets]
 
-    def build(targets: Targets) -> None:
-        responses, scores, dialogues = (run.read(name) for name in ("responses", "scores", "dialogues"))
-        cuts = limits(run)
-        gate = []
-        for pair_set, name in zip(profile.pairs.sets, names, strict=True):
-            pairs = persodpo.pairs.build_pairs(
-                pair_set,
-                responses=responses,
-                scores=scores,
-                dialogues=dialogues,
-                limits=cuts,
-                profile=profile,
-            )
+    def build() -> Tables:
+        from persodpo.gate import inspect_pairs
+
+        frames = {name: run.read(name) for name in ("responses", "scores", "dialogues")}
+        tables, gate = {}, []
+        for name in profile.pairs.sets:
+            pairs = build_pairs(name, limits=limits(run), profile=profile, **frames)
             if pairs.empty:
                 raise PersodpoError(
-                    f"No {pair_set} pairs: no prompt has both a response to choose and one to reject; {_MENDS[pair_set]}."
+                    f"No {name} pairs: no prompt has both a response to choose and one to reject; {_MENDS[name]}."
                 )
-            write_table(targets[name], name, pairs)
-            gate.append(persodpo.gate.inspect_pairs(pairs, dialogues, profile.seed).assign(pair_set=pair_set))
-        write_table(targets["pairs/gate"], "pairs/gate", pd.concat(gate, ignore_index=True))
+            tables[f"pairs/{name}"] = pairs
+            gate.append(inspect_pairs(pairs, frames["dialogues"], profile.seed).assign(pair_set=name))
         for left_out in _MENDS.keys() - set(profile.pairs.sets):
             run.forget(f"pairs/{left_out}")
+        return tables | {"pairs/gate": pd.concat(gate, ignore_index=True)}
 
     report = run.stage(
         "pairs",
-        inputs={name: run.path(name) for name in ("dialogues", "responses", "scores", "thresholds")},
+        build,
+        reads=["dialogues", "responses", "scores", "thresholds"],
         settings={
             "pairs": profile.pairs.model_dump(mode="json"),
             "prompts": profile.prompts.model_dump(mode="json"),
             "corrections": profile.switches("A4", "A10a", "A12"),
-            "template": persodpo.prompts.load_template(profile.prompts.template),
+            "template": load_template(profile.prompts.template),
             "seed": profile.seed,
         },
-        outputs=[*names, "pairs/gate"],
-        code=__name__,
-        build=build,
+        outputs=[*(f"pairs/{name}" for name in profile.pairs.sets), "pairs/gate"],
         overwrite=overwrite,
     )
     return [report]

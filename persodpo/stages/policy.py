@@ -19,7 +19,7 @@ PREFIX = "miniature/"
 
 def start_policy(run: RunFolder) -> str | Path:
     """Return the policy of a run's profile; the small one is made from the run's own texts if need be."""
-    from persodpo.training.policy import make_small_policy  # noqa: PLC0415 - torch is slow to load
+    from persodpo.training.policy import make_small_policy
 
     name = run.profile.policy.model
     if name.startswith(PREFIX):
@@ -36,7 +36,7 @@ def start_policy(run: RunFolder) -> str | Path:
 
 def small_policy(profile: Profile) -> SmallPolicy:
     """Return size and warm-up of the small policy and of the miniature models."""
-    from persodpo.training.policy import SmallPolicy  # noqa: PLC0415 - torch is slow to load
+    from persodpo.training.policy import SmallPolicy
 
     return SmallPolicy(**profile.policy.small.model_dump(), seed=profile.seed)
 
@@ -47,7 +47,7 @@ def miniature_model(run: RunFolder, name: str) -> Path:
     Raises:
         PersodpoError: There is no such model.
     """
-    from persodpo.miniature.models import make_model  # noqa: PLC0415 - torch is slow to load
+    from persodpo.miniature.models import make_model
 
     profile = run.profile
     return make_model(

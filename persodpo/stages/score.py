@@ -12,22 +12,16 @@ import pandas as pd
 from persodpo import pairs
 from persodpo.config import Profile
 from persodpo.release import published
-from persodpo.runfolder import RunFolder, StageReport
+from persodpo.release.fetch import fetch_release
+from persodpo.runfolder import RunFolder, StageReport, Tables
 from persodpo.scoring import extras, factory, heads, probes
 from persodpo.scoring.encoder import Encoder, remembered
 from persodpo.scoring.score import Engine, ScoreCache, Scorer, Tally, computed_metrics, one_by_one
-from persodpo.stages.base import Need, Targets, published_files
-from persodpo.tables import write_table
 
 #: The responses that are ranked, and the held-out ones.
 TABLES = ("scores", "evaluation/scores")
 #: Under the folder of all runs, for scores and heads do not depend on a run's name; no run can be called so.
 CACHE, HEADS = "_scores.sqlite", "_heads"
-
-
-def needs(_profile: Profile) -> list[Need]:
-    """Return what scores follow from."""
-    return [Need("generate")]
 
 
 def make_scores(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
@@ -56,14 +50,13 @@ def score_settings(profile: Profile) -> dict[str, object]:
     }
 
 
-def write_scores(
-    profile: Profile, targets: Targets, responses: Mapping[str, pd.DataFrame], metrics: Mapping[str, pd.DataFrame]
-) -> None:
-    """Impute, rate and rank, and write both scores tables and the thresholds.
+def ranked(
+    profile: Profile, responses: Mapping[str, pd.DataFrame], metrics: Mapping[str, pd.DataFrame]
+) -> dict[str, pd.DataFrame]:
+    """Impute, rate and rank; return both scores tables and the thresholds.
 
     Args:
         profile: The settings.
-        targets: Paths to write, of the scores tables and of thresholds.
         responses: Responses tables, by the name of their scores table.
         metrics: Metric values of parsed responses, by the same names.
     """
@@ -74,55 +67,45 @@ def write_scores(
         for table in responses
     }
     ranking = pairs.rank(values["scores"], profile)
-    write_table(targets["scores"], "scores", ranking.scores)
-    for table in [table for table in responses if table != "scores"]:
-        write_table(targets[table], table, pairs.rate(values[table], ranking.scale, profile))
     scale = ranking.scale
+    others = {table: pairs.rate(values[table], scale, profile) for table in responses if table != "scores"}
     named = {
         "low": ranking.low, "high": ranking.high, "target_words": scale.target_words, "mean_words": scale.mean_words,
     }  # fmt: skip
-    write_table(targets["thresholds"], "thresholds", pd.DataFrame(named.items(), columns=["name", "value"]))
+    return {"scores": ranking.scores, **others, "thresholds": pd.DataFrame(named.items(), columns=["name", "value"])}
 
 
 def _extras(run: RunFolder) -> StageReport:
     """Make the extras table: what is reported beside the quality score."""
 
-    def build(targets: Targets) -> None:
-        write_table(targets["extras"], "extras", extras.extras_table(run.read("responses"), run.read("dialogues")))
+    def build() -> Tables:
+        return {"extras": extras.extras_table(run.read("responses"), run.read("dialogues"))}
 
-    return run.stage(
-        "extras",
-        inputs={name: run.path(name) for name in ("dialogues", "responses")},
-        settings={},
-        outputs=["extras"],
-        code=__name__,
-        build=build,
-    )
+    return run.stage("extras", build, reads=["dialogues", "responses"], outputs=["extras"])
 
 
 def _published(run: RunFolder, overwrite: bool) -> StageReport:
     """Make scores and thresholds of the published metric values."""
-    profile, files = run.profile, published_files(run)
+    profile, files = run.profile, fetch_release(run.release)
     wanted = dict(
         zip(tables_of(profile), (published.ranked_sets(profile.generation.models), published.VALID_SETS), strict=False)
     )
     answers = {table: table.replace("scores", "responses") for table in wanted}
 
-    def build(targets: Targets) -> None:
+    def build() -> Tables:
         tables = {table: run.read(name) for table, name in answers.items()}
         metrics = {table: published.published_metrics(files, sets, tables[table]) for table, sets in wanted.items()}
-        write_scores(profile, targets, tables, metrics)
         for left in ("probes", "scorers"):
             run.forget(left)
+        return ranked(profile, tables, metrics)
 
     return run.stage(
         "score",
-        inputs={name: run.path(name) for name in answers.values()}
-        | published.set_files(files, [which for sets in wanted.values() for which in sets]),
+        build,
+        reads=list(answers.values()),
+        files=published.set_files(files, [which for sets in wanted.values() for which in sets]),
         settings=score_settings(profile),
         outputs=["scores", "thresholds", *list(wanted)[1:]],
-        code=__name__,
-        build=build,
         overwrite=overwrite,
     )
 
@@ -139,7 +122,7 @@ def _computed(run: RunFolder, overwrite: bool) -> StageReport:
     answers = {table: table.replace("scores", "responses") for table in wanted}
     notes: list[str] = []
 
-    def build(targets: Targets) -> None:
+    def build() -> Tables:
         found = [verdict for scorer in scorers for verdict in probes.probe(scorer)]
         _warnings(profile, found)
         tables = {table: run.read(name) for table, name in answers.items()}
@@ -151,20 +134,18 @@ def _computed(run: RunFolder, overwrite: bool) -> StageReport:
             metrics[table], report, tallies = measure(run, frame, scorers)
             reports.append(report.assign(table=table))
             notes.extend(f"{table}, {tally}" for tally in tallies)
-        write_scores(profile, targets, tables, metrics)
-        write_table(targets["probes"], "probes", pd.DataFrame(found))
-        write_table(targets["scorers"], "scorers", pd.concat(reports, ignore_index=True))
         if profile.evaluation.source == "published":
             for left in set(TABLES) - set(wanted):
                 run.forget(left)
+        said = {"probes": pd.DataFrame(found), "scorers": pd.concat(reports, ignore_index=True)}
+        return ranked(profile, tables, metrics) | said
 
     report = run.stage(
         "score",
-        inputs={name: run.path(name) for name in ("dialogues", *answers.values())},
+        build,
+        reads=["dialogues", *answers.values()],
         settings=score_settings(profile) | {"scorers": keys_of(scorers)},
         outputs=[*answers, "thresholds", "probes", "scorers"],
-        code=__name__,
-        build=build,
         overwrite=overwrite,
     )
     kept = [probes.Verdict(*row) for row in run.read("probes").itertuples(index=False)]
@@ -197,8 +178,8 @@ def heads_folder(run: RunFolder) -> Path:
     """
     dialogues = run.read("dialogues")
     if run.profile.dialogues.source == "miniature":
-        from persodpo.miniature.models import own_dialogues  # noqa: PLC0415 - torch is slow to load
-        from persodpo.stages.policy import miniature_folder  # noqa: PLC0415
+        from persodpo.miniature.models import own_dialogues
+        from persodpo.stages.policy import miniature_folder
 
         dialogues = own_dialogues(miniature_folder(run), run.profile.miniature, run.profile.seed)
     encoder = Encoder(run.profile.scoring.encoder, run.profile.scoring.compute.batch_tokens)
@@ -220,7 +201,7 @@ def measure(
     """
     engine: Engine = one_by_one
     if run.profile.engine.scorers == "ray":
-        from persodpo.scoring.cluster import ray_engine  # noqa: PLC0415 - optional
+        from persodpo.scoring.cluster import ray_engine
 
         folder = heads_folder(run) if run_needs_heads(run) else None
         make = partial(factory.make_scorer, profile=run.profile, heads=folder)

@@ -11,10 +11,9 @@ import pandas as pd
 from persodpo.config import ArmName, Profile, with_overrides
 from persodpo.corrections import WITHOUT_ASKING
 from persodpo.errors import PersodpoError
-from persodpo.runfolder import RunFolder, StageReport, digest_of, sha256
-from persodpo.stages.base import Need, Targets
+from persodpo.runfolder import RunFolder, StageReport, Tables, digest_of, sha256
+from persodpo.stages.base import Need
 from persodpo.stages.policy import start_policy
-from persodpo.tables import write_table
 from persodpo.training.arms import ARMS, arm_name, label_of
 
 
@@ -77,8 +76,8 @@ def _train(run: RunFolder, source: RunFolder, arm: ArmName, seed: int, overwrite
     table = f"pairs/{ARMS[arm].pairs}"
     label = label_of(arm, seed, run.profile.evaluation.seeds)
     seeded = run.profile.model_copy(update={"seed": seed})
-    inputs = {table: source.path(table)}
-    return train_on(run, arm, label, lambda: source.read(table), inputs=inputs, profile=seeded, overwrite=overwrite)
+    files = {table: source.path(table)}
+    return train_on(run, arm, label, lambda: source.read(table), files=files, profile=seeded, overwrite=overwrite)
 
 
 def train_on(
@@ -87,7 +86,7 @@ def train_on(
     label: str,
     pairs: Callable[[], pd.DataFrame],
     *,
-    inputs: Mapping[str, Path],
+    files: Mapping[str, Path],
     profile: Profile,
     overwrite: bool = False,
     basis: Mapping[str, object] | None = None,
@@ -99,7 +98,7 @@ def train_on(
         arm: The arm, which says how pairs are weighed.
         label: Name of the folder.
         pairs: Gives the pairs table.
-        inputs: The files that the pairs follow from.
+        files: Those that the pairs follow from.
         profile: Its training section, reading of completions and seed are used.
         overwrite: Train even if nothing changed.
         basis: Other settings that the pairs follow from.
@@ -107,11 +106,11 @@ def train_on(
     Returns:
         What was done.
     """
-    from persodpo.training import run as training  # noqa: PLC0415 - torch is slow to load
+    from persodpo.training import run as training
 
     start = start_policy(run)
     outputs = [f"training/{label}/{name}" for name in ("log", "health", "generations")]
-    inputs = dict(inputs) | _weights(start)
+    files = dict(files) | {f"policy/{path.name}": path for path in weights_of(start)}
     settings = {
         "arm": asdict(ARMS[arm]),
         "policy": profile.policy.model,
@@ -121,24 +120,18 @@ def train_on(
         **(basis or {}),
     }
     folder = arm_folder(run, label)
-    key = digest_of({"settings": settings, "inputs": {name: sha256(path) for name, path in inputs.items()}})
+    key = digest_of({"settings": settings, "inputs": {name: sha256(path) for name, path in files.items()}})
 
-    def build(targets: Targets) -> None:
-        made = training.train_arm(pairs(), arm, start, folder, profile=profile, key=key)
-        for output, frame in zip(outputs, (made.log, made.health, made.generations), strict=True):
-            write_table(targets[output], output, frame)
+    def build() -> Tables:
+        result = training.train_arm(pairs(), arm, start, folder, profile=profile, key=key)
+        return dict(zip(outputs, (result.log, result.health, result.generations), strict=True))
 
-    return run.stage(
-        f"train {label}",
-        inputs=inputs,
-        settings=settings,
-        outputs=outputs,
-        code=__name__,
-        build=build,
-        overwrite=overwrite or not training.is_trained(folder, key),
-    )
+    anew = overwrite or not training.is_trained(folder, key)
+    report = run.stage(f"train {label}", build, files=files, settings=settings, outputs=outputs, overwrite=anew)
+    run.files |= {folder / "arm.json", *weights_of(folder)}
+    return report
 
 
-def _weights(policy: str | Path) -> dict[str, Path]:
+def weights_of(policy: str | Path) -> list[Path]:
     """Return the weights of a policy that lies on this machine's disk by its own path."""
-    return {f"policy/{path.name}": path for path in sorted(Path(policy).glob("*.safetensors"))}
+    return sorted(Path(policy).glob("*.safetensors"))
