@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
 import pandas as pd
 
 from persodpo import pairs
-from persodpo.config import Profile
+from persodpo.config import ENCODER, Profile
+from persodpo.method import METRICS
+from persodpo.miniature.models import own_dialogues
 from persodpo.release import published
 from persodpo.runfolder import RunFolder, StageReport
-from persodpo.scoring import extras, factory, heads, probes
+from persodpo.scoring import extras, heads, probes
+from persodpo.scoring.coherence import CoherenceScorer
 from persodpo.scoring.encoder import Encoder, remembered
+from persodpo.scoring.heads import CoherenceHead, Head
+from persodpo.scoring.nli import CScorer, NliModel, UEScorer, Way
+from persodpo.scoring.persona import PersonaDistance, WordMeans
 from persodpo.scoring.score import Engine, ScoreCache, Scorer, Tally, computed_metrics, one_by_one
 from persodpo.stages.base import Need, Targets, published_files
+from persodpo.stages.policy import miniature_folder
 from persodpo.tables import write_table
 
 #: The responses that are ranked, and the held-out ones.
@@ -59,7 +66,7 @@ def score_settings(profile: Profile) -> dict[str, object]:
 def write_scores(
     profile: Profile, targets: Targets, responses: Mapping[str, pd.DataFrame], metrics: Mapping[str, pd.DataFrame]
 ) -> None:
-    """Impute, rate and rank, and write both scores tables and the thresholds.
+    """Impute, rate and rank, and write scores tables and thresholds.
 
     Args:
         profile: The settings.
@@ -67,16 +74,15 @@ def write_scores(
         responses: Responses tables, by the name of their scores table.
         metrics: Metric values of parsed responses, by the same names.
     """
+    count = pairs.word_counter(profile)
     values = {
-        table: pairs.impute(
-            responses[table], metrics[table], unread=table != "scores", count=pairs.word_counter(profile)
-        )
-        for table in responses
+        table: pairs.impute(frame, metrics[table], unread=table != "scores", count=count)
+        for table, frame in responses.items()
     }
-    ranking = pairs.rank(values["scores"], profile)
+    ranking = pairs.rank(values.pop("scores"), profile)
     write_table(targets["scores"], "scores", ranking.scores)
-    for table in [table for table in responses if table != "scores"]:
-        write_table(targets[table], table, pairs.rate(values[table], ranking.scale, profile))
+    for table, frame in values.items():
+        write_table(targets[table], table, pairs.rate(frame, ranking.scale, profile))
     scale = ranking.scale
     named = {
         "low": ranking.low, "high": ranking.high, "target_words": scale.target_words, "mean_words": scale.mean_words,
@@ -103,14 +109,13 @@ def _extras(run: RunFolder) -> StageReport:
 def _published(run: RunFolder, overwrite: bool) -> StageReport:
     """Make scores and thresholds of the published metric values."""
     profile, files = run.profile, published_files(run)
-    wanted = dict(
-        zip(tables_of(profile), (published.ranked_sets(profile.generation.models), published.VALID_SETS), strict=False)
-    )
-    answers = {table: table.replace("scores", "responses") for table in wanted}
+    all_sets = (published.ranked_sets(profile.generation.models), published.VALID_SETS)
+    sets = dict(zip(tables_of(profile), all_sets, strict=False))
+    answers = {table: table.replace("scores", "responses") for table in sets}
 
     def build(targets: Targets) -> None:
         tables = {table: run.read(name) for table, name in answers.items()}
-        metrics = {table: published.published_metrics(files, sets, tables[table]) for table, sets in wanted.items()}
+        metrics = {table: published.published_metrics(files, which, tables[table]) for table, which in sets.items()}
         write_scores(profile, targets, tables, metrics)
         for left in ("probes", "scorers"):
             run.forget(left)
@@ -118,9 +123,9 @@ def _published(run: RunFolder, overwrite: bool) -> StageReport:
     return run.stage(
         "score",
         inputs={name: run.path(name) for name in answers.values()}
-        | published.set_files(files, [which for sets in wanted.values() for which in sets]),
+        | published.set_files(files, [each for which in sets.values() for each in which]),
         settings=score_settings(profile),
-        outputs=["scores", "thresholds", *list(wanted)[1:]],
+        outputs=[*sets, "thresholds"],
         code=__name__,
         build=build,
         overwrite=overwrite,
@@ -131,31 +136,27 @@ def _computed(run: RunFolder, overwrite: bool) -> StageReport:
     """Make scores, thresholds and the reports on scorers with the profile's own scorers.
 
     Raises:
-        PersodpoError: A scorer that failed its probes would enter the quality score and is not accepted by name, or as
-            `persodpo.scoring.score.computed_metrics`.
+        PersodpoError: A scorer that failed its probes would enter the quality score and is not accepted by name.
     """
     profile, scorers = run.profile, run_scorers(run)
-    wanted = tables_of(profile)
-    answers = {table: table.replace("scores", "responses") for table in wanted}
+    answers = {table: table.replace("scores", "responses") for table in tables_of(profile)}
     notes: list[str] = []
 
     def build(targets: Targets) -> None:
-        found = [verdict for scorer in scorers for verdict in probes.probe(scorer)]
-        _warnings(profile, found)
+        verdicts = [verdict for scorer in scorers for verdict in probes.probe(scorer)]
+        _warnings(profile, verdicts)
         tables = {table: run.read(name) for table, name in answers.items()}
-        metrics, reports = (
-            {},
-            [heads.head_report(heads_folder(run)).assign(table="heads")] if run_needs_heads(run) else [],
-        )
+        reports = [heads.head_report(heads_folder(run)).assign(table="heads")] if needs_heads(profile) else []
+        metrics = {}
         for table, frame in tables.items():
             metrics[table], report, tallies = measure(run, frame, scorers)
             reports.append(report.assign(table=table))
             notes.extend(f"{table}, {tally}" for tally in tallies)
         write_scores(profile, targets, tables, metrics)
-        write_table(targets["probes"], "probes", pd.DataFrame(found))
+        write_table(targets["probes"], "probes", pd.DataFrame(verdicts))
         write_table(targets["scorers"], "scorers", pd.concat(reports, ignore_index=True))
         if profile.evaluation.source == "published":
-            for left in set(TABLES) - set(wanted):
+            for left in set(TABLES) - set(answers):
                 run.forget(left)
 
     report = run.stage(
@@ -167,12 +168,12 @@ def _computed(run: RunFolder, overwrite: bool) -> StageReport:
         build=build,
         overwrite=overwrite,
     )
-    kept = [probes.Verdict(*row) for row in run.read("probes").itertuples(index=False)]
-    return replace(report, notes=(*notes, *(f"warning: {warning}" for warning in _warnings(profile, kept))))
+    verdicts = [probes.Verdict(*row) for row in run.read("probes").itertuples(index=False)]
+    return replace(report, notes=(*notes, *(f"warning: {warning}" for warning in _warnings(profile, verdicts))))
 
 
-def _warnings(profile: Profile, found: Sequence[probes.Verdict]) -> list[str]:
-    return probes.admit(found, pairs.effective_weights(profile), profile.scoring.compute.accept_failed_probes)
+def _warnings(profile: Profile, verdicts: Sequence[probes.Verdict]) -> list[str]:
+    return probes.admit(verdicts, pairs.effective_weights(profile), profile.scoring.compute.accept_failed_probes)
 
 
 def keys_of(scorers: Sequence[Scorer]) -> dict[str, str]:
@@ -182,12 +183,48 @@ def keys_of(scorers: Sequence[Scorer]) -> dict[str, str]:
 
 def run_scorers(run: RunFolder) -> list[Scorer]:
     """Return the four scorers of a run's profile, in the order of the metrics; heads are fitted if need be."""
-    return factory.make_scorers(run.profile, heads_folder(run) if run_needs_heads(run) else None)
+    folder = heads_folder(run) if needs_heads(run.profile) else None
+    return [make_scorer(metric, run.profile, folder) for metric in METRICS]
 
 
-def run_needs_heads(run: RunFolder) -> bool:
-    """Tell whether a run's profile scores with heads on the encoder."""
-    return factory.needs_heads(run.profile)
+def needs_heads(profile: Profile) -> bool:
+    """Tell whether a profile scores with heads on the encoder."""
+    models = profile.scoring.compute.models
+    return ENCODER in (models.coherence, models.c_score, models.ue_score)
+
+
+def make_scorer(name: str, profile: Profile, folder: Path | None) -> Scorer:
+    """Return one scorer of a profile.
+
+    Args:
+        name: The metric.
+        profile: Models, their settings and corrections.
+        folder: What `persodpo.scoring.heads.make_heads` returned, where `needs_heads`.
+    """
+    settings = profile.scoring.compute
+    model, size = getattr(settings.models, name), settings.batch_tokens
+    way: Way = "corrected" if profile.corrects("A10c" if name == "persona_distance" else "A10b") else "as_released"
+    if name == "persona_distance":
+        if model != ENCODER and Path(model).is_file():
+            return PersonaDistance(WordMeans(Path(model), way), way)
+        return PersonaDistance(encoder_of(profile) if model == ENCODER else open_encoder(model, size), way)
+    head = Head.load(name, encoder_of(profile), folder) if model == ENCODER and folder else None
+    if name == "coherence":
+        return CoherenceHead(head) if head else CoherenceScorer(model, size)
+    labels = settings.labels.get("c_score" if name == "c_score" else "ue_score")
+    classifier = head or NliModel(model, labels=labels, max_length=settings.nli_tokens, batch_tokens=size)
+    return (CScorer if name == "c_score" else UEScorer)(classifier, way)
+
+
+def encoder_of(profile: Profile) -> Encoder:
+    """Return the frozen encoder of a profile, one for all its scorers."""
+    return open_encoder(profile.scoring.encoder, profile.scoring.compute.batch_tokens)
+
+
+@lru_cache(maxsize=4)
+def open_encoder(name: str, batch_tokens: int) -> Encoder:
+    """Return an encoder that is hashed and loaded once in this process."""
+    return Encoder(name, batch_tokens)
 
 
 def heads_folder(run: RunFolder) -> Path:
@@ -197,12 +234,8 @@ def heads_folder(run: RunFolder) -> Path:
     """
     dialogues = run.read("dialogues")
     if run.profile.dialogues.source == "miniature":
-        from persodpo.miniature.models import own_dialogues  # noqa: PLC0415 - torch is slow to load
-        from persodpo.stages.policy import miniature_folder  # noqa: PLC0415
-
         dialogues = own_dialogues(miniature_folder(run), run.profile.miniature, run.profile.seed)
-    encoder = Encoder(run.profile.scoring.encoder, run.profile.scoring.compute.batch_tokens)
-    return heads.make_heads(dialogues, encoder, run.root.with_name(HEADS), run.profile.seed)
+    return heads.make_heads(dialogues, encoder_of(run.profile), run.root.with_name(HEADS), run.profile.seed)
 
 
 def measure(
@@ -222,8 +255,7 @@ def measure(
     if run.profile.engine.scorers == "ray":
         from persodpo.scoring.cluster import ray_engine  # noqa: PLC0415 - optional
 
-        folder = heads_folder(run) if run_needs_heads(run) else None
-        make = partial(factory.make_scorer, profile=run.profile, heads=folder)
-        engine = ray_engine(make, run.profile.engine.ray_workers)
+        folder = heads_folder(run) if needs_heads(run.profile) else None
+        engine = ray_engine(partial(make_scorer, profile=run.profile, folder=folder), run.profile.engine.ray_workers)
     with ScoreCache(run.root.with_name(CACHE)) as cache, remembered():
-        return computed_metrics(responses, run.read("dialogues"), scorers, cache, engine=engine)
+        return computed_metrics(responses, run.read("dialogues"), scorers, cache, engine)
