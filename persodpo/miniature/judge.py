@@ -73,12 +73,13 @@ def judge(dialogues: pd.DataFrame, responses: pd.DataFrame) -> pd.DataFrame:
         One row a response, in their order: dialogue_id, model, the flags `PARTS`, their conjunction ``grounded``, and added,
         the number of sentences beside the answer.
     """
-    prompts = {row.dialogue_id: (row.personas, row.context) for row in dialogues.itertuples()}
-    rows = []
-    for row in responses.itertuples():
-        readable = row.outcome == "ok"
-        found = judge_answer(*prompts[row.dialogue_id], row.response) if readable else Judgement(*[False] * 4, 0)
-        rows.append((row.dialogue_id, row.model, *found[:-1], all(found[:-1]), found.added))
+    prompts = dialogues.set_index("dialogue_id")[["personas", "context"]].T.to_dict("list")
+    failed = Judgement(False, False, False, False, 0)
+    rows: list[tuple[object, ...]] = []
+    for dialogue_id, model, outcome, text in responses[["dialogue_id", "model", "outcome", "response"]].to_numpy():
+        personas, context = prompts[dialogue_id]
+        found = judge_answer(personas, context, text) if outcome == "ok" else failed
+        rows.append((dialogue_id, model, *found[:-1], all(found[:-1]), found.added))
     return pd.DataFrame(rows, columns=["dialogue_id", "model", *PARTS, "grounded", "added"])
 
 

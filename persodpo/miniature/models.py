@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from random import Random
 
@@ -99,8 +99,7 @@ def lessons(name: str, folder: Path, miniature: Miniature, prompts: Prompts, see
     if name != BASE and name not in FINISHES:
         raise PersodpoError(f"There is no miniature model '{name}'; there are {', '.join((BASE, *FINISHES))}.")
     texts, answers = _right_answers(folder, miniature, prompts, load_template(prompts.template), seed)
-    rng = Random(f"{seed} {name}")  # noqa: S311 - no secret
-    complete = FINISHES.get(name, lambda answer: _middling(answer, rng))
+    complete = FINISHES.get(name) or partial(_middling, rng=Random(f"{seed} {name}"))  # noqa: S311 - no secret
     return [(text, complete(answer)) for text, answer in zip(texts, answers, strict=True)]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -168,8 +168,17 @@ def _computed(run: RunFolder, overwrite: bool) -> StageReport:
         build=build,
         overwrite=overwrite,
     )
-    verdicts = [probes.Verdict(*row) for row in run.read("probes").itertuples(index=False)]
+    verdicts = list(verdicts_on(run, scorers))
     return replace(report, notes=(*notes, *(f"warning: {warning}" for warning in _warnings(profile, verdicts))))
+
+
+def verdicts_on(run: RunFolder, scorers: Sequence[Scorer]) -> Iterator[probes.Verdict]:
+    """Yield what probes say of scorers: from the run's table where it has the very scorer, else anew."""
+    made = run.provenance("probes").get("settings", {}).get("scorers", {})
+    kept = [probes.Verdict(*row) for row in run.read("probes").itertuples(index=False)] if made else []
+    for scorer in scorers:
+        own = [verdict for verdict in kept if verdict.scorer == scorer.name]
+        yield from own if made.get(scorer.name) == scorer.key else probes.probe(scorer)
 
 
 def _warnings(profile: Profile, verdicts: Sequence[probes.Verdict]) -> list[str]:
