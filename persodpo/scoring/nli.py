@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -89,7 +89,7 @@ class NliModel(Checkpoint):
         return logits[:, columns].argmax(axis=1) - 1, cut
 
 
-def label_order(id2label: Mapping[int, str], named: Sequence[str] | None, checkpoint: str) -> list[int]:
+def label_order(id2label: Mapping[Any, str], named: Sequence[str] | None, checkpoint: str) -> list[int]:
     """Return which output of a classifier is each of `CLASSES`, by its config or, where that names none, by a setting."""
     outputs = [str(name) for _, name in sorted(id2label.items())]
     in_config = [SPELLINGS.get(name.strip().lower(), "") for name in outputs]
