@@ -95,20 +95,25 @@ def scorers_of(asked: argparse.Namespace) -> tuple[dict[str, dict[Way, Scorer]],
     return found, f"{of_head} {of_whole}"
 
 
+def spearman(ours: pd.Series, published: pd.Series) -> float:
+    """Return the rank correlation, NaN where one side is constant."""
+    constant = ours.max() == ours.min() or published.max() == published.min()
+    return np.nan if constant else ours.corr(published, "spearman")
+
+
 def compared(column: str, values: np.ndarray, published: pd.DataFrame) -> dict[str, str]:
     """Hold computed values against a published column, row by row."""
     both = published.assign(ours=values)
-    overall, *within = (
-        part["ours"].corr(part[column], "spearman") if part["ours"].nunique() > 1 < part[column].nunique() else np.nan
-        for part in (both, *(part for _, part in both.groupby("model")))
-    )
+    within = [spearman(part["ours"], part[column]) for _, part in both.groupby("model")]
     within = [value for value in within if np.isfinite(value)] or [np.nan]
     means = both.groupby("model")[[column, "ours"]].mean()
     commonest = both["ours"].round(6).value_counts(normalize=True).iloc[0]
     return {
-        "Spearman": f"{overall:.2f}", "within models": f"{min(within):.2f} to {max(within):.2f}",
-        "order of models": f"{means[column].corr(means['ours'], 'spearman') if means['ours'].nunique() > 1 else np.nan:.2f}", "commonest value": f"{commonest:.0%}",
-    }  # fmt: skip
+        "Spearman": f"{spearman(both['ours'], both[column]):.2f}",
+        "within models": f"{min(within):.2f} to {max(within):.2f}",
+        "order of models": f"{spearman(means['ours'], means[column]):.2f}",
+        "commonest value": f"{commonest:.0%}",
+    }
 
 
 def kept_pairs(
