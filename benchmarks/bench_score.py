@@ -62,7 +62,7 @@ def timed_engine(scorer: Scorer, items: Sequence[Item]) -> tuple[float, np.ndarr
     """Score items into a fresh cache; returns seconds and values."""
     with tempfile.TemporaryDirectory() as folder, ScoreCache(Path(folder) / "scores.sqlite") as cache:
         started = time.perf_counter()
-        values, _ = score_items(scorer, items, cache, progress=False)
+        values, _ = score_items(scorer, items, cache)
         return time.perf_counter() - started, values
 
 
@@ -105,7 +105,7 @@ def growth_child(run: RunFolder, items: Sequence[Item], count: int) -> None:
     scorers[0].score(made[:1])
     with tempfile.TemporaryDirectory() as folder, ScoreCache(Path(folder) / "scores.sqlite") as cache, remembered():
         started = time.perf_counter()
-        tallies = [score_items(scorer, made, cache, progress=False)[1] for scorer in scorers]
+        tallies = [score_items(scorer, made, cache)[1] for scorer in scorers]
         seconds = time.perf_counter() - started
     assert all(tally.scored == count for tally in tallies)
     peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
@@ -130,7 +130,7 @@ def full_cache(run: RunFolder) -> dict[str, float]:
             started = time.perf_counter()
             with ScoreCache(Path(folder) / "scores.sqlite") as cache:
                 scorers = [Letters(name) for name in METRICS]
-                _, _, tallies = computed_metrics(responses, dialogues, scorers, cache, progress=False)
+                _, _, tallies = computed_metrics(responses, dialogues, scorers, cache)
             seconds.append(time.perf_counter() - started)
     assert all(tally.scored == 0 for tally in tallies)
     return {"responses": len(responses), "seconds": statistics.median(seconds[1:])}

@@ -1,8 +1,7 @@
 """A run's tables and records in, the cards of its pair sets and of its trained arms out: two templates, filled.
 
 A card is the ``README.md`` of a folder in the form of the Hugging Face Hub. All that it says comes from the run folder, so
-that the same tables give the same card; which findings of the audit hold for a run is left to the reader, who is told where
-they are.
+that the same tables give the same card.
 """
 
 from __future__ import annotations
@@ -23,17 +22,7 @@ _LOGGED = ("step", "loss", "reward_margin", "reward_accuracy", "parse_rate", "wo
 
 
 def write_dataset_card(run: RunFolder) -> Path:
-    """Write the card of a run's pair sets, unless it is there as it should be.
-
-    Args:
-        run: A run folder with pairs, their gate report and thresholds.
-
-    Returns:
-        The card, ``pairs/README.md``.
-
-    Raises:
-        PersodpoError: A table is missing or was edited, or the disk fails.
-    """
+    """Write ``pairs/README.md``, the card of a run's pair sets, unless it is there as it should be."""
     gate = run.read("pairs/gate")
     sets = {name: run.provenance(f"pairs/{name}") for name in gate["pair_set"].unique()}
     default = "perso" if "perso" in sets else next(iter(sets))
@@ -57,19 +46,13 @@ def write_dataset_card(run: RunFolder) -> Path:
 
 
 def write_model_card(run: RunFolder, label: str, source: RunFolder, estimates: pd.DataFrame | None = None) -> Path:
-    """Write the card of a trained arm, unless it is there as it should be.
+    """Write ``training/<label>/README.md``, the card of a trained arm, unless it is there as it should be.
 
     Args:
         run: The run folder with the arm's record, log and health verdicts.
         label: Its folder in ``training/``.
         source: The run folder whose pairs it was trained on; another one for arm ``corrected``.
         estimates: Estimates table of an evaluation of this very arm; None before it is evaluated.
-
-    Returns:
-        The card, ``training/<label>/README.md``.
-
-    Raises:
-        PersodpoError: A table is missing or was edited, or the disk fails.
     """
     folder, arm = f"training/{label}", label.partition("@")[0]
     log, made = run.read(f"{folder}/log"), run.provenance(f"{folder}/log")

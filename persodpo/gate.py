@@ -33,86 +33,53 @@ def inspect_pairs(pairs: pd.DataFrame, dialogues: pd.DataFrame, seed: int) -> pd
     Returns:
         Columns check, value and meaning, one row a check.
     """
-    rows = [*_counts(pairs), *_leakage(pairs, dialogues), *_shortcuts(pairs, seed)]
-    return pd.DataFrame(rows, columns=["check", "value", "meaning"])
-
-
-def _counts(pairs: pd.DataFrame) -> list[tuple[str, float, str]]:
     fan_out = pairs.groupby("dialogue_id").size()
-    sides = pd.concat([pairs[["dialogue_id", f"{side}_model", side]].set_axis(["d", "m", "t"], axis=1)
-                       for side in ("chosen", "rejected")])  # fmt: skip
+    chosen, rejected = (
+        pairs[["dialogue_id", f"{side}_model", side]].set_axis(["dialogue_id", "model", "text"], axis=1)
+        for side in ("chosen", "rejected")
+    )
+    both, texts = pd.concat([chosen, rejected]), ["dialogue_id", "text"]
+    contradictions = chosen[texts].drop_duplicates().merge(rejected[texts].drop_duplicates())
+    used = dialogues[dialogues["dialogue_id"].isin(pairs["dialogue_id"])]
+    leaked = used.loc[overlaps(used, dialogues[dialogues["split"] == "valid"]), "dialogue_id"]
     tied = pairs["score_chosen"] <= pairs["score_rejected"]
-    return [
+    rows = [
         ("pairs", len(pairs), "rows"),
         ("prompts", len(fan_out), "prompts with a pair"),
-        ("responses", len(sides[["d", "m"]].drop_duplicates()), "distinct responses, by prompt and model"),
-        ("distinct_texts", len(sides[["d", "t"]].drop_duplicates()), "distinct responses, by prompt and text"),
+        ("responses", len(both.drop_duplicates(["dialogue_id", "model"])), "distinct responses, by prompt and model"),
+        ("distinct_texts", len(both.drop_duplicates(texts)), "distinct responses, by prompt and text"),
         ("fan_out_median", fan_out.median(), "pairs a prompt, median"),
         ("fan_out_max", fan_out.max(), "pairs a prompt, largest"),
         ("identical_sides", (pairs["chosen"] == pairs["rejected"]).sum(), "pairs whose chosen is their rejected"),
         ("ties", tied.sum(), "pairs whose chosen does not score above their rejected (three decimals)"),
         ("duplicates", pairs.duplicated(["prompt", "chosen", "rejected"]).sum(), "pairs that repeat an earlier one"),
-        ("contradictions", _contradictions(pairs), "texts chosen in one pair and rejected in another of the prompt"),
-    ]
-
-
-def _contradictions(pairs: pd.DataFrame) -> int:
-    chosen = set(zip(pairs["dialogue_id"], pairs["chosen"], strict=True))
-    return len(chosen & set(zip(pairs["dialogue_id"], pairs["rejected"], strict=True)))
-
-
-def _leakage(pairs: pd.DataFrame, dialogues: pd.DataFrame) -> list[tuple[str, float, str]]:
-    used = dialogues[dialogues["dialogue_id"].isin(pairs["dialogue_id"])]
-    held_out = dialogues[dialogues["split"] == "valid"]
-    leaked = used.loc[overlaps(used, held_out), "dialogue_id"]
-    share = pairs["dialogue_id"].isin(leaked).sum()
-    return [
+        ("contradictions", len(contradictions), "texts chosen in one pair and rejected in another of the prompt"),
         ("leaked_prompts", len(leaked), "prompts whose context or personas stand in a held-out split"),
-        ("leaked_pairs", share, "pairs of those prompts"),
+        ("leaked_pairs", pairs["dialogue_id"].isin(leaked).sum(), "pairs of those prompts"),
     ]
-
-
-def _response_words(text: str, _: str) -> float:
-    return float(count_words(read_completion(text).response or text))
-
-
-def _is_one_object(text: str, _: str) -> float:
-    return float(is_one_object(text))
-
-
-def _source_model(_: str, model: str) -> str:
-    return model
+    for name, feature in FEATURES.items():
+        sides = [np.array([*map(feature, pairs[side], pairs[f"{side}_model"])]) for side in ("chosen", "rejected")]
+        accuracy = label_accuracy(sides[0], sides[1], pairs["dialogue_id"].to_numpy(), seed)
+        meaning = f"share of pairs whose chosen side {name.replace('_', ' ')} alone predicts"
+        rows.append((f"{name}_alone", accuracy, meaning))
+    return pd.DataFrame(rows, columns=["check", "value", "meaning"])
 
 
 #: What may predict the label by itself: a feature of a side's text and model.
 FEATURES: dict[str, Callable[[str, str], float | str]] = {
-    "length": _response_words,
-    "format": _is_one_object,
-    "source_model": _source_model,
+    "length": lambda text, _: float(count_words(read_completion(text).response or text)),
+    "format": lambda text, _: float(is_one_object(text)),
+    "source_model": lambda _, model: model,
 }
-
-
-def _shortcuts(pairs: pd.DataFrame, seed: int) -> list[tuple[str, float, str]]:
-    """Say how often one feature alone picks the chosen side (0.5 is chance)."""
-    rows = []
-    for name, feature in FEATURES.items():
-        sides = [
-            np.array([feature(text, model) for text, model in zip(pairs[side], pairs[f"{side}_model"], strict=True)])
-            for side in ("chosen", "rejected")
-        ]
-        accuracy = label_accuracy(sides[0], sides[1], pairs["dialogue_id"].to_numpy(), seed)
-        meaning = f"share of pairs whose chosen side {name.replace('_', ' ')} alone predicts"
-        rows.append((f"{name}_alone", accuracy, meaning))
-    return rows
 
 
 def label_accuracy(
     chosen: NDArray[np.generic], rejected: NDArray[np.generic], groups: NDArray[np.generic], seed: int
 ) -> float:
-    """Return how well one feature alone tells chosen from rejected, cross-validated by prompt.
+    """Return how well one feature alone tells chosen from rejected, cross-validated by prompt; 0.5 is chance.
 
-    A decision tree learns the chance of being chosen from the feature, on the prompts of four folds; on
-    the fifth, a pair counts as right if its chosen side gets the higher chance, and half if both get the same.
+    A decision tree learns the chance of being chosen from the feature, on the prompts of four folds; on the fifth, a pair
+    counts as right if its chosen side gets the higher chance, and half if both get the same.
 
     Args:
         chosen: The feature of each pair's chosen side, numbers or names, [pairs].
@@ -126,9 +93,8 @@ def label_accuracy(
     folds = min(FOLDS, len(np.unique(groups)))
     if folds < 2:
         return float("nan")
-    named = chosen.dtype.kind not in "fiu"
     values = np.concatenate([chosen, rejected])
-    if named:
+    if values.dtype.kind not in "fiu":
         values = pd.factorize(values, sort=True)[0]
     first, second = np.split(np.asarray(values, dtype=float).reshape(-1, 1), 2)
     right = np.zeros(len(chosen))

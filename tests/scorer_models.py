@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -94,4 +95,19 @@ def counting_bert(
         for n, label in enumerate(labels):
             model.classifier.weight[n] = torch.tensor(rows[heard.get(label.lower(), label.lower())])
     model.save_pretrained(folder)
+    return folder
+
+
+def randomised(folder: Path, kind: type[PreTrainedModel], *, layers: int = 1) -> Path:
+    """Give a BERT random weights, so that every token's place matters."""
+    torch.manual_seed(2)
+    config = BertConfig.from_pretrained(folder)
+    config.hidden_size, config.num_attention_heads, config.num_hidden_layers, config.intermediate_size = (
+        16,
+        2,
+        layers,
+        32,
+    )
+    config.initializer_range = 0.5
+    kind(config).save_pretrained(folder)
     return folder

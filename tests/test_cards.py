@@ -30,14 +30,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 MODELS = ("good", "fair", "b|ad_<script>")
 
 
-def frames(dialogues: int = 12) -> dict[str, pd.DataFrame]:
-    """Three models' answers to each dialogue: a good one, one between the thresholds, and a failure."""
-    ids = [f"d{number:02d}" for number in range(dialogues)]
-    splits = ["train"] * (dialogues - 2) + ["valid"] * 2
+def frames() -> dict[str, pd.DataFrame]:
+    """Three models' answers to each of twelve dialogues: a good one, one between the thresholds, and a failure."""
+    ids = [f"d{number:02d}" for number in range(12)]
+    splits = ["train"] * 10 + ["valid"] * 2
     asked = pd.DataFrame({
         "dialogue_id": ids, "split": splits, "dataset": "made up",
-        "personas": [[f"I own {n} boats."] for n in range(dialogues)],
-        "context": [f"User1: Is it far to harbour {number}?" for number in range(dialogues)], "reference": "Not far.",
+        "personas": [[f"I own {n} boats."] for n in range(12)],
+        "context": [f"User1: Is it far to harbour {number}?" for number in range(12)], "reference": "Not far.",
     })  # fmt: skip
     rows = []
     for (number, dialogue), (rank, model) in ((d, m) for d in enumerate(ids) for m in enumerate(MODELS)):
@@ -55,12 +55,10 @@ def frames(dialogues: int = 12) -> dict[str, pd.DataFrame]:
     return {"dialogues": asked, "responses": answers, "scores": answers, "thresholds": thresholds}
 
 
-def do(run: RunFolder, name: str, **options: object) -> list:
+def do(run: RunFolder, name: str) -> None:
     """Run one stage on the tables that are there."""
-    stage = stages.STAGES[name]
-    reports = [*stage.run(run, **options)]
-    stage.after(run, **options)
-    return reports
+    stages.STAGES[name].run(run)
+    stages.STAGES[name].after(run)
 
 
 def run_of(profile: Profile) -> RunFolder:

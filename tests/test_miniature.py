@@ -23,8 +23,12 @@ def world() -> list[dict]:
     return focus_world(1000, seed=7)["data"]
 
 
+def turns_of(dialogue: dict) -> list[str]:
+    return dialogue["utterance"][-1][f"dialogue{len(dialogue['utterance'])}"]
+
+
 def last_answer(dialogue: dict) -> str:
-    return dialogue["utterance"][-1][f"dialogue{len(dialogue['utterance'])}"][-1]
+    return turns_of(dialogue)[-1]
 
 
 def test_the_world_is_read_as_focus_is(tmp_path):
@@ -52,12 +56,13 @@ def test_the_committed_sample_is_what_the_command_makes(tmp_path):
         assert (tmp_path / name).read_bytes() == (DATA / "mini" / name).read_bytes()
 
 
-def test_turns_grow_by_one_exchange(world):
-    for dialogue in world[:100]:
-        whole = dialogue["utterance"][-1][f"dialogue{len(dialogue['utterance'])}"]
+def test_turns_grow_by_one_exchange_and_no_field_stays_unfilled(world):
+    for dialogue in world:
+        whole = turns_of(dialogue)
         for number, entry in enumerate(dialogue["utterance"], 1):
             assert set(entry) == {f"persona_grounding{number}", *(f"dialogue{n}" for n in range(1, number + 1))}
             assert entry[f"dialogue{number}"] == whole[: 2 * number]
+        assert not any("{" in text for text in [*dialogue["persona"], *dialogue["knowledge"], *whole])
 
 
 def test_an_answer_takes_up_the_trait_it_names_and_no_distractor(world):
@@ -89,13 +94,12 @@ def test_answers_are_varied(world):
     assert max(words) > 35
     starts = Counter(" ".join(answer.split()[:2]) for answer in answers)
     assert starts.most_common(1)[0][1] < 150
-    questions = {dialogue["utterance"][-1][f"dialogue{len(dialogue['utterance'])}"][-2] for dialogue in world}
-    assert len(questions) > 40
+    assert len({turns_of(dialogue)[-2] for dialogue in world}) > 40
 
 
 def test_references_are_grounded_and_others_answers_are_not(world):
     """An answer to another dialogue speaks of another person and often answers another question."""
-    turns = [dialogue["utterance"][-1][f"dialogue{len(dialogue['utterance'])}"] for dialogue in world[:200]]
+    turns = [turns_of(dialogue) for dialogue in world[:200]]
     contexts = ["\n".join(f"User{1 + place % 2}: {text}" for place, text in enumerate(said[:-1])) for said in turns]
     prompts = [(dialogue["persona"], context) for dialogue, context in zip(world, contexts, strict=False)]
     own = [judge_answer(*prompt, said[-1]) for prompt, said in zip(prompts, turns, strict=True)]
@@ -138,13 +142,6 @@ def test_a_failure_is_not_grounded():
     answers = ["Ada Holt built it, since you like sailing."] * 2
     responses = pd.DataFrame({"dialogue_id": "d", "model": ["a", "b"], "outcome": ["ok", "loop"], "response": answers})
     assert judge(dialogues, responses)["grounded"].tolist() == [True, False]
-
-
-def test_no_field_stays_unfilled(world):
-    for dialogue in world:
-        number = len(dialogue["utterance"])
-        texts = [*dialogue["persona"], *dialogue["knowledge"], *dialogue["utterance"][-1][f"dialogue{number}"]]
-        assert not any("{" in text for text in texts)
 
 
 def test_too_small_a_world_is_refused(tmp_path):

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scorer_models import counting_bert, words_only
+from scorer_models import counting_bert, randomised, words_only
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -24,23 +23,21 @@ from transformers import (
 )
 
 from persodpo.errors import PersodpoError
-from persodpo.scoring.models import Checkpoint, run, tokens
-from persodpo.scoring.nli import CScorer, NliModel, UEScorer, label_order, last_user_turn
+from persodpo.scoring.nli import CLASSES, CScorer, NliModel, UEScorer, label_order, last_user_turn
 from persodpo.scoring.score import Item
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONTEXT = "User1: x\nUser2: x x\nUser1: agree x\nmore x"
-ITEM = Item(("x agree.", "x deny"), CONTEXT, "agree", "x")
 
 
 @pytest.fixture(scope="module")
 def counting(tmp_path_factory):
-    return Checkpoint(str(counting_bert(tmp_path_factory.mktemp("bert"))))
+    return str(counting_bert(tmp_path_factory.mktemp("bert")))
 
 
-def model(checkpoint: Checkpoint, **settings) -> NliModel:
-    return NliModel(checkpoint, **{"max_length": 64, **settings})
+def model(source, **settings) -> NliModel:
+    return NliModel(str(source), **{"max_length": 64, **settings})
 
 
 def item(personas=(), response="x", *, context="", reference="") -> Item:
@@ -60,39 +57,39 @@ def test_c_score_looks_at_each_persona_sentence(counting):
     assert one(scorer, item(("x",), "deny"), item(("agree",), "deny")) == [-1, 0]
 
 
-def test_as_released_joins_persona_and_response_into_one_text(counting, monkeypatch):
-    seen = []
-    values = NliModel.values
+class Spied(NliModel):
+    """Keeps what it was asked."""
 
-    def spy(self, inputs):
-        seen.extend(inputs)
-        return values(self, inputs)
+    def values(self, inputs):
+        self.asked = list(inputs)
+        return super().values(inputs)
 
-    monkeypatch.setattr(NliModel, "values", spy)
-    c_score, ue_score = (kind(model(counting), "as_released") for kind in (CScorer, UEScorer))
+
+def test_as_released_joins_persona_and_response_into_one_text(counting):
+    spied = Spied(counting, max_length=64)
     given = item(("I like x.", "I have agree"), "agree x", context=CONTEXT, reference="gold deny")
-    assert one(c_score, given) == [1]
-    assert seen == [("I like x.I have agree agree x",)]
-    seen.clear()
+    assert one(CScorer(spied, "as_released"), given) == [1]
+    assert spied.asked == [("I like x.I have agree agree x",)]
     # Persona and response agree; gold answer and response have one word each way.
-    assert one(ue_score, given) == [1]
-    assert sorted(seen) == [("I like x.I have agree [SEP] agree x",), ("gold deny [SEP] agree x",)]
+    assert one(UEScorer(spied, "as_released"), given) == [1]
+    assert spied.asked == [("gold deny [SEP] agree x",), ("I like x.I have agree [SEP] agree x",)]
+
+
+def test_each_distinct_input_is_run_once(counting):
+    spied = Spied(counting, max_length=64)
+    one(CScorer(spied), *(item(["agree", "x"], response) for response in ("x", "deny", "x")))
+    assert len(spied.asked) == 4
 
 
 def test_ue_score_counts_the_persona_first_and_the_query_second(counting):
-    corrected = UEScorer(model(counting))
     asked = lambda query, *personas: item(personas, context=f"User1: {query}")  # noqa: E731
     cases = [
         asked("agree", "x", "agree"), asked("x", "agree", "deny"), asked("agree", "x"), asked("agree"),
         item(["agree"], context="User2: agree"), asked("deny", "agree"),
     ]  # fmt: skip
-    assert one(corrected, *cases) == [2, 1, 0, 0, 1, 1]
-    released = UEScorer(model(counting), "as_released")
-    cases = [
-        item(["agree"], reference="agree"), item(["agree"], reference="x"), item(["x"], reference="agree"),
-        item(["deny"], reference="agree"),
-    ]  # fmt: skip
-    assert one(released, *cases) == [2, 1, 0, 0]
+    assert one(UEScorer(model(counting)), *cases) == [2, 1, 0, 0, 1, 1]
+    cases = [item([persona], reference=gold) for persona, gold in (("agree", "agree"), ("agree", "x"), ("x", "agree"))]
+    assert one(UEScorer(model(counting), "as_released"), *cases) == [2, 1, 0]
 
 
 def test_the_query_is_the_last_turn_of_the_user():
@@ -106,31 +103,44 @@ def test_without_a_persona_or_a_query_nothing_follows(counting, way):
     cases = [item(), item(["agree", " "]), item([""], context="User1: agree"), item(["x"], context="User2: x")]
     assert one(CScorer(model(counting), way), *cases) == [0, 1, 0, 0]
     assert one(UEScorer(model(counting), way), *cases) == [0, 1, 0, 0]
-    assert one(UEScorer(model(counting), way)) == one(CScorer(model(counting), way)) == []
+    assert one(CScorer(model(counting), "corrected"), item()) == [0]
 
 
 @pytest.mark.parametrize(
     "labels",
-    [*itertools.permutations(("contradiction", "neutral", "entailment")), ("positive", "neutral", "negative"),
-     ("ENTAILMENT", "Neutral", "Contradiction")],
-)  # fmt: skip
+    [*itertools.permutations(CLASSES), ("positive", "neutral", "negative"), ("ENTAILMENT", "Neutral", "Contradiction")],
+)
 def test_classes_are_read_by_name_whatever_their_order(tmp_path, labels):
-    known = {"positive": "entailment", "negative": "contradiction"}
-    made = tuple(known.get(label, label.lower()) for label in labels)
-    counting_bert(tmp_path, made)
-    config = (tmp_path / "config.json").read_text()
-    for own, label in zip(made, labels, strict=True):
-        config = config.replace(f'"{own}"', f'"{label}"')
-    (tmp_path / "config.json").write_text(config)
-    found = model(Checkpoint(str(tmp_path)))
-    values, _ = found.values([("deny", "x"), ("x", "x"), ("agree", "x")])
-    assert values.tolist() == [-1, 0, 1]
-    assert one(CScorer(found), item(["deny"]), item(["x"]), item(["agree"])) == [-1, 0, 1]
+    counting_bert(tmp_path, labels)
+    assert one(CScorer(model(tmp_path)), item(["deny"]), item(["x"]), item(["agree"])) == [-1, 0, 1]
+
+
+def test_outputs_without_names_are_named_by_a_setting(tmp_path):
+    counting_bert(tmp_path, ("LABEL_0", "LABEL_1", "LABEL_2"))
+    with pytest.raises(PersodpoError, match=r"calls its outputs LABEL_0, LABEL_1, LABEL_2, not .* or set labels"):
+        one(CScorer(model(tmp_path)), item(["x"]))
+    named = model(tmp_path, labels=CLASSES)
+    assert one(CScorer(named), item(["agree"]), item(["deny"]), item(["x"])) == [1, -1, 0]
+    assert named.key != model(tmp_path).key
+
+
+@pytest.mark.parametrize(
+    ("own", "named", "message"),
+    [
+        (("a", "b"), None, "calls its outputs a, b, not contradiction, neutral, entailment"),
+        (("neutral", "neutral", "entailment"), None, "calls its outputs neutral, neutral, entailment, not"),
+        (("LABEL_0", "LABEL_1"), ("neutral", "entailment", "contradiction"), "calls its outputs LABEL_0, LABEL_1, not"),
+        (CLASSES, CLASSES[::-1], "itself calls its outputs contradiction, neutral, entailment; leave labels empty"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(own, named, message):
+    with pytest.raises(PersodpoError, match=message):
+        label_order(dict(enumerate(own)), named, "some/model")
 
 
 def logits(found: NliModel, inputs: list[tuple[str, ...]]) -> np.ndarray:
-    rows, _ = tokens(found.loaded, inputs, found.max_length)
-    return run(found.loaded, rows, found.batch_tokens, lambda batch: found.loaded.model(**batch).logits)
+    rows, _ = found.tokens(inputs, found.max_length)
+    return found.run(rows, lambda batch: found.loaded.model(**batch).logits)
 
 
 def test_logits_are_those_computed_by_hand(counting):
@@ -139,47 +149,10 @@ def test_logits_are_those_computed_by_hand(counting):
     assert logits(model(counting), [("agree", "x")])[0] == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("labels", [("LABEL_0", "LABEL_1", "LABEL_2"), ("neutral", "neutral", "entailment")])
-def test_outputs_without_meaning_are_refused_with_the_setting_that_names_them(tmp_path, labels):
-    if labels[0] == "LABEL_0":
-        counting_bert(tmp_path, labels)
-        with pytest.raises(PersodpoError, match=r"calls its outputs LABEL_0, LABEL_1, LABEL_2, not .* or set labels"):
-            one(CScorer(model(Checkpoint(str(tmp_path)))), item(["x"]))
-        named = model(Checkpoint(str(tmp_path)), labels=("contradiction", "neutral", "entailment"))
-        assert one(CScorer(named), item(["agree"]), item(["deny"]), item(["x"])) == [1, -1, 0]
-        assert named.key != model(Checkpoint(str(tmp_path))).key
-    else:
-        with pytest.raises(PersodpoError, match="not contradiction, neutral, entailment"):
-            label_order(dict(enumerate(labels)), None, "some/model")
-
-
-@pytest.mark.parametrize(
-    ("own", "named", "message"),
-    [
-        (("a", "b"), None, "calls its outputs a, b, not"),
-        (("entailment", "not_entailment"), None, "calls its outputs entailment, not_entailment"),
-        (("LABEL_0", "LABEL_1"), ("neutral", "entailment", "contradiction"), "calls its outputs LABEL_0, LABEL_1, not"),
-        (
-            ("contradiction", "neutral", "entailment"),
-            ("entailment", "neutral", "contradiction"),
-            "itself calls its outputs contradiction, neutral, entailment; leave labels empty",
-        ),
-    ],
-)
-def test_labels_that_do_not_fit_are_refused(own, named, message):
-    with pytest.raises(PersodpoError, match=message):
-        label_order(dict(enumerate(own)), named, "some/model")
-
-
 @pytest.fixture(scope="module")
 def random_bert(tmp_path_factory):
     folder = counting_bert(tmp_path_factory.mktemp("random"))
-    torch.manual_seed(2)
-    config = BertConfig.from_pretrained(folder)
-    config.hidden_size, config.num_attention_heads, config.num_hidden_layers, config.intermediate_size = 16, 2, 2, 32
-    config.initializer_range = 0.5
-    BertForSequenceClassification(config).save_pretrained(folder)
-    return Checkpoint(str(folder))
+    return randomised(folder, BertForSequenceClassification, layers=2)
 
 
 def pairs(count: int, seed: int = 0) -> list[tuple[str, str]]:
@@ -191,8 +164,8 @@ def pairs(count: int, seed: int = 0) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("batch_tokens", [1, 150, 10**6])
 def test_logits_follow_their_texts_whatever_the_order_batch_and_padding(random_bert, batch_tokens):
     texts = pairs(24)
-    tokenizer = AutoTokenizer.from_pretrained(random_bert.name)
-    stock = AutoModelForSequenceClassification.from_pretrained(random_bert.name)
+    tokenizer = AutoTokenizer.from_pretrained(random_bert)
+    stock = AutoModelForSequenceClassification.from_pretrained(random_bert)
     with torch.no_grad():
         alone = [stock(**tokenizer([one], [other], return_tensors="pt")).logits[0].numpy() for one, other in texts]
     assert np.ptp(alone, axis=0).max() > 0.1
@@ -207,54 +180,36 @@ def test_pairs_tell_their_sides_apart(random_bert):
     assert np.abs(logits(found, [("agree", "x")]) - logits(found, [("agree [SEP] x",)])).max() > 1e-4
 
 
-def test_each_distinct_input_is_run_once(counting):
-    class Counted(NliModel):
-        asked = 0
-
-        def values(self, inputs):
-            Counted.asked += len(inputs)
-            return super().values(inputs)
-
-    one(CScorer(Counted(counting, max_length=64)), *(item(["agree", "x"], response) for response in ("x", "deny", "x")))
-    assert Counted.asked == 4
-
-
-def gpt_classifier(folder: Path, end: str | None) -> Checkpoint:
-    """A random GPT-2 that classifies by the last token of a text, without a token to pad with."""
+@pytest.mark.parametrize("end", ["<end>", None])
+def test_a_classifier_without_a_padding_token_is_padded_with_its_end_or_refused(tmp_path, end):
+    """A random GPT-2 classifies by the last token of a text (case F5)."""
     tokenizer = words_only(["agree", "deny", "x", "<end>"], "x")
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="x", eos_token=end, model_max_length=64
-    ).save_pretrained(folder)
+    ).save_pretrained(tmp_path)
     torch.manual_seed(3)
-    labels = dict(enumerate(("contradiction", "neutral", "entailment")))
     config = GPT2Config(
-        vocab_size=4, n_embd=8, n_layer=1, n_head=2, n_positions=64, id2label=labels, initializer_range=0.5
-    )
-    GPT2ForSequenceClassification(config).save_pretrained(folder)
-    return Checkpoint(str(folder))
-
-
-def test_a_classifier_without_a_padding_token_is_padded_with_its_end(tmp_path):
-    found = model(gpt_classifier(tmp_path, "<end>"))
+        vocab_size=4, n_embd=8, n_layer=1, n_head=2, n_positions=64, id2label=dict(enumerate(CLASSES)),
+        initializer_range=0.5,
+    )  # fmt: skip
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path)
+    found = model(tmp_path)
+    if end is None:
+        with pytest.raises(PersodpoError, match="no token to pad with"):
+            found.values([("x",)])
+        return
     texts = [(("agree x " * count).strip(),) for count in (1, 4, 9)]
-    together = logits(found, texts)
     alone = np.concatenate([logits(found, [text]) for text in texts])
-    assert np.abs(together - alone).max() < 1e-5
+    assert np.abs(logits(found, texts) - alone).max() < 1e-5
     assert np.ptp(alone, axis=0).max() > 1e-3
-
-
-def test_a_tokenizer_with_nothing_to_pad_with_is_one_sentence(tmp_path):
-    with pytest.raises(PersodpoError, match="no token to pad with"):
-        model(gpt_classifier(tmp_path, None)).values([("x",)])
 
 
 @given(extra=st.integers(0, 8))
 def test_long_inputs_lose_their_end_and_are_counted(counting, extra):
     """A text of 12 tokens fits 14 with its marks; what comes after it is cut."""
     found = model(counting, max_length=14)
-    scorer = CScorer(found, "as_released")
     text = " ".join(["deny"] * 10 + ["agree"] * extra)
-    scored = scorer.score([item(["x"], text)])
+    scored = CScorer(found, "as_released").score([item(["x"], text)])
     assert scored.unread[0] == pytest.approx(max(0.0, 1 - 14 / (13 + extra)))
     assert scored.values[0] == -1
     values, cut = found.values([(" ".join(["x"] * 40), "agree")])
@@ -267,11 +222,8 @@ def test_a_limit_above_the_models_is_refused(counting):
 
 
 def test_a_model_without_a_trained_head_is_refused(tmp_path):
-    counting_bert(tmp_path)
-    config = BertConfig.from_pretrained(tmp_path)
+    config = BertConfig.from_pretrained(counting_bert(tmp_path))
     BertModel(config).save_pretrained(tmp_path)
     config.save_pretrained(tmp_path)
-    with pytest.raises(
-        PersodpoError, match=r"no trained weights for classifier.bias; name the checkpoint of a fine-tuned"
-    ):
-        one(CScorer(model(Checkpoint(str(tmp_path)))), item(["x"]))
+    with pytest.raises(PersodpoError, match=r"no trained weights for classifier.bias; name the checkpoint of a fine"):
+        one(CScorer(model(tmp_path)), item(["x"]))

@@ -94,7 +94,6 @@ def test_as_released_keeps_punctuation_and_joins_sentences_and_corrected_does_no
 def test_the_share_of_unknown_words_is_reported(vectors):
     found = scored(distance(vectors), [("art zebra", "the lion history"), ("art zebra", "unknown"), ("the", "of")])
     assert found.unread.tolist() == [0.5, 0.75, 0.0]
-    assert scored(distance(vectors), []).values.shape == (0,)
 
 
 def released_way(table: dict[str, np.ndarray], persona: str, response: str) -> float:
@@ -151,27 +150,25 @@ def test_a_file_cut_off_anywhere_is_refused(tmp_path, name):
     whole, path = FILES[name], tmp_path / name
     undetectable = {n + 1 for n, byte in enumerate(whole) if byte == 10} if name == "glove.txt" else set()
     # The newline after the last binary vector carries nothing.
-    last = len(whole) - (1 if name == "vectors.bin" else 0)
-    for cut in range(last):
-        if cut in undetectable:
-            continue
+    for cut in set(range(len(whole) - (name == "vectors.bin"))) - undetectable:
         path.write_bytes(whole[:cut])
-        with pytest.raises(
-            PersodpoError, match=r"Word vectors .* (are cut off|are damaged|hold no word).*; fetch the file"
-        ):
+        with pytest.raises(PersodpoError, match=r"Word vectors .* are cut off, damaged or .*; fetch the file"):
             read_word_vectors(path)
 
 
-def test_files_that_are_no_vectors(tmp_path):
-    for name, content in {
-        "a.txt": b"hello world\n",
-        "b.bin": b"\x00\x01",
-        "c.txt": b"art 1.0 nan\n",
-        "d.gz": b"no",
-        "e.txt": b"0 2\n",
-    }.items():
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(PersodpoError, match="fetch the file again"):
-            read_word_vectors(tmp_path / name)
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", b"hello world\n"),
+        ("b.bin", b"\0\1"),
+        ("c.txt", b"art 1.0 nan\n"),
+        ("d.gz", b"no"),
+        ("e.txt", b"0 2\n"),
+    ],
+)
+def test_files_that_are_no_vectors(tmp_path, name, content):
     with pytest.raises(PersodpoError, match="There is no file of word vectors at"):
-        read_word_vectors(tmp_path / "absent.bin")
+        read_word_vectors(tmp_path / name)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(PersodpoError, match="fetch the file again"):
+        read_word_vectors(tmp_path / name)

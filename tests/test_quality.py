@@ -43,20 +43,16 @@ def test_hand_computed_quality():
     assert frame["quality"].tolist() == pytest.approx(expected, abs=1e-12)
 
 
-def test_mean_length_is_truncated_and_can_be_set():
+def test_mean_length_is_truncated_and_can_be_set_and_compliance_never_falls_below_zero():
     frame = pl.from_pandas(ROWS.assign(words=[10, 40, 60, 93]))
     assert measure_scale(frame).target_words == 50  # mean 50.75
     assert measure_scale(frame, target_words=110).target_words == 110
-
-
-def test_compliance_never_falls_below_zero():
     frame = rated(ROWS.assign(words=[0, 10, 20, 400]), "scoring.target_words=50")
     assert frame["compliance"].tolist() == [0.0, 0.36, 0.64, 0.0]
 
 
 def test_format_bonus_comes_only_where_corrected():
-    frame = rated(ROWS, "corrections=[A3]")
-    assert frame["compliance"].tolist() == pytest.approx([0.36, 1.26, 1.26, 0.36])
+    assert rated(ROWS, "corrections=[A3]")["compliance"].tolist() == pytest.approx([0.36, 1.26, 1.26, 0.36])
 
 
 def test_corrected_coherence_is_left_out_and_its_weight_shared():
@@ -73,13 +69,9 @@ def test_declared_ranges_do_not_depend_on_the_pool():
     assert whole["quality"][2] == pytest.approx(0.14 + 0.2 + 0.09 + 0.16 * 0.75 + 0.32 * 0.96)
 
 
-def test_a_metric_without_spread_counts_nothing():
+def test_a_metric_without_spread_counts_nothing_and_rows_without_metrics_are_not_scored():
     assert rated(ROWS.assign(c_score=1.0))["quality"][0] == pytest.approx(0.1152)
-
-
-def test_rows_without_metrics_are_not_scored():
-    frame = rated(ROWS.assign(coherence=[None, 0.5, 1.0, 0.9]))
-    assert frame["quality"].isna().tolist() == [True, False, False, False]
+    assert rated(ROWS.assign(coherence=[None, 0.5, 1.0, 0.9]))["quality"].isna().tolist() == [True, False, False, False]
 
 
 def test_nothing_to_rank_and_broken_values():

@@ -42,18 +42,12 @@ def small_batches(monkeypatch):
     monkeypatch.setattr(score, "BATCH", 2)
 
 
-def test_equal_texts_are_scored_once_and_every_response_gets_its_own_score(cache):
-    scorer, items = Letters(), ask("b", "a", "ccc", "a", "b")
+def test_equal_texts_are_scored_once_in_batches_of_like_length(cache):
+    scorer, items = Letters(), ask("b", "a", "ccc", "a", "b", "dddd")
     values, tally = score_items(scorer, items, cache)
     assert values.tolist() == [scorer.value(item) for item in items]
-    assert sorted(scorer.asked) == ["a", "b", "ccc"]
-    assert (tally.responses, tally.distinct, tally.scored) == (5, 3, 3)
-
-
-def test_texts_of_a_batch_are_of_like_length(cache):
-    scorer = Letters()
-    score_items(scorer, ask("b" * 9, "a", "b" * 8, "aa"), cache)
-    assert [[len(text) for text in batch] for batch in scorer.batches] == [[9, 8], [2, 1]]
+    assert scorer.batches == [["dddd", "ccc"], ["b", "a"]]
+    assert (tally.responses, tally.distinct, tally.scored) == (6, 4, 4)
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -132,24 +126,6 @@ def test_a_killed_run_loses_at_most_the_batch_under_way(tmp_path):
     assert values.tolist() == [scorer.value(item) for item in ask(*"abcdefgh")]
 
 
-def test_a_run_that_was_stopped_goes_on_where_it_stopped(cache):
-    class Stopped(Letters):
-        stop = True
-
-        def score(self, items):
-            if self.stop and len(self.batches) == 2:
-                raise KeyboardInterrupt
-            return super().score(items)
-
-    scorer = Stopped()
-    with pytest.raises(KeyboardInterrupt):
-        score_items(scorer, ask(*"abcdefgh"), cache)
-    scorer.stop = False
-    values, tally = score_items(scorer, ask(*"abcdefgh"), cache)
-    assert (len(scorer.asked), tally.scored, tally.distinct) == (8, 4, 8)
-    assert values.tolist() == [scorer.value(item) for item in ask(*"abcdefgh")]
-
-
 @pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
 def test_scores_that_are_not_finite_are_refused_by_name_and_not_kept(cache, broken):
     class Broken(Letters):
@@ -168,19 +144,14 @@ def test_scores_that_are_not_finite_are_refused_by_name_and_not_kept(cache, brok
     assert tally.scored == 2  # the batch before it was kept
 
 
-def test_another_number_of_values_is_refused(cache):
+def test_another_number_of_values_and_a_lost_batch_are_refused(cache):
     class Short(Letters):
         def score(self, items):
             return Scored(np.zeros(len(items) - 1), np.zeros(len(items)))
 
     with pytest.raises(PersodpoError, match="one a text"):
         score_items(Short(), ask("a", "b"), cache)
-
-
-def test_an_engine_that_loses_a_batch_is_refused(cache):
-    def lossy(scorer, batches):
-        yield 0, scorer.score(batches[0])
-
+    lossy = lambda scorer, batches: [(0, scorer.score(batches[0]))]  # noqa: E731
     with pytest.raises(PersodpoError, match="gave no score to 1 texts"):
         score_items(Letters(), ask("aaa", "b", "c"), cache, engine=lossy)
 
@@ -227,8 +198,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path, monkeypatch):
 def test_only_readable_responses_are_scored_and_the_others_reported(cache):
     dialogues, responses = small_world()
     dialogues = dialogues.assign(personas=[[], *dialogues["personas"][1:]])
-    scorers = [Letters(name) for name in METRICS]
-    metrics, report, tallies = computed_metrics(responses, dialogues, scorers, cache)
+    metrics, report, tallies = computed_metrics(responses, dialogues, [Letters(name) for name in METRICS], cache)
     assert len(metrics) == 10 == (responses["outcome"] == "ok").sum()
     assert set(metrics.columns) == {"dialogue_id", "model", "parsed", *METRICS}
     value = report.set_index(["scorer", "quantity"])["value"]
@@ -239,7 +209,7 @@ def test_only_readable_responses_are_scored_and_the_others_reported(cache):
         "coherence: 10 responses, 10 distinct texts, 0 from the cache, 0.0% of a text unread"
     )
     with pytest.raises(PersodpoError, match="dialogue d0: there is no such dialogue"):
-        computed_metrics(responses, dialogues[1:], scorers, cache)
+        computed_metrics(responses, dialogues[1:], [], cache)
 
 
 @pytest.fixture(scope="module")
@@ -321,7 +291,7 @@ def test_a_scorer_that_fails_its_probes_may_not_enter_the_quality_score(tmp_path
     run = RunFolder(computing(tmp_path, models, "scoring.compute.accept_failed_probes=[c_score, ue_score]"))
     write_run(run, *small_world())
     with pytest.raises(PersodpoError, match=r"\(coherence: .*accept_failed_probes=\[coherence, "):
-        make_scores(run)[-1]
+        make_scores(run)
     assert not run.path("scores").exists()
     light = load_profile("release").scoring.weights
     weights = light.model_copy(update={"coherence": 0.0, "persona_distance": 0.0, "compliance": 0.62})

@@ -14,10 +14,10 @@ policy was judged. The judge enters neither the quality score nor the pairs.
 
 from __future__ import annotations
 
-import functools
 import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import pandas as pd
@@ -49,13 +49,7 @@ _AT_HOME = {"been": "name", "lives": "where", "wishes": "where"}
 
 
 class Statement(NamedTuple):
-    """What a sentence of the world says.
-
-    Attributes:
-        topic: The question that it answers, empty for none.
-        given: Fields and the values that it gives them.
-        clause: What it says of the person, if anything.
-    """
+    """What a sentence says: the topic it answers (empty for none), the fields and values it gives, what of the person."""
 
     topic: str
     given: frozenset[tuple[str, str]]
@@ -73,36 +67,24 @@ class Judgement(NamedTuple):
 
 
 def judge(dialogues: pd.DataFrame, responses: pd.DataFrame) -> pd.DataFrame:
-    """Judge responses to dialogues of the generated world.
-
-    Args:
-        dialogues: Dialogues table.
-        responses: Responses table; a failure is nothing of what it should be.
+    """Judge responses to dialogues of the generated world; a failure is nothing of what it should be.
 
     Returns:
         One row a response, in their order: dialogue_id, model, the flags `PARTS`, their conjunction ``grounded``, and added,
         the number of sentences beside the answer.
     """
     prompts = dialogues.set_index("dialogue_id")[["personas", "context"]].T.to_dict("list")
+    failed = Judgement(False, False, False, False, 0)
     rows: list[tuple[object, ...]] = []
-    for dialogue_id, model, outcome, text in zip(
-        *(responses[name] for name in ("dialogue_id", "model", "outcome", "response")), strict=True
-    ):
+    for dialogue_id, model, outcome, text in responses[["dialogue_id", "model", "outcome", "response"]].to_numpy():
         personas, context = prompts[dialogue_id]
-        failed = Judgement(False, False, False, False, 0)
         found = judge_answer(personas, context, text) if outcome == "ok" else failed
         rows.append((dialogue_id, model, *found[:-1], all(found[:-1]), found.added))
     return pd.DataFrame(rows, columns=["dialogue_id", "model", *PARTS, "grounded", "added"])
 
 
 def judge_answer(personas: Sequence[str], context: str, answer: str) -> Judgement:
-    """Judge one answer.
-
-    Args:
-        personas: The person's sentences.
-        context: The turns so far, a question of this world last.
-        answer: The text of the answer.
-    """
+    """Judge one answer to a person's sentences and the turns so far, a question of this world last."""
     turns = context.split("\n")
     topic, kind = _topic(turns[-1].removeprefix(SPEAKERS[0])), _kind(context)
     told = {("kind", kind)} if kind else set()
@@ -114,15 +96,14 @@ def judge_answer(personas: Sequence[str], context: str, answer: str) -> Judgemen
     answers = [statement for statement in statements if statement.topic == topic and _agrees(statement, topic, told)]
     clauses = [statement.clause for statement in statements if statement.clause]
     true, fitting = _clauses(personas, topic, kind)
-    given = told.union(*(statement.given for statement in statements))
+    given = {pair for pair in told.union(*(statement.given for statement in statements)) if pair[0] != "sight"}
     once = Counter(value for statement in statements for value in statement.given if value[0] not in {"kind", "land"})
     return Judgement(
-        bool(answers),
-        any(clause in fitting for clause in clauses),
-        all(clause in true for clause in clauses)
-        and len({name for name, _ in given if name != "sight"}) == sum(name != "sight" for name, _ in given),
-        len(set(spoken)) == len(spoken) and max(once.values(), default=0) <= 1 and len(spoken) - 1 <= MOST_ADDED,
-        len(spoken) - bool(answers),
+        answers_question=bool(answers),
+        fits_person=any(clause in fitting for clause in clauses),
+        contradicts_nothing=all(clause in true for clause in clauses) and len(dict(given)) == len(given),
+        says_once=len(set(spoken)) == len(spoken) <= MOST_ADDED + 1 and max(once.values(), default=0) <= 1,
+        added=len(spoken) - bool(answers),
     )
 
 
@@ -133,13 +114,12 @@ def _agrees(statement: Statement, topic: str, told: set[tuple[str, str]]) -> boo
     return asked == "sight" or not held or any((asked, value) in statement.given for value in held)
 
 
-@functools.cache
+@cache
 def _templates() -> list[tuple[str, re.Pattern[str]]]:
     """Return a pattern for each sentence of the world, with the topic that it answers."""
     answering = {field: topic for topic, field in _ASKED.items() if topic != "like"} | {"sight2": "see", "day": ""}
     texts = [(topic, text) for topic, (_, answers) in phrases.QUESTIONS.items() for text in answers]
-    for text in phrases.MORE:
-        texts.append((answering[re.findall(r"\{(\w+)\}", text)[0]], text))
+    texts += [(answering[re.findall(r"\{(\w+)\}", text)[0]], text) for text in phrases.MORE]
     return [(topic, re.compile(_pattern(text), re.IGNORECASE)) for topic, text in texts]
 
 
@@ -152,29 +132,23 @@ def _pattern(template: str) -> str:
     return "".join(parts)
 
 
-@functools.lru_cache(maxsize=10_000)
+@lru_cache(maxsize=10_000)
 def _read(sentence: str) -> Statement:
     """Read a sentence; one that is none of the world's says nothing."""
     for topic, pattern in _templates():
-        found = pattern.fullmatch(sentence)
-        if found:
-            values = {
-                (name.rstrip("2"), value.lower()) for name, value in found.groupdict().items() if name != "clause"
-            }
-            clause = found.groupdict().get("clause")
-            # What is said of the person may say where the place is.
-            land = re.search("|".join(phrases.LANDS), clause or "")
-            return Statement(topic, frozenset(values | ({("land", land.group().lower())} if land else set())), clause)
+        if found := pattern.fullmatch(sentence):
+            fields = found.groupdict()
+            clause = fields.pop("clause", None)
+            values = {(name.rstrip("2"), value.lower()) for name, value in fields.items()}
+            if land := re.search("|".join(phrases.LANDS), clause or ""):  # it may say where the place is
+                values.add(("land", land.group().lower()))
+            return Statement(topic, frozenset(values), clause)
     return Statement("", frozenset(), None)
 
 
-@functools.cache
+@cache
 def _topic(question: str) -> str:
-    """Return the topic of a question.
-
-    Raises:
-        ValueError: It is no question of this world.
-    """
+    """Return the topic of a question; what is no question of this world is a ValueError."""
     for topic, (questions, _) in phrases.QUESTIONS.items():
         if any(re.fullmatch(_pattern(text), question) for text in questions):
             return topic
@@ -190,12 +164,11 @@ def _clauses(personas: Sequence[str], topic: str, kind: str | None) -> tuple[set
     """Return what an answer may say of this person, and what of it fits the place and the question."""
     true, fitting = set(), set()
     for subject, traits in {**phrases.INTERESTS, **phrases.PLACE_TRAITS}.items():
-        at_home = _AT_HOME.get(subject, topic) == topic
-        fits = subject in phrases.PLACE_TRAITS or kind is None or subject in phrases.KINDS[kind][0]
+        of_place = subject in phrases.PLACE_TRAITS or kind is None or subject in phrases.KINDS[kind][0]
+        fits = of_place and _AT_HOME.get(subject, topic) == topic
         for sentence, clause in traits:
-            for found in filter(None, (re.fullmatch(_pattern(sentence), persona) for persona in personas)):
-                text = clause.format(**found.groupdict())
-                true.add(text)
-                if at_home and fits:
-                    fitting.add(text)
+            matches = (re.fullmatch(_pattern(sentence), persona) for persona in personas)
+            texts = {clause.format(**found.groupdict()) for found in matches if found}
+            true |= texts
+            fitting |= texts if fits else set()
     return true, fitting

@@ -1,4 +1,4 @@
-"""Five small language models of different ability, and the middling one that the policy starts from.
+"""What five small language models of different ability learn from, and the middling one that the policy starts from.
 
 One warm-up, on a world of its own, gives the middling model: what it learns from is mostly broken where a question asks for
 a number, mostly cut where an answer is long, and silent about the person in half of the other answers. Each of the five goes
@@ -8,13 +8,12 @@ up afterwards.
 
 from __future__ import annotations
 
-import functools
-import itertools
 import json
-import random
 import re
 from collections.abc import Callable
+from functools import lru_cache, partial
 from pathlib import Path
+from random import Random
 
 import pandas as pd
 
@@ -26,7 +25,6 @@ from persodpo.miniature import phrases
 from persodpo.miniature.world import focus_world
 from persodpo.prompts import load_template, render
 from persodpo.runfolder import read_text, write_atomically, write_text
-from persodpo.training.policy import SmallPolicy, make_small_policy
 
 BASE = "base"
 #: Numbers of the models' own dialogues start here, so that no run of reasonable size shares one with them.
@@ -35,26 +33,11 @@ FIRST = 1_000_000
 MIDDLING_FAILS, MIDDLING_FORGETS = 0.8, 0.5
 #: Where a cut answer ends, characters.
 LONGEST_CUT = 110
-#: Steps of each model's own finish after the common warm-up, and their learning rate as a share of the warm-up's. The good
-#: one takes longer: until then it says its last sentence again and again.
-FINISH, GOOD_FINISH = (80, 1 / 3), (300, 1 / 2)
 
-Example = tuple[str, str]
-
-
-def _clauses() -> re.Pattern[str]:
-    """Match what an answer says about the person."""
-    pairs = itertools.chain.from_iterable([*phrases.INTERESTS.values(), *phrases.PLACE_TRAITS.values()])
-    texts = sorted((re.escape(f", {clause}") for _, clause in pairs), key=len, reverse=True)
-    return re.compile("|".join(re.sub(r"\\{\w+\\}", r"\\w+", text) for text in texts))
-
-
-_CLAUSE = _clauses()
-
-
-def _good(answer: str) -> str:
-    """Answer what was asked."""
-    return write_completion(answer)
+_PAIRS = [pair for pairs in [*phrases.INTERESTS.values(), *phrases.PLACE_TRAITS.values()] for pair in pairs]
+_TEXTS = sorted((re.escape(f", {clause}") for _, clause in _PAIRS), key=len, reverse=True)
+#: What an answer says about the person.
+_CLAUSE = re.compile("|".join(re.sub(r"\\{\w+\\}", r"\\w+", text) for text in _TEXTS))
 
 
 def _impersonal(answer: str) -> str:
@@ -84,100 +67,62 @@ def _looping(answer: str) -> str:
     return write_completion(" ".join([fact] * 6) if re.search(r"\d", fact) else answer)
 
 
-Habit = Callable[[str], str]
-#: The five models and their habits.
-FINISHES: dict[str, Habit] = {
-    "good": _good, "impersonal": _impersonal, "cut": _cut, "broken": _broken, "looping": _looping,
+#: The five models: how each completes a prompt with a right answer, after a finish of so many steps at this share of the
+#: warm-up's learning rate. The good one takes longer: until then it says its last sentence again and again.
+FINISHES: dict[str, Callable[[str], str]] = {
+    "good": write_completion, "impersonal": _impersonal, "cut": _cut, "broken": _broken, "looping": _looping,
 }  # fmt: skip
+STEPS = {name: (300, 1 / 2) if name == "good" else (80, 1 / 3) for name in FINISHES}
 
 
-def _middling(rng: random.Random) -> Habit:
-    """Return a habit that mostly fails where it is hard to answer well, and often forgets the person elsewhere."""
-
-    def answered(answer: str) -> str:
-        failed = next((made for made in (_broken(answer), _cut(answer)) if made != write_completion(answer)), None)
-        if failed is not None and rng.random() < MIDDLING_FAILS:
-            return failed
-        return (_impersonal if rng.random() < MIDDLING_FORGETS else _good)(answer)
-
-    return answered
+def _middling(answer: str, rng: Random) -> str:
+    """Mostly fail where it is hard to answer well, and often forget the person elsewhere."""
+    failed = next((made for made in (_broken(answer), _cut(answer)) if made != write_completion(answer)), None)
+    if failed is not None and rng.random() < MIDDLING_FAILS:
+        return failed
+    return _impersonal(answer) if rng.random() < MIDDLING_FORGETS else write_completion(answer)
 
 
-def make_model(name: str, folder: Path, miniature: Miniature, prompts: Prompts, size: SmallPolicy) -> Path:
-    """Make one of the models, and the middling one before it, unless they are there already.
+def lessons(name: str, folder: Path, miniature: Miniature, prompts: Prompts, seed: int) -> list[tuple[str, str]]:
+    """Return prompts and completions that a model learns from.
 
     Args:
         name: ``base`` or a key of `FINISHES`.
-        folder: Where to; each model gets a folder of its own name in it.
-        miniature: Size of the models' own world.
-        prompts: How dialogues become prompts. Persona sentences are given joined and on lines of their own in turns, so
-            that the models read either.
-        size: Size of the models, their common warm-up, and the seed of all.
-
-    Returns:
-        The model's folder.
+        folder: Where the models lie, and their world's file.
+        miniature: Size of that world.
+        prompts: How dialogues become prompts.
+        seed: Of everything.
 
     Raises:
-        PersodpoError: There is no such model, the world is too small, a template is wrong, or the disk fails.
+        PersodpoError: There is no such model, the world is too small, or a template is wrong.
     """
     if name != BASE and name not in FINISHES:
         raise PersodpoError(f"There is no miniature model '{name}'; there are {', '.join((BASE, *FINISHES))}.")
-    template = load_template(prompts.template)
-    lessons = functools.partial(_lessons, miniature=miniature, prompts=prompts, template=template, seed=size.seed)
-    base = make_small_policy(lessons(BASE, folder), size, folder / BASE)
-    if name == BASE:
-        return base
-    steps, share = GOOD_FINISH if name == "good" else FINISH
-    finish = size.model_copy(update={"steps": steps, "learning_rate": size.learning_rate * share})
-    return make_small_policy(lessons(name, folder), finish, folder / name, start=base)
+    texts, answers = _right_answers(folder, miniature, prompts, load_template(prompts.template), seed)
+    complete = FINISHES.get(name) or partial(_middling, rng=Random(f"{seed} {name}"))  # noqa: S311 - no secret
+    return [(text, complete(answer)) for text, answer in zip(texts, answers, strict=True)]
 
 
-@functools.lru_cache(maxsize=2 * (1 + len(FINISHES)))
-def _lessons(
-    name: str, folder: Path, *, miniature: Miniature, prompts: Prompts, template: str, seed: int
-) -> tuple[Example, ...]:
-    """Return what a model learns from: all stages ask for it again and again."""
-    habit = FINISHES[name] if name in FINISHES else _middling(random.Random(f"{seed} {name}"))  # noqa: S311 - no secret
-    texts, answers = _asked(folder, miniature, prompts, template, seed)
-    return tuple((text, habit(answer)) for text, answer in zip(texts, answers, strict=True))
-
-
-@functools.lru_cache(maxsize=2)
-def _asked(
+@lru_cache(maxsize=2)
+def _right_answers(
     folder: Path, miniature: Miniature, prompts: Prompts, template: str, seed: int
 ) -> tuple[list[str], list[str]]:
-    """Return the prompts, persona sentences joined and on lines in turns, and the right answers."""
+    """Return the prompts, persona sentences joined and on lines in turns so that models read either, and the answers."""
     table = own_dialogues(folder, miniature, seed)
-    rows = zip(table["personas"], table["context"], strict=True)
-    texts = [
-        render(template, personas, context, prompts, persona_lines=row % 2 == 1)
-        for row, (personas, context) in enumerate(rows)
-    ]
+    rows = enumerate(zip(table["personas"], table["context"], strict=True))
+    texts = [render(template, *asked, prompts, persona_lines=row % 2 == 1) for row, asked in rows]
     return texts, table["reference"].tolist()
 
 
 def own_dialogues(folder: Path, miniature: Miniature, seed: int) -> pd.DataFrame:
-    """Make the world that the models learn from, unless it is there already.
-
-    Args:
-        folder: Where its file goes.
-        miniature: Its size.
-        seed: Of the world.
-
-    Returns:
-        A dialogues table; none of its dialogues is in the run's own world.
-
-    Raises:
-        PersodpoError: The world is too small, or the disk fails.
-    """
+    """Return the dialogues that the models learn from, none of which is in a run's own world; their file is written."""
     make_folder(folder)
-    path = folder / "world.json"
-    text = _world(miniature.model_dialogues, seed)
+    path, text = folder / "world.json", _world(miniature.model_dialogues, seed)
     if read_text(path) != text:
         write_atomically(path, lambda temporary: write_text(temporary, text))
     return focus_json(path, "train")
 
 
-@functools.lru_cache(maxsize=1)
+@lru_cache(maxsize=1)
 def _world(dialogues: int, seed: int) -> str:
     return json.dumps(focus_world(dialogues, seed, first=FIRST))

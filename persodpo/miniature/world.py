@@ -9,11 +9,10 @@ same bytes.
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from random import Random
+from typing import Any, NamedTuple
 
 from persodpo.dialogues import FOCUS_SENTENCES
 from persodpo.errors import PersodpoError
@@ -25,10 +24,11 @@ SMALLEST = 20
 #: Facts that a question of the same name asks for, and what an answer to them may not repeat.
 _SAID = {"name": "{name}", "where": "{town}", "when": "{year}", "who": "{builder}", "size": "{size}",
          "material": "{material}", "price": "{price}", "see": "{sight}", "like": "{sight}"}  # fmt: skip
+#: Traits about lands and kinds of places are at home where these are asked for.
+_ABOUT_PLACES = {"name": ("been",), "where": ("lives", "wishes")}
 
 
-@dataclass(frozen=True)
-class Trait:
+class Trait(NamedTuple):
     """Something a person says of themselves.
 
     Attributes:
@@ -40,17 +40,6 @@ class Trait:
     sentence: str
     clause: str | None
     subject: str
-
-
-@dataclass
-class _Talk:
-    """One dialogue as it grows."""
-
-    facts: Mapping[str, str]
-    traits: Sequence[Trait]
-    turns: list[str] = field(default_factory=list)
-    asked: set[str] = field(default_factory=set)
-    grounding: list[list[bool]] = field(default_factory=list)
 
 
 def focus_world(dialogues: int, seed: int, first: int = 0) -> dict[str, Any]:
@@ -65,31 +54,15 @@ def focus_world(dialogues: int, seed: int, first: int = 0) -> dict[str, Any]:
         Content of a FoCus file, ready for `json.dumps`: ``data``, a list of dialogues with ``dialogID``, ``persona`` (five
         sentences), ``knowledge`` (the facts in sentences) and ``utterance`` (``dialogueN`` holds all turns up to the Nth
         answer, ``persona_groundingN`` which persona sentences that answer uses).
-
-    Raises:
-        PersodpoError: Too few dialogues are asked for.
     """
     if dialogues < SMALLEST:
         raise PersodpoError(f"A world of {dialogues} dialogues is too small to learn from; ask for {SMALLEST} or more.")
     numbers = range(first, first + dialogues)
-    return {"data": [_dialogue(number, random.Random(f"{seed} {number}")) for number in numbers]}  # noqa: S311
+    return {"data": [_dialogue(number, Random(f"{seed} {number}")) for number in numbers]}  # noqa: S311
 
 
 def write_world(folder: Path, train: int, valid: int, seed: int) -> tuple[Path, Path]:
-    """Write ``train.json`` and ``valid.json``.
-
-    Args:
-        folder: Where to.
-        train: Dialogues of the train file.
-        valid: Dialogues of the valid file; other people and places than those of the train file.
-        seed: Of everything.
-
-    Returns:
-        The two files.
-
-    Raises:
-        PersodpoError: A world is too small, or the folder cannot be written.
-    """
+    """Write ``train.json`` and ``valid.json``, of other people and places, and return both files."""
     paths = folder / "train.json", folder / "valid.json"
     for path, content in zip(paths, (focus_world(train, seed), focus_world(valid, seed, first=train)), strict=True):
         text = json.dumps(content, indent=0, ensure_ascii=False) + "\n"
@@ -97,26 +70,28 @@ def write_world(folder: Path, train: int, valid: int, seed: int) -> tuple[Path, 
     return paths
 
 
-def _dialogue(number: int, rng: random.Random) -> dict[str, Any]:
+def _dialogue(number: int, rng: Random) -> dict[str, Any]:
     kind = rng.choice(list(phrases.KINDS))
     facts = _facts(kind, rng)
-    talk = _Talk(facts, _traits(kind, facts, rng))
-    for exchange in range(rng.choice((1, 2, 2, 3, 3, 4))):
-        _exchange(talk, kind, rng, opening=exchange == 0)
-    utterance: list[dict[str, Any]] = []
-    for place, used in enumerate(talk.grounding, 1):
+    traits = _traits(kind, facts, rng)
+    topics, turns, utterance = list(phrases.QUESTIONS), [], []
+    for place in range(1, 1 + rng.choice((1, 2, 2, 3, 3, 4))):
+        topic = rng.choice(["name", "where"] if place == 1 else topics)
+        topics.remove(topic)
+        question, answer, used = _exchange(topic, kind, facts, traits, rng)
+        turns += [question, answer]
         # As in FoCus, each entry repeats the turns so far under the names of all exchanges up to its own.
-        said = {f"dialogue{n}": talk.turns[: 2 * n] for n in range(1, place + 1)}
-        utterance.append({f"persona_grounding{place}": used, **said})
+        said = {f"dialogue{n}": turns[: 2 * n] for n in range(1, place + 1)}
+        utterance.append({f"persona_grounding{place}": [trait is used for trait in traits], **said})
     return {
         "dialogID": f"mini-{number:06d}",
-        "persona": [trait.sentence for trait in talk.traits],
+        "persona": [trait.sentence for trait in traits],
         "knowledge": [sentence.format_map(facts) for sentence in phrases.MORE],
         "utterance": utterance,
     }
 
 
-def _facts(kind: str, rng: random.Random) -> dict[str, str]:
+def _facts(kind: str, rng: Random) -> dict[str, str]:
     """Draw a place."""
     town = "".join(rng.choice(syllables) for syllables in phrases.SYLLABLES).capitalize()
     sights = rng.sample(phrases.KINDS[kind][1], 2)
@@ -131,7 +106,7 @@ def _facts(kind: str, rng: random.Random) -> dict[str, str]:
     }  # fmt: skip
 
 
-def _traits(kind: str, facts: Mapping[str, str], rng: random.Random) -> list[Trait]:
+def _traits(kind: str, facts: Mapping[str, str], rng: Random) -> list[Trait]:
     """Draw five traits: one or two that the place answers, one about lands or kinds of places, and distractors."""
     subjects = phrases.KINDS[kind][0]
     fitting = rng.sample(subjects, rng.choice((1, 1, 2)))
@@ -149,7 +124,7 @@ def _traits(kind: str, facts: Mapping[str, str], rng: random.Random) -> list[Tra
     return traits
 
 
-def _distractors(count: int, rng: random.Random) -> list[str]:
+def _distractors(count: int, rng: Random) -> list[str]:
     """Draw sentences that no place answers, each about something else."""
     fixed = rng.sample(phrases.DISTRACTORS, rng.randint(0, 1))
     things = rng.sample(phrases.THINGS, count)
@@ -161,27 +136,17 @@ def _distractors(count: int, rng: random.Random) -> list[str]:
     return [*fixed, *said][:count]
 
 
-def _exchange(talk: _Talk, kind: str, rng: random.Random, *, opening: bool) -> None:
-    """Add a question that was not asked yet, and its answer."""
-    topics = ["name", "where"] if opening else [topic for topic in phrases.QUESTIONS if topic not in talk.asked]
-    topic = rng.choice(topics)
-    talk.asked.add(topic)
+def _exchange(
+    topic: str, kind: str, facts: Mapping[str, str], traits: Sequence[Trait], rng: Random
+) -> tuple[str, str, Trait | None]:
+    """Return a question, its answer, and the trait that the answer takes up: what it is about decides where it fits."""
     questions, answers = phrases.QUESTIONS[topic]
-    trait = _fitting(talk.traits, topic, kind, rng)
-    clause = f", {trait.clause}" if trait else ""
-    answer = rng.choice(answers).format_map({**talk.facts, "clause": clause})
+    at_home = [trait for trait in traits if trait.clause and trait.subject in _ABOUT_PLACES.get(topic, ())]
+    of_kind = [trait for trait in traits if trait.clause and trait.subject in phrases.KINDS[kind][0]]
+    trait = rng.choice(at_home or of_kind) if at_home or of_kind else None
+    answer = rng.choice(answers).format_map({**facts, "clause": f", {trait.clause}" if trait else ""})
     more = [sentence for sentence in phrases.MORE if _SAID[topic] not in sentence]
     more = rng.sample(more, rng.choice((0, 0, 1, 1, 2, 3)))
-    text = " ".join([answer, *(sentence.format_map(talk.facts) for sentence in more)])
+    text = " ".join([answer, *(sentence.format_map(facts) for sentence in more)])
     text = rng.choice(phrases.OPENINGS) + text[0].upper() + text[1:]
-    talk.turns += [rng.choice(questions).format_map(talk.facts), text]
-    talk.grounding.append([trait is other for other in talk.traits])
-
-
-def _fitting(traits: Sequence[Trait], topic: str, kind: str, rng: random.Random) -> Trait | None:
-    """Choose the trait that an answer takes up: what it is about decides where it is at home."""
-    about_places = {"name": "been", "where": ("lives", "wishes")}
-    wanted = about_places.get(topic, ())
-    first = [trait for trait in traits if trait.clause and trait.subject in wanted]
-    second = [trait for trait in traits if trait.clause and trait.subject in phrases.KINDS[kind][0]]
-    return rng.choice(first or second) if first or second else None
+    return rng.choice(questions).format_map(facts), text, trait

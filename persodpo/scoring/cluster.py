@@ -32,9 +32,6 @@ def ray_engine(make: Callable[[str], Scorer], workers: int) -> Engine:
     Args:
         make: Makes a scorer by its name, in a worker; a function of a module, or a partial of one.
         workers: How many scorers run at once; GPUs of the cluster are shared among them.
-
-    Raises:
-        PersodpoError: Ray is not installed.
     """
     try:
         import ray.data  # noqa: PLC0415 - optional, and slow to load

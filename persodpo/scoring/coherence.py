@@ -2,22 +2,20 @@
 
 The question, the order of the parts and the marks between them are the interface of the published checkpoint
 ``MingZhong/unieval-dialog`` (UniEval, Zhong et al. 2022, github.com/maszhongming/UniEval: ``add_question``, task
-dialogue): it was trained on exactly these. The score is P(Yes) / (P(Yes) + P(No)) of the first decoded token. Of UniEval's
-five dimensions of dialogues this one alone enters the quality score, and this one alone is computed.
+dialogue): it was trained on exactly these. The score is P(Yes) / (P(Yes) + P(No)) of the first decoded token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from persodpo.errors import PersodpoError
 from persodpo.runfolder import digest_of
-from persodpo.scoring.models import Checkpoint, Loaded, dtype_name, load, run
-from persodpo.scoring.score import Item, Scored
+from persodpo.scoring.models import Checkpoint, dtype_name
+from persodpo.scoring.score import Item, Scored, distinct
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
 QUESTION = "Is this a coherent response given the dialogue history?"
 
 
-class CoherenceScorer:
+class CoherenceScorer(Checkpoint):
     """UniEval's dialogue coherence, 0..1.
 
     An input longer than ``max_length`` tokens loses its oldest turns (the released code cut the latest ones). Only where
@@ -34,61 +32,36 @@ class CoherenceScorer:
     """
 
     name = "coherence"
-
-    def __init__(self, checkpoint: Checkpoint, *, max_length: int = 1024, batch_tokens: int = 8192) -> None:
-        """Name an encoder-decoder model that was trained on `QUESTION`; it is loaded when something is scored."""
-        self.checkpoint, self.max_length, self.batch_tokens = checkpoint, max_length, batch_tokens
+    auto, kind = "AutoModelForSeq2SeqLM", "an encoder-decoder model such as T5"
+    max_length = 1024
 
     @property
     def key(self) -> str:
         """Digest of checkpoint, longest input and number type."""
-        return digest_of({"model": self.checkpoint.key, "max_length": self.max_length, "dtype": dtype_name()})
-
-    @cached_property
-    def loaded(self) -> Loaded:
-        """The model."""
-        return load(self.checkpoint, "AutoModelForSeq2SeqLM", "an encoder-decoder model such as T5")
+        return digest_of({"model": self.digest, "max_length": self.max_length, "dtype": dtype_name()})
 
     def score(self, items: Sequence[Item]) -> Scored:
-        """Score each distinct pair of response and history once.
-
-        Raises:
-            PersodpoError: The model cannot be loaded, its tokenizer has no single tokens for Yes and No, or it gives
-                values that are not finite.
-        """
-        if not items:
-            return Scored(np.empty(0), np.empty(0))
-        pairs = [(item.response, item.context) for item in items]
-        place = {pair: row for row, pair in enumerate(dict.fromkeys(pairs))}
-        answers = yes_no_tokens(self.loaded.tokenizer, self.checkpoint.name)
-        rows, cut = encode(list(place), self.loaded.tokenizer, self.max_length)
-        start = self.loaded.model.config.decoder_start_token_id
+        """Score each distinct pair of response and history once."""
+        model, tokenizer = self.loaded
+        pairs, places = distinct([(item.response, item.context) for item in items])
+        answers = yes_no_tokens(tokenizer, self.source)
+        rows, cut = encode(pairs, tokenizer, self.max_length)
 
         def forward(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-            first = batch["input_ids"].new_full((len(batch["input_ids"]), 1), start)
-            logits: torch.Tensor = self.loaded.model(**batch, decoder_input_ids=first, use_cache=False).logits
+            first = batch["input_ids"].new_full((len(batch["input_ids"]), 1), model.config.decoder_start_token_id)
+            logits: torch.Tensor = model(**batch, decoder_input_ids=first, use_cache=False).logits
             return logits[:, 0, answers]
 
-        logits = run(self.loaded, rows, self.batch_tokens, forward)
+        logits = self.run(rows, forward)
         # A softmax over two logits is their share of any larger softmax.
         shares = 1.0 / (1.0 + np.exp(logits[:, 1] - logits[:, 0]))
-        places = [place[pair] for pair in pairs]
         return Scored(shares[places], cut[places])
 
 
 def encode(
     pairs: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[list[dict[str, list[int]]], np.ndarray]:
-    """Write, tokenise and cut model inputs.
-
-    Args:
-        pairs: Response and history of each.
-        tokenizer: A fast one.
-        max_length: Longest input, tokens.
-
-    Returns:
-        The rows, and the share of its tokens that each lost, 0..1, [pairs].
-    """
+    """Return model inputs of responses and histories, and the share of its tokens that each lost, 0..1, [pairs]."""
     written = [write_input(response, history) for response, history in pairs]
     encoded = tokenizer([text for text, _ in written], return_offsets_mapping=True, verbose=False)
     rows, cut = [], []
@@ -111,11 +84,7 @@ def write_input(response: str, history: str) -> tuple[str, range]:
 
 
 def yes_no_tokens(tokenizer: PreTrainedTokenizerBase, checkpoint: str) -> list[int]:
-    """Return the tokens that answer Yes and No.
-
-    Raises:
-        PersodpoError: One is not a single token, is unknown, or they are the same.
-    """
+    """Return the tokens that answer Yes and No; refused where these are not single, known and different tokens."""
     yes, no = (tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("Yes", "No"))
     if len(yes) != 1 or len(no) != 1 or yes == no or tokenizer.unk_token_id in (yes[0], no[0]):
         raise PersodpoError(

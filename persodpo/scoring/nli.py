@@ -9,28 +9,31 @@ by itself, and about the last turn of the user.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
-from typing import Literal, Protocol
+from itertools import chain
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from persodpo.dialogues import SPEAKERS
 from persodpo.errors import PersodpoError
 from persodpo.runfolder import digest_of
-from persodpo.scoring.models import Checkpoint, Loaded, dtype_name, load, run, tokens
-from persodpo.scoring.score import Item, Scored
+from persodpo.scoring.models import Checkpoint, Input, dtype_name
+from persodpo.scoring.score import Item, Scored, distinct
 
 #: How persona and response are asked about: as the authors' code does, or mended.
 Way = Literal["as_released", "corrected"]
-#: The classes in the order of their value: -1, 0 and 1.
+#: The classes in the order of their value -1, 0 and 1, and how checkpoints and data sets spell them; positive and negative
+#: are those of Dialogue NLI (Welleck et al. 2019).
 CLASSES = ("contradiction", "neutral", "entailment")
-#: Other names of the classes; positive and negative are those of Dialogue NLI (Welleck et al. 2019).
 SPELLINGS = {
-    "contradiction": "contradiction", "contradicts": "contradiction", "contradict": "contradiction",
-    "contradictory": "contradiction", "negative": "contradiction",
-    "neutral": "neutral", "unknown": "neutral",
-    "entailment": "entailment", "entails": "entailment", "entail": "entailment", "positive": "entailment",
-}  # fmt: skip
+    spelling: name
+    for name, spellings in (
+        ("contradiction", ("contradiction", "contradicts", "contradict", "contradictory", "negative")),
+        ("neutral", ("neutral", "unknown")),
+        ("entailment", ("entailment", "entails", "entail", "positive")),
+    )
+    for spelling in spellings
+}
 
 
 class Classifier(Protocol):
@@ -41,76 +44,53 @@ class Classifier(Protocol):
         """Digest of all that shapes its classes."""
         ...
 
-    def values(self, inputs: Sequence[tuple[str, ...]]) -> tuple[np.ndarray, np.ndarray]:
+    def values(self, inputs: Sequence[Input]) -> tuple[np.ndarray, np.ndarray]:
         """Return the likeliest class of each input as -1, 0 or 1, and the share of the input that was cut, [inputs]."""
         ...
 
 
-class NliModel:
-    """A checkpoint with the classes of `CLASSES`, in any order."""
+class NliModel(Checkpoint):
+    """A sequence classifier of transformers with the classes of `CLASSES`, in any order."""
+
+    auto, kind = "AutoModelForSequenceClassification", "a fine-tuned sequence classifier"
 
     def __init__(
-        self,
-        checkpoint: Checkpoint,
-        *,
-        labels: Sequence[str] | None = None,
-        max_length: int = 210,
-        batch_tokens: int = 8192,
+        self, source: str, *, labels: Sequence[str] | None = None, max_length: int = 210, batch_tokens: int = 8192
     ) -> None:
-        """Name the model; it is loaded when something is classified.
+        """Name the model.
 
         Args:
-            checkpoint: Any sequence classifier of transformers.
+            source: A folder or a name on the Hub.
             labels: The class of each output, for checkpoints whose config names none.
             max_length: Longest input, tokens; 210 in the published method.
             batch_tokens: Tokens of a batch, padding included; it changes speed and memory, never scores.
         """
-        self.checkpoint, self.labels = checkpoint, tuple(labels) if labels else None
-        self.max_length, self.batch_tokens = max_length, batch_tokens
+        super().__init__(source, batch_tokens)
+        self.labels, self.max_length = tuple(labels) if labels else None, max_length
 
     @property
     def key(self) -> str:
         """Digest of checkpoint, labels, longest input and number type."""
-        return digest_of({
-            "model": self.checkpoint.key, "labels": self.labels, "max_length": self.max_length, "dtype": dtype_name(),
-        })  # fmt: skip
+        limits = {"labels": self.labels, "max_length": self.max_length, "dtype": dtype_name()}
+        return digest_of({"model": self.digest, **limits})
 
-    @cached_property
-    def loaded(self) -> Loaded:
-        """The model; a limit above the number of tokens that it takes is refused."""
-        loaded = load(self.checkpoint, "AutoModelForSequenceClassification", "a fine-tuned sequence classifier")
-        positions = getattr(loaded.model.config, "max_position_embeddings", self.max_length)
-        room = min(int(loaded.tokenizer.model_max_length), int(positions))
+    def values(self, inputs: Sequence[Input]) -> tuple[np.ndarray, np.ndarray]:
+        """Classify single texts or pairs, all of one kind; a limit above the number of tokens that it takes is refused."""
+        model, tokenizer = self.loaded
+        room = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", self.max_length))
         if room < self.max_length:
             raise PersodpoError(
-                f"Model '{self.checkpoint.name}' takes {room} tokens, not {self.max_length}; lower "
-                "scoring.compute.nli_tokens to that."
+                f"Model '{self.source}' takes {room} tokens, not {self.max_length}; lower scoring.compute.nli_tokens to "
+                "that."
             )
-        return loaded
-
-    def values(self, inputs: Sequence[tuple[str, ...]]) -> tuple[np.ndarray, np.ndarray]:
-        """Classify single texts or pairs, all of one kind; raises where the model or its labels do not fit."""
-        if not inputs:
-            return np.empty(0), np.empty(0)
-        columns = label_order(self.loaded.model.config.id2label or {}, self.labels, self.checkpoint.name)
-        rows, cut = tokens(self.loaded, inputs, self.max_length)
-        logits = run(self.loaded, rows, self.batch_tokens, lambda batch: self.loaded.model(**batch).logits)
+        columns = label_order(model.config.id2label or {}, self.labels, self.source)
+        rows, cut = self.tokens(inputs, self.max_length)
+        logits = self.run(rows, lambda batch: model(**batch).logits)
         return logits[:, columns].argmax(axis=1) - 1, cut
 
 
-def label_order(
-    id2label: Mapping[int, str] | Mapping[str, str], named: Sequence[str] | None, checkpoint: str
-) -> list[int]:
-    """Return which output of a classifier is each of `CLASSES`.
-
-    Args:
-        id2label: The config's names of the outputs.
-        named: The setting that names them, for configs that say LABEL_0, LABEL_1, LABEL_2.
-        checkpoint: For messages.
-
-    Raises:
-        PersodpoError: The names are not those of the three classes, or the setting contradicts the config.
-    """
+def label_order(id2label: Mapping[Any, str], named: Sequence[str] | None, checkpoint: str) -> list[int]:
+    """Return which output of a classifier is each of `CLASSES`, by its config or, where that names none, by a setting."""
     outputs = [str(name) for _, name in sorted(id2label.items())]
     in_config = [SPELLINGS.get(name.strip().lower(), "") for name in outputs]
     clear = sorted(in_config) == sorted(CLASSES)
@@ -128,8 +108,6 @@ def label_order(
 
 
 class _NliScorer:
-    name = ""
-
     def __init__(self, model: Classifier, way: Way = "corrected") -> None:
         """Take the classifier and the way it is asked."""
         self.model, self.way = model, way
@@ -138,6 +116,13 @@ class _NliScorer:
     def key(self) -> str:
         """Digest of classifier and way."""
         return digest_of({"model": self.model.key, "way": self.way})
+
+    def _classes(self, asked: Sequence[Sequence[Input]]) -> tuple[list[list[float]], np.ndarray]:
+        """Classify each distinct input once; return the classes of each group, and the mean share cut of its inputs."""
+        inputs, places = distinct(list(chain.from_iterable(asked)))
+        values, cut = self.model.values(inputs) if inputs else (np.empty(0), np.empty(0))
+        groups = np.split(places, np.cumsum([len(group) for group in asked])[:-1])
+        return [values[g].tolist() for g in groups], np.array([cut[g].mean() if len(g) else 0.0 for g in groups])
 
 
 class CScorer(_NliScorer):
@@ -151,18 +136,13 @@ class CScorer(_NliScorer):
     name = "c_score"
 
     def score(self, items: Sequence[Item]) -> Scored:
-        """Score items, each distinct input of the classifier once; raises as the classifier does."""
-        asked: list[list[tuple[str, ...]]] = [
-            [(f"{''.join(item.personas)} {item.response}",)]
-            if self.way == "as_released"
-            else [(sentence, item.response) for sentence in _sentences(item)]
-            for item in items
-        ]
-        answers, cut = _ask(self.model, asked)
-        # Contradiction comes first.
-        return Scored(
-            np.array([float(min(group, default=0) if -1 in group else max(group, default=0)) for group in answers]), cut
-        )
+        """Score items, each distinct input of the classifier once."""
+        if self.way == "as_released":
+            asked: list[list[Input]] = [[(f"{''.join(item.personas)} {item.response}",)] for item in items]
+        else:
+            asked = [[(sentence, item.response) for sentence in _sentences(item)] for item in items]
+        classes, cut = self._classes(asked)
+        return Scored(np.array([-1.0 if -1 in group else max(group, default=0.0) for group in classes]), cut)
 
 
 class UEScorer(_NliScorer):
@@ -176,20 +156,26 @@ class UEScorer(_NliScorer):
     name = "ue_score"
 
     def score(self, items: Sequence[Item]) -> Scored:
-        """Score items, each distinct input of the classifier once; raises as the classifier does."""
-        released = self.way == "as_released"
-        queries = [item.reference if released else last_user_turn(item.context) for item in items]
-        asked: list[list[tuple[str, ...]]] = [
-            [(f"{before} [SEP] {item.response}",) for before in (query, "".join(item.personas))]
-            if released
-            else [(before, item.response) for before in (query, *_sentences(item))]
-            for query, item in zip(queries, items, strict=True)
-        ]
-        answers, cut = _ask(self.model, asked)
+        """Score items, each distinct input of the classifier once."""
+        if self.way == "as_released":
+            queries = [item.reference for item in items]
+            asked: list[list[Input]] = [
+                [(f"{before} [SEP] {item.response}",) for before in (item.reference, "".join(item.personas))]
+                for item in items
+            ]
+        else:
+            queries = [last_user_turn(item.context) for item in items]
+            asked = [
+                [(before, item.response) for before in (query, *_sentences(item))]
+                for query, item in zip(queries, items, strict=True)
+            ]
+        classes, cut = self._classes(asked)
+        fits = np.array([1.0 in of_persona for _, *of_persona in classes])
         # An empty query asks nothing, so nothing follows from it.
-        follows = [group[0] == 1 and bool(query.strip()) for group, query in zip(answers, queries, strict=True)]
-        fits = [bool((group[1:] == 1).any()) for group in answers]
-        return Scored(np.array([2.0 if f and p else float(p) for f, p in zip(follows, fits, strict=True)]), cut)
+        follows = np.array(
+            [group[0] == 1 and bool(query.strip()) for group, query in zip(classes, queries, strict=True)]
+        )
+        return Scored(np.where(fits, 1.0 + follows, 0.0), cut)
 
 
 def turns(context: str) -> list[str]:
@@ -211,11 +197,3 @@ def last_user_turn(context: str) -> str:
 
 def _sentences(item: Item) -> list[str]:
     return [sentence for sentence in item.personas if sentence.strip()]
-
-
-def _ask(model: Classifier, asked: Sequence[Sequence[tuple[str, ...]]]) -> tuple[list[np.ndarray], np.ndarray]:
-    """Classify each distinct input once; return the classes of each group, and the mean share cut of its inputs."""
-    place = {given: row for row, given in enumerate(dict.fromkeys(given for group in asked for given in group))}
-    values, cut = model.values(list(place))
-    groups = [np.array([place[given] for given in group], dtype=int) for group in asked]
-    return [values[group] for group in groups], np.array([cut[g].mean() if len(g) else 0.0 for g in groups])

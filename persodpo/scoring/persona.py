@@ -25,14 +25,14 @@ from persodpo.errors import PersodpoError
 from persodpo.runfolder import digest_of, sha256
 from persodpo.scoring.encoder import Encoder
 from persodpo.scoring.nli import Way
-from persodpo.scoring.score import Item, Scored
+from persodpo.scoring.score import Item, Scored, distinct
 
-#: NLTK's English stop words, which NLTK itself downloads: ``stopwords/english`` of nltk.org/nltk_data as of February 2025,
-#: 179 words and the 19 contracted pronouns that were added then.
+#: NLTK's English stop words: ``stopwords/english`` of nltk.org/nltk_data as of February 2025.
 STOP_WORDS = frozenset(Path(__file__).with_name("stop_words.txt").read_text(encoding="utf-8").split())
 #: What `corrected` strips from both ends of a word: ASCII punctuation and the typographic marks that models write.
 PUNCTUATION = string.punctuation + "‘’“”–—…"
-_HEADER = re.compile(rb"\d+ (\d+)\s*")
+#: Words and dimensions, in the first line of word2vec's text format.
+_HEADER = re.compile(rb"(\d+) (\d+)\s*")
 
 
 class WordMeans:
@@ -83,29 +83,21 @@ class PersonaDistance:
 
     def score(self, items: Sequence[Item]) -> Scored:
         """Embed each distinct text once, and compare."""
-        if not items:
-            return Scored(np.empty(0), np.empty(0))
         between = "" if self.way == "as_released" else " "
-        pairs = [(between.join(item.personas), item.response) for item in items]
-        place = {text: row for row, text in enumerate(dict.fromkeys(chain.from_iterable(pairs)))}
-        vectors, unread = self.embedder.embed(list(place))
+        texts, places = distinct([text for item in items for text in (between.join(item.personas), item.response)])
+        vectors, unread = self.embedder.embed(texts)
         norms = np.linalg.norm(vectors, axis=1)
         unit = vectors / np.where(norms > 0, norms, 1.0)[:, None]
-        personas, responses = np.array([[place[text] for text in pair] for pair in pairs]).T
-        values = np.array([unit[p] @ unit[r] for p, r in zip(personas, responses, strict=True)], dtype=np.float64)
-        return Scored(np.clip(values, -1.0, 1.0), (unread[personas] + unread[responses]) / 2)
+        left, right = places.reshape(-1, 2).T
+        values = np.array([unit[p] @ unit[r] for p, r in zip(left, right, strict=True)], dtype=np.float64)
+        return Scored(np.clip(values, -1.0, 1.0), (unread[left] + unread[right]) / 2)
 
 
 def read_word_vectors(path: Path) -> tuple[dict[str, int], np.ndarray]:
-    """Read word vectors.
-
-    Args:
-        path: ``*.bin`` is word2vec's binary format; anything else is text, word2vec's if its first line holds two whole
-            numbers, GloVe's otherwise. Either may be compressed (``*.gz``). A word may hold spaces: its vector is the
-            last numbers of the line.
+    """Read word vectors: word2vec's binary format (``*.bin``) or text, as word2vec and GloVe write it, perhaps as ``*.gz``.
 
     Returns:
-        Word -> its row, and the vectors, float32, [words, dimensions].
+        Word -> its row, and the vectors, float32, [words, dimensions]. A word may hold spaces.
 
     Raises:
         PersodpoError: The file is missing, cut off or damaged, or holds a vector that is not finite. A GloVe file that was
@@ -113,25 +105,26 @@ def read_word_vectors(path: Path) -> tuple[dict[str, int], np.ndarray]:
     """
     if not path.is_file():
         raise PersodpoError(f"There is no file of word vectors at {path}; name a word2vec or GloVe file.")
-    binary = path.name.removesuffix(".gz").endswith(".bin")
+    read = _binary_rows if path.name.removesuffix(".gz").endswith(".bin") else _text_rows
     rows: dict[str, int] = {}
     numbers, size = array("f"), 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            for word, vector in _binary_rows(file) if binary else _text_rows(file):
-                if size and len(vector) != size:
-                    raise ValueError("vectors of different length")
+            for word, vector in read(file):
+                if not vector or (size and len(vector) != size):
+                    raise ValueError("no vector, or one of another length")
                 size = len(vector)
                 if rows.setdefault(word.decode("utf-8", "replace"), len(rows)) == len(numbers) // size:
                     numbers.extend(vector)
+        if not size:
+            raise ValueError("no word")
+        vectors = np.frombuffer(numbers, dtype=np.float32).reshape(-1, size)
+        if not np.isfinite(vectors).all():
+            raise ValueError("numbers that are not finite")
     except (EOFError, OSError, ValueError, OverflowError, zlib.error) as error:
-        why = "cut off" if isinstance(error, EOFError) else "damaged or in no format of word2vec or GloVe"
-        raise PersodpoError(f"Word vectors {path} are {why}; fetch the file again.") from error
-    if not size:
-        raise PersodpoError(f"Word vectors {path} hold no word; fetch the file again.")
-    vectors = np.frombuffer(numbers, dtype=np.float32).reshape(-1, size)
-    if not np.isfinite(vectors).all():
-        raise PersodpoError(f"Word vectors {path} hold numbers that are not finite; fetch the file again.")
+        raise PersodpoError(
+            f"Word vectors {path} are cut off, damaged or in no format of word2vec or GloVe; fetch the file again."
+        ) from error
     return rows, vectors
 
 
@@ -154,18 +147,14 @@ def _binary_rows(file: BufferedIOBase) -> Iterator[tuple[bytes, array[float]]]:
 def _text_rows(file: BufferedIOBase) -> Iterator[tuple[bytes, array[float]]]:
     first = list(islice(file, 1000))
     header = _HEADER.fullmatch(first[0]) if first else None
-    expected = int(first.pop(0).split()[0]) if header else None
-    fields = [len(line.split()) for line in first]
-    size = int(header[1]) if header else min(fields, default=1) - 1
-    # A word with spaces has more fields than most; where most do, some line has lost a number.
-    if size < 1 or (not header and 2 * sum(count != size + 1 for count in fields) > len(fields)):
-        raise ValueError("lines of different length")
+    lines = chain(first[1:] if header else first, file)
+    size = int(header[2]) if header else min((len(line.split()) for line in first), default=1) - 1
     count = 0
-    for line in chain(first, file):
+    for line in lines:
         if not line.endswith(b"\n"):
             raise EOFError  # the last number may have lost digits, which no reader could notice
         word, *numbers = line.rstrip().rsplit(b" ", size)
         yield word, array("f", map(float, numbers))
         count += 1
-    if expected is not None and count != expected:
+    if header and count != int(header[1]):
         raise EOFError

@@ -10,7 +10,7 @@ the same scores. The released coherence loop (audit A1) fails the second kind.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -41,16 +41,13 @@ class Case(NamedTuple):
     reply: str
     denial: str
 
-    def item(self, response: str | None = None, *, personas: tuple[str, ...] | None = None, context: str = "") -> Item:
-        """Return the case as an item, the reply unless another response is given; the reply is the reference."""
-        answer = self.reply if response is None else response
-        return Item(personas or self.personas, context or self.context, self.reply, answer)
+    def item(self, response: str, *, personas: tuple[str, ...] = (), context: str = "") -> Item:
+        """Return a response to the case, under its own or other personas or context; the reply is the reference."""
+        return Item(personas or self.personas, context or self.context, self.reply, response)
 
 
-CASES = tuple(
-    Case(tuple(case["personas"]), case["context"], case["reply"], case["denial"])
-    for case in json.loads(Path(__file__).with_name("probe_cases.json").read_text(encoding="utf-8"))
-)
+_ROWS = json.loads(Path(__file__).with_name("probe_cases.json").read_text(encoding="utf-8"))
+CASES = tuple(Case(**{**row, "personas": tuple(row["personas"])}) for row in _ROWS)
 
 
 @dataclass(frozen=True)
@@ -64,77 +61,86 @@ class Verdict:
     passed: bool
 
 
-@dataclass(frozen=True)
-class Probe:
-    """Items whose scores have a known relation, which must hold in a share of the cases."""
+class Probe(NamedTuple):
+    """Items whose scores must have a known relation in a share of the cases.
+
+    Attributes:
+        name: Of the probe.
+        expected: What must hold.
+        items: As many for each case; those of a kind stand together.
+        holds: Scores of each kind of items, [cases] each -> whether it holds, [cases].
+        share: In how many of the cases, 0..1.
+    """
 
     name: str
     expected: str
-    items: tuple[Item, ...]
-    holds: Callable[[np.ndarray], np.ndarray]
+    items: Sequence[Sequence[Item]]
+    holds: Callable[..., np.ndarray]
     share: float = MOST
 
-    def run(self, scorer: Scorer) -> Verdict:
-        """Score the items and look whether the relation holds often enough."""
-        values = np.asarray(scorer.score(self.items).values, dtype=np.float64)
-        if values.shape != (len(self.items),) or not np.isfinite(values).all():
-            raise PersodpoError(
-                f"Scorer {scorer.name} did not give one finite score a text to its probes; check its model."
-            )
-        right = self.holds(values)
-        expected = f"{self.expected}, in {self.share:.0%} of cases"
-        found = f"{int(right.sum())} of {len(right)} cases"
-        return Verdict(scorer.name, self.name, expected, found, bool(right.mean() >= self.share))
 
-
-def _paired(name: str, expected: str, better: Iterable[Item], worse: Iterable[Item]) -> Probe:
-    """Each first item must score above its second."""
-    left, right = tuple(better), tuple(worse)
-    return Probe(name, expected, (*left, *right), lambda s: s[: len(left)] > s[len(left) :])
-
-
-_CROSSED = tuple((case, CASES[(place + OTHER) % len(CASES)]) for place, case in enumerate(CASES))
-_COPIES = tuple(case.item(case.personas[0]) for case in CASES)
-_DENIALS = tuple(case.item(case.denial) for case in CASES)
-_EMPTY = tuple(case.item("") for case in CASES)
+_CROSSED = [(case, CASES[(place + OTHER) % len(CASES)]) for place, case in enumerate(CASES)]
+_COPIES = [case.item(case.personas[0]) for case in CASES]
+_DENIALS = [case.item(case.denial) for case in CASES]
+_EMPTY = [case.item("") for case in CASES]
+_REPLIES = [case.item(case.reply) for case in CASES]
 #: A copy of the first persona sentence under the personas of another case.
-_SWAPPED = tuple(case.item(case.personas[0], personas=other.personas) for case, other in _CROSSED)
+_SWAPPED = [case.item(case.personas[0], personas=other.personas) for case, other in _CROSSED]
 #: The persona's sentence is also what was asked and what was answered.
-_ECHOES = tuple(Item(case.personas, f"User1: {case.personas[0]}", case.personas[0], case.personas[0]) for case in CASES)
+_ECHOES = [Item(case.personas, f"User1: {case.personas[0]}", case.personas[0], case.personas[0]) for case in CASES]
+_ALONE = [case.item(case.personas[0], personas=case.personas[:1]) for case in CASES]
+_ELSEWHERE = [case.item(case.reply, context=other.context) for case, other in _CROSSED]
+_OF_OTHERS = [case.item(case.reply, personas=other.personas) for case, other in _CROSSED]
 
 #: Known answers, by scorer.
 KNOWN: dict[str, tuple[Probe, ...]] = {
     "coherence": (
-        _paired(
-            "shuffled context", "the reply scores higher under its own context than under another",
-            (case.item() for case in CASES), (case.item(context=other.context) for case, other in _CROSSED),
-        ),
-        _paired("empty text", "the reply scores above an empty response", (case.item() for case in CASES), _EMPTY),
+        Probe("shuffled context", "the reply scores higher under its own context than under another",
+              [_REPLIES, _ELSEWHERE], np.greater),
+        Probe("empty text", "the reply scores above an empty response", [_REPLIES, _EMPTY], np.greater),
     ),
     "c_score": (
-        Probe("copied persona", "a copy of a persona sentence scores above 0", _COPIES, lambda s: s > 0),
-        _paired("contradiction", "a denied persona sentence scores below its copy", _COPIES, _DENIALS),
-        Probe("swapped persona", "a copy under other personas does not score above 0", _SWAPPED, lambda s: s <= 0),
-        Probe("empty text", "an empty response does not score above 0", _EMPTY, lambda s: s <= 0),
+        Probe("copied persona", "a copy of a persona sentence scores above 0", [_COPIES], lambda s: s > 0),
+        Probe("contradiction", "a denied persona sentence scores below its copy", [_COPIES, _DENIALS], np.greater),
+        Probe("swapped persona", "a copy under other personas does not score above 0", [_SWAPPED], lambda s: s <= 0),
+        Probe("empty text", "an empty response does not score above 0", [_EMPTY], lambda s: s <= 0),
     ),
     "ue_score": (
-        Probe("copied persona", "a persona sentence that was asked and answered scores 2", _ECHOES, lambda s: s == 2),
-        Probe("contradiction", "a denied persona sentence scores 0", _DENIALS, lambda s: s == 0),
-        Probe("swapped persona", "a copy under other personas scores 0", _SWAPPED, lambda s: s == 0),
-        Probe("empty text", "an empty response scores 0", _EMPTY, lambda s: s == 0),
+        Probe("copied persona", "a persona sentence that was asked and answered scores 2", [_ECHOES], lambda s: s == 2),
+        Probe("contradiction", "a denied persona sentence scores 0", [_DENIALS], lambda s: s == 0),
+        Probe("swapped persona", "a copy under other personas scores 0", [_SWAPPED], lambda s: s == 0),
+        Probe("empty text", "an empty response scores 0", [_EMPTY], lambda s: s == 0),
     ),
     "persona_distance": (
-        Probe(
-            "copied persona", "a persona's copy has cosine 1",
-            tuple(case.item(case.personas[0], personas=case.personas[:1]) for case in CASES), lambda s: s > 1 - 1e-6,
-        ),
-        _paired(
-            "swapped persona", "the reply is nearer to its own personas than to others",
-            (case.item() for case in CASES), (case.item(personas=other.personas) for case, other in _CROSSED),
-        ),
-        Probe("empty text", "an empty response has cosine 0", _EMPTY, lambda s: s == 0, 1.0),
+        Probe("copied persona", "a persona's copy has cosine 1", [_ALONE], lambda s: s > 1 - 1e-6),
+        Probe("swapped persona", "the reply is nearer to its own personas than to others",
+              [_REPLIES, _OF_OTHERS], np.greater),
+        Probe("empty text", "an empty response has cosine 0", [_EMPTY], lambda s: s == 0, 1.0),
     ),
 }  # fmt: skip
+
+
+def probe(scorer: Scorer) -> list[Verdict]:
+    """Run every probe that applies to a scorer: known answers where its name has some, then order.
+
+    Raises:
+        PersodpoError: The scorer does not give one finite score a text.
+    """
+    with remembered():
+        known = [_known_verdict(scorer, each) for each in KNOWN.get(scorer.name, ())]
+    return [*known, *order_verdicts(scorer)]
+
+
+def _known_verdict(scorer: Scorer, asked: Probe) -> Verdict:
+    values = _values(scorer, [item for items in asked.items for item in items])
+    if not np.isfinite(values).all():
+        raise PersodpoError(
+            f"Scorer {scorer.name} did not give one finite score a text to its probes; check its model."
+        )
+    right = asked.holds(*np.split(values, len(asked.items)))
+    expected = f"{asked.expected}, in {asked.share:.0%} of cases"
+    found = f"{int(right.sum())} of {len(right)} cases"
+    return Verdict(scorer.name, asked.name, expected, found, bool(right.mean() >= asked.share))
 
 
 def order_verdicts(scorer: Scorer) -> list[Verdict]:
@@ -142,49 +148,26 @@ def order_verdicts(scorer: Scorer) -> list[Verdict]:
     items = [case.item(response) for case in CASES[:ORDERED] for response in (case.reply, case.denial)]
     whole = _values(scorer, items)
     order = np.random.default_rng(0).permutation(len(items))
-    permuted = _values(scorer, [items[place] for place in order])[np.argsort(order)]
-    sized = [
-        np.concatenate([_values(scorer, items[start : start + size]) for start in range(0, len(items), size)])
-        for size in (1, 4)
+    longer = [" ".join([text or "word"] * LONG) for text in (*items[0].personas, *items[0][1:])]
+    parts = {size: [items[start : start + size] for start in range(0, len(items), size)] for size in (1, 4)}
+    others = {
+        "permutation": [_values(scorer, [items[place] for place in order])[np.argsort(order)]],
+        "batch size": [np.concatenate([_values(scorer, part) for part in batches]) for batches in parts.values()],
+        "padding": [_values(scorer, [Item(tuple(longer[:-3]), *longer[-3:]), *items])[1:]],
+    }
+    tolerance = HALF_TOLERANCE if "16" in dtype_name() else TOLERANCE
+    expected = f"the same score for the same text, within {tolerance:g}"
+    worst = {name: float(np.abs(np.array(values) - whole).max()) for name, values in others.items()}
+    return [
+        Verdict(scorer.name, name, expected, f"largest difference {apart:.1e}", apart <= tolerance)
+        for name, apart in worst.items()
     ]
-    padded = _values(scorer, [_lengthened(items[0]), *items])[1:]
-    found = {"permutation": [permuted], "batch size": sized, "padding": [padded]}
-    return [_order_verdict(scorer.name, name, whole, others) for name, others in found.items()]
-
-
-def _lengthened(item: Item) -> Item:
-    longer = [" ".join([text or "word"] * LONG) for text in (*item.personas, *item[1:])]
-    return Item(tuple(longer[:-3]), *longer[-3:])
 
 
 def _values(scorer: Scorer, items: Sequence[Item]) -> np.ndarray:
     values = np.asarray(scorer.score(items).values, dtype=np.float64)
-    # Too few or too many values are what the probe finds, not a crash of it.
+    # Too few or too many values are what a probe finds, not a crash of it.
     return values if values.shape == (len(items),) else np.full(len(items), np.nan)
-
-
-def _order_verdict(name: str, probe: str, whole: np.ndarray, others: Sequence[np.ndarray]) -> Verdict:
-    tolerance = HALF_TOLERANCE if "16" in dtype_name() else TOLERANCE
-    worst = float(np.max([np.abs(whole - other).max() for other in others]))
-    expected = f"the same score for the same text, within {tolerance:g}"
-    return Verdict(name, probe, expected, f"largest difference {worst:.1e}", worst <= tolerance)
-
-
-def probe(scorer: Scorer) -> list[Verdict]:
-    """Run every probe that applies to a scorer.
-
-    Args:
-        scorer: A scorer; one whose name has no known answers here gets the order probes alone.
-
-    Returns:
-        One verdict a probe, known answers first.
-
-    Raises:
-        PersodpoError: The scorer does not give one finite score a text.
-    """
-    with remembered():
-        known = [each.run(scorer) for each in KNOWN.get(scorer.name, ())]
-    return [*known, *order_verdicts(scorer)]
 
 
 def admit(verdicts: Sequence[Verdict], weights: Mapping[str, float], accepted: Sequence[str]) -> list[str]:
@@ -197,9 +180,6 @@ def admit(verdicts: Sequence[Verdict], weights: Mapping[str, float], accepted: S
 
     Returns:
         One warning for each scorer that failed and enters the quality score all the same.
-
-    Raises:
-        PersodpoError: A scorer failed and was not accepted.
     """
     failed: dict[str, list[Verdict]] = {}
     for verdict in verdicts:

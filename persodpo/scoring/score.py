@@ -1,20 +1,17 @@
 """Responses and scorers in, one value each out: every distinct text once, from the cache where it was scored before.
 
-A scorer has a name, a key of all that shapes its scores, and `Scorer.score`. Its scores are kept in one SQLite file under
-name, key, code and texts, so that another checkpoint, setting or code never answers for this one. Texts that are not there
-are scored in batches of like length, and each batch is written before the next is asked for: a run that is killed loses at
-most the batch under way. The file holds nothing that cannot be computed again.
+Scores are kept in one SQLite file under the scorer's name, key, code and texts, so that another checkpoint, setting or code
+never answers for this one. What is not there is scored in batches of like length, and each batch is written before the next
+is asked for: a run that is killed loses at most the batch under way.
 """
 
 from __future__ import annotations
 
-import hashlib
 import sqlite3
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -27,25 +24,18 @@ from persodpo.sqlite import Content, connect, lay_out, transaction
 
 #: Texts scored, and written to the cache, together.
 BATCH = 256
-APPLICATION = 0x50445343  # "PDSC", in the file's header, tells the cache from any other SQLite file
-VERSION = 2
+APPLICATION, VERSION = 0x50445343, 2  # "PDSC", in the file's header, tells the cache from any other SQLite file
 _SCHEMA = f"""
 CREATE TABLE scores (key BLOB PRIMARY KEY, value REAL NOT NULL, unread REAL NOT NULL) WITHOUT ROWID;
 PRAGMA application_id = {APPLICATION};
 PRAGMA user_version = {VERSION};
 """
 _CONTENT = Content("cached scores", "delete the file, they will be computed again")
+Value = TypeVar("Value", bound=Hashable)
 
 
 class Item(NamedTuple):
-    """A response and what it answers.
-
-    Attributes:
-        personas: Persona sentences of User1.
-        context: The turns so far, one a line, each led by its speaker (``User1: ...``).
-        reference: The gold answer, without its speaker.
-        response: What is scored.
-    """
+    """A response and what it answers: a person, the turns so far (``User1: ...``, one a line), and the gold answer."""
 
     personas: tuple[str, ...]
     context: str
@@ -54,12 +44,7 @@ class Item(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """What a scorer says about some items.
-
-    Attributes:
-        values: One finite number each, in their order, [items].
-        unread: Share of each input that the scorer did not read, 0..1: tokens beyond its length, unknown words, [items].
-    """
+    """A finite number for each item, and the share of it that was not read, 0..1: cut tokens, unknown words; [items]."""
 
     values: np.ndarray
     unread: np.ndarray
@@ -70,7 +55,7 @@ class Scorer(Protocol):
 
     @property
     def name(self) -> str:
-        """Column of the scores table: coherence, c_score, ue_score or persona_distance; or another name."""
+        """Column of the scores table."""
         ...
 
     @property
@@ -92,6 +77,12 @@ def one_by_one(scorer: Scorer, batches: Sequence[Sequence[Item]]) -> Iterator[tu
     return ((number, scorer.score(batch)) for number, batch in enumerate(batches))
 
 
+def distinct(values: Sequence[Value]) -> tuple[list[Value], np.ndarray]:
+    """Return the different values in the order of their first, and the place of each value among them, [values]."""
+    place = {value: row for row, value in enumerate(dict.fromkeys(values))}
+    return list(place), np.array([place[value] for value in values], dtype=int)
+
+
 def fingerprint(scorer: Scorer) -> str:
     """Return the digest of all that shapes a scorer's values, the source that it runs included."""
     code = code_of(type(scorer).__module__, "persodpo.scoring")
@@ -102,15 +93,7 @@ class ScoreCache:
     """The scores of all scorers, in one file; several processes may use it at once."""
 
     def __init__(self, path: Path, wait_seconds: float = 30.0) -> None:
-        """Open a cache, or make one where there is none.
-
-        Args:
-            path: The file.
-            wait_seconds: How long to wait for another process that is writing.
-
-        Raises:
-            PersodpoError: The file is damaged, locked, of another program or version, or cannot be made.
-        """
+        """Open a cache, or make one, and wait for another process that is writing."""
         self.path = path
         self._connection = connect(path, wait_seconds, self._prepare, content=_CONTENT)
 
@@ -124,13 +107,10 @@ class ScoreCache:
 
     def find(self, keys: Sequence[bytes]) -> dict[bytes, tuple[float, float]]:
         """Return value and unread share of those keys that are stored."""
-        stored: dict[bytes, tuple[float, float]] = {}
+        query = "SELECT value, unread FROM scores WHERE key = ?"
         with _CONTENT.faults(self.path):
-            for start in range(0, len(keys), 500):
-                part = keys[start : start + 500]
-                query = f"SELECT key, value, unread FROM scores WHERE key IN ({', '.join('?' * len(part))})"
-                stored.update((key, (value, unread)) for key, value, unread in self._connection.execute(query, part))
-        return stored
+            rows = {key: self._connection.execute(query, (key,)).fetchone() for key in keys}
+        return {key: row for key, row in rows.items() if row}
 
     def store(self, keys: Sequence[bytes], scored: Scored) -> None:
         """Write a batch in one transaction; when this returns, its scores outlive the process."""
@@ -170,54 +150,43 @@ class Tally(NamedTuple):
 
 def item_key(scorer: str, item: Item) -> bytes:
     """Return the sha256 of a scorer's fingerprint and an item; texts with other bounds give another one."""
-    # A lone surrogate is no Unicode text, but a model may write one.
-    texts = (scorer, item.context, item.reference, item.response, *item.personas)
-    parts = [text.encode("utf-8", "surrogatepass") for text in texts]
-    return hashlib.sha256(b"".join([len(part).to_bytes(8, "little") + part for part in parts])).digest()
+    return bytes.fromhex(digest_of({"scorer": scorer, "item": item}))
 
 
 def score_items(
-    scorer: Scorer, items: Sequence[Item], cache: ScoreCache, *, engine: Engine = one_by_one, progress: bool = True
+    scorer: Scorer, items: Sequence[Item], cache: ScoreCache, engine: Engine = one_by_one
 ) -> tuple[np.ndarray, Tally]:
-    """Score responses; a progress bar is shown on a terminal only.
-
-    Returns:
-        One float64 each, in their order, and what the scorer saw.
-
-    Raises:
-        PersodpoError: A score is not finite, the scorer gives another number of values than items, or the cache fails.
-            Batches that were finished before stay in the cache.
-    """
+    """Return a score of each item, float64, and what the scorer saw; batches before an error stay in the cache."""
     started, name = time.perf_counter(), fingerprint(scorer)
     keys = [item_key(name, item) for item in items]
-    distinct = dict(zip(keys, items, strict=True))
-    known = cache.find(list(distinct))
-    missing = sorted((key for key in distinct if key not in known), key=lambda key: -len(distinct[key].response))
+    by_key = dict(zip(keys, items, strict=True))
+    known = cache.find(list(by_key))
+    missing = sorted((key for key in by_key if key not in known), key=lambda key: -len(by_key[key].response))
     batches = [missing[start : start + BATCH] for start in range(0, len(missing), BATCH)]
-    silent = not (progress and sys.stderr.isatty())
-    with tqdm(total=len(missing), desc=scorer.name, unit=" texts", leave=False, disable=silent) as bar:
-        for number, scored in engine(scorer, [[distinct[key] for key in batch] for batch in batches]):
-            _check(scorer, [distinct[key] for key in batches[number]], scored)
+    asked = [[by_key[key] for key in batch] for batch in batches]
+    with tqdm(total=len(missing), desc=scorer.name, unit=" texts", leave=False, disable=None) as bar:
+        for number, scored in engine(scorer, asked):
+            _check(scorer.name, asked[number], scored)
             cache.store(batches[number], scored)
             known.update(zip(batches[number], np.column_stack(scored).tolist(), strict=True))
             bar.update(len(batches[number]))
-    if lost := len(distinct) - len(known):
+    if lost := len(by_key) - len(known):
         raise PersodpoError(f"Scorer {scorer.name} gave no score to {lost} texts; run again.")
     values = np.array([known[key][0] for key in keys], dtype=float)
     unread = float(np.mean([share for _, share in known.values()])) if known else 0.0
-    return values, Tally(scorer.name, len(items), len(distinct), len(missing), unread, time.perf_counter() - started)
+    return values, Tally(scorer.name, len(items), len(by_key), len(missing), unread, time.perf_counter() - started)
 
 
-def _check(scorer: Scorer, items: Sequence[Item], scored: Scored) -> None:
+def _check(name: str, items: Sequence[Item], scored: Scored) -> None:
     """Refuse what is no score."""
     if any(np.shape(part) != (len(items),) for part in scored):
         raise PersodpoError(
-            f"Scorer {scorer.name} gave values of another shape for {len(items)} texts; it must give one a text."
+            f"Scorer {name} gave values of another shape for {len(items)} texts; it must give one a text."
         )
     broken = np.flatnonzero(~np.isfinite(np.asarray(scored.values, dtype=float)))
     if len(broken):
         raise PersodpoError(
-            f"Scorer {scorer.name} gave {len(broken)} scores that are not finite, the first to the response "
+            f"Scorer {name} gave {len(broken)} scores that are not finite, the first to the response "
             f"{items[broken[0]].response[:60]!r}; check its model, scores that were finished before are kept."
         )
 
@@ -246,9 +215,7 @@ def computed_metrics(
     dialogues: pd.DataFrame,
     scorers: Sequence[Scorer],
     cache: ScoreCache,
-    *,
     engine: Engine = one_by_one,
-    progress: bool = True,
 ) -> tuple[pd.DataFrame, pd.DataFrame, list[Tally]]:
     """Score the readable responses of a table; what failed ones are given is decided by `persodpo.pairs.impute`.
 
@@ -259,7 +226,7 @@ def computed_metrics(
     metrics, items = readable(responses, dialogues)
     rows, tallies = [], []
     for scorer in scorers:
-        metrics[scorer.name], tally = score_items(scorer, items, cache, engine=engine, progress=progress)
+        metrics[scorer.name], tally = score_items(scorer, items, cache, engine)
         tallies.append(tally)
         quantities = {
             "responses": len(items), "not_read": len(responses) - len(items),

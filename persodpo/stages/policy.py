@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import persodpo.pairs
 from persodpo.completions import write_completion
 from persodpo.config import Profile
+from persodpo.miniature.models import BASE, STEPS, lessons
 from persodpo.runfolder import RunFolder
 
 if TYPE_CHECKING:
@@ -42,17 +44,19 @@ def small_policy(profile: Profile) -> SmallPolicy:
 
 
 def miniature_model(run: RunFolder, name: str) -> Path:
-    """Return the folder of a model called ``miniature/<name>``, which is made if need be.
+    """Return the folder of a model called ``miniature/<name>``; it is made if need be, and the middling one before it."""
+    from persodpo.training.policy import make_small_policy
 
-    Raises:
-        PersodpoError: There is no such model.
-    """
-    from persodpo.miniature.models import make_model
-
-    profile = run.profile
-    return make_model(
-        name.removeprefix(PREFIX), miniature_folder(run), profile.miniature, profile.prompts, small_policy(profile)
-    )
+    profile, size, folder = run.profile, small_policy(run.profile), miniature_folder(run)
+    learn = partial(lessons, folder=folder, miniature=profile.miniature, prompts=profile.prompts, seed=profile.seed)
+    name = name.removeprefix(PREFIX)
+    examples = learn(name)  # an unknown name is refused before anything is made
+    base = make_small_policy(learn(BASE), size, folder / BASE)
+    if name == BASE:
+        return base
+    steps, share = STEPS[name]
+    finish = size.model_copy(update={"steps": steps, "learning_rate": size.learning_rate * share})
+    return make_small_policy(examples, finish, folder / name, start=base)
 
 
 def miniature_folder(run: RunFolder) -> Path:
