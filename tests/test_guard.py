@@ -521,6 +521,22 @@ def test_statistics_of_the_batch_are_refused(tmp_path):
         grouped(tmp_path, model=model)
 
 
+def test_tokens_that_mix_in_training_alone_are_refused(tmp_path):
+    class Mixing(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, states):
+            mixed = states + 0.1 * states.cumsum(1) if self.training else states
+            return self.inner(mixed)
+
+    model = tiny_model()
+    model.model.layers[0].mlp = Mixing(model.model.layers[0].mlp)
+    with pytest.raises(PersodpoError, match="lets a response move another by"):
+        grouped(tmp_path, model=model)
+
+
 class Swapped(torch.nn.Module):
     """A module that takes channels first."""
 

@@ -77,7 +77,7 @@ def changed(dataset: Dataset, **columns) -> Dataset:
         {"peft_config": LORA},
         {"peft_config": LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head", "embed_tokens"])},
     ],
-    ids=str,
+    ids=", ".join,
 )
 def test_same_losses_gradients_and_weights_as_stock_trl(tmp_path, changes):
     """The same step partition, fp32; the first loss is log 2 under the losses for which it is."""

@@ -102,10 +102,12 @@ def _draws_noise(model: Any, verdict: Verdict) -> bool:
     """Tell whether training draws noise by other means than dropout modules, which a warning of their own is about.
 
     Raises:
-        PersodpoError: Training changes a buffer, so rows of ours would leave other statistics behind than TRL's.
+        PersodpoError: Training changes a buffer, so rows of ours would leave other statistics behind than TRL's; or a
+            response moves another in training alone, which the guard, in evaluation mode, does not see.
     """
     training, devices = model.training, [model.device] if model.device.type == "cuda" else []
-    rows = pack([Group([3, 4], [[5, 6], [6]])], Layout(grouped=verdict.grouped)).to(model.device)
+    layout = Layout(grouped=verdict.grouped)
+    rows, others = (pack([Group([3, 4], [[*first], [6]])], layout).to(model.device) for first in ((5, 6), (6, 5)))
     buffers = {path: (buffer, buffer.clone()) for path, buffer in model.named_buffers()}
     values = []
     model.train()
@@ -113,6 +115,8 @@ def _draws_noise(model: Any, verdict: Verdict) -> bool:
         for seed in range(3):
             torch.manual_seed(seed)
             values.append(model(packed=rows))
+        torch.manual_seed(0)
+        moved = float((model(packed=others) - values[0])[1].abs())
     model.train(training)
     after = dict(model.named_buffers())  # a statistic may be another tensor now
     changed = [path for path, (_, before) in buffers.items() if not torch.equal(after[path], before)]
@@ -123,6 +127,11 @@ def _draws_noise(model: Any, verdict: Verdict) -> bool:
         raise PersodpoError(
             f"{type(base_model(model)).__name__} changes {changed[0]} in training, a statistic of the batch that packed "
             "rows would change otherwise; use `trl dpo`."
+        )
+    if moved > verdict.tolerance:
+        raise PersodpoError(
+            f"{type(base_model(model)).__name__} lets a response move another by {moved:.2g} nats in training, not in "
+            "evaluation; `trl dpo` trains it on the same pairs."
         )
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
         return False
