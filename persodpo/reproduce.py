@@ -161,7 +161,8 @@ def reproduce(
         check_parameters(notebook, parameters)
     from persodpo import stages  # noqa: PLC0415 - slow to load, and not needed to run one notebook
 
-    if overwrite or len(chosen) == 1 or not stages.nothing_to_do(run.profile):
+    executed = all((run.notebooks / notebook.name).is_file() for notebook in chosen)
+    if overwrite or len(chosen) == 1 or not executed or not stages.nothing_to_do(run.profile):
         for notebook in chosen:
             yield run_notebook(notebook, run.notebooks / notebook.name, parameters)
     else:

@@ -84,6 +84,7 @@ class RunFolder:
         profile: The profile whose tables lie here.
         root: The folder.
         files: What was read and made through this object.
+        read_as: The sha256 of each file that a stage read, as it was then.
         asked: Models whose stored answers were read through it.
     """
 
@@ -92,6 +93,7 @@ class RunFolder:
         self.profile = profile
         self.root = PROJECT / profile.paths.runs / profile.name
         self.files: set[Path] = set()
+        self.read_as: dict[Path, str] = {}
         self.asked: set[str] = set()
 
     @property
@@ -188,8 +190,10 @@ class RunFolder:
             raise PersodpoError(f"Stage {name} needs {missing[0]}, which does not exist.")
         made = [path for output in outputs for path in (self.path(output), provenance_path(self.path(output)))]
         self.files |= {*inputs.values(), *made}
+        digests = {key: sha256(path) for key, path in sorted(inputs.items())}
+        self.read_as |= {inputs[key]: digest for key, digest in digests.items()}
         basis = as_json({
-            "inputs": {key: sha256(path) for key, path in sorted(inputs.items())},
+            "inputs": digests,
             "settings": settings or {},
             "code": code_of(build.__module__),
         })  # fmt: skip
@@ -197,9 +201,13 @@ class RunFolder:
         skipped, seconds = rows is not None, 0.0
         if rows is None:
             rows, seconds = self._make(name, build, outputs, basis)
+        self.write_settings()
+        return StageReport(name, skipped, rows, seconds)
+
+    def write_settings(self) -> None:
+        """Write the profile into the run folder, where it differs from the one that lies there."""
         if read_text(self.root / "profile.yaml") != self._settings:
             write_atomically(self.root / "profile.yaml", lambda path: write_text(path, self._settings))
-        return StageReport(name, skipped, rows, seconds)
 
     def _make(
         self, stage: str, build: Callable[[], Tables], outputs: Sequence[str], basis: Mapping[str, Any]

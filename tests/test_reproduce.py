@@ -12,7 +12,7 @@ import pytest
 
 from persodpo import reproduce, stages
 from persodpo.errors import PersodpoError
-from persodpo.runfolder import PROJECT, is_running
+from persodpo.runfolder import PROJECT, RunFolder, is_running
 
 
 def write(path, *cells, tags=("parameters",)):
@@ -123,11 +123,15 @@ def test_notebooks_whose_stages_have_nothing_to_do_run_two_at_a_time(tmp_path, p
         write(tmp_path / f"0{number}.ipynb", parameters, wait.format(here=places[number], there=places[1 - number]))
         for number in range(2)
     ]
-    monkeypatch.setattr(stages, "nothing_to_do", lambda _: True)
-    assert [outputs(done.copy) for done in reproduce.reproduce(str(source), notebooks=books)] == ["a\n", "b\n"]
     fails = write(tmp_path / "02.ipynb", parameters, "1 / 0")
     number = f"import os; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))"
     endless = write(tmp_path / "03.ipynb", parameters, number, "import time; time.sleep(600)")
+    copies = RunFolder(profile).notebooks
+    copies.mkdir(parents=True)
+    for book in (*books, fails, endless):  # those of an earlier run
+        (copies / book.name).touch()
+    monkeypatch.setattr(stages, "nothing_to_do", lambda _: True)
+    assert [outputs(done.copy) for done in reproduce.reproduce(str(source), notebooks=books)] == ["a\n", "b\n"]
     with pytest.raises(PersodpoError, match=r"02\.ipynb failed in cell"):
         list(reproduce.reproduce(str(source), notebooks=[fails, endless]))
     kernel = tmp_path / "pid"

@@ -275,16 +275,20 @@ def runs(monkeypatch) -> list[str]:
     return names
 
 
-def test_a_stage_of_which_nothing_has_changed_is_not_even_looked_into(profile, tmp_path, runs):
-    dialogues, completions = (tmp_path / f"{name}.csv" for name in ("dialogues", "completions"))
-    for path in (dialogues, completions):
-        shutil.copy(runfolder.DATA / "example" / path.name, path)
-    template = tmp_path / "mine.txt"
-    template.write_text(load_template("plain"))
-    own = with_overrides(profile, [
-        "dialogues.source=csv", f"dialogues.csv_file={dialogues}", "generation.source=csv",
-        f"generation.csv_file={completions}", f"prompts.template={template}",
+def with_own_data(profile, folder):
+    """Return a profile that reads a copy of the example's files in a folder."""
+    for name in ("dialogues.csv", "completions.csv"):
+        shutil.copy(runfolder.DATA / "example" / name, folder / name)
+    (folder / "mine.txt").write_text(load_template("plain"))
+    return with_overrides(profile, [
+        "dialogues.source=csv", f"dialogues.csv_file={folder / 'dialogues.csv'}", "generation.source=csv",
+        f"generation.csv_file={folder / 'completions.csv'}", f"prompts.template={folder / 'mine.txt'}",
     ])  # fmt: skip
+
+
+def test_a_stage_of_which_nothing_has_changed_is_not_even_looked_into(profile, tmp_path, runs):
+    completions, template = tmp_path / "completions.csv", tmp_path / "mine.txt"
+    own = with_own_data(profile, tmp_path)
     run, made = RunFolder(own), stages.make(own, "generate")
     assert runs == ["dialogues", "generate"]
     again = stages.make(own, "generate")
@@ -315,6 +319,46 @@ def test_a_stage_of_which_nothing_has_changed_is_not_even_looked_into(profile, t
     assert runs == ["generate", "dialogues"]
 
 
+def test_links_edits_and_damaged_records_skip_nothing(profile, tmp_path, runs, monkeypatch):
+    own = with_own_data(profile, tmp_path)
+    csv, elsewhere = tmp_path / "dialogues.csv", tmp_path / "on" / "another" / "disk"
+    elsewhere.mkdir(parents=True)
+    (tmp_path / "runs").symlink_to(elsewhere)
+
+    def looked_into(profile=own) -> list[str]:
+        runs.clear()
+        stages.make(profile, "dialogues")
+        return [*runs]
+
+    assert [looked_into(), looked_into()] == [["dialogues"], []]
+    csv.write_text(csv.read_text() + "\n")
+    assert [looked_into(), looked_into()] == [["dialogues"], []]
+    assert looked_into(with_overrides(own, [f"paths.figures={tmp_path / 'other'}"])) == ["dialogues"]
+    looked_into()
+
+    read = stages.dialogues.read_dialogues
+
+    def edited_meanwhile(*arguments, **options):
+        table = read(*arguments, **options)
+        csv.write_text(csv.read_text() + "\n")
+        return table
+
+    csv.write_text(csv.read_text() + "\n")
+    monkeypatch.setattr(stages.dialogues, "read_dialogues", edited_meanwhile)
+    assert looked_into() == ["dialogues"]
+    monkeypatch.setattr(stages.dialogues, "read_dialogues", read)
+    assert [looked_into(), looked_into()] == [["dialogues"], []]
+
+    run = RunFolder(own)
+    (run.root / "profile.yaml").unlink()
+    assert looked_into() == []
+    assert (run.root / "profile.yaml").is_file()
+    record = run.root / "stages" / "dialogues.json"
+    for damage in ({"files": None}, {"answers": 5}, {"reports": [1]}):
+        record.write_text(json.dumps(json.loads(record.read_text()) | damage))
+        assert [looked_into(), looked_into()] == [["dialogues"], []]
+
+
 def test_answers_that_came_meanwhile_are_looked_at(profile, runs):
     run = RunFolder(profile)
     run.asked.add("m")
@@ -328,6 +372,9 @@ def test_answers_that_came_meanwhile_are_looked_at(profile, runs):
         store.write([Entry("k", "other", "t", 1, Answer("answered", "x"))])
         assert records.unchanged(run, "generate", stage, {})
         store.write([Entry("l", "m", "t", 1, Answer("answered", "x"))])
+        assert not records.unchanged(run, "generate", stage, {})
+        records.remember(run, "generate", stage, {}, [make(run)])
+        store._connection.execute("UPDATE answers SET completion = 'y' WHERE key = 'l'")
         assert not records.unchanged(run, "generate", stage, {})
 
 

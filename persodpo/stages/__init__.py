@@ -95,6 +95,8 @@ def make(profile: Profile, name: str, overwrite: bool = False, **options: Any) -
                     held.enter_context(run.locked(wait))
                 done = _run(run, stage, anew, step[2])
                 records.remember(run, step[1], stage, step[2], done)
+            else:
+                run.write_settings()
             if run.profile.name != steps[-1][0].name:  # of another run, that arm ``corrected`` needs
                 done = [
                     replace(one, stage=f"{run.profile.name}, {one.stage}") if isinstance(one, StageReport) else one

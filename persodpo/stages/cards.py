@@ -1,4 +1,4 @@
-"""Cards of pairs and arms: written anew whenever their stage is asked for, so that no stage depends on their code."""
+"""Cards of pairs and arms: written anew whenever their stage is looked into; no table depends on their code."""
 
 from __future__ import annotations
 

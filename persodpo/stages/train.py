@@ -128,7 +128,8 @@ def train_on(
 
     anew = overwrite or not training.is_trained(folder, key)
     report = run.stage(f"train {label}", build, files=files, settings=settings, outputs=outputs, overwrite=anew)
-    run.files |= {folder / "arm.json", *weights_of(folder)}
+    # The card is written anew when the arm is evaluated.
+    run.files |= {path for path in folder.iterdir() if path.is_file() and path.name != "README.md"}
     return report
 
 
