@@ -130,3 +130,4 @@ def test_a_server_does_not_outlive_its_parent(how: signal.Signals, tmp_path: Pat
         finally:
             parent.kill()
     wait_until(lambda: not is_running(int(number.read_text())))
+    assert not is_running(int(number.read_text()))

@@ -38,11 +38,11 @@ def remember(run: RunFolder, name: str, stage: Stage, options: Mapping[str, Any]
     """Write the record of a step that is done, unless it reports more than tables, or an input was edited meanwhile."""
     if not all(isinstance(report, StageReport) for report in reports):
         return
-    if any(not path.is_file() or sha256(path) != digest for path, digest in run.read_as.items()):
-        return
     told = [asdict(report) | {"notes": report.warnings} for report in reports if isinstance(report, StageReport)]
     files = [_relative(path, run) for path in run.files]
     record = _record(run, stage, files, run.asked, as_json({"reports": told})["reports"])
+    if any(record["files"].get(_relative(path, run)) != digest for path, digest in run.read_as.items()):
+        return
     record["sha256"] = digest_of(record)
     place = _place(run, name, options)
     if read_json(place) != record:
