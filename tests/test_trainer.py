@@ -8,7 +8,6 @@ import math
 import os
 import subprocess
 import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -195,9 +194,8 @@ def test_a_new_dataset_is_evaluated_while_its_reference_can_be_had(tmp_path):
     kept = grouped(tmp_path / "a", ref_model=tiny_model())
     whole = grouped(tmp_path / "b", eval_dataset=new)
     lora = grouped(tmp_path / "c", peft_config=LORA)
-    biases = grouped(
-        tmp_path / "d", peft_config=LoraConfig(r=4, target_modules=["q_proj"], bias="all"), max_steps=2, **cache
-    )
+    biased = LoraConfig(r=4, target_modules=["q_proj"], bias="all")
+    biases = grouped(tmp_path / "d", peft_config=biased, max_steps=2, **cache)
     assert whole.evaluate(new)["eval_loss"] == LOG_2
     for trainer in (kept, whole, lora, biases):
         trainer.train()
@@ -372,19 +370,14 @@ def test_adapters_that_come_with_a_model(tmp_path):
             grouped(tmp_path / "c", model=loaded, **extra)
 
 
-def test_the_users_own_config_is_taken_and_left_as_it_was(tmp_path):
+def test_the_users_own_config_is_taken_and_left_as_it_was(tmp_path, recwarn):
     @dataclass
     class Mine(DPOConfig):
         mine: int = 3
         weighting: str = "sigmoid"
 
-    accumulated = {"gradient_accumulation_kwargs": {"num_steps": 2}}
-    settings = {
-        "max_steps": 1,
-        "precompute_ref_batch_size": 3,
-        "disable_dropout": False,
-        "accelerator_config": accumulated,
-    }
+    settings = {"max_steps": 1, "precompute_ref_batch_size": 3, "disable_dropout": False,
+                "accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 2}}}  # fmt: skip
     args = Mine(str(tmp_path), **(TINY | settings))
     before = dict(vars(args)) | {"accelerator_config": copy.deepcopy(args.accelerator_config)}
     seen = []
@@ -393,14 +386,15 @@ def test_the_users_own_config_is_taken_and_left_as_it_was(tmp_path):
         def on_step_end(self, args, state, control, **kwargs):
             seen.append(args.mine)
 
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        trainer = GroupedDPOTrainer(
-            model=tiny_model(), args=args, train_dataset=tiny_pairs(4), processing_class=tiny_tokenizer(),
-            callbacks=[Reads()],
-        )  # fmt: skip
+    trainer = GroupedDPOTrainer(
+        model=tiny_model(),
+        args=args,
+        train_dataset=tiny_pairs(4),
+        processing_class=tiny_tokenizer(),
+        callbacks=[Reads()],
+    )
     for name in ("precompute_ref_log_probs=False", "precompute_ref_batch_size=3", "disable_dropout=False"):
-        assert any(str(warning.message).startswith(name) for warning in said), name
+        assert any(str(warning.message).startswith(name) for warning in recwarn), name
     trainer.train()
     assert seen == [3]
     assert dict(vars(args)) == before
@@ -428,7 +422,7 @@ import json, os, sys
 sys.path.insert(0, {tests!r})
 import torch
 from accelerate.state import AcceleratorState, DistributedType
-from tiny import TINY, tiny_pairs, tiny_tokenizer
+from tiny import make, tiny_pairs
 from transformers import AutoModelForCausalLM
 from persodpo.training.trainer import GroupedDPOConfig, GroupedDPOTrainer
 
@@ -448,9 +442,6 @@ if way == "fsdp":
 
     AcceleratorState.__init__ = sharded
     extra |= {{"fsdp": True, "fsdp_config": {{"transformer_layer_cls_to_wrap": ["Qwen2DecoderLayer"]}}}}
-args = GroupedDPOConfig(folder, **(TINY | {{
-    "per_device_train_batch_size": batch, "per_device_eval_batch_size": batch, "max_steps": 6, "token_budget": 70,
-    "weighting": "sigmoid", "eval_on_start": True}} | extra))
 wrapped = set()
 
 class Trainer(GroupedDPOTrainer):
@@ -458,9 +449,10 @@ class Trainer(GroupedDPOTrainer):
         wrapped.add(type(model).__name__)
         return super().training_step(model, *args)
 
-trainer = Trainer(
-    model=AutoModelForCausalLM.from_pretrained(model, attn_implementation="sdpa"), args=args,
-    train_dataset=tiny_pairs(), eval_dataset=tiny_pairs(7, seed=9), processing_class=tiny_tokenizer())
+trainer = make(
+    Trainer, GroupedDPOConfig, folder, model=AutoModelForCausalLM.from_pretrained(model, attn_implementation="sdpa"),
+    eval_dataset=tiny_pairs(7, seed=9), per_device_train_batch_size=batch, per_device_eval_batch_size=batch, max_steps=6,
+    token_budget=70, weighting="sigmoid", eval_on_start=True, **extra)
 if way == "early":
     trainer.evaluate()
 trainer.train()
@@ -486,11 +478,9 @@ def test_two_processes_give_what_one_gives(tmp_path):
     ways = {"one": "Qwen2ForCausalLM", "ddp": "DistributedDataParallel", "fsdp": "FSDPQwen2ForCausalLM", "early": ""}
     results, weights = {}, {}
     for way in ways:
-        command = [*([sys.executable] if way == "one" else launch), str(script), str(tmp_path / way)]
-        done = subprocess.run(
-            [*command, str(tmp_path / "model"), way], capture_output=True, text=True, timeout=300, check=False,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        command = [*([sys.executable] if way == "one" else launch), script, tmp_path / way, tmp_path / "model", way]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
         lines = [line for line in done.stdout.splitlines() if "RESULT" in line]
         if way == "early":
             # Transformers then leaves the model without a wrapper, and each process would train by itself.
@@ -538,12 +528,6 @@ def test_arguments_that_cannot_be_grouped_are_refused_by_name(tmp_path, changes,
     assert words in str(refused.value)
 
 
-def test_compiling_by_the_environment_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
-    with pytest.raises(PersodpoError, match="ACCELERATE_DYNAMO_BACKEND"):
-        grouped(tmp_path)
-
-
 @pytest.mark.parametrize("score", [math.nan, math.inf, None])
 def test_a_score_that_is_no_number_is_refused_with_its_row(tmp_path, score):
     scores = tiny_pairs()["score_chosen"][:]
@@ -552,7 +536,11 @@ def test_a_score_that_is_no_number_is_refused_with_its_row(tmp_path, score):
         grouped(tmp_path, broken, weighting="sigmoid")
 
 
-def test_datasets_and_models_that_do_not_fit_are_refused(tmp_path):
+def test_environments_datasets_and_models_that_do_not_fit_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+    with pytest.raises(PersodpoError, match="ACCELERATE_DYNAMO_BACKEND"):
+        grouped(tmp_path)
+    monkeypatch.undo()
     trainer = grouped(tmp_path)
     with pytest.raises(PersodpoError, match="SyncRefModelCallback"):
         trainer.add_callback(SyncRefModelCallback(tiny_model(), trainer.accelerator))
