@@ -73,6 +73,7 @@ class Bench:
         self.device, self.repeats, self.folder = arguments.device, arguments.repeats, folder
         self.quick, self.size = arguments.quick, QUICK if arguments.quick else FULL
         self.end = time.monotonic() + 60 * arguments.minutes
+        self.prepared: dict[tuple[int, bool], Any] = {}
 
     def wait(self) -> None:
         """Wait for the device."""
@@ -179,6 +180,13 @@ def trainer_of(bench: Bench, name: str, steps: Steps, model: Any, micro: int, **
 
     class Timed(GroupedDPOTrainer if grouped else DPOTrainer):  # type: ignore[misc]
         reference_seconds = 0.0
+
+        def _prepare_dataset(self, *given: Any) -> Any:
+            # Tokenised once for all rungs: it is not timed.
+            key = (steps.pairs, grouped)
+            if key not in bench.prepared:
+                bench.prepared[key] = super()._prepare_dataset(*given)
+            return bench.prepared[key]
 
         def _precompute_ref_logps(self, dataset: Any, *rest: Any) -> Any:
             # The first step's part warms up; another selection has another place in the cache.

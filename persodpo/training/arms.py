@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -52,7 +52,7 @@ def arm_name(name: str) -> ArmName:
     """Return ``name`` if it is an arm's, else refuse it."""
     if name not in ARMS:
         raise PersodpoError(f"There is no arm '{name}'; there are {', '.join(ARMS)}.")
-    return cast(ArmName, name)
+    return name
 
 
 def label_of(arm: ArmName, seed: int, seeds: Sequence[int]) -> str:

@@ -158,7 +158,7 @@ def _summary(trainer: GroupedDPOTrainer, warmup: int) -> str:
         f"margin {last['eval_rewards/margins']:.3f} -> {trainer.args.output_dir}"
     )
     short = f"; the warm-up of {warmup} steps left it no full learning rate: lower training.warmup_steps"
-    return said + short * (steps <= warmup)
+    return said + (short if steps <= warmup else "")
 
 
 def _prepare(folder: Path, key: str) -> Path | None:
