@@ -124,7 +124,8 @@ def test_canaries_of_the_weights(tmp_path):
     Equal scores are plain DPO at half weight, or scaled, plain DPO; weight 0 gives no gradient; permuted scores give another
     loss; large scores are subtracted before they are rounded.
     """
-    dataset, count = tiny_pairs(), len(tiny_pairs())
+    dataset = tiny_pairs(12)
+    count = len(dataset)
     weighted = trained(grouped(tmp_path / "a", dataset, weighting="sigmoid"))
     rows = dataset[: 4 * PAIRS_A_PROMPT]
     margins = [c - r for c, r in zip(rows["score_chosen"], rows["score_rejected"], strict=True)]
@@ -191,18 +192,18 @@ def test_the_best_model_is_chosen_by_the_set_that_was_named(tmp_path):
 def test_a_new_dataset_is_evaluated_while_its_reference_can_be_had(tmp_path):
     """A reference that was trained, or changed by hand, is neither used nor cached."""
     new, cache = tiny_pairs(4, seed=8), {"reference_cache": str(tmp_path / "cache")}
-    kept = grouped(tmp_path / "a", ref_model=tiny_model())
-    whole = grouped(tmp_path / "b", eval_dataset=new)
-    lora = grouped(tmp_path / "c", peft_config=LORA)
+    kept = grouped(tmp_path / "a", tiny_pairs(8), ref_model=tiny_model())
+    whole = grouped(tmp_path / "b", tiny_pairs(8), eval_dataset=new)
+    lora = grouped(tmp_path / "c", tiny_pairs(8), peft_config=LORA)
     biased = LoraConfig(r=4, target_modules=["q_proj"], bias="all")
-    biases = grouped(tmp_path / "d", peft_config=biased, max_steps=2, **cache)
+    biases = grouped(tmp_path / "d", tiny_pairs(8), peft_config=biased, max_steps=2, **cache)
     assert whole.evaluate(new)["eval_loss"] == LOG_2
     for trainer in (kept, whole, lora, biases):
         trainer.train()
     assert kept.evaluate(new)["eval_loss"] == pytest.approx(whole.evaluate()["eval_loss"], abs=1e-5)
     assert lora.evaluate(new)["eval_loss"] != LOG_2
     files = len(list((tmp_path / "cache").glob("*")))
-    by_hand = grouped(tmp_path / "e")
+    by_hand = grouped(tmp_path / "e", tiny_pairs(8))
     by_hand.model.load_state_dict(tiny_model(seed=9).state_dict())
     for trainer in (whole, biases, by_hand):
         with pytest.raises(PersodpoError, match=r"weights have changed; pass ref_model"):
@@ -323,7 +324,7 @@ def of_adapters(active: str):
 
 def test_references_are_cached_under_all_that_they_depend_on(tmp_path):
     """Weights, lengths, config, and what none of them tells: a scale, the active adapter. A damaged file is made anew."""
-    folder = tmp_path / "cache"
+    folder, dataset = tmp_path / "cache", tiny_pairs(4)
     turned = tiny_model(rope_parameters={"rope_type": "default", "rope_theta": 10.0})
     turned.load_state_dict(tiny_model().state_dict())
     values = []
@@ -331,19 +332,20 @@ def test_references_are_cached_under_all_that_they_depend_on(tmp_path):
         {}, {"model": tiny_model(seed=1)}, {"max_length": 9}, {"model": turned}, {"model": scaled_attention()},
         {"ref_model": of_adapters("default")}, {"ref_model": of_adapters("b")},
     )):  # fmt: skip
-        trainer = grouped(tmp_path / str(number), reference_cache=str(folder), max_steps=1, **changes)
+        trainer = grouped(tmp_path / str(number), dataset, reference_cache=str(folder), max_steps=1, **changes)
         values.append(trainer.train_dataset["reference"][:])
         assert len(list(folder.glob("*.safetensors"))) == number + 1
         if "ref_model" not in changes:
             assert logs(trained(trainer))[0] == LOG_2
     assert values[5] != values[6]
     stamps = {path: path.stat().st_mtime_ns for path in folder.glob("*")}
-    again = grouped(tmp_path / "again", reference_cache=str(folder))
+    again = grouped(tmp_path / "again", dataset, reference_cache=str(folder))
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*")} == stamps
     assert again.train_dataset["reference"][:] == values[0]
     for path in stamps:
         path.write_bytes(b"cut off")
-    assert grouped(tmp_path / "damaged", reference_cache=str(folder)).train_dataset["reference"][:] == values[0]
+    damaged = grouped(tmp_path / "damaged", dataset, reference_cache=str(folder))
+    assert damaged.train_dataset["reference"][:] == values[0]
 
 
 def test_adapters_that_come_with_a_model(tmp_path):

@@ -233,7 +233,9 @@ def _generate(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens
 
     TRL gives a tokenizer without a padding token that of its end.
     """
-    batch = tokenizer(list(prompts), padding=True, padding_side="left", return_tensors="pt").to(model.device)
+    batch = tokenizer(
+        list(prompts), padding=True, padding_side="left", return_attention_mask=True, return_tensors="pt"
+    ).to(model.device)
     plain = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, temperature=1.0, top_p=1.0, top_k=50,
         repetition_penalty=1.0, no_repeat_ngram_size=0, pad_token_id=tokenizer.pad_token_id, use_cache=True,
