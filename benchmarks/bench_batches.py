@@ -36,18 +36,15 @@ WAYS = ("grouped", "shuffled")
 
 def alone(rows: Dataset) -> Dataset:
     """Make a row of every pair."""
-    found = []
-    for row in rows:
-        for chosen, rejected, weight, pair in zip(
-            row["chosen"], row["rejected"], row["weights"], row["pair_ids"], strict=True
-        ):
-            sides = (chosen, rejected)
-            found.append({
-                "prompt_ids": row["prompt_ids"], "response_ids": [row["response_ids"][side] for side in sides],
-                "chosen": [0], "rejected": [1], "weights": [weight], "pair_ids": [pair],
-                "reference": [row["reference"][side] for side in sides],
-            })  # fmt: skip
-    return Dataset.from_list(found)
+    return Dataset.from_list([
+        {
+            "prompt_ids": row["prompt_ids"], "response_ids": [row["response_ids"][side] for side in sides],
+            "chosen": [0], "rejected": [1], "weights": [weight], "pair_ids": [pair],
+            "reference": [row["reference"][side] for side in sides],
+        }
+        for row in rows
+        for *sides, weight, pair in zip(row["chosen"], row["rejected"], row["weights"], row["pair_ids"], strict=True)
+    ])  # fmt: skip
 
 
 def measure(way: str, seed: int, train: pd.DataFrame, held_out: pd.DataFrame, profile: Profile) -> dict[str, Any]:

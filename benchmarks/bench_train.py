@@ -27,12 +27,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -40,16 +36,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import RESULTS, answer, machine, pipes, save, start, tell
 from rungs import FAST, PROMPTS, RUNGS, STEP_PAIRS, TOKENIZER_WORDS, TRAINERS, Rung
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from persodpo.config import load_profile
-from persodpo.runfolder import PROJECT, RunFolder, git_commit, versions, write_json
+from persodpo.runfolder import RunFolder
 
-#: Table -> its files.
-FILES = {"ladder": "train-cpu", "steps": "train-steps"}
-RESULTS = PROJECT / "benchmarks" / "results"
+THREADS = 2
 CHECKED = ["trl", "pairs", "sequences", "grouped"]
 TOLERANCE = 1e-4
 Row = tuple[str, str, str]
@@ -171,38 +166,32 @@ def product(folder: Path, count: int) -> None:
 
 
 def one(name: str, folder: Path, *, check: bool, times: int) -> None:
-    """Print one measurement, or the losses of a check, as JSON."""
-    torch.set_num_threads(2)
+    """Tell one measurement, or the losses of a check."""
+    torch.set_num_threads(THREADS)
     rung = Rung(name, folder, check=check)
     reference, guard = rung.setup_trainer() if name in TRAINERS else rung.setup_loop()
     losses = rung.first_losses()
     if check:
-        print(json.dumps({"losses": losses}))
+        tell({"losses": losses})
         return
     seconds = [rung.train() for _ in range(times)]
-    floor = sum(len(group.prompt) + sum(map(len, group.responses)) for group in rung.groups)
-    gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    found = {"seconds": seconds[0], "all_seconds": seconds, "reference_seconds": reference, "guard_seconds": guard}
-    print(
-        json.dumps(
-            found | {"tokens": rung.tokens(), "floor": floor, "gib": gib, "parameters": rung.model.num_parameters()}
-        )
-    )
+    tell({
+        "seconds": seconds[0], "all_seconds": seconds, "reference_seconds": reference, "guard_seconds": guard,
+        "tokens": rung.tokens(), "parameters": rung.model.num_parameters(),
+        "floor": sum(len(group.prompt) + sum(map(len, group.responses)) for group in rung.groups),
+    })  # fmt: skip
 
 
-def run(name: str, folder: Path, *flags: str) -> dict[str, Any]:
+def run(name: str, folder: Path, **options: int) -> dict[str, Any]:
     """Run one measurement, or the check of a rung, in a process of its own."""
-    command = [sys.executable, __file__, "--one", name, "--work", str(folder), *flags]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"Rung {name} failed.")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    measured = answer(start(__file__, one=name, work=folder, **options))
+    print(name, measured, file=sys.stderr, flush=True)
+    return measured
 
 
 def check(folder: Path) -> dict[str, float]:
     """Return how far each rung's losses are from TRL's on the first prompts; fail where that is too far."""
-    found = {name: run(name, folder, "--check")["losses"] for name in CHECKED}
+    found = {name: run(name, folder, check=1)["losses"] for name in CHECKED}
     assert max(found["trl"]) - min(found["trl"]) > 0.1, "the losses are all the same; nothing is checked"
     worst = {}
     for name in CHECKED[1:]:
@@ -236,23 +225,23 @@ def summarise(rows: dict[str, list[dict[str, Any]]], sizes: dict[str, float]) ->
 
 def table(found: dict[str, dict[str, float]]) -> str:
     """Format the table."""
-    head = ["rung", "an epoch", "of it reference", "of it guard", "against trl", "against trl-tuned", "against pairs",
-            "peak memory", "tokens computed", "floor / computed"]  # fmt: skip
-    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
-    for name, entry in found.items():
-        ratios = (entry.get(f"against_{other}") for other in ("trl", "trl-tuned", "pairs"))
-        cells = [
+    others = ("trl", "trl-tuned", "pairs")
+    rows = [
+        [
             name, f"{entry['epoch_seconds']:,.0f} s", f"{entry['reference_seconds']:,.0f} s",
             f"{entry['guard_seconds']:.0f} s",
-            *("" if ratio is None else f"{ratio:.1f}x" for ratio in ratios), f"{entry['gib']:.2f} GiB",
-            f"{entry['tokens'] / 1e6:.2f} M", f"{entry['share_of_floor']:.0%}",
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            *(f"{entry[f'against_{other}']:.1f}x" if f"against_{other}" in entry else "" for other in others),
+            f"{entry['gib']:.2f} GiB", f"{entry['tokens'] / 1e6:.2f} M", f"{entry['share_of_floor']:.0%}",
+        ]
+        for name, entry in found.items()
+    ]  # fmt: skip
+    head = ["rung", "an epoch", "of it reference", "of it guard", *(f"against {other}" for other in others), "peak memory",
+            "tokens computed", "floor / computed"]  # fmt: skip
+    return pipes(head, rows)
 
 
 def missed(found: dict[str, dict[str, float]]) -> list[str]:
-    """Return the bounds that were missed."""
+    """Return the bounds of the ladder that were missed."""
     ours = found.get("grouped", {})
     ratios = {name: (ours.get(f"against_{name}"), least) for name, least in BOUNDS.items()}
     wrong = [f"{got:.1f}x {name}, not {least:.0f}x" for name, (got, least) in ratios.items() if got and got < least]
@@ -261,115 +250,86 @@ def missed(found: dict[str, dict[str, float]]) -> list[str]:
     return wrong
 
 
-def missed_steps(steps: dict[int, dict[str, Any]]) -> list[str]:
-    """Return the bounds of the second table that were missed."""
-    ratios = {count: (steps[count]["against trl-tuned"], least) for count, least in STEP_BOUNDS.items()}
-    return [
-        f"{got:.1f}x trl-tuned at {count} pairs per prompt, not {least:.1f}x"
-        for count, (got, least) in ratios.items()
-        if got < least
-    ]
-
-
-def ladder(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Measure an epoch on the released pairs."""
-    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in arguments.rungs}
-    sizes = prepare(folder, arguments.prompts, arguments.set)
+def ladder(asked: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], str, list[str]]:
+    """Measure an epoch on the released pairs; return its content, its Markdown and the bounds that were missed."""
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in asked.rungs}
+    sizes = prepare(folder, asked.prompts, asked.set)
     apart = check(folder)
-    for _ in range(arguments.repeats):
-        for name in arguments.rungs:
+    for _ in range(asked.repeats):
+        for name in asked.rungs:
             rows[name].append(run(name, folder))
-            print(name, rows[name][-1], file=sys.stderr, flush=True)
     found = summarise(rows, sizes)
-    million = rows[arguments.rungs[0]][0]["parameters"] / 1e6
+    million = rows[asked.rungs[0]][0]["parameters"] / 1e6
     note = (
         f"{million:.0f} M parameters, float32, two threads. Timed on {sizes['slow_prompts']} prompts with "
         f"{sizes['slow_pairs']} pairs in steps of {STEP_PAIRS} ({', '.join(sorted(FAST))}: {sizes['fast_prompts']} with "
-        f"{sizes['fast_pairs']}), scaled to the {sizes['all_pairs']:,} pairs of an epoch; medians of {arguments.repeats}. "
+        f"{sizes['fast_pairs']}), scaled to the {sizes['all_pairs']:,} pairs of an epoch; medians of {asked.repeats}. "
         f"Pairs have {sizes['slow_saving']:.2f} ({sizes['fast_saving']:.2f}) tokens for one of grouped rows, in the whole "
         f"set {sizes['saving']:.2f}. Losses of the first pairs are within {max(apart.values()):.0e} of TRL's."
     )
-    return {"sizes": sizes, "losses_apart": apart, "rungs": found, "runs": rows, "note": note}
+    content = {"sizes": sizes, "losses_apart": apart, "rungs": found, "runs": rows}
+    return content, f"{table(found)}\n\n{note}", missed(found)
 
 
-def by_pairs_per_prompt(repeats: int, folder: Path) -> dict[int, dict[str, Any]]:
-    """Measure an optimiser step of TRL as it comes, TRL tuned and grouped rows, by pairs per prompt."""
-    found: dict[int, dict[str, Any]] = {}
+def steps_by_pairs_per_prompt(asked: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], str, list[str]]:
+    """Measure an optimiser step of TRL as it comes, TRL tuned and grouped rows, by pairs per prompt; as `ladder`."""
+    names, found, rows, wrong = ("trl", "trl-tuned", "grouped"), {}, [], []
     for count in PRODUCTS:
         product(folder / str(count), count)
         entry: dict[str, Any] = {}
-        for name in ("trl", "trl-tuned", "grouped"):
-            measured = run(name, folder / str(count), "--times", str(repeats))
-            print(count, name, measured, file=sys.stderr, flush=True)
+        for name in names:
+            measured = run(name, folder / str(count), times=asked.repeats)
             number = TIMED_STEPS["fast" if name in FAST else "slow"]
             entry[name] = statistics.median(measured["all_seconds"]) / number
-            entry[f"{name} GiB"] = measured["gib"]
-            entry[f"{name} run"] = measured
-        for name in ("trl", "trl-tuned"):
-            entry[f"against {name}"] = entry[name] / entry["grouped"]
+            entry[f"{name} GiB"], entry[f"{name} run"] = measured["gib"], measured
+        entry |= {f"against {name}": entry[name] / entry["grouped"] for name in names[:-1]}
+        rows.append([
+            str(count), *(f"{entry[name]:.2f} s" for name in names),
+            *(f"{entry[f'against {name}']:.1f}x" for name in names[:-1]),
+            *(f"{entry[f'{name} GiB']:.2f} GiB" for name in names),
+        ])  # fmt: skip
+        if entry["against trl-tuned"] < STEP_BOUNDS.get(count, 0):
+            wrong.append(f"{entry['against trl-tuned']:.1f}x trl-tuned at {count} pairs per prompt")
         found[count] = entry
-    return found
-
-
-def step_table(steps: dict[int, dict[str, Any]], repeats: int) -> str:
-    """Format the second table."""
-    names = ("trl", "trl-tuned", "grouped")
-    head = ["pairs per prompt", *(f"{name}, a step" for name in names), "against trl", "against trl-tuned",
+    head = ["pairs per prompt", *(f"{name}, a step" for name in names), *(f"against {name}" for name in names[:-1]),
             *(f"{name}, memory" for name in names)]  # fmt: skip
-    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
-    for count, entry in steps.items():
-        cells = [str(count), *(f"{entry[name]:.2f} s" for name in names), f"{entry['against trl']:.1f}x",
-                 f"{entry['against trl-tuned']:.1f}x", *(f"{entry[f'{name} GiB']:.2f} GiB" for name in names)]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
     note = (
         f"Prompts of {PROMPT_TOKENS} tokens, responses of {RESPONSE_TOKENS}, {STEP_PAIRS} pairs a step, the same model; "
-        f"medians of {repeats} runs in a row of {TIMED_STEPS['slow']} step (grouped: {TIMED_STEPS['fast']}), without the "
-        "reference pass. Memory is the peak of the whole process."
+        f"medians of {asked.repeats} runs in a row of {TIMED_STEPS['slow']} step (grouped: {TIMED_STEPS['fast']}), without "
+        "the reference pass. Memory is the peak of the whole process."
     )
-    return "\n".join([*lines, "", note])
+    return {"pairs_per_prompt": found}, f"{pipes(head, rows)}\n\n{note}", wrong
 
 
-def bench(arguments: argparse.Namespace) -> None:
-    """Measure the tables that were asked for, write the results, and fail where a bound is missed."""
-    machine = {"device": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": 2, **versions(),
-               "commit": git_commit(), "repeats": arguments.repeats}  # fmt: skip
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    wrong: list[str] = []
-    for name in arguments.tables:
-        with tempfile.TemporaryDirectory() as place:
-            if name == "ladder":
-                content = ladder(arguments, Path(place))
-                text = f"{table(content['rungs'])}\n\n{content.pop('note')}\n"
-                wrong += missed(content["rungs"])
-            else:
-                steps = by_pairs_per_prompt(arguments.repeats, Path(place))
-                content, text = {"pairs_per_prompt": steps}, f"{step_table(steps, arguments.repeats)}\n"
-                wrong += missed_steps(steps)
-        write_json(arguments.output / f"{FILES[name]}.json", {"machine": machine, **content})
-        (arguments.output / f"{FILES[name]}.md").write_text(text)
-        print(text)
-    if wrong:
-        sys.exit(f"Bounds missed by grouped: {'; '.join(wrong)}.")
+#: Table -> its files, and what measures it.
+TABLES = {"ladder": ("train-cpu", ladder), "steps": ("train-steps", steps_by_pairs_per_prompt)}
 
 
 def main() -> None:
-    """Read the command line."""
+    """Measure the tables that were asked for, write the results, and fail where a bound is missed."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--prompts", type=int, default=PROMPTS, help="least prompts of the subset")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rungs", nargs="+", choices=RUNGS, default=RUNGS)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as in `persodpo --set`")
-    parser.add_argument("--tables", nargs="+", choices=list(FILES), default=list(FILES))
+    parser.add_argument("--tables", nargs="+", choices=list(TABLES), default=list(TABLES))
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--one", choices=RUNGS, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--check", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--check", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--times", type=int, default=1, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.one:
-        one(arguments.one, arguments.work, check=arguments.check, times=arguments.times)
-    else:
-        bench(arguments)
+    asked = parser.parse_args()
+    if asked.one:
+        one(asked.one, asked.work, check=bool(asked.check), times=asked.times)
+        return
+    wrong: list[str] = []
+    for file, measure in (TABLES[name] for name in asked.tables):
+        with tempfile.TemporaryDirectory() as place:
+            content, text, missed_here = measure(asked, Path(place))
+        save(file, {"machine": machine(threads=THREADS, repeats=asked.repeats), **content}, text, asked.output)
+        wrong += missed_here
+    if wrong:
+        sys.exit(f"Bounds missed by grouped: {'; '.join(wrong)}.")
 
 
 if __name__ == "__main__":

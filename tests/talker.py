@@ -36,4 +36,4 @@ def in_chatml(text: str) -> str:
 
 def make_talker(folder: Path, prompt: Callable[[str], str] = str) -> Path:
     examples = [(prompt(question(place, turns)), reply(place)) for place in PLACES for turns in range(4)]
-    return make_small_policy(examples, SETTINGS, folder, progress=False)
+    return make_small_policy(examples, SETTINGS, folder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from contextlib import suppress
 
 import pytest
@@ -91,19 +90,17 @@ def test_log_probs_are_those_of_plain_forward_passes(name):
     ["eager, an added mask", "soft caps, window, eager", "window by layer", "scaled logits", "experts", "convolution",
      "positions from columns"],
 )  # fmt: skip
-def test_steps_are_stock_trls(name, tmp_path):
+def test_steps_are_stock_trls(name, tmp_path, recwarn):
     """Losses, gradients and the auxiliary loss of experts, which TRL adds by default."""
     kind, attention, extra, packs = ARCHITECTURES[name]
     extra = extra | ({"router_aux_loss_coef": 0.5} if name == "experts" else {})
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        ours = trained(grouped(tmp_path / "a", model=architecture(kind, attention, extra), token_budget=4096))
+    ours = trained(grouped(tmp_path / "a", model=architecture(kind, attention, extra), token_budget=4096))
     model = architecture(kind, attention, extra)
     theirs = trained(stock(tmp_path / "b", model=model, precompute_ref_log_probs=True))
     for key in ["loss", "grad_norm", *(["aux_loss"] if name == "experts" else [])]:
         assert logs(ours, key) == pytest.approx(logs(theirs, key), rel=2e-4, abs=1e-5), key
     assert logs(ours, "num_tokens") == logs(theirs, "num_tokens")
-    told = [str(warning.message) for warning in said if "one response per row" in str(warning.message)]
+    told = [str(warning.message) for warning in recwarn if "one response per row" in str(warning.message)]
     assert len(told) == (0 if packs else 1)
     assert packs or (type(ours.model).__name__ in told[0] and attention in told[0])
 
@@ -124,19 +121,23 @@ def test_the_guarantees_hold_with_one_response_per_row(tmp_path):
     assert logs(half, "loss") == pytest.approx(logs(plain, "loss"), abs=0.05)
 
 
-def test_a_model_whose_head_is_its_own_computes_its_own_logits():
+def with_moved_logits(factor) -> torch.nn.Module:
+    """A model whose head is its own: logits are moved after the projection, by what no rule knows."""
     model = architecture("qwen2", "sdpa", {})
     plain = type(model).forward
 
     class Own(type(model)):
-        """A head that no rule knows: logits of words are moved after the projection."""
-
         def forward(self, *args, **kwargs):
             outputs = plain(self, *args, **kwargs)
-            outputs.logits = outputs.logits * torch.linspace(0.2, 2.0, outputs.logits.shape[-1])
+            outputs.logits = outputs.logits * factor(outputs.logits)
             return outputs
 
     model.__class__ = Own
+    return model
+
+
+def test_a_model_whose_head_is_its_own_computes_its_own_logits():
+    model = with_moved_logits(lambda logits: torch.linspace(0.2, 2.0, logits.shape[-1]))
     verdict = check_packing(model, max_length=64)
     assert (verdict.grouped, verdict.own_head) == (True, True)
     with torch.no_grad():
@@ -145,21 +146,9 @@ def test_a_model_whose_head_is_its_own_computes_its_own_logits():
 
 
 def test_a_model_that_is_wrong_in_every_layout_is_refused_by_name():
-    model = architecture("qwen2", "sdpa", {})
-    plain = type(model).forward
-
-    class Whole(type(model)):
-        """Each position sees how long its row is."""
-
-        def forward(self, *args, **kwargs):
-            outputs = plain(self, *args, **kwargs)
-            length = outputs.logits.shape[1]
-            outputs.logits = outputs.logits * (1 + length / 10)
-            return outputs
-
-    model.__class__ = Whole
-    with pytest.raises(PersodpoError, match=r"Whole under attention 'sdpa' .* nats per token apart"):
-        check_packing(model, max_length=64)
+    """Each position sees how long its row is."""
+    with pytest.raises(PersodpoError, match=r"Own under attention 'sdpa' .* nats per token apart"):
+        check_packing(with_moved_logits(lambda logits: 1 + logits.shape[1] / 10), max_length=64)
 
 
 def test_the_guard_sees_what_a_new_adapter_hides():
@@ -216,15 +205,19 @@ def test_a_window_longer_than_the_probe_is_still_reached(monkeypatch):
 
 
 def test_the_guard_leaves_everything_as_it_was():
-    model = tiny_model().train()
+    """Modes of modules, the random state, and half-precision weights that share their storage."""
+    model = tiny_model().to(torch.bfloat16).train()
     model.model.layers[0].eval()
-    modes = [module.training for module in model.modules()]
+    model.lm_head.weight = torch.nn.Parameter(model.model.embed_tokens.weight.data)
+    modes, before = [module.training for module in model.modules()], model.lm_head.weight.clone()
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
     check_packing(model, max_length=64)
     assert torch.equal(torch.rand(3), expected)
     assert [module.training for module in model.modules()] == modes
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+    assert torch.equal(model.lm_head.weight, before)
 
 
 def of_kind(name: str) -> LoraConfig:
@@ -273,8 +266,10 @@ def test_attention_without_masks_trains_one_response_per_row():
         assert torch.allclose(model(packed=pack(GROUPS, Layout(grouped=False))), expected, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["convolution", "linear attention", "recurrence", "positions from columns"])
-@pytest.mark.parametrize("deviation", [0.02, 0.2])
+@pytest.mark.parametrize(
+    ("name", "deviation"),
+    [("convolution", 0.02), ("linear attention", 0.02), ("recurrence", 0.2), ("positions from columns", 0.2)],
+)
 def test_half_precision_and_small_weights_hide_no_leak(name, deviation):
     """In bf16 a leak is no larger than rounding, and where weights are small hardly anything moves anything."""
     kind, attention, extra, _ = ARCHITECTURES[name]
@@ -324,23 +319,7 @@ def test_what_changes_after_the_guard_is_noticed(tmp_path):
         trainer.train()
 
 
-def assert_right(model, group: Group, **limits) -> bool:
-    """Packed log-probabilities are those of plain passes, or the model is refused; tell which."""
-    with torch.no_grad():
-        plain = plain_log_probs(model, group)
-    try:
-        verdict = check_packing(model, **limits)
-    except PersodpoError:
-        return False
-    with torch.no_grad():
-        packed = model(packed=pack([group], Layout(grouped=verdict.grouped, pad_token_id=2)))
-    assert torch.allclose(packed, plain, atol=1e-3)
-    return True
-
-
-LONG = Group([3 + n % 60 for n in range(90)], [list(range(20, 29)), list(range(30, 36)), list(range(40, 51))])
-
-
+LONG = Group([3 + n % 60 for n in range(90)], GROUPS[0].responses)
 CHUNKS = {
     "attention_chunk_size": 40, "max_position_embeddings": 32, "head_dim": 8, "intermediate_size_mlp": 64,
     "num_local_experts": 4,
@@ -353,34 +332,29 @@ BLOCKS = {
 
 @pytest.mark.parametrize(
     ("kind", "extra", "limit"),
-    [
-        ("llama4_text", CHUNKS, 128),
-        ("llama4_text", CHUNKS, None),
-        ("llama", DYNAMIC, None),
-        ("minimax_m3_vl_text", BLOCKS, 128),
-    ],
-)
+    [("llama4_text", CHUNKS, 128), ("llama4_text", CHUNKS, None), ("llama", DYNAMIC, None),
+     ("minimax_m3_vl_text", BLOCKS, 128)],
+)  # fmt: skip
 def test_lengths_from_which_on_a_model_computes_otherwise_are_reached(kind, extra, limit):
-    """Chunks longer than the positions, angles that change beyond them, a window that is a product of two entries."""
-    assert_right(architecture(kind, "sdpa", extra), LONG, max_length=limit, token_budget=256)
+    """Chunks longer than the positions, angles that change beyond them, a window that is a product of two entries.
+
+    Packed rows are right, or the model is refused.
+    """
+    model = architecture(kind, "sdpa", extra)
+    with torch.no_grad(), suppress(PersodpoError):
+        plain = plain_log_probs(model, LONG)
+        verdict = check_packing(model, max_length=limit, token_budget=256)
+        packed = model(packed=pack([LONG], Layout(grouped=verdict.grouped, pad_token_id=2)))
+        assert torch.allclose(packed, plain, atol=1e-3)
 
 
 def test_blocks_that_begin_at_zero_are_seen():
-    model = architecture("lfm2", "sdpa", {"layer_types": ["conv", "full_attention"]})
+    model = architecture(*ARCHITECTURES["convolution"][:3])
     weights = [weight for name, weight in model.named_parameters() if "conv.out_proj" in name]
     for weight in weights:
         weight.data.zero_()
     assert not check_packing(model, max_length=64).grouped
     assert not any(weight.any() for weight in weights)
-
-
-def test_tied_half_precision_stays_tied():
-    model = tiny_model().to(torch.bfloat16)
-    model.lm_head.weight = torch.nn.Parameter(model.model.embed_tokens.weight.data)
-    before = model.lm_head.weight.clone()
-    check_packing(model, max_length=64)
-    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
-    assert torch.equal(model.lm_head.weight, before)
 
 
 def test_a_row_that_moves_other_rows_is_refused():
@@ -549,15 +523,14 @@ class Swapped(torch.nn.Module):
         return self.inner(states.transpose(1, 2)).transpose(1, 2)
 
 
-@pytest.mark.parametrize(("dropout", "said"), [(0.3, True), (0.0, False)])
-def test_noise_that_no_module_draws_is_said(tmp_path, dropout, said):
-    model = tiny_model()
-    for layer in model.model.layers:
-        layer.self_attn.attention_dropout = dropout
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+def test_noise_that_no_module_draws_is_said(tmp_path, recwarn):
+    for dropout in (0.0, 0.3):
+        assert not any("draws noise in training" in str(warning.message) for warning in recwarn)
+        model = tiny_model()
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = dropout
         grouped(tmp_path, model=model)
-    assert any("draws noise in training" in str(warning.message) for warning in caught) == said
+    assert any("draws noise in training" in str(warning.message) for warning in recwarn)
 
 
 def test_quantised_weights_have_the_tolerance_of_half_precision():

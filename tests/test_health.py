@@ -23,17 +23,16 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def training_logs(losses, margins=None, accuracy=1.0, chosen=None):
-    margins = margins or [float(number) for number in range(len(losses))]
-    columns = zip(losses, margins, chosen or [0.0] * len(losses), strict=True)
+    columns = zip(losses, margins or range(len(losses)), chosen or [0.0] * len(losses), strict=True)
     return [
         {
             "loss": loss,
             "rewards/margins": margin,
             "rewards/accuracies": accuracy,
             "rewards/chosen": reward,
-            "step": step + 1,
+            "step": step,
         }
-        for step, (loss, margin, reward) in enumerate(columns)
+        for step, (loss, margin, reward) in enumerate(columns, 1)
     ]
 
 
@@ -69,24 +68,17 @@ def test_saturation(logs, level):
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "level"),
+    ("name", "field", "levels"),
     [
-        ("parse_rate", {"parse_rate": 0.95}, "ok"),
-        ("parse_rate", {"parse_rate": 0.85}, "watch"),
-        ("parse_rate", {"parse_rate": 0.75}, "bad"),
-        ("length", {"words": 25.0}, "ok"),
-        ("length", {"words": 35.0}, "watch"),
-        ("length", {"words": 41.0}, "bad"),
-        ("length", {"words": 9.0}, "bad"),
-        ("length", {"words": 0.0}, "bad"),
-        ("repetition", {"loops": 0.1}, "ok"),
-        ("repetition", {"loops": 0.15}, "watch"),
-        ("repetition", {"loops": 0.25}, "bad"),
+        ("parse_rate", "parse_rate", {0.95: "ok", 0.85: "watch", 0.75: "bad"}),
+        ("length", "words", {25.0: "ok", 35.0: "watch", 41.0: "bad", 9.0: "bad", 0.0: "bad"}),
+        ("repetition", "loops", {0.1: "ok", 0.15: "watch", 0.25: "bad"}),
     ],
 )
-def test_generations_are_held_against_the_start(name, change, level):
-    last = SOUND._replace(step=7, **change)
-    assert found(name, generations=[SOUND, last])[1:4] == (level, 7, next(iter(change.values())))
+def test_generations_are_held_against_the_start(name, field, levels):
+    for value, level in levels.items():
+        last = SOUND._replace(step=7, **{field: value})
+        assert found(name, generations=[SOUND, last])[1:4] == (level, 7, value)
 
 
 def test_what_was_so_before_training_is_watched_not_bad():
@@ -149,24 +141,13 @@ def test_generations_are_recorded_at_start_evaluations_and_end(tmp_path, make, c
     assert chosen == pytest.approx(sum(logs(run, "rewards/chosen")) / 3 / run.args.beta)
 
 
-def test_generating_switches_dropout_off_and_puts_everything_back():
-    model = tiny_model(attention_dropout=0.5).train()
-    model.lm_head.eval()
-    modes, state = [module.training for module in model.modules()], torch.get_rng_state()
-    with health._untouched(model):
-        assert not any(module.training for module in model.modules())
-        assert not torch.is_grad_enabled()
-        torch.rand(3)
-    assert [module.training for module in model.modules()] == modes
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.is_grad_enabled()
-
-
-def test_batched_generations_are_those_of_each_prompt_alone():
+def test_generations_are_greedy_and_those_of_each_prompt_alone(tmp_path):
+    """Without the dropout of training."""
+    watch = Health(PROMPTS, count=4, max_new_tokens=6)
+    watched(tmp_path, watch, model=tiny_model(attention_dropout=0.5), disable_dropout=False, max_steps=1)
+    together = watch.generations.query("step == 0").completion
     model, tokenizer = tiny_model().eval(), tiny_tokenizer()
-    prompts = list(dict.fromkeys(PROMPTS))[:4]
-    together = health._generate(model, tokenizer, prompts, 6)
-    for prompt, text in zip(prompts, together, strict=True):
+    for prompt, text in zip(watch.prompts, together, strict=True):
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
         for _ in range(6):
             ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)

@@ -151,7 +151,7 @@ def test_measured_asking_keeps_its_bounds():
 
 def test_measured_trainer_keeps_its_bounds():
     measured = result("train-cpu")
-    assert {"device", "cores", "threads", "torch", "trl"} <= set(measured["machine"])
+    assert {"cores", "threads", "torch", "trl"} <= set(measured["machine"])
     assert measured.get("repeats", measured["machine"].get("repeats")) >= 3
     grouped = measured["rungs"]["grouped"]
     assert grouped["against_trl"] >= 20

@@ -37,7 +37,7 @@ def talkers(tmp_path_factory):
     ]
     made = {}
     for name, answer in (("whole", WHOLE), ("broken", BROKEN)):
-        made[name] = make_small_policy([(text, answer) for text in texts], SIZES, folder / name, progress=False)
+        made[name] = make_small_policy([(text, answer) for text in texts], SIZES, folder / name)
         (made[name] / "chat_template.jinja").write_text(CHATML)
     return made
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -24,22 +23,20 @@ SETTINGS = SmallPolicy(
     seed=3,
 )  # fmt: skip
 WORDS = ["the", "a", "river", "castle", "museum", "likes", "visits", "old", "stone", "bridge", "garden", "near"]
+DRAW = random.Random(0)
 
 
-def made_up(count: int = 12, seed: int = 0) -> list[tuple[str, str]]:
-    """Two completions a prompt."""
-    draw = random.Random(seed)
-    said = lambda words: " ".join(draw.choices(WORDS, k=words))  # noqa: E731
-    prompts = [f"User1: {said(8)}\nReply with JSON:" for _ in range(count // 2)]
-    return [(prompt, json.dumps({"response": said(6)})) for prompt in prompts for _ in range(2)]
+def said(words: int) -> str:
+    return " ".join(DRAW.choices(WORDS, k=words))
 
 
-EXAMPLES = made_up()
+PROMPTS = [f"User1: {said(8)}\nReply with JSON:" for _ in range(6)]
+EXAMPLES = [(prompt, json.dumps({"response": said(6)})) for prompt in PROMPTS for _ in range(2)]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return make_small_policy(EXAMPLES, SETTINGS, tmp_path_factory.mktemp("policy") / "small", progress=False)
+    return make_small_policy(EXAMPLES, SETTINGS, tmp_path_factory.mktemp("policy") / "small")
 
 
 def names(folder) -> list[str]:
@@ -53,7 +50,7 @@ def record(folder) -> dict:
 def test_same_seed_gives_the_same_bytes_and_leaves_the_global_generator_alone(folder, tmp_path):
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
-    again = make_small_policy(EXAMPLES, SETTINGS, tmp_path / "again", progress=False)
+    again = make_small_policy(EXAMPLES, SETTINGS, tmp_path / "again")
     assert torch.equal(before, torch.random.get_rng_state())
     for name in (WEIGHTS, "tokenizer.json"):
         assert sha256(folder / name) == sha256(again / name)
@@ -68,33 +65,27 @@ def test_loss_falls_and_the_record_says_what_was_made(folder):
     assert {"torch", "transformers"} <= set(found["versions"])
 
 
-def test_an_unchanged_policy_is_reused(folder):
-    before = (folder / RECORD).stat().st_ino
-    assert make_small_policy(list(EXAMPLES), SETTINGS, folder) == folder
-    assert (folder / RECORD).stat().st_ino == before
+def test_only_a_change_trains_again(tmp_path, monkeypatch):
+    """Another text, order, setting or code, damaged weights, a missing file."""
+    folder, trained = tmp_path / "small", []
+    monkeypatch.setattr(policy, "_train", lambda *args: trained.append(args) or [0.0])
 
+    def made(examples=EXAMPLES, settings=SETTINGS):
+        make_small_policy(examples, settings, folder)
+        assert names(tmp_path) == ["small"]
+        return len(trained)
 
-@pytest.mark.parametrize("change", ["text", "order", "setting", "code", "damage", "missing file"])
-def test_any_change_trains_again(tmp_path, monkeypatch, change):
-    settings, examples = SETTINGS.model_copy(update={"steps": 2}), EXAMPLES
-    folder = make_small_policy(examples, settings, tmp_path / "small", progress=False)
-    if change == "text":
-        examples = [(examples[0][0], examples[0][1] + " "), *examples[1:]]
-    elif change == "order":
-        examples = examples[::-1]
-    elif change == "setting":
-        settings = settings.model_copy(update={"seed": 4})
-    elif change == "code":
-        monkeypatch.setattr(policy, "code_of", lambda *_: "other")
-    elif change == "damage":
-        (folder / WEIGHTS).write_bytes(b"\0" * 9)
-    else:
-        (folder / "tokenizer.json").unlink()
-    before = (folder / RECORD).stat().st_ino, (folder / RECORD).stat().st_mtime_ns
-    make_small_policy(examples, settings, folder, progress=False)
-    assert before != ((folder / RECORD).stat().st_ino, (folder / RECORD).stat().st_mtime_ns)
-    assert load_policy(folder)[0].config.vocab_size <= 320
-    assert names(tmp_path) == ["small"]
+    assert (made(), made()) == (1, 1)
+    assert made([(EXAMPLES[0][0], EXAMPLES[0][1] + " "), *EXAMPLES[1:]]) == 2
+    assert made(EXAMPLES[::-1]) == 3
+    assert made(settings=SETTINGS.model_copy(update={"seed": 4})) == 4
+    assert made() == 5
+    (folder / WEIGHTS).write_bytes(b"\0" * 9)
+    assert made() == 6
+    (folder / "tokenizer.json").unlink()
+    assert (made(), made()) == (7, 7)
+    monkeypatch.setattr(policy, "code_of", lambda *_: "other")
+    assert made() == 8
 
 
 def test_a_loaded_policy_is_what_was_trained(folder):
@@ -120,43 +111,41 @@ def test_tokens_are_lossless_and_do_not_merge_across_the_prompts_end(folder):
 def test_long_examples_are_cut_and_counted(tmp_path):
     prompt, completion = EXAMPLES[0]
     examples = [*EXAMPLES, (prompt, completion * 20), (prompt * 20, completion)]
-    folder = make_small_policy(examples, SETTINGS.model_copy(update={"steps": 1}), tmp_path / "small", progress=False)
+    folder = make_small_policy(examples, SETTINGS.model_copy(update={"steps": 1}), tmp_path / "small")
     assert (record(folder)["cut"], record(folder)["left_out"]) == (1, 1)
 
 
 KILLED = """
-import sys
+import sys, time
 from pathlib import Path
-from persodpo.training import policy
-from tests.test_policy import EXAMPLES, SETTINGS
-batches = policy._batches
-def announced(*args):
-    for number, batch in enumerate(batches(*args)):
-        if number == 5:
-            print("training", flush=True)
-        yield batch
-policy._batches = announced
-policy.make_small_policy(EXAMPLES, SETTINGS.model_copy(update={"steps": 10**6}), Path(sys.argv[1]), progress=False)
+from persodpo.folders import made_once
+
+def make(scratch):
+    (scratch / "model.safetensors").write_text("half")
+    print("half", flush=True)
+    time.sleep(600)
+
+made_once(Path(sys.argv[1]), "policy.json", {}, make, what="a small policy", needs="model.safetensors")
 """
 
 
 def test_a_killed_run_leaves_nothing_half_made(folder, tmp_path):
     target = tmp_path / "small"
-    command = [sys.executable, "-c", KILLED, str(target)]
-    with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "training\n"
-        process.kill()
-    assert process.returncode == -signal.SIGKILL
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED, target], cwd=PROJECT, stdout=subprocess.PIPE, text=True
+    ) as one:
+        assert one.stdout.readline() == "half\n"
+        one.kill()
     (left,) = names(tmp_path)
-    assert left.startswith(f".partial-{process.pid}-")
-    make_small_policy(EXAMPLES, SETTINGS, target, progress=False)
+    assert left.startswith(f".partial-{one.pid}-")
+    make_small_policy(EXAMPLES, SETTINGS, target)
     assert names(tmp_path) == ["small"]
     assert sha256(target / WEIGHTS) == sha256(folder / WEIGHTS)
 
 
 def test_a_failed_run_leaves_what_was_there(tmp_path, monkeypatch):
     settings = SETTINGS.model_copy(update={"steps": 1})
-    folder = make_small_policy(EXAMPLES, settings, tmp_path / "small", progress=False)
+    folder = make_small_policy(EXAMPLES, settings, tmp_path / "small")
     before = sha256(folder / WEIGHTS)
 
     def fail(*_, **__):
@@ -164,7 +153,7 @@ def test_a_failed_run_leaves_what_was_there(tmp_path, monkeypatch):
 
     monkeypatch.setattr(policy, "_train", fail)
     with pytest.raises(PersodpoError, match="is full"):
-        make_small_policy(EXAMPLES, settings.model_copy(update={"seed": 9}), folder, progress=False)
+        make_small_policy(EXAMPLES, settings.model_copy(update={"seed": 9}), folder)
     assert sha256(folder / WEIGHTS) == before
     assert names(tmp_path) == ["small"]
 
@@ -173,33 +162,42 @@ def test_a_failed_run_leaves_what_was_there(tmp_path, monkeypatch):
     ("examples", "message"),
     [
         (EXAMPLES[:3], "at least 8 examples.*not 3"),
-        ([*EXAMPLES, ("a prompt", " \n")], "Example 12 has an empty completion"),
-        ([*EXAMPLES, ("", "{}")], "Example 12 has an empty prompt"),
+        ([*EXAMPLES, ("a prompt", " \n")], "Example 12 has an empty"),
+        ([*EXAMPLES, ("", "{}")], "Example 12 has an empty"),
         ([("word " * 400, str(n)) for n in range(9)], "fills the length limit of 128 tokens"),
     ],
 )
 def test_texts_that_cannot_be_learned_from_are_refused(tmp_path, examples, message):
     with pytest.raises(PersodpoError, match=message):
-        make_small_policy(examples, SETTINGS, tmp_path / "small", progress=False)
+        make_small_policy(examples, SETTINGS, tmp_path / "small")
     assert not names(tmp_path)
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(PersodpoError, match="something other than a small policy"):
-        make_small_policy(EXAMPLES, SETTINGS, tmp_path, progress=False)
+        make_small_policy(EXAMPLES, SETTINGS, tmp_path)
     assert names(tmp_path) == ["notes.txt"]
 
 
-def test_a_model_that_cannot_be_loaded_is_one_sentence(tmp_path, folder, monkeypatch):
+def test_a_policy_that_cannot_be_loaded_whole_is_one_sentence(folder, tmp_path, monkeypatch):
+    """No folder, a tensor missing, damaged weights, no vocabulary, no network."""
     with pytest.raises(PersodpoError, match=r"Model '.*nowhere' cannot be loaded"):
         load_policy(tmp_path / "nowhere")
-    damaged = tmp_path / "damaged"
-    damaged.mkdir()
-    for path in folder.iterdir():
-        (damaged / path.name).write_bytes(path.read_bytes() if path.name != WEIGHTS else b"\0" * 20)
-    with pytest.raises(PersodpoError, match="damaged' cannot be loaded"):
-        load_policy(damaged)
+    copied = shutil.copytree(folder, tmp_path / "copied")
+    tensors = load_file(copied / WEIGHTS)
+    lacking = next(name for name in tensors if "q_proj" in name)
+    del tensors[lacking]
+    save_file(tensors, copied / WEIGHTS, {"format": "pt"})
+    with pytest.raises(PersodpoError, match=lacking):
+        load_policy(copied)
+    (copied / WEIGHTS).write_bytes(b"\0" * 20)
+    with pytest.raises(PersodpoError, match="copied' cannot be loaded"):
+        load_policy(copied)
+    shutil.copy(folder / WEIGHTS, copied)
+    (copied / "tokenizer.json").unlink()
+    with pytest.raises(PersodpoError, match="tokenizer"):
+        load_policy(copied)
 
     def offline(*_, **__):
         raise OSError("We couldn't connect to 'https://huggingface.co' to load the files")
@@ -207,19 +205,3 @@ def test_a_model_that_cannot_be_loaded_is_one_sentence(tmp_path, folder, monkeyp
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", offline)
     with pytest.raises(PersodpoError, match=r"Model 'someone/model'.*network"):
         load_policy("someone/model")
-
-
-@pytest.mark.parametrize("damage", ["tensor", "vocabulary"])
-def test_a_folder_that_lacks_something_is_refused(folder, tmp_path, damage):
-    copied = shutil.copytree(folder, tmp_path / "copied")
-    if damage == "tensor":
-        tensors = load_file(copied / WEIGHTS)
-        lacking = next(name for name in tensors if "q_proj" in name)
-        save_file(
-            {name: tensor for name, tensor in tensors.items() if name != lacking}, copied / WEIGHTS, {"format": "pt"}
-        )
-    else:
-        lacking = "Hello there"
-        (copied / "tokenizer.json").unlink()
-    with pytest.raises(PersodpoError, match=lacking if damage == "tensor" else "tokenizer"):
-        load_policy(copied)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import pandas as pd
 import pytest
@@ -18,7 +19,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from test_policy import EXAMPLES, SETTINGS
-from transformers import TrainerCallback
 from typer.testing import CliRunner
 
 from persodpo.cli import app
@@ -28,7 +28,7 @@ from persodpo.figures.curves import PAPER_RUN, arm_curves
 from persodpo.release import published
 from persodpo.tables import check_table, write_table
 from persodpo.training import run
-from persodpo.training.arms import ARMS, arm_name, split_prompts
+from persodpo.training.arms import split_prompts
 from persodpo.training.policy import load_policy, make_small_policy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -55,7 +55,7 @@ def pairs_table(prompts: int = 10) -> pd.DataFrame:
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
-    return make_small_policy(EXAMPLES, SETTINGS, tmp_path_factory.mktemp("policy") / "small", progress=False)
+    return make_small_policy(EXAMPLES, SETTINGS, tmp_path_factory.mktemp("policy") / "small")
 
 
 @pytest.fixture(scope="module")
@@ -115,25 +115,20 @@ def test_the_log_starts_at_weight_times_log_2_and_has_every_kind(trained, tmp_pa
 SCRIPT = """
 import sys, torch
 torch.set_num_threads(1)
-sys.path.insert(0, {tests!r})
+tests, policy, folder = sys.argv[1:]
+sys.path.insert(0, tests)
 from pathlib import Path
-from persodpo.config import load_profile
-from persodpo.training import run
 import test_train_run as t
-profile = load_profile("release", t.OVERRIDES)
-run.train_arm(t.pairs_table(), "perso_weighted", Path({policy!r}), Path({folder!r}), profile=profile, key={key!r})
+profile = t.load_profile("release", t.OVERRIDES)
+t.run.train_arm(t.pairs_table(), "perso_weighted", policy, Path(folder), profile=profile, key="k")
 """
-
-
-def script(policy, folder, key):
-    text = SCRIPT.format(tests=str(Path(__file__).parent), policy=str(policy), folder=str(folder), key=key)
-    return [sys.executable, "-c", text]
 
 
 @pytest.mark.slow
 def test_a_killed_training_goes_on_from_its_checkpoint_to_the_same_end(tmp_path, policy, profile, trained):
     folder = tmp_path / "perso_weighted"
-    with subprocess.Popen(script(policy, folder, "k"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(policy), str(folder)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
         started = time.monotonic()
         while not list(folder.glob("checkpoint-*/trainer_state.json")) and time.monotonic() - started < 120:
             time.sleep(0.002)
@@ -173,30 +168,19 @@ def test_is_trained_only_with_its_key_its_end_and_its_weights(trained, tmp_path)
     assert run.is_trained(copied, "k")
 
 
-def interrupted(policy, profile, folder: Path) -> list[Path]:
-    """Train until two checkpoints are there, then stop as an error would; return them, the newest last."""
-
-    class Stop(TrainerCallback):
-        def on_save(self, args, state, control, **kwargs):
-            if state.global_step >= 4:
-                raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        made = run.GroupedDPOTrainer
-        patch.setattr(
-            run, "GroupedDPOTrainer", lambda callbacks, **kwargs: made(callbacks=[*callbacks, Stop()], **kwargs)
-        )
-        with pytest.raises(KeyboardInterrupt):
-            run.train_arm(pairs_table(), "perso_weighted", policy, folder, profile=profile, key="k")
-    return sorted(folder.glob("checkpoint-*"))
-
-
-@pytest.mark.parametrize("names", [["optimizer.pt"], ["trainer_state.json"], ["model.safetensors", "rng_state.pth"]])
+@pytest.mark.parametrize("names", [["optimizer.pt"], ["trainer_state.json", "rng_state.pth"]])
 def test_damaged_checkpoints_are_set_aside(tmp_path, policy, profile, trained, names, capsys):
     """The newest, then the one before; where every one is damaged training begins anew."""
-    folder = tmp_path / "perso_weighted"
-    checkpoints = interrupted(policy, profile, folder)
-    for checkpoint, name in zip(reversed(checkpoints), names, strict=False):
+    folder, save = tmp_path / "perso_weighted", run._CheckpointRecord.on_save
+
+    def interrupted(self, args, state, control, **kwargs):
+        save(self, args, state, control)
+        if state.global_step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), patch.object(run._CheckpointRecord, "on_save", interrupted):
+        run.train_arm(pairs_table(), "perso_weighted", policy, folder, profile=profile, key="k")
+    for checkpoint, name in zip(sorted(folder.glob("checkpoint-*"), reverse=True), names, strict=False):
         (checkpoint / name).write_bytes((checkpoint / name).read_bytes()[:-40])
     made = run.train_arm(pairs_table(), "perso_weighted", policy, folder, profile=profile, key="k")
     printed = capsys.readouterr().out
@@ -217,7 +201,7 @@ def test_a_learning_rate_that_is_too_high_leaves_no_arm(tmp_path, policy):
 
 def test_a_folder_of_adapters_is_trained_on_from_where_they_were(tmp_path, policy, capsys):
     """The first round's weights are the second round's reference, and stay in what is saved."""
-    quick = [*OVERRIDES, "training.epochs=1"]
+    quick = [*OVERRIDES, "training.epochs=0.5", "training.warmup_steps=0"]
     profile = load_profile("release", [*quick, "training.lora_rank=2", "training.learning_rate=0.05"])
     first = tmp_path / "first"
     made = run.train_arm(pairs_table(), "perso", policy, first, profile=profile, key="k").log.query("kind == 'train'")
@@ -233,23 +217,18 @@ def test_a_folder_of_adapters_is_trained_on_from_where_they_were(tmp_path, polic
         logits.append(PeftModel.from_pretrained(base, str(first))(ids).logits)
     assert not torch.allclose(logits[1], logits[0], atol=1e-3)
     assert torch.allclose(logits[1], logits[2], atol=1e-5)
-    for rank in (None, 4):
-        again = load_profile("release", [*quick, f"training.lora_rank={rank or 'null'}"])
-        logs = [
-            run.train_arm(pairs_table(), "perso", start, tmp_path / f"{start.name} {rank}", profile=again, key="k").log
-            for start in (first, policy)
-        ]
-        train, other = (log.query("kind == 'train'") for log in logs)
+    for rank in ("null", "4"):
+        again = load_profile("release", [*quick, f"training.lora_rank={rank}"])
+        log = run.train_arm(pairs_table(), "perso", first, tmp_path / rank, profile=again, key="k").log
+        train = log.query("kind == 'train'")
         assert train["loss"].iloc[0] == pytest.approx(math.log(2), abs=1e-6)
-        assert train["logps_chosen"].iloc[0] != pytest.approx(other["logps_chosen"].iloc[0], abs=1e-3)
+        assert train["logps_chosen"].iloc[0] != pytest.approx(made["logps_chosen"].iloc[0], abs=1e-3)
 
 
-def test_an_unknown_arm_is_one_sentence(tmp_path, capsys):
-    with pytest.raises(PersodpoError, match=r"no arm 'pers'; there are simple, perso, perso_weighted, corrected"):
-        arm_name("pers")
-    assert list(ARMS) == ["simple", "perso", "perso_weighted", "corrected"]
+def test_an_unknown_arm_is_one_sentence(tmp_path):
     done = CliRunner().invoke(app, ["train", "--arm", "pers", "--set", f"paths.runs={tmp_path}"])
     assert isinstance(done.exception, PersodpoError)
+    assert "no arm 'pers'; there are simple, perso, perso_weighted, corrected" in str(done.exception)
 
 
 def test_curves_of_arms_stand_beside_the_papers_on_one_axis(trained):

@@ -8,7 +8,6 @@ import math
 import os
 import subprocess
 import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,7 +124,8 @@ def test_canaries_of_the_weights(tmp_path):
     Equal scores are plain DPO at half weight, or scaled, plain DPO; weight 0 gives no gradient; permuted scores give another
     loss; large scores are subtracted before they are rounded.
     """
-    dataset, count = tiny_pairs(), len(tiny_pairs())
+    dataset = tiny_pairs(12)
+    count = len(dataset)
     weighted = trained(grouped(tmp_path / "a", dataset, weighting="sigmoid"))
     rows = dataset[: 4 * PAIRS_A_PROMPT]
     margins = [c - r for c, r in zip(rows["score_chosen"], rows["score_rejected"], strict=True)]
@@ -192,19 +192,18 @@ def test_the_best_model_is_chosen_by_the_set_that_was_named(tmp_path):
 def test_a_new_dataset_is_evaluated_while_its_reference_can_be_had(tmp_path):
     """A reference that was trained, or changed by hand, is neither used nor cached."""
     new, cache = tiny_pairs(4, seed=8), {"reference_cache": str(tmp_path / "cache")}
-    kept = grouped(tmp_path / "a", ref_model=tiny_model())
-    whole = grouped(tmp_path / "b", eval_dataset=new)
-    lora = grouped(tmp_path / "c", peft_config=LORA)
-    biases = grouped(
-        tmp_path / "d", peft_config=LoraConfig(r=4, target_modules=["q_proj"], bias="all"), max_steps=2, **cache
-    )
+    kept = grouped(tmp_path / "a", tiny_pairs(8), ref_model=tiny_model())
+    whole = grouped(tmp_path / "b", tiny_pairs(8), eval_dataset=new)
+    lora = grouped(tmp_path / "c", tiny_pairs(8), peft_config=LORA)
+    biased = LoraConfig(r=4, target_modules=["q_proj"], bias="all")
+    biases = grouped(tmp_path / "d", tiny_pairs(8), peft_config=biased, max_steps=2, **cache)
     assert whole.evaluate(new)["eval_loss"] == LOG_2
     for trainer in (kept, whole, lora, biases):
         trainer.train()
     assert kept.evaluate(new)["eval_loss"] == pytest.approx(whole.evaluate()["eval_loss"], abs=1e-5)
     assert lora.evaluate(new)["eval_loss"] != LOG_2
     files = len(list((tmp_path / "cache").glob("*")))
-    by_hand = grouped(tmp_path / "e")
+    by_hand = grouped(tmp_path / "e", tiny_pairs(8))
     by_hand.model.load_state_dict(tiny_model(seed=9).state_dict())
     for trainer in (whole, biases, by_hand):
         with pytest.raises(PersodpoError, match=r"weights have changed; pass ref_model"):
@@ -325,7 +324,7 @@ def of_adapters(active: str):
 
 def test_references_are_cached_under_all_that_they_depend_on(tmp_path):
     """Weights, lengths, config, and what none of them tells: a scale, the active adapter. A damaged file is made anew."""
-    folder = tmp_path / "cache"
+    folder, dataset = tmp_path / "cache", tiny_pairs(4)
     turned = tiny_model(rope_parameters={"rope_type": "default", "rope_theta": 10.0})
     turned.load_state_dict(tiny_model().state_dict())
     values = []
@@ -333,19 +332,20 @@ def test_references_are_cached_under_all_that_they_depend_on(tmp_path):
         {}, {"model": tiny_model(seed=1)}, {"max_length": 9}, {"model": turned}, {"model": scaled_attention()},
         {"ref_model": of_adapters("default")}, {"ref_model": of_adapters("b")},
     )):  # fmt: skip
-        trainer = grouped(tmp_path / str(number), reference_cache=str(folder), max_steps=1, **changes)
+        trainer = grouped(tmp_path / str(number), dataset, reference_cache=str(folder), max_steps=1, **changes)
         values.append(trainer.train_dataset["reference"][:])
         assert len(list(folder.glob("*.safetensors"))) == number + 1
         if "ref_model" not in changes:
             assert logs(trained(trainer))[0] == LOG_2
     assert values[5] != values[6]
     stamps = {path: path.stat().st_mtime_ns for path in folder.glob("*")}
-    again = grouped(tmp_path / "again", reference_cache=str(folder))
+    again = grouped(tmp_path / "again", dataset, reference_cache=str(folder))
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*")} == stamps
     assert again.train_dataset["reference"][:] == values[0]
     for path in stamps:
         path.write_bytes(b"cut off")
-    assert grouped(tmp_path / "damaged", reference_cache=str(folder)).train_dataset["reference"][:] == values[0]
+    damaged = grouped(tmp_path / "damaged", dataset, reference_cache=str(folder))
+    assert damaged.train_dataset["reference"][:] == values[0]
 
 
 def test_adapters_that_come_with_a_model(tmp_path):
@@ -372,19 +372,14 @@ def test_adapters_that_come_with_a_model(tmp_path):
             grouped(tmp_path / "c", model=loaded, **extra)
 
 
-def test_the_users_own_config_is_taken_and_left_as_it_was(tmp_path):
+def test_the_users_own_config_is_taken_and_left_as_it_was(tmp_path, recwarn):
     @dataclass
     class Mine(DPOConfig):
         mine: int = 3
         weighting: str = "sigmoid"
 
-    accumulated = {"gradient_accumulation_kwargs": {"num_steps": 2}}
-    settings = {
-        "max_steps": 1,
-        "precompute_ref_batch_size": 3,
-        "disable_dropout": False,
-        "accelerator_config": accumulated,
-    }
+    settings = {"max_steps": 1, "precompute_ref_batch_size": 3, "disable_dropout": False,
+                "accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 2}}}  # fmt: skip
     args = Mine(str(tmp_path), **(TINY | settings))
     before = dict(vars(args)) | {"accelerator_config": copy.deepcopy(args.accelerator_config)}
     seen = []
@@ -393,14 +388,15 @@ def test_the_users_own_config_is_taken_and_left_as_it_was(tmp_path):
         def on_step_end(self, args, state, control, **kwargs):
             seen.append(args.mine)
 
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        trainer = GroupedDPOTrainer(
-            model=tiny_model(), args=args, train_dataset=tiny_pairs(4), processing_class=tiny_tokenizer(),
-            callbacks=[Reads()],
-        )  # fmt: skip
+    trainer = GroupedDPOTrainer(
+        model=tiny_model(),
+        args=args,
+        train_dataset=tiny_pairs(4),
+        processing_class=tiny_tokenizer(),
+        callbacks=[Reads()],
+    )
     for name in ("precompute_ref_log_probs=False", "precompute_ref_batch_size=3", "disable_dropout=False"):
-        assert any(str(warning.message).startswith(name) for warning in said), name
+        assert any(str(warning.message).startswith(name) for warning in recwarn), name
     trainer.train()
     assert seen == [3]
     assert dict(vars(args)) == before
@@ -428,7 +424,7 @@ import json, os, sys
 sys.path.insert(0, {tests!r})
 import torch
 from accelerate.state import AcceleratorState, DistributedType
-from tiny import TINY, tiny_pairs, tiny_tokenizer
+from tiny import make, tiny_pairs
 from transformers import AutoModelForCausalLM
 from persodpo.training.trainer import GroupedDPOConfig, GroupedDPOTrainer
 
@@ -448,9 +444,6 @@ if way == "fsdp":
 
     AcceleratorState.__init__ = sharded
     extra |= {{"fsdp": True, "fsdp_config": {{"transformer_layer_cls_to_wrap": ["Qwen2DecoderLayer"]}}}}
-args = GroupedDPOConfig(folder, **(TINY | {{
-    "per_device_train_batch_size": batch, "per_device_eval_batch_size": batch, "max_steps": 6, "token_budget": 70,
-    "weighting": "sigmoid", "eval_on_start": True}} | extra))
 wrapped = set()
 
 class Trainer(GroupedDPOTrainer):
@@ -458,9 +451,10 @@ class Trainer(GroupedDPOTrainer):
         wrapped.add(type(model).__name__)
         return super().training_step(model, *args)
 
-trainer = Trainer(
-    model=AutoModelForCausalLM.from_pretrained(model, attn_implementation="sdpa"), args=args,
-    train_dataset=tiny_pairs(), eval_dataset=tiny_pairs(7, seed=9), processing_class=tiny_tokenizer())
+trainer = make(
+    Trainer, GroupedDPOConfig, folder, model=AutoModelForCausalLM.from_pretrained(model, attn_implementation="sdpa"),
+    eval_dataset=tiny_pairs(7, seed=9), per_device_train_batch_size=batch, per_device_eval_batch_size=batch, max_steps=6,
+    token_budget=70, weighting="sigmoid", eval_on_start=True, **extra)
 if way == "early":
     trainer.evaluate()
 trainer.train()
@@ -486,11 +480,9 @@ def test_two_processes_give_what_one_gives(tmp_path):
     ways = {"one": "Qwen2ForCausalLM", "ddp": "DistributedDataParallel", "fsdp": "FSDPQwen2ForCausalLM", "early": ""}
     results, weights = {}, {}
     for way in ways:
-        command = [*([sys.executable] if way == "one" else launch), str(script), str(tmp_path / way)]
-        done = subprocess.run(
-            [*command, str(tmp_path / "model"), way], capture_output=True, text=True, timeout=300, check=False,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+        command = [*([sys.executable] if way == "one" else launch), script, tmp_path / way, tmp_path / "model", way]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
         lines = [line for line in done.stdout.splitlines() if "RESULT" in line]
         if way == "early":
             # Transformers then leaves the model without a wrapper, and each process would train by itself.
@@ -538,12 +530,6 @@ def test_arguments_that_cannot_be_grouped_are_refused_by_name(tmp_path, changes,
     assert words in str(refused.value)
 
 
-def test_compiling_by_the_environment_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
-    with pytest.raises(PersodpoError, match="ACCELERATE_DYNAMO_BACKEND"):
-        grouped(tmp_path)
-
-
 @pytest.mark.parametrize("score", [math.nan, math.inf, None])
 def test_a_score_that_is_no_number_is_refused_with_its_row(tmp_path, score):
     scores = tiny_pairs()["score_chosen"][:]
@@ -552,7 +538,11 @@ def test_a_score_that_is_no_number_is_refused_with_its_row(tmp_path, score):
         grouped(tmp_path, broken, weighting="sigmoid")
 
 
-def test_datasets_and_models_that_do_not_fit_are_refused(tmp_path):
+def test_environments_datasets_and_models_that_do_not_fit_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
+    with pytest.raises(PersodpoError, match="ACCELERATE_DYNAMO_BACKEND"):
+        grouped(tmp_path)
+    monkeypatch.undo()
     trainer = grouped(tmp_path)
     with pytest.raises(PersodpoError, match="SyncRefModelCallback"):
         trainer.add_callback(SyncRefModelCallback(tiny_model(), trainer.accelerator))

@@ -57,37 +57,32 @@ def tiny_pairs(prompts: int = 24, chosen: int = 2, rejected: int = 3, seed: int 
         prompt, sides = text(5, 12) + "\n", [text(2, 8) for _ in range(chosen + rejected)]
         scores = [source.random() for _ in sides]
         rows += [
-            {
-                "prompt": prompt,
-                "chosen": sides[c],
-                "rejected": sides[r],
-                "score_chosen": scores[c],
-                "score_rejected": scores[r],
-            }
+            (prompt, sides[c], sides[r], scores[c], scores[r])
             for c in range(chosen)
             for r in range(chosen, chosen + rejected)
         ]
-    return Dataset.from_list(rows)
+    names = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected")
+    return Dataset.from_list([dict(zip(names, row, strict=True)) for row in rows])
 
 
-def grouped(folder, dataset=None, *, model=None, **changes) -> GroupedDPOTrainer:
+def make(kind, config, folder, dataset=None, *, model=None, **changes):
     extra = {name: changes.pop(name) for name in OBJECTS & set(changes)}
-    settings = TINY | {"per_device_train_batch_size": 4, "max_steps": 3, "token_budget": 150} | changes
-    return GroupedDPOTrainer(
-        model=model or tiny_model(), args=GroupedDPOConfig(str(folder), **settings),
+    return kind(
+        model=model or tiny_model(), args=config(str(folder), **TINY | {"max_steps": 3} | changes),
         train_dataset=tiny_pairs() if dataset is None else dataset, processing_class=tiny_tokenizer(), **extra,
     )  # fmt: skip
 
 
-def stock(folder, dataset=None, *, model=None, **changes) -> DPOTrainer:
-    extra = {name: changes.pop(name) for name in OBJECTS & set(changes)}
-    settings = TINY | {"per_device_train_batch_size": 4 * PAIRS_A_PROMPT, "max_steps": 3} | changes
-    if model is None and "peft_config" not in extra:
-        extra = {"ref_model": tiny_model()} | extra
-    return DPOTrainer(
-        model=model or tiny_model(), args=DPOConfig(str(folder), **settings),
-        train_dataset=tiny_pairs() if dataset is None else dataset, processing_class=tiny_tokenizer(), **extra,
-    )  # fmt: skip
+def grouped(folder, dataset=None, **changes) -> GroupedDPOTrainer:
+    settings = {"per_device_train_batch_size": 4, "token_budget": 150} | changes
+    return make(GroupedDPOTrainer, GroupedDPOConfig, folder, dataset, **settings)
+
+
+def stock(folder, dataset=None, **changes) -> DPOTrainer:
+    settings = {"per_device_train_batch_size": 4 * PAIRS_A_PROMPT} | changes
+    if not {"model", "peft_config"} & set(settings):
+        settings = {"ref_model": tiny_model()} | settings
+    return make(DPOTrainer, DPOConfig, folder, dataset, **settings)
 
 
 def trained(trainer):

@@ -49,15 +49,10 @@ ARMS: dict[ArmName, Arm] = {
 
 
 def arm_name(name: str) -> ArmName:
-    """Return ``name`` if it is an arm's.
-
-    Raises:
-        PersodpoError: There is no such arm.
-    """
-    for arm in ARMS:
-        if arm == name:
-            return arm
-    raise PersodpoError(f"There is no arm '{name}'; there are {', '.join(ARMS)}.")
+    """Return ``name`` if it is an arm's, else refuse it."""
+    if name not in ARMS:
+        raise PersodpoError(f"There is no arm '{name}'; there are {', '.join(ARMS)}.")
+    return name
 
 
 def label_of(arm: ArmName, seed: int, seeds: Sequence[int]) -> str:
@@ -66,11 +61,7 @@ def label_of(arm: ArmName, seed: int, seeds: Sequence[int]) -> str:
 
 
 def split_prompts(pairs: pd.DataFrame, share: float, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the pairs to train on and the held-out ones, those of a share of the prompts; no prompt is in both.
-
-    Raises:
-        PersodpoError: There are fewer than two prompts.
-    """
+    """Return the pairs to train on and the held-out ones, those of a share of the prompts; no prompt is in both."""
     prompts = pairs["prompt"].unique()
     if len(prompts) < 2:
         raise PersodpoError(f"The pairs have {len(prompts)} prompt; training needs two, one of them to hold out.")

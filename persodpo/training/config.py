@@ -56,11 +56,7 @@ class GroupedDPOConfig(DPOConfig):  # type: ignore[misc]
 
 
 def check_arguments(args: DPOConfig, callbacks: Iterable[object]) -> None:
-    """Refuse arguments and callbacks that grouped rows cannot honour, and warn of those that have no effect.
-
-    Raises:
-        PersodpoError: One cannot be honoured.
-    """
+    """Refuse arguments and callbacks that grouped rows cannot honour, and warn of those that have no effect."""
     weighting, budget, optim = option(args, "weighting"), option(args, "token_budget"), str(args.optim)
     losses = [args.loss_type] if isinstance(args.loss_type, str) else list(args.loss_type)
     refused = {
@@ -99,11 +95,7 @@ def check_arguments(args: DPOConfig, callbacks: Iterable[object]) -> None:
 
 
 def check_callback(callback: object) -> None:
-    """Refuse a callback, object or class, that moves the reference.
-
-    Raises:
-        PersodpoError: It does.
-    """
+    """Refuse a callback, object or class, that moves the reference."""
     if issubclass(callback if isinstance(callback, type) else type(callback), SyncRefModelCallback):
         raise PersodpoError("SyncRefModelCallback moves the reference, which is computed once here; leave it out.")
 

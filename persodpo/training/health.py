@@ -1,7 +1,7 @@
 """Is a DPO run still healthy? Its logs and a few greedy generations in, a verdict on each way in which runs fail out.
 
 Falling chosen log-probability and saturation show in the logs; broken format, a changed length and loops only in what
-the model writes. `judge` needs no model; with the callback `Health` training is bit-identical to training without.
+the model writes. With the callback `Health` training is bit-identical to training without.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def judge(log_history: Sequence[Mapping[str, Any]], generations: Sequence[Measur
 
     Args:
         log_history: The trainer's logs, under TRL's names.
-        generations: Measured generations from the start on; the first is what later ones are held against.
+        generations: Measured generations from the start on; the last is held against the first.
         beta: DPO's, which makes log-ratios of rewards.
 
     Returns:
@@ -133,14 +133,10 @@ class Health(TrainerCallback):
     is not measured again: its evaluation was.
 
     Args:
-        prompts: Held-out prompts; the first distinct ones are taken.
-        count: How many.
+        prompts: Held-out prompts; the first ``count`` distinct ones are taken.
         max_new_tokens: Longest generation; what is cut there counts as not read.
         reading: As in `read_completion`. ``as_released`` accepts a tail of braces behind the object, ``strict`` not.
         stop: Stop training when a verdict of `COLLAPSE` is bad; needs evaluations during training.
-
-    Raises:
-        PersodpoError: There is no prompt, or the model's weights are sharded over processes.
     """
 
     def __init__(
@@ -233,15 +229,17 @@ def _untouched(model: Any) -> Iterator[None]:
 
 
 def _generate(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int) -> list[str]:
-    """Generate greedily in one batch, padded on the left; the model's own sampling and penalties are set aside."""
-    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    width = max(map(len, ids))
-    padded = torch.tensor([[pad] * (width - len(row)) + row for row in ids], device=model.device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=model.device)
+    """Generate greedily in one batch, padded on the left; the model's own sampling and penalties are set aside.
+
+    TRL gives a tokenizer without a padding token that of its end.
+    """
+    batch = tokenizer(
+        list(prompts), padding=True, padding_side="left", return_attention_mask=True, return_tensors="pt"
+    ).to(model.device)
     plain = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, temperature=1.0, top_p=1.0, top_k=50,
-        repetition_penalty=1.0, no_repeat_ngram_size=0, pad_token_id=pad, use_cache=True,
+        repetition_penalty=1.0, no_repeat_ngram_size=0, pad_token_id=tokenizer.pad_token_id, use_cache=True,
     )  # fmt: skip
-    made = model.generate(input_ids=padded, attention_mask=mask, generation_config=plain)
-    return list(tokenizer.batch_decode(made[:, width:], skip_special_tokens=True))
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    made = model.generate(input_ids=ids, attention_mask=mask, generation_config=plain)
+    return list(tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True))

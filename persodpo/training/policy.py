@@ -1,9 +1,8 @@
-"""Training texts in, the small policy of machines without a GPU out: a language model and its tokenizer, made in a minute.
+"""Policies: any causal language model loaded, or a small one made from training texts in a minute.
 
-The model has the architecture of Qwen2, so that all that trains it also trains the real ones. It learns from the texts
-alone, nothing is fetched: first a byte-level BPE, then a short causal-LM warm-up on the completions given their prompts.
-Equal prompts are processed once, by the packed forward pass of the trainer. The folder is renamed into place when it is
-complete, with a record of what it was made from; the same texts, settings and code reuse it.
+The small policy has the architecture of Qwen2, so all that trains it also trains the real ones. It learns from the
+texts alone: first a byte-level BPE, then a short causal-LM warm-up on the completions given their prompts,
+by the packed forward pass of the trainer.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -62,26 +62,19 @@ class SmallPolicy(PolicySize):
     seed: Seed = setting("of weights and batches")
 
 
-def make_small_policy(
-    examples: Examples, settings: SmallPolicy, folder: Path, *, start: Path | None = None, progress: bool = True
-) -> Path:
-    """Make the small policy from training texts, unless ``folder`` holds it already.
+def make_small_policy(examples: Examples, settings: SmallPolicy, folder: Path, *, start: Path | None = None) -> Path:
+    """Make the small policy from prompts and completions, unless ``folder`` holds it already, made from the same.
 
     The same examples, settings and threads on the same machine give the same weights to the byte.
 
     Args:
-        examples: Prompts and completions; the same prompt may come with several completions.
+        examples: The same prompt may come with several completions.
         settings: Size and warm-up.
-        folder: Where to put model, tokenizer and record. A small policy made from something else is replaced.
+        folder: Where model, tokenizer and record go. A small policy made from something else is replaced.
         start: A small policy to go on from, with its tokenizer and size; None for a new one.
-        progress: Show a progress bar, on a terminal.
 
     Returns:
         ``folder``, for `load_policy`.
-
-    Raises:
-        PersodpoError: There are too few examples, one is empty, none fits the length limit, ``folder`` holds something
-            else, or the disk fails.
     """
     _check(examples)
     basis = {
@@ -91,9 +84,7 @@ def make_small_policy(
         "code": code_of(__name__, "persodpo.training"),
     }
 
-    def make(scratch: Path) -> dict[str, Any]:
-        return _make(examples, settings, scratch, start=start, progress=progress)
-
+    make = partial(_make, examples, settings, start)
     return made_once(folder, RECORD, basis, make, what="a small policy", needs=WEIGHTS)
 
 
@@ -103,7 +94,7 @@ def load_policy(
     """Load a causal language model and its tokenizer.
 
     Only weights in safetensors are read, and no code that comes with a model is run. Adapters are merged into their base,
-    and that is said. Away from a terminal transformers draws no progress bars.
+    and that is said.
 
     Args:
         name: A local folder or a name on the Hugging Face Hub.
@@ -113,12 +104,8 @@ def load_policy(
 
     Returns:
         The model, in evaluation mode on the CPU, and the tokenizer.
-
-    Raises:
-        PersodpoError: There is no such model, it cannot be fetched, or it lacks weights or its tokenizer's vocabulary.
     """
-    if not sys.stderr.isatty():
-        disable_progress_bar()  # type: ignore[no-untyped-call]
+    _no_bars_unwatched()
     name = str(name)
     model: Any
     found: Any
@@ -157,24 +144,25 @@ def load_policy(
     return model, tokenizer
 
 
+def _no_bars_unwatched() -> None:
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
 def _check(examples: Examples) -> None:
     if len(examples) < MINIMUM_EXAMPLES:
         raise PersodpoError(
             f"The small policy needs at least {MINIMUM_EXAMPLES} examples to learn from, not {len(examples)}."
         )
     for number, texts in enumerate(examples):
-        for side, text in zip(("prompt", "completion"), texts, strict=True):
-            if not text.strip():
-                raise PersodpoError(f"Example {number} has an empty {side}; leave it out.")
+        if not all(text.strip() for text in texts):
+            raise PersodpoError(f"Example {number} has an empty prompt or completion; leave it out.")
 
 
-def _make(
-    examples: Examples, settings: SmallPolicy, folder: Path, *, start: Path | None, progress: bool
-) -> dict[str, Any]:
+def _make(examples: Examples, settings: SmallPolicy, start: Path | None, folder: Path) -> dict[str, Any]:
     """Train tokenizer and model into ``folder`` and return what there is to say about it."""
     started = time.perf_counter()
-    if not sys.stderr.isatty():
-        disable_progress_bar()  # type: ignore[no-untyped-call]
+    _no_bars_unwatched()
     tokenizer: Any
     model: Any
     if start is None:
@@ -185,7 +173,7 @@ def _make(
     else:
         model, tokenizer = load_policy(start)
     rows, lengths = _encode(examples, tokenizer, settings.max_length)
-    losses = _train(model, rows, settings, progress=progress)
+    losses = _train(model, rows, settings)
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)
     last = losses[-max(1, round(RAMP * len(losses))) :]
@@ -256,7 +244,7 @@ def _batches(groups: Sequence[Group], settings: SmallPolicy) -> Iterator[list[Gr
             yield [groups[place] for place in places]
 
 
-def _train(model: PreTrainedModel, groups: Sequence[Group], settings: SmallPolicy, *, progress: bool) -> list[float]:
+def _train(model: PreTrainedModel, groups: Sequence[Group], settings: SmallPolicy) -> list[float]:
     """Run the warm-up; return the loss of each step, in nats a completion token."""
     optimiser = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     ramp = max(1, round(RAMP * settings.steps))
@@ -266,8 +254,7 @@ def _train(model: PreTrainedModel, groups: Sequence[Group], settings: SmallPolic
     model.train()
     losses: list[float] = []
     batches = _batches(groups, settings)
-    quiet = not (progress and sys.stderr.isatty())
-    for _ in tqdm(range(settings.steps), desc="small policy, warm-up", disable=quiet, leave=False):
+    for _ in tqdm(range(settings.steps), desc="small policy, warm-up", disable=not sys.stderr.isatty(), leave=False):
         rows = pack(next(batches))
         loss = -response_log_probs(model, rows).sum() / rows.lengths.sum()
         optimiser.zero_grad()

@@ -46,12 +46,7 @@ def describe(model: Any, verdict: Verdict) -> dict[str, object]:
 
 
 def reference_key(groups: Sequence[Group], **settings: object) -> str:
-    """Return the cache key: the sha256 of everything that a reference log-probability depends on.
-
-    Args:
-        groups: Token ids of prompts and responses (so of the template and the length limit too).
-        **settings: The rest, by name: the model's weights and config, dtype, attention, code and versions.
-    """
+    """Return the cache key: the sha256 of all that a log-probability depends on, token ids and ``settings`` by name."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for group in groups:
         digest.update(json.dumps([group.prompt, group.responses]).encode())
@@ -88,9 +83,6 @@ def reference_log_probs(
         token_budget: Most positions of a micro-batch; a larger group is split.
         layout: How groups become rows.
         accelerator: Of the trainer.
-
-    Raises:
-        PersodpoError: One is not a number.
     """
     parts = [part for group in groups for part in split_responses(group, token_budget, layout)]
     batches, count = list(micro_batches(parts, token_budget, layout)), accelerator.num_processes

@@ -71,21 +71,23 @@ def train_arm(
         pairs: A pairs table.
         arm: A name of `ARMS`.
         policy: Folder or Hub name of the model to start from.
-        folder: Where model, tokenizer, ``trainer_state.json`` and ``arm.json`` go, with TRL's card of its
-            checkpoints, until `persodpo.cards` writes one from the run's tables. Reference log-probabilities are cached
-            beside it.
-        profile: Its ``training`` section and seed.
+        folder: Where model, tokenizer, ``trainer_state.json`` and ``arm.json`` go, with TRL's card of its checkpoints,
+            until `persodpo.cards` writes one from the run's tables. Reference log-probabilities are cached beside it.
+        profile: Its ``training`` section, reading of completions and seed.
         key: Stands for everything that the outcome depends on.
-
-    Raises:
-        PersodpoError: The policy cannot be loaded, its attention or the pairs do not fit, or the disk fails.
     """
     settings = profile.training
     train, held_out = split_prompts(pairs, settings.held_out, profile.seed)
     checkpoint = _prepare(folder, key)
     model, tokenizer = load_policy(policy)
-    described = describe(policy, model.num_parameters())
-    health = _health(held_out, profile)
+    described = _described(policy, model.num_parameters())
+    health = Health(
+        held_out["prompt"].tolist(),
+        count=settings.health_prompts,
+        max_new_tokens=settings.health_tokens,
+        reading=profile.reading,
+        stop=settings.stop_when_collapsed,
+    )
     with _without_chatter(), disk_errors(folder):
         trainer = GroupedDPOTrainer(
             model=model,
@@ -97,9 +99,8 @@ def train_arm(
             callbacks=[health, _CheckpointRecord()],
         )
         trainer.remove_callback(PrinterCallback)
-        said = (
-            "; ".join(f"{name}: {skipped}" for name, skipped in trainer.skipped.items() if skipped) or "none left out"
-        )
+        left_out = {name: str(skipped) for name, skipped in trainer.skipped.items()}
+        said = "; ".join(f"{name}: {text}" for name, text in left_out.items())
         tqdm.write(f"{arm}: {described}; {len(train):,} pairs, {len(held_out):,} held out; {said}")
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         history: list[dict[str, Any]] = trainer.state.log_history
@@ -110,7 +111,7 @@ def train_arm(
         record = {
             "key": key, "arm": arm, "policy": described, "parameters": model.num_parameters(),
             "steps": trainer.state.global_step, "train_pairs": len(train), "held_out_pairs": len(held_out),
-            "left_out": {name: str(skipped) for name, skipped in trainer.skipped.items()},
+            "left_out": left_out,
             "weights": _digests(folder, "*.safetensors"),
             "packing": asdict(cast(Verdict, trainer.packing)),
             # Of training, evaluations and health checks included, the reference pass not.
@@ -134,17 +135,16 @@ def _without_chatter() -> Iterator[None]:
         yield
 
 
-def describe(policy: str | Path, parameters: int) -> str:
+def _described(policy: str | Path, parameters: int) -> str:
     """Say plainly which policy it is, with its true size."""
     made_here = (Path(policy) / RECORD).is_file()
     return f"{'small policy' if made_here else Path(policy).name}, {parameters / 1e6:,.1f} M parameters"
 
 
 class _CheckpointRecord(TrainerCallback):
-    """Writes down what a checkpoint holds, so that a damaged one is known before it is read."""
+    """Writes down the sha256 of a checkpoint's files, so that a damaged one is known before it is read."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the sha256 of each file."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         write_json(folder / CHECKPOINT_RECORD, _digests(folder, "*"))
 
@@ -152,11 +152,13 @@ class _CheckpointRecord(TrainerCallback):
 def _summary(trainer: GroupedDPOTrainer, warmup: int) -> str:
     """Say in a line how a training ended."""
     last = next(log for log in reversed(trainer.state.log_history) if "eval_loss" in log)
-    names = {"loss": "eval_loss", "accuracy": "eval_rewards/accuracies", "margin": "eval_rewards/margins"}
-    found = ", ".join(f"{name} {last[key]:.3f}" for name, key in names.items())
     steps = trainer.state.global_step
+    said = (
+        f"  held out after {steps:,} steps: loss {last['eval_loss']:.3f}, accuracy {last['eval_rewards/accuracies']:.3f}, "
+        f"margin {last['eval_rewards/margins']:.3f} -> {trainer.args.output_dir}"
+    )
     short = f"; the warm-up of {warmup} steps left it no full learning rate: lower training.warmup_steps"
-    return f"  held out after {steps:,} steps: {found} -> {trainer.args.output_dir}{short if steps <= warmup else ''}"
+    return said + (short if steps <= warmup else "")
 
 
 def _prepare(folder: Path, key: str) -> Path | None:
@@ -214,17 +216,6 @@ def as_dataset(pairs: pd.DataFrame) -> datasets.Dataset:
     """Return what the trainer needs of a pairs table."""
     columns = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected")
     return datasets.Dataset.from_dict({column: pairs[column].tolist() for column in columns})
-
-
-def _health(held_out: pd.DataFrame, profile: Profile) -> Health:
-    settings = profile.training
-    return Health(
-        held_out["prompt"].tolist(),
-        count=settings.health_prompts,
-        max_new_tokens=settings.health_tokens,
-        reading=profile.reading,
-        stop=settings.stop_when_collapsed,
-    )
 
 
 def _adapters(rank: int | None) -> LoraConfig | None:
