@@ -1,25 +1,26 @@
-"""The trainer on one GPU: packed rows against plain passes, losses beside TRL's, and the ladder against TRL.
+"""The trainer on one GPU: packed rows against plain passes, the ladder against TRL, and losses beside TRL's.
 
 For a machine without a network; `gpu.md` says how to prepare and run it. Three parts, of which each row is reported whether
 or not the others work:
 
-- packing: tiny models of eight architectures with random weights. The guard's verdict, and the log-probabilities of packed
+- packing: small models of eight architectures with random weights. The guard's verdict, and the log-probabilities of packed
   rows beside those of plain forward passes, in bf16 and fp32, with eager and sdpa attention;
-- training: two epochs of three optimiser steps, full training and LoRA, and the losses of TRL on the same steps;
 - ladder: the shape of Qwen2-0.5B with random weights in bf16. TRL as it comes (reference model in the loop, gradient
-  checkpointing), TRL tuned (reference computed once, no checkpointing) and `GroupedDPOTrainer` at several token budgets.
+  checkpointing), TRL tuned (reference computed once, no checkpointing) and `GroupedDPOTrainer` at several token budgets;
+- training: two epochs of three optimiser steps, full training and LoRA, and the losses of TRL on the same steps.
 
-All rungs take the same pairs in the same optimiser steps, the pairs of a prompt side by side, with sdpa attention and fused
-AdamW. A timed repeat is one optimiser step on new tokens of the same lengths, after one step that is not timed. Reference
-log-probabilities are timed apart; an epoch holds both.
+Pairs are random tokens in the shape of the released ones. All rungs take the same pairs in the same optimiser steps, the
+pairs of a prompt side by side, with sdpa attention and fused AdamW. A timed repeat is one optimiser step on new tokens of
+the same lengths, after one step that is not timed. Reference log-probabilities are timed apart; an epoch holds both.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import os
-import statistics
+import shutil
 import sys
 import tempfile
 import time
@@ -33,47 +34,53 @@ from unittest.mock import patch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.update({"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"})
 
-import accelerate
-import datasets
-import peft
-import tiny_architectures as tiny
 import torch
 import transformers
 from gpu_pairs import FULL, QUICK, Steps
-from measuring import RESULTS, machine, pipes
+from gpu_report import described, report, summary
+from gpu_wheels import PROJECT
 from transformers import AutoModelForCausalLM, Qwen2Config, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
-from trl import DPOConfig, DPOTrainer
 
-from persodpo.errors import PersodpoError
-from persodpo.runfolder import write_json
-from persodpo.training.guard import check_packing
-from persodpo.training.packing import Group, Layout, pack
-from persodpo.training.trainer import GroupedDPOConfig, GroupedDPOTrainer
-
-Rows = dict[str, dict[str, Any]]
 Work = Iterator[tuple[str, Callable[[], dict[str, Any]]]]
-#: Model type -> variant of its attention.
-ARCHITECTURES: dict[str, tiny.Variant] = {
-    "qwen2": "plain", "llama": "plain", "mistral": "window 8", "gemma2": "window 8", "gemma3_text": "window 8",
-    "granite": "plain", "mixtral": "plain", "lfm2": "plain",
+#: Share of the time after which a part starts nothing more.
+ENDS = {"packing": 0.25, "ladder": 0.75, "training": 0.95}
+LEARNING_RATES = {"full": 1e-5, "LoRA": 1e-3}
+
+
+SMALL = {
+    "vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-#: Least factor of the best `grouped` against TRL as it comes and against the best `tuned`.
-GOALS = {"trl": 10.0, "tuned": 6.0}
-#: Dense bf16 operations per second, by a part of the device's name.
-PEAKS = {"H100": 989e12, "H200": 989e12}
-EPOCH_PAIRS = 9184
+WINDOW = {"sliding_window": 16, "head_dim": 16}
+TURNS = {**WINDOW, "layer_types": ["sliding_attention", "full_attention"] * 2, "query_pre_attn_scalar": 16}
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Qwen2": ("Qwen2Config", {}),
+    "Llama": ("LlamaConfig", {}),
+    "Mistral, window": ("MistralConfig", WINDOW),
+    "Gemma 2": ("Gemma2Config", TURNS),
+    "Gemma 3": ("Gemma3TextConfig", TURNS),
+    "Granite": ("GraniteConfig", {"logits_scaling": 4.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2}),
+    "Mixtral": ("MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "LFM2, hybrid": ("Lfm2Config", {"layer_types": ["conv", "full_attention"] * 2}),
+}
 
 
 class Bench:
     """Sizes, device and time of a run."""
 
-    def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
+    def __init__(self, arguments: argparse.Namespace) -> None:
         """Read them off the command line."""
-        self.device, self.repeats, self.folder = arguments.device, arguments.repeats, folder
+        self.device, self.repeats = arguments.device, arguments.repeats
         self.quick, self.size = arguments.quick, QUICK if arguments.quick else FULL
-        self.end = time.monotonic() + 60 * arguments.minutes
+        self.dtype = torch.float32 if self.quick else torch.bfloat16
+        self.started, self.seconds = time.monotonic(), 60 * arguments.minutes
+        self.folder = Path(tempfile.mkdtemp())
         self.prepared: dict[tuple[int, bool], Any] = {}
+
+    def left(self, part: str) -> float:
+        """Return the seconds before a part must start nothing more."""
+        return float(self.started + ENDS[part] * self.seconds - time.monotonic())
 
     def wait(self) -> None:
         """Wait for the device."""
@@ -90,9 +97,16 @@ class Bench:
             torch.cuda.reset_peak_memory_stats()
         return float(torch.cuda.max_memory_allocated() / 2**30)
 
-    def attempt(self, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def usable(self) -> bool:
+        """Tell whether the device still computes; some errors leave it unusable for the rest of the process."""
+        try:
+            return float(torch.ones(2, device=self.device).sum()) == 2
+        except RuntimeError:
+            return False
+
+    def attempt(self, part: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Return what the work returns, or why there is nothing."""
-        if time.monotonic() > self.end:
+        if self.left(part) <= 0:
             return {"error": "skipped: no time left"}
         started = time.monotonic()
         try:
@@ -113,35 +127,44 @@ class Bench:
 
 def packing(bench: Bench) -> Work:
     """Compare packed rows with plain passes for each architecture, type and attention."""
-    for kind in ARCHITECTURES:
+    for name in ARCHITECTURES:
         for dtype in ("float32", "bfloat16"):
             for attention in ("eager", "sdpa"):
-                yield f"{kind} | {dtype} | {attention}", partial(compared, bench, kind, dtype, attention)
+                yield f"{name} | {dtype} | {attention}", partial(compared, bench, name, dtype, attention)
 
 
 @torch.no_grad()
-def compared(bench: Bench, kind: str, dtype: str, attention: str) -> dict[str, Any]:
+def compared(bench: Bench, name: str, dtype: str, attention: str) -> dict[str, Any]:
     """Return the guard's verdict on a model, and how far its packed log-probabilities are from plain ones, in nats."""
+    # A module that does not load is reported, and costs no other part.
+    from persodpo.errors import PersodpoError  # noqa: PLC0415
+    from persodpo.training.guard import check_packing  # noqa: PLC0415
+    from persodpo.training.packing import Group, Layout, pack  # noqa: PLC0415
+
+    kind, extra = ARCHITECTURES[name]
+    config = getattr(transformers, kind)(**SMALL | extra)
+
+    def build(dtype: torch.dtype) -> Any:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+
+    torch.manual_seed(0)
     try:
-        single = tiny.tiny_model(kind, attention, ARCHITECTURES[kind], torch.float32).to(bench.device)
+        model = build(torch.float32)
     except ValueError as error:
         return {"refused": f"transformers: {str(error).split('. ')[0]}"}
-    source, ids = torch.Generator().manual_seed(1), torch.tensor(tiny.plain_ids(single.config))
-    groups = [
-        Group(prompt, responses)
-        for prompt, *responses in (
-            [ids[torch.randint(len(ids), (length,), generator=source)].tolist() for length in row]
-            for row in ((40, 9, 5, 13), (21, 7, 17))
-        )
-    ]
-    # Not by `to`, which would round what is to stay in float32, such as the frequencies of positions.
-    model: Any = AutoModelForCausalLM.from_config(
-        single.config, dtype=getattr(torch, dtype), attn_implementation=attention
-    )
-    model.load_state_dict(single.state_dict())
-    model = model.to(bench.device).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(0, 0.2)
+    source = torch.Generator().manual_seed(1)
+    lengths = ((40, 9, 5, 13), (21, 7, 17))
+    drawn = [[torch.randint(3, 256, (length,), generator=source).tolist() for length in row] for row in lengths]
+    groups = [Group(prompt, responses) for prompt, *responses in drawn]
+    exact = plain_log_probs(model.to(bench.device).eval(), groups)
+    # Not by `model.to`, which would round what is to stay in float32, such as the frequencies of positions.
+    weights, model = model.state_dict(), build(getattr(torch, dtype)).to(bench.device).eval()
+    model.load_state_dict(weights)
     plain = plain_log_probs(model, groups)
-    found = {"rounding": float((plain - plain_log_probs(single, groups)).abs().max())}
+    found = {"rounding": float((plain - exact).abs().max())}
     try:
         verdict = check_packing(model, max_length=64, token_budget=256)
     except PersodpoError as refusal:
@@ -150,7 +173,7 @@ def compared(bench: Bench, kind: str, dtype: str, attention: str) -> dict[str, A
     return found | vars(verdict) | {"apart": float((packed - plain).abs().max())}
 
 
-def plain_log_probs(model: Any, groups: list[Group]) -> torch.Tensor:
+def plain_log_probs(model: Any, groups: list[Any]) -> torch.Tensor:
     """Return the log-probability of each response by a forward pass of its own."""
     sums = []
     for prompt, response in ((group.prompt, response) for group in groups for response in group.responses):
@@ -163,9 +186,9 @@ def plain_log_probs(model: Any, groups: list[Group]) -> torch.Tensor:
 class Clock(TrainerCallback):
     """Notes when optimiser steps end, and ends training when the time is over and one step is timed."""
 
-    def __init__(self, bench: Bench) -> None:
-        """Take half of the time that is left."""
-        self.bench, self.end, self.marks = bench, (bench.end + time.monotonic()) / 2, list[float]()
+    def __init__(self, bench: Bench, end: float) -> None:
+        """Take the time at which to end."""
+        self.bench, self.end, self.marks = bench, end, list[float]()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Note the time."""
@@ -174,8 +197,13 @@ class Clock(TrainerCallback):
         control.should_training_stop |= len(self.marks) > 1 and time.monotonic() > self.end
 
 
-def trainer_of(bench: Bench, name: str, steps: Steps, model: Any, micro: int, **changes: Any) -> Any:
+def trainer_of(bench: Bench, name: str, steps: Steps, model: Any, extra: dict[str, Any], **changes: Any) -> Any:
     """Make the trainer of a rung; ``reference_seconds`` holds what its reference pass took, if it makes one ahead."""
+    from datasets import Dataset, disable_progress_bars  # noqa: PLC0415
+    from trl import DPOConfig, DPOTrainer  # noqa: PLC0415
+
+    from persodpo.training.trainer import GroupedDPOConfig, GroupedDPOTrainer  # noqa: PLC0415
+
     grouped = name.startswith("grouped")
 
     class Timed(GroupedDPOTrainer if grouped else DPOTrainer):  # type: ignore[misc]
@@ -198,7 +226,7 @@ def trainer_of(bench: Bench, name: str, steps: Steps, model: Any, micro: int, **
             self.reference_seconds = time.perf_counter() - started
             return dataset
 
-    extra = {option: changes.pop(option) for option in {"ref_model", "peft_config"} & set(changes)}
+    disable_progress_bars()
     settings: dict[str, Any] = {
         "output_dir": str(bench.folder / str(time.monotonic_ns())), "use_cpu": bench.device == "cpu", "report_to": "none",
         "save_strategy": "no", "max_steps": steps.count, "disable_tqdm": True, "train_sampling_strategy": "sequential",
@@ -207,43 +235,17 @@ def trainer_of(bench: Bench, name: str, steps: Steps, model: Any, micro: int, **
     if name != "trl":
         settings |= {"precompute_ref_log_probs": True, "gradient_checkpointing": False}
     if grouped:
-        settings |= {"per_device_train_batch_size": len(steps.prompts), "token_budget": micro}
+        settings |= {"per_device_train_batch_size": len(steps.prompts), "token_budget": changes.pop("micro")}
     else:
+        micro = changes.pop("micro")
         settings |= {"per_device_train_batch_size": micro, "gradient_accumulation_steps": steps.pairs // micro}
     args = (GroupedDPOConfig if grouped else DPOConfig)(**settings | changes)
-    data = datasets.Dataset.from_dict(steps.texts())
+    data = Dataset.from_dict(steps.texts())
     # In place of a digest of all weights, which takes long and is not timed; no trainer finds another's reference.
     with patch("trl.trainer.dpo_trainer.hash_module", return_value=settings["output_dir"]):
         trainer = Timed(model=model, args=args, train_dataset=data, processing_class=steps.tokenizer(), **extra)
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-def training(bench: Bench) -> Work:
-    """Train with TRL and grouped, in full and by LoRA, in float32 and under bf16 autocast."""
-    steps = Steps.draw(bench.size, 4, 3)
-    for kind in bench.size.rates:
-        for precision in ("float32", "bfloat16"):
-            yield f"{kind} | {precision}", partial(losses, bench, steps, kind, precision)
-
-
-def losses(bench: Bench, steps: Steps, kind: str, precision: str) -> dict[str, Any]:
-    """Return the losses of two epochs of both trainers."""
-    found: dict[str, Any] = {}
-    changes: dict[str, Any] = {
-        "bf16": precision == "bfloat16", "learning_rate": bench.size.rates[kind], "lr_scheduler_type": "constant",
-        "logging_steps": 1, "max_steps": 2 * steps.count,
-    }  # fmt: skip
-    for name, micro in (("tuned", bench.size.few), ("grouped", 8 * sum(bench.size.lengths))):
-        if kind == "LoRA":
-            changes["peft_config"] = peft.LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
-        trainer = trainer_of(bench, name, steps, bench.build(torch.float32), micro, **changes)
-        trainer.train()
-        found[name] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        del trainer
-        found[f"{name}_gib"] = bench.peak()
-        bench.peak(reset=True)
-    return found | {"apart": max(abs(one - other) for one, other in zip(found["tuned"], found["grouped"], strict=True))}
 
 
 def ladder(bench: Bench) -> Work:
@@ -255,140 +257,92 @@ def ladder(bench: Bench) -> Work:
 
 def rung(bench: Bench, name: str, steps: Steps) -> dict[str, Any]:
     """Time the optimiser steps of a rung."""
-    dtype = torch.float32 if bench.quick else torch.bfloat16
-    model, positions = bench.build(dtype), [0]
+    model, positions = bench.build(bench.dtype), [0]
     model.get_input_embeddings().register_forward_hook(lambda _, args, __: positions.append(args[0].numel()))
-    extra = {"ref_model": bench.build(dtype)} if name == "trl" else {}
-    trainer = trainer_of(bench, name, steps, model, bench.size.rungs[name], **extra)
-    clock = Clock(bench)
+    extra = {"ref_model": bench.build(bench.dtype)} if name == "trl" else {}
+    trainer = trainer_of(bench, name, steps, model, extra, micro=bench.size.rungs[name])
+    clock = Clock(bench, time.monotonic() + bench.left("ladder") / 2)
     trainer.add_callback(clock)
     positions.clear()
-    bench.peak(reset=True)
+    resident = bench.peak(reset=True)
     trainer.train()
     seconds = [after - before for before, after in zip(clock.marks, clock.marks[1:], strict=False)]
-    return steps.work(model, grouped=name.startswith("grouped")) | {
+    return steps.work(grouped=name.startswith("grouped")) | {
         "pairs": steps.pairs, "seconds": seconds, "reference_seconds": trainer.reference_seconds / steps.count,
-        "computed": sum(positions) / len(clock.marks), "gib": bench.peak(), "repeats": f"{len(seconds)} of {bench.repeats}",
+        "computed": sum(positions) / len(clock.marks), "gib": bench.peak(), "resident_gib": resident,
+        "repeats": f"{len(seconds)} of {bench.repeats}",
     }  # fmt: skip
 
 
-def summary(rows: Rows, device: str) -> Rows:
-    """Return figures of the rungs that ran: rates, utilisation, an epoch, and ratios to TRL."""
-    peak = next((peak for name, peak in PEAKS.items() if name in device), None)
-    found: Rows = {}
-    for name, row in rows.items():
-        if row.get("seconds"):
-            step = statistics.median(row["seconds"])
-            whole = step + row["reference_seconds"]
-            found[name] = {
-                "pairs_per_second": row["pairs"] / whole, "pairwise_tokens_per_second": row["pairwise_tokens"] / whole,
-                "positions_per_second": row["computed"] / step, "epoch_seconds": whole / row["pairs"] * EPOCH_PAIRS,
-                "reference_share": row["reference_seconds"] / whole, "spread": max(row["seconds"]) / min(row["seconds"]),
-                "utilisation": row["operations"] / step / peak if peak else None,
-            }  # fmt: skip
-    for other in GOALS:
-        epochs = [entry["epoch_seconds"] for name, entry in found.items() if name.startswith(other)]
-        for entry in found.values():
-            entry[f"against_{other}"] = min(epochs) / entry["epoch_seconds"] if epochs else None
-    return found
+def training(bench: Bench) -> Work:
+    """Train with TRL and grouped, in full and by LoRA, in float32 and under bf16 autocast."""
+    steps = Steps.draw(bench.size, 4, 3)
+    for kind in LEARNING_RATES:
+        for precision in ("float32", "bfloat16"):
+            yield f"{kind} | {precision}", partial(losses, bench, steps, kind, precision)
 
 
-def packing_table(rows: Rows) -> str:
-    """Format the first part."""
-    lines = []
-    for key, row in rows.items():
-        cells = [row.get("error") or row.get("refused"), "", "", ""]
-        if "apart" in row:
-            layout = "grouped" if row["grouped"] else "one response per row"
-            guard = f"{row['difference']:.1e} of {row['tolerance']:.0e}"
-            cells = [layout + ", own head" * row["own_head"], guard, f"{row['apart']:.1e}", row["reason"]]
-        cells.insert(3, f"{row['rounding']:.1e}" if "rounding" in row else "")
-        lines.append([*key.split(" | "), *cells])
-    head = ["architecture", "weights", "attention", "verdict", "guard, nats per token", "packed - plain, nats per response",
-            "plain in this type - in float32", "reason"]  # fmt: skip
-    return pipes(head, lines)
+def losses(bench: Bench, steps: Steps, kind: str, precision: str) -> dict[str, Any]:
+    """Return the losses of two epochs of both trainers."""
+    from peft import LoraConfig  # noqa: PLC0415
+
+    found: dict[str, Any] = {}
+    changes = {"bf16": precision == "bfloat16", "learning_rate": LEARNING_RATES[kind] * bench.size.rates,
+               "lr_scheduler_type": "constant", "logging_steps": 1, "max_steps": 2 * steps.count}  # fmt: skip
+    for name, micro in (("tuned", bench.size.few), ("grouped", 8 * sum(bench.size.lengths))):
+        lora = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        extra = {"peft_config": lora} if kind == "LoRA" else {}
+        model = bench.build(torch.float32)
+        trainer = trainer_of(bench, name, steps, model, extra, micro=micro, **changes)
+        trainer.train()
+        found[name] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        trainer = model = None
+        found[f"{name}_gib"] = bench.peak()
+        bench.peak(reset=True)
+    return found | {"apart": max(abs(one - other) for one, other in zip(found["tuned"], found["grouped"], strict=True))}
 
 
-def training_table(rows: Rows) -> str:
-    """Format the second part."""
-    lines = []
-    for key, row in rows.items():
-        cells = [row.get("error", ""), "", "", ""]
-        if "apart" in row:
-            texts = (", ".join(f"{loss:.5f}" for loss in row[name]) for name in ("tuned", "grouped"))
-            cells = [*texts, f"{row['apart']:.1e}", f"{row['tuned_gib']:.1f} / {row['grouped_gib']:.1f} GiB"]
-        lines.append([*key.split(" | "), *cells])
-    return pipes(["training", "precision", "losses of TRL", "losses of grouped", "apart", "peak memory"], lines)
+PARTS: dict[str, Callable[[Bench], Work]] = {"packing": packing, "ladder": ladder, "training": training}
 
 
-def ladder_table(rows: Rows, figures: Rows) -> str:
-    """Format the third part, and say whether the goals were met by the fastest grouped rung."""
-    head = ["rung", "repeats", "pairs/s", "tokens/s as if pairwise", "positions/s", "no padding", "MFU", "peak memory",
-            "of it reference", f"{EPOCH_PAIRS:,} pairs", "against trl", "against best tuned"]  # fmt: skip
-    lines = []
-    for name, row in rows.items():
-        if name not in figures:
-            lines.append([name, row.get("error", "no step timed"), *[""] * (len(head) - 2)])
-            continue
-        entry = figures[name]
-        share, *ratios = (entry[key] for key in ("utilisation", *(f"against_{other}" for other in GOALS)))
-        lines.append([
-            name, f"{row['repeats']}, within {entry['spread'] - 1:.0%}", f"{entry['pairs_per_second']:,.1f}",
-            f"{entry['pairwise_tokens_per_second']:,.0f}", f"{entry['positions_per_second']:,.0f}",
-            f"{row['positions'] / row['computed']:.0%}", f"{share:.1%}" if share else "", f"{row['gib']:.1f} GiB",
-            f"{entry['reference_share']:.0%}", f"{entry['epoch_seconds']:,.1f} s",
-            *(f"{ratio:.1f}x" if ratio else "" for ratio in ratios),
-        ])  # fmt: skip
-    ours = [entry for name, entry in figures.items() if name.startswith("grouped")]
-    best = max(ours, key=lambda entry: entry["pairs_per_second"], default={})
-    said = []
-    for other, least in GOALS.items():
-        ratio = best.get(f"against_{other}")
-        state = f"{ratio:.1f}x, {'met' if ratio >= least else 'MISSED'}" if ratio else "not measured"
-        said.append(f"{least:.0f}x {other}: {state}")
-    return f"{pipes(head, lines)}\n\nGoals of the fastest grouped rung: {'; '.join(said)}."
-
-
-def report(content: dict[str, Any]) -> str:
-    """Format everything."""
-    tables = [packing_table(content["packing"]), training_table(content["training"])]
-    tables.append(ladder_table(content["ladder"], content["figures"]))
-    tables.append(", ".join(f"{name} {value}" for name, value in content["machine"].items() if value) + ".")
-    return "\n\n".join(tables) + "\n"
-
-
-PARTS: dict[str, Callable[[Bench], Work]] = {"packing": packing, "training": training, "ladder": ladder}
-
-
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Read the command line, run the parts, and write and print the tables."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to test the bench")
-    parser.add_argument("--minutes", type=float, default=7.5, help="what would begin later is skipped and said")
+    parser.add_argument(
+        "--minutes", type=float, default=7.5, help="after loading; what does not fit is skipped and said"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, help="folder of train-cuda.json and .md; benchmarks/results by default")
-    arguments = parser.parse_args()
+    parser.add_argument("--resume", action="store_true", help="keep the rows of an earlier run in the output folder")
+    arguments = parser.parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no GPU; --quick --device cpu tests the bench without one")
     if arguments.output is None and (arguments.quick or arguments.device == "cpu"):
         parser.error("a test needs --output, as it would replace the results of a GPU")
     warnings.simplefilter("ignore", FutureWarning)
     transformers.utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    path, started = (arguments.output or RESULTS) / "train-cuda.json", time.monotonic()
-    device = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU"
-    content: dict[str, Any] = {name: {} for name in PARTS}
-    content["machine"] = machine(device=device, accelerate=accelerate.__version__, peft=peft.__version__)
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(arguments, Path(folder))
-        for part, key, work in ((part, *item) for part, make in PARTS.items() for item in make(bench)):
-            row = content[part][key] = bench.attempt(work)
-            content["figures"] = summary(content["ladder"], device)
-            write_json(path, content)
-            path.with_suffix(".md").write_text(report(content))
-            seconds = time.monotonic() - started
-            print(f"{seconds:4.0f} s  {part}: {key}: {row.get('error', 'done')}", file=sys.stderr, flush=True)
+    bench = Bench(arguments)
+    path = (arguments.output or PROJECT / "benchmarks" / "results") / "train-cuda.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = json.loads(path.read_text()) if arguments.resume and path.exists() else {name: {} for name in PARTS}
+    content["machine"] = described(arguments.device)
+    for part, key, work in ((part, *item) for part, make in PARTS.items() for item in make(bench)):
+        if key in content[part]:
+            continue
+        row = content[part][key] = bench.attempt(part, work)
+        content["figures"] = summary(content["ladder"], content["machine"]["device"])
+        path.write_text(json.dumps(content, indent=1) + "\n")
+        path.with_suffix(".md").write_text(report(content))
+        seconds = time.monotonic() - bench.started
+        print(f"{seconds:4.0f} s  {part}: {key}: {row.get('error', 'done')}", file=sys.stderr, flush=True)
+        if "error" in row and not bench.usable():
+            # The rest in a new process, which finds the rows so far.
+            given = sys.argv[1:] if argv is None else argv
+            left = ["--resume", "--minutes", f"{(bench.seconds - seconds) / 60:.2f}"]
+            os.execv(sys.executable, [sys.executable, __file__, *given, *left])  # noqa: S606
+    shutil.rmtree(bench.folder, ignore_errors=True)
     print(report(content))
 
 
