@@ -11,7 +11,7 @@ import html
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ParamSpec
+from typing import Any
 
 import ipywidgets as widgets
 import numpy as np
@@ -39,7 +39,6 @@ from persodpo.pairs import answers_of, effective_weights, prompt_table, scale_of
 from persodpo.release.published import training_curves
 from persodpo.runfolder import RunFolder
 
-P = ParamSpec("P")
 Shown = Sequence[str | Figure]
 
 ANY, SHARE = "any", "share of the training"
@@ -97,13 +96,13 @@ def _control(kind: Callable[..., Any], name: str, **options: Any) -> Any:
     return kind(description=name.replace("_", " "), style=style, layout=layout, **options)
 
 
-def _or_sentence(panel: Callable[P, Panel]) -> Callable[P, Panel | HTML]:
+def _or_sentence(panel: Callable[[RunFolder], Panel]) -> Callable[[RunFolder], Panel | HTML]:
     """Let a panel whose tables are missing be the sentence that says how to make them, so that a notebook goes on."""
 
     @functools.wraps(panel)
-    def open_panel(*args: P.args, **kwargs: P.kwargs) -> Panel | HTML:
+    def open_panel(run: RunFolder) -> Panel | HTML:
         try:
-            return panel(*args, **kwargs)
+            return panel(run)
         except PersodpoError as error:
             return HTML(f"<p>{html.escape(str(error))}</p>")  # type: ignore[no-untyped-call]
 
@@ -123,7 +122,6 @@ def responses(run: RunFolder) -> Panel:
 
 
 def _joined(answers: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
-    """Set scores beside responses."""
     return answers.merge(scores, on=["dialogue_id", "model"], how="left", validate="one_to_one")
 
 
@@ -175,9 +173,8 @@ def _plain(text: str) -> str:
 def pairs_under(run: RunFolder) -> Callable[[Mapping[str, float], float, float], Outcome]:
     """Prepare what no weight changes, so that `persodpo.method` answers while a slider moves.
 
-    Returns:
-        A function of a weight for each of `persodpo.method.SIGNALS` (they sum to 1) and the low and high quantile of
-        quality (0 to 1); all other settings are the run's own.
+    The answer is to a weight for each of `persodpo.method.SIGNALS` (they sum to 1) and the low and high quantile of quality
+    (0 to 1); all other settings are the run's own.
     """
     profile = run.profile
     answers, scores, dialogues = (run.read(name) for name in ("responses", "scores", "dialogues"))
