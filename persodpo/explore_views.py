@@ -214,12 +214,11 @@ def differences(
 
 def differences_html(table: pd.DataFrame) -> str:
     """Return differences between arms from `differences`; an arm is named by what follows a slash."""
+    arm, base = (table[side].str.split("/").str[-1] for side in ("arm", "baseline"))
+    spans = table[["difference", "low", "high"]].to_numpy(float)
     shown = pd.DataFrame({
-        "difference": [f"{row.arm.split('/')[-1]} − {row.baseline.split('/')[-1]}" for row in table.itertuples()],
-        "this dialogue": table["here"].map("{:+.3f}".format, na_action="ignore"),
-        "all dialogues, with interval": [
-            f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]" for row in table.itertuples()
-        ],
+        "difference": arm + " − " + base, "this dialogue": table["here"].map("{:+.3f}".format, na_action="ignore"),
+        "all dialogues, with interval": [f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" for mean, low, high in spans],
         "dialogues": table["dialogues"], "p (Holm)": table["p_holm"].map("{:.2g}".format, na_action="ignore"),
     })  # fmt: skip
     return shown.to_html(index=False, na_rep="–")
