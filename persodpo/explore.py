@@ -21,19 +21,10 @@ from IPython import get_ipython
 from IPython.display import HTML, Image, display
 from matplotlib.figure import Figure
 
+from persodpo import explore_views as views
 from persodpo import method
 from persodpo.config import Weights
 from persodpo.errors import PersodpoError
-from persodpo.explore_views import (
-    Outcome,
-    curves_figure,
-    dialogue_html,
-    differences,
-    differences_html,
-    png,
-    quality_figure,
-    svg,
-)
 from persodpo.gate import FEATURES, label_accuracy
 from persodpo.pairs import answers_of, effective_weights, prompt_table, scale_of
 from persodpo.release.published import training_curves
@@ -73,11 +64,11 @@ class Panel:
     def _ipython_display_(self) -> None:
         if _is_headless():
             for part in self.shown():
-                display(HTML(part) if isinstance(part, str) else Image(png(part)))  # type: ignore[no-untyped-call]
+                display(HTML(part) if isinstance(part, str) else Image(views.png(part)))  # type: ignore[no-untyped-call]
             return
 
         def show(**_: Any) -> None:
-            parts = [part if isinstance(part, str) else svg(part) for part in self.shown()]
+            parts = [part if isinstance(part, str) else views.svg(part) for part in self.shown()]
             display(HTML(f'<div class="persodpo-view">{"".join(parts)}</div>'))  # type: ignore[no-untyped-call]
 
         controls = widgets.GridBox([*self.finders.values(), *self.controls.values()], layout=_GRID)
@@ -130,7 +121,7 @@ def _page(dialogues: pd.DataFrame, rows: pd.DataFrame, name: str | None) -> str:
     if name is None:
         return "<p>No dialogue matches.</p>"
     dialogue = dialogues[dialogues["dialogue_id"] == name].to_dict("records")[0]
-    return dialogue_html({str(key): value for key, value in dialogue.items()}, rows[rows["dialogue_id"] == name])
+    return views.dialogue_html({str(key): value for key, value in dialogue.items()}, rows[rows["dialogue_id"] == name])
 
 
 def _finder(dialogues: pd.DataFrame, answers: pd.DataFrame, *columns: str) -> tuple[dict[str, Any], Any]:
@@ -170,7 +161,7 @@ def _plain(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def pairs_under(run: RunFolder) -> Callable[[Mapping[str, float], float, float], Outcome]:
+def pairs_under(run: RunFolder) -> Callable[[Mapping[str, float], float, float], views.Outcome]:
     """Prepare what no weight changes, so that `persodpo.method` answers while a slider moves.
 
     The answer is to a weight for each of `persodpo.method.SIGNALS` (they sum to 1) and the low and high quantile of quality
@@ -185,13 +176,13 @@ def pairs_under(run: RunFolder) -> Callable[[Mapping[str, float], float, float],
     length = pl.col("text").map_elements(lambda text: FEATURES["length"](text, ""), return_dtype=pl.Float64)
     texts = texts.with_columns(length.alias("length"))
 
-    def pair(weights: Mapping[str, float], low: float, high: float) -> Outcome:
+    def pair(weights: Mapping[str, float], low: float, high: float) -> views.Outcome:
         scoring = profile.scoring.model_copy(update={"weights": Weights(**weights)})
         acting = effective_weights(profile.model_copy(update={"scoring": scoring}))
         rated = metrics.select("dialogue_id", "model", method.quality(scale, acting).alias("quality"))
         limits = method.thresholds(rated, low, high)
         pairs = method.perso_pairs(texts.join(rated, on=["dialogue_id", "model"]), *limits)
-        return Outcome(rated, *limits, pairs.sort("dialogue_id", "model_chosen", "model_rejected"))
+        return views.Outcome(rated, *limits, pairs.sort("dialogue_id", "model_chosen", "model_rejected"))
 
     return pair
 
@@ -209,7 +200,7 @@ def quality(run: RunFolder) -> Panel:
     def view(quantiles: tuple[float, float], **shares: float) -> Shown:
         shared = normalised(shares)
         now = pair(shared, *quantiles)
-        return [_numbers_html(now, own, shared, run.profile.seed), quality_figure(now, own)]
+        return [_numbers_html(now, own, shared, run.profile.seed), views.quality_figure(now, own)]
 
     steps = {"min": 0, "max": 1, "step": 0.01}
     # A browser moves a value that lies between two steps, and sends it back as if a hand had moved it.
@@ -227,7 +218,7 @@ def normalised(shares: Mapping[str, float]) -> dict[str, float]:
     return {name: share if abs(total - 1) < 1e-9 else share / total for name, share in shares.items()}
 
 
-def _numbers_html(now: Outcome, own: Outcome, weights: Mapping[str, float], seed: int) -> str:
+def _numbers_html(now: views.Outcome, own: views.Outcome, weights: Mapping[str, float], seed: int) -> str:
     """Return the numbers of a setting, and the settings as a command takes them."""
     new = len(now.pairs.join(own.pairs, on=["dialogue_id", "model_chosen", "model_rejected"], how="anti"))
     columns = (now.pairs["length_chosen"], now.pairs["length_rejected"], now.pairs["dialogue_id"].rank("dense"))
@@ -260,7 +251,7 @@ def training(run: RunFolder) -> Panel:
         chosen = {name: curves[name] for name, on in ticked.items() if on}
         if not chosen:
             raise PersodpoError("No training is ticked; tick one or more.")
-        return [curves_figure(chosen, smoothing, share=axis == SHARE)]
+        return [views.curves_figure(chosen, smoothing, share=axis == SHARE)]
 
     return Panel({"axis": axis, "smoothing": smoothing, **boxes}, view)
 
@@ -293,7 +284,7 @@ def arms(run: RunFolder) -> Panel:
     compare = _control(widgets.Dropdown, "compare", options=options)
 
     def view(compare: tuple[str, str], dialogue: str | None) -> Shown:
-        table = differences(comparisons, rows, dialogue, *compare)
-        return [differences_html(table), _page(dialogues, first, dialogue)]
+        table = views.differences(comparisons, rows, dialogue, *compare)
+        return [views.differences_html(table), _page(dialogues, first, dialogue)]
 
     return Panel({"compare": compare, "dialogue": menu}, view, finders)
