@@ -235,7 +235,7 @@ def _difference(row: Row, statistic: Statistic, spread: Spread) -> Row:
         # Where no dialogue differs, nothing tells how large a difference would be seen.
         "detectable": smallest_detectable(spread.standard_error, spread.freedom) if spread.standard_error else np.nan,
         "exact_test": MCNEMAR if row["metric"] in FLAGS and columns.shape[1] == 1 else SIGN_TEST,
-        **sign_test(by_dialogue)._asdict(),
+        **sign_test(by_dialogue),
     }  # fmt: skip
 
 

@@ -172,23 +172,14 @@ def _standard_error(parts: Sequence[tuple[float, int]]) -> tuple[float, float]:
     return float(np.sqrt(total)), total**2 / sum(variance**2 / freedom for variance, freedom in parts)
 
 
-class Signs(NamedTuple):
-    """How many paired dialogues differ upwards, downwards and not at all, and the two-sided exact p-value."""
-
-    higher: int
-    lower: int
-    ties: int
-    p_exact: float
-
-
-def sign_test(differences: Floats) -> Signs:
-    """Test whether differences, one per dialogue, go one way more often than the other, exactly; ties are dropped.
+def sign_test(differences: Floats) -> dict[str, float]:
+    """Test exactly whether paired differences go one way more often than the other; ties are counted and dropped.
 
     On differences of two flags this is McNemar's exact test: its discordant pairs are the dialogues that are no ties.
     """
     higher, lower = int((differences > _ROUNDING).sum()), int((differences < -_ROUNDING).sum())
     p_exact = float(binomtest(higher, higher + lower).pvalue) if higher + lower else 1.0
-    return Signs(higher, lower, len(differences) - higher - lower, p_exact)
+    return {"higher": higher, "lower": lower, "ties": len(differences) - higher - lower, "p_exact": p_exact}
 
 
 def holm(p_values: pd.Series[float]) -> pd.Series[float]:
