@@ -19,8 +19,8 @@ from measuring import RESULTS, machine, most_memory, pipes
 
 from persodpo import stages
 from persodpo.config import Profile, load_profile, with_overrides
-from persodpo.evaluation.exports import number, p_text
 from persodpo.evaluation.observations import EVERY, IMPUTED, SUCCESSES
+from persodpo.metrics import number, p_text
 from persodpo.runfolder import PROJECT, RunFolder, git_commit, read_json, versions, write_json
 
 #: What a run from nothing and a second one may take, seconds, and the former's memory, GiB.

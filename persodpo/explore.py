@@ -11,7 +11,7 @@ import html
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ParamSpec
+from typing import Any
 
 import ipywidgets as widgets
 import numpy as np
@@ -21,25 +21,15 @@ from IPython import get_ipython
 from IPython.display import HTML, Image, display
 from matplotlib.figure import Figure
 
+from persodpo import explore_views as views
 from persodpo import method
 from persodpo.config import Weights
 from persodpo.errors import PersodpoError
-from persodpo.explore_views import (
-    Outcome,
-    curves_figure,
-    dialogue_html,
-    differences,
-    differences_html,
-    png,
-    quality_figure,
-    svg,
-)
 from persodpo.gate import FEATURES, label_accuracy
 from persodpo.pairs import answers_of, effective_weights, prompt_table, scale_of
 from persodpo.release.published import training_curves
 from persodpo.runfolder import RunFolder
 
-P = ParamSpec("P")
 Shown = Sequence[str | Figure]
 
 ANY, SHARE = "any", "share of the training"
@@ -74,11 +64,11 @@ class Panel:
     def _ipython_display_(self) -> None:
         if _is_headless():
             for part in self.shown():
-                display(HTML(part) if isinstance(part, str) else Image(png(part)))  # type: ignore[no-untyped-call]
+                display(HTML(part) if isinstance(part, str) else Image(views.png(part)))  # type: ignore[no-untyped-call]
             return
 
         def show(**_: Any) -> None:
-            parts = [part if isinstance(part, str) else svg(part) for part in self.shown()]
+            parts = [part if isinstance(part, str) else views.svg(part) for part in self.shown()]
             display(HTML(f'<div class="persodpo-view">{"".join(parts)}</div>'))  # type: ignore[no-untyped-call]
 
         controls = widgets.GridBox([*self.finders.values(), *self.controls.values()], layout=_GRID)
@@ -97,13 +87,13 @@ def _control(kind: Callable[..., Any], name: str, **options: Any) -> Any:
     return kind(description=name.replace("_", " "), style=style, layout=layout, **options)
 
 
-def _or_sentence(panel: Callable[P, Panel]) -> Callable[P, Panel | HTML]:
+def _or_sentence(panel: Callable[[RunFolder], Panel]) -> Callable[[RunFolder], Panel | HTML]:
     """Let a panel whose tables are missing be the sentence that says how to make them, so that a notebook goes on."""
 
     @functools.wraps(panel)
-    def open_panel(*args: P.args, **kwargs: P.kwargs) -> Panel | HTML:
+    def open_panel(run: RunFolder) -> Panel | HTML:
         try:
-            return panel(*args, **kwargs)
+            return panel(run)
         except PersodpoError as error:
             return HTML(f"<p>{html.escape(str(error))}</p>")  # type: ignore[no-untyped-call]
 
@@ -123,7 +113,6 @@ def responses(run: RunFolder) -> Panel:
 
 
 def _joined(answers: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
-    """Set scores beside responses."""
     return answers.merge(scores, on=["dialogue_id", "model"], how="left", validate="one_to_one")
 
 
@@ -132,7 +121,7 @@ def _page(dialogues: pd.DataFrame, rows: pd.DataFrame, name: str | None) -> str:
     if name is None:
         return "<p>No dialogue matches.</p>"
     dialogue = dialogues[dialogues["dialogue_id"] == name].to_dict("records")[0]
-    return dialogue_html({str(key): value for key, value in dialogue.items()}, rows[rows["dialogue_id"] == name])
+    return views.dialogue_html({str(key): value for key, value in dialogue.items()}, rows[rows["dialogue_id"] == name])
 
 
 def _finder(dialogues: pd.DataFrame, answers: pd.DataFrame, *columns: str) -> tuple[dict[str, Any], Any]:
@@ -172,12 +161,11 @@ def _plain(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def pairs_under(run: RunFolder) -> Callable[[Mapping[str, float], float, float], Outcome]:
+def pairs_under(run: RunFolder) -> Callable[[Mapping[str, float], float, float], views.Outcome]:
     """Prepare what no weight changes, so that `persodpo.method` answers while a slider moves.
 
-    Returns:
-        A function of a weight for each of `persodpo.method.SIGNALS` (they sum to 1) and the low and high quantile of
-        quality (0 to 1); all other settings are the run's own.
+    The answer is to a weight for each of `persodpo.method.SIGNALS` (they sum to 1) and the low and high quantile of quality
+    (0 to 1); all other settings are the run's own.
     """
     profile = run.profile
     answers, scores, dialogues = (run.read(name) for name in ("responses", "scores", "dialogues"))
@@ -188,13 +176,13 @@ def pairs_under(run: RunFolder) -> Callable[[Mapping[str, float], float, float],
     length = pl.col("text").map_elements(lambda text: FEATURES["length"](text, ""), return_dtype=pl.Float64)
     texts = texts.with_columns(length.alias("length"))
 
-    def pair(weights: Mapping[str, float], low: float, high: float) -> Outcome:
+    def pair(weights: Mapping[str, float], low: float, high: float) -> views.Outcome:
         scoring = profile.scoring.model_copy(update={"weights": Weights(**weights)})
         acting = effective_weights(profile.model_copy(update={"scoring": scoring}))
         rated = metrics.select("dialogue_id", "model", method.quality(scale, acting).alias("quality"))
         limits = method.thresholds(rated, low, high)
         pairs = method.perso_pairs(texts.join(rated, on=["dialogue_id", "model"]), *limits)
-        return Outcome(rated, *limits, pairs.sort("dialogue_id", "model_chosen", "model_rejected"))
+        return views.Outcome(rated, *limits, pairs.sort("dialogue_id", "model_chosen", "model_rejected"))
 
     return pair
 
@@ -212,7 +200,7 @@ def quality(run: RunFolder) -> Panel:
     def view(quantiles: tuple[float, float], **shares: float) -> Shown:
         shared = normalised(shares)
         now = pair(shared, *quantiles)
-        return [_numbers_html(now, own, shared, run.profile.seed), quality_figure(now, own)]
+        return [_numbers_html(now, own, shared, run.profile.seed), views.quality_figure(now, own)]
 
     steps = {"min": 0, "max": 1, "step": 0.01}
     # A browser moves a value that lies between two steps, and sends it back as if a hand had moved it.
@@ -230,7 +218,7 @@ def normalised(shares: Mapping[str, float]) -> dict[str, float]:
     return {name: share if abs(total - 1) < 1e-9 else share / total for name, share in shares.items()}
 
 
-def _numbers_html(now: Outcome, own: Outcome, weights: Mapping[str, float], seed: int) -> str:
+def _numbers_html(now: views.Outcome, own: views.Outcome, weights: Mapping[str, float], seed: int) -> str:
     """Return the numbers of a setting, and the settings as a command takes them."""
     new = len(now.pairs.join(own.pairs, on=["dialogue_id", "model_chosen", "model_rejected"], how="anti"))
     columns = (now.pairs["length_chosen"], now.pairs["length_rejected"], now.pairs["dialogue_id"].rank("dense"))
@@ -263,7 +251,7 @@ def training(run: RunFolder) -> Panel:
         chosen = {name: curves[name] for name, on in ticked.items() if on}
         if not chosen:
             raise PersodpoError("No training is ticked; tick one or more.")
-        return [curves_figure(chosen, smoothing, share=axis == SHARE)]
+        return [views.curves_figure(chosen, smoothing, share=axis == SHARE)]
 
     return Panel({"axis": axis, "smoothing": smoothing, **boxes}, view)
 
@@ -296,7 +284,7 @@ def arms(run: RunFolder) -> Panel:
     compare = _control(widgets.Dropdown, "compare", options=options)
 
     def view(compare: tuple[str, str], dialogue: str | None) -> Shown:
-        table = differences(comparisons, rows, dialogue, *compare)
-        return [differences_html(table), _page(dialogues, first, dialogue)]
+        table = views.differences(comparisons, rows, dialogue, *compare)
+        return [views.differences_html(table), _page(dialogues, first, dialogue)]
 
     return Panel({"compare": compare, "dialogue": menu}, view, finders)

@@ -21,29 +21,26 @@ from matplotlib.figure import Figure
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
 from persodpo.completions import is_one_object
+from persodpo.evaluation.observations import SUCCESSES
+from persodpo.figures import style
+from persodpo.figures.curves import LABELS
+from persodpo.figures.style import CHOSEN, LINES, REJECTED
 from persodpo.method import SIGNALS
 
 #: Width of figures in inches; 864 pixels on screen, where JupyterLab on a laptop has room for 950.
 WIDTH = 9.0
 #: Text and lines of figures.
 INK = "#24292f"
-#: What the controls say now, and the two sides of a pair (palette of Okabe and Ito).
-NOW, CHOSEN, REJECTED = "#0072B2", "#009E73", "#D55E00"
-PALETTE = (NOW, REJECTED, CHOSEN, "#CC79A7", "#E69F00", "#56B4E9", INK)
-LINES = ("-", "--", "-.", ":")
+#: What the controls say now.
+NOW = style.BLUE
+#: Of curves; black would vanish in the dark theme.
+PALETTE = (*style.PALETTE[:-1], INK)
 STYLE: Any = {
     "font.size": 8.5, "axes.titlesize": 9.5, "axes.titlelocation": "left", "axes.titley": 1.0, "axes.spines.top": False,
     "axes.spines.right": False, "axes.facecolor": "none", "legend.frameon": False, "svg.fonttype": "none",
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK),
 }  # fmt: skip
-#: Logged quantities of a training, and what their axes are called.
-QUANTITIES = {
-    "loss": "DPO loss", "grad_norm": "gradient norm", "reward_margin": "reward margin",
-    "reward_accuracy": "reward accuracy",
-}  # fmt: skip
-#: How ``evaluation/comparisons`` names the reading in which a failure does not count.
-SUCCESSES = "successes alone"
-_WORD = re.compile(r"\w+")
+_WORD = re.compile(r"(\w+)")
 
 
 @dataclass(frozen=True)
@@ -121,12 +118,8 @@ def _answer_html(row: Mapping[Any, Any], words: Collection[str]) -> str:
 
 def marked(text: str, words: Collection[str]) -> str:
     """Return a text as HTML with some words, given in lower case, bold and underlined."""
-    pieces, end = [], 0
-    for match in _WORD.finditer(text):
-        if match[0].casefold() in words:
-            pieces += [html.escape(text[end : match.start()]), f"<b><u>{html.escape(match[0])}</u></b>"]
-            end = match.end()
-    return "".join([*pieces, html.escape(text[end:])])
+    pieces = ((html.escape(piece), piece.casefold() in words) for piece in _WORD.split(text))
+    return "".join(f"<b><u>{piece}</u></b>" if mark else piece for piece, mark in pieces)
 
 
 def quality_figure(now: Outcome, own: Outcome) -> Figure:
@@ -170,12 +163,9 @@ def _draw_models(axes: Axes, now: Outcome, own: Outcome) -> None:
 
 
 def curves_figure(curves: Mapping[str, pd.DataFrame], strength: float, *, share: bool) -> Figure:
-    """Draw four quantities of some trainings.
+    """Draw four quantities of some trainings by name, over the share of each training or over its steps.
 
-    Args:
-        curves: Logged steps by name.
-        strength: Weight of the past in exponentially weighted means, 0 (what was logged) to below 1.
-        share: Draw over the share of each training in place of its steps.
+    ``strength`` is the weight of the past in exponentially weighted means: 0, what was logged, to below 1.
     """
     rows = -(-len(curves) // 3)
     with rc_context(STYLE):
@@ -183,7 +173,7 @@ def curves_figure(curves: Mapping[str, pd.DataFrame], strength: float, *, share:
         top = 1 - (0.2 + 0.17 * rows) / figure.get_figheight()
         margins = {"left": 0.07, "right": 0.98, "bottom": 0.1, "top": top, "wspace": 0.2, "hspace": 0.15}
         panels = figure.subplots(2, 2, sharex=True, gridspec_kw=margins).ravel()
-        for axes, (quantity, label) in zip(panels, QUANTITIES.items(), strict=True):
+        for axes, (quantity, label) in zip(panels, LABELS.items(), strict=True):
             for number, (name, curve) in enumerate(curves.items()):
                 logged = curve[curve[quantity].notna()]
                 steps = logged["step"] / (logged["step"].max() / 100 if share else 1)
@@ -204,9 +194,7 @@ def differences(
 ) -> pd.DataFrame:
     """Set each difference between two arms in one dialogue beside that of all dialogues.
 
-    Returns:
-        The rows of ``comparisons`` of a metric and reading, with a column ``here``: the mean difference over seeds in the
-        dialogue, from held-out responses with their scores; NaN where it does not count.
+    ``here`` is the column of means over seeds, from held-out responses with their scores; NaN where nothing counts.
     """
     here = rows[rows["dialogue_id"] == dialogue]
     failed = here["outcome"] != "ok"
@@ -226,12 +214,11 @@ def differences(
 
 def differences_html(table: pd.DataFrame) -> str:
     """Return differences between arms from `differences`; an arm is named by what follows a slash."""
-    names = [f"{arm.split('/')[-1]} − {base.split('/')[-1]}" for arm, base in table[["arm", "baseline"]].to_numpy()]
-    spans = [
-        f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" for mean, low, high in table[["difference", "low", "high"]].to_numpy()
-    ]
-    here = ["–" if np.isnan(value) else f"{value:+.3f}" for value in table["here"]]
-    p_values = ["–" if np.isnan(value) else f"{value:.2g}" for value in table["p_holm"]]
-    shown = {"difference": names, "this dialogue": here, "all dialogues, with interval": spans,
-             "dialogues": table["dialogues"].to_numpy(), "p (Holm)": p_values}  # fmt: skip
-    return pd.DataFrame(shown).to_html(index=False)
+    arm, base = (table[side].str.split("/").str[-1] for side in ("arm", "baseline"))
+    spans = table[["difference", "low", "high"]].to_numpy(float)
+    shown = pd.DataFrame({
+        "difference": arm + " − " + base, "this dialogue": table["here"].map("{:+.3f}".format, na_action="ignore"),
+        "all dialogues, with interval": [f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" for mean, low, high in spans],
+        "dialogues": table["dialogues"], "p (Holm)": table["p_holm"].map("{:.2g}".format, na_action="ignore"),
+    })  # fmt: skip
+    return shown.to_html(index=False, na_rep="–")

@@ -1,4 +1,4 @@
-"""What metrics are called in figures and tables, and which way is better."""
+"""What metrics are called in figures and tables, which way is better, and how their numbers are written."""
 
 from __future__ import annotations
 
@@ -29,3 +29,18 @@ def metric_order(metric: str) -> tuple[int, str]:
     """Return a sort key: the order of `METRIC_LABELS`, all others after them."""
     names = list(METRIC_LABELS)
     return (names.index(metric) if metric in names else len(names), metric)
+
+
+#: Places of numbers in tables.
+PLACES = 3
+
+
+def number(value: float, places: int = PLACES) -> str:
+    """Write a number with a real minus sign, and without one if it rounds to zero."""
+    text = f"{value:.{places}f}"
+    return f"−{text[1:]}" if text.startswith("-") and float(text) else text.lstrip("-")
+
+
+def p_text(p_value: float, bound: str = "") -> str:
+    """Write a p-value to three places, with a sign before one that is a bound; one that would read as zero is smaller."""
+    return "<0.001" if p_value < 0.0005 else f"{bound if p_value < 1 else ''}{p_value:.3f}"

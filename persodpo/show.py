@@ -23,15 +23,7 @@ _LEFT = {"text-align": "left", "vertical-align": "top", "white-space": "pre-wrap
 
 
 def text_table(frame: pd.DataFrame, decimals: int = 3) -> Styler:
-    """Show a table that holds text.
-
-    Args:
-        frame: Its index is shown if it has a name.
-        decimals: Places of real numbers.
-
-    Returns:
-        A table with text aligned left, wrapped, and escaped.
-    """
+    """Show a table that holds text: aligned left, wrapped, and escaped. Its index is shown if it has a name."""
     if not frame.index.is_unique:
         frame = frame.reset_index(drop=frame.index.name is None)
     text = frame.select_dtypes(["object", "string"]).columns
@@ -52,9 +44,6 @@ def verdict_table(shown: pd.DataFrame, verdicts: pd.DataFrame) -> Styler:
     Args:
         shown: The cells' text.
         verdicts: A key of `VERDICTS` for each cell of ``shown`` that has one; other columns stay plain.
-
-    Returns:
-        The table.
     """
     marked = shown.copy()
     for column in verdicts.columns:

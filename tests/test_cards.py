@@ -139,17 +139,26 @@ def test_the_model_card_says_what_was_trained_and_how(trained):
     assert str(trained.root) not in text
 
 
-def test_results_come_with_their_judge(trained):
+def test_results_come_with_their_judge_and_a_policy_of_the_hub_and_adapters_are_named(trained):
     row = {"arm": "perso_weighted", "metric": "quality", "reading": "failures imputed", "seeds": 3, "responses": 12,
            "mean": 0.5, "low": 0.4, "high": 0.6}  # fmt: skip
     estimates = pd.DataFrame([dict.fromkeys(schema_of("evaluation/estimates").names) | row, row | {"arm": "simple"}])
-    judged = provenance_path(trained.path("evaluation/scores"))
+    judged, log = (provenance_path(trained.path(name)) for name in ("evaluation/scores", "training/perso_weighted/log"))
     write_json(judged, {"settings": {"scorers": {"c_score": "c0ffee"}}})
-    text = write_model_card(trained, "perso_weighted", trained, estimates).read_text()
+    content = read_json(log)
+    settings = content["settings"] | {"policy": "Qwen/Qwen2-0.5B-Instruct"}
+    settings["training"] = settings["training"] | {"lora_rank": 4}
+    write_json(log, content | {"settings": settings})
+    card = ModelCard.load(write_model_card(trained, "perso_weighted", trained, estimates))
     judged.unlink()
-    assert cells(text, "quality") == ["quality", "failures imputed", "12", "0.5", "0.4 to 0.6"]
-    assert r"- c\_score: encoder (key c0ffee)" in text
-    assert "over 3 trainings" in text
+    write_json(log, content)
+    write_model_card(trained, "perso_weighted", trained)
+    assert cells(card.text, "quality") == ["quality", "failures imputed", "12", "0.5", "0.4 to 0.6"]
+    assert r"- c\_score: encoder (key c0ffee)" in card.text
+    assert "over 3 trainings" in card.text
+    assert (card.data.base_model, card.data.library_name) == ("Qwen/Qwen2-0.5B-Instruct", "peft")
+    assert "LoRA adapters of rank 4" in card.text
+    assert "from peft import AutoPeftModelForCausalLM" in card.text
 
 
 def test_the_cards_own_lines_load_the_arm_and_the_pairs(trained, monkeypatch, tmp_path):
@@ -167,21 +176,6 @@ def test_the_cards_own_lines_load_the_arm_and_the_pairs(trained, monkeypatch, tm
     assert names["pairs"].to_list() == pq.read_table(trained.path("pairs/perso")).to_pylist()
     simple = load_dataset("runs/release/pairs", "simple", split="train", cache_dir=str(tmp_path / "cache"))
     assert simple.to_list() == pq.read_table(trained.path("pairs/simple")).to_pylist()
-
-
-def test_a_policy_of_the_hub_and_adapters_are_named(trained):
-    path = provenance_path(trained.path("training/perso_weighted/log"))
-    content = read_json(path)
-    training = content["settings"]["training"] | {"lora_rank": 4}
-    write_json(
-        path, content | {"settings": content["settings"] | {"policy": "Qwen/Qwen2-0.5B-Instruct", "training": training}}
-    )
-    card = ModelCard.load(write_model_card(trained, "perso_weighted", trained))
-    write_json(path, content)
-    write_model_card(trained, "perso_weighted", trained)
-    assert (card.data.base_model, card.data.library_name) == ("Qwen/Qwen2-0.5B-Instruct", "peft")
-    assert "LoRA adapters of rank 4" in card.text
-    assert "from peft import AutoPeftModelForCausalLM" in card.text
 
 
 @pytest.mark.slow

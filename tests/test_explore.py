@@ -67,13 +67,6 @@ def tables() -> dict[str, pd.DataFrame]:
 
 @pytest.fixture
 def run(profile, tables):
-    folder = RunFolder(profile)
-    save(folder, tables)
-    return folder
-
-
-@pytest.fixture
-def evaluated(run, tables):
     """A base, and an arm under two seeds, in two dialogues of which one has a failure."""
     quality = {"base": (0.5, 0.2), "perso": (0.9, 0.8), "perso@45": (0.7, 0.6)}
     rows = [
@@ -91,14 +84,15 @@ def evaluated(run, tables):
     answers = pd.DataFrame(rows)
     log = [{"policy": "p", "kind": kind, "step": step, "loss": 1 / step, "reward_margin": 0.1, "reward_accuracy": 0.5}
            for kind, step in (("train", 1), ("train", 2), ("eval", 2))]  # fmt: skip
-    save(run, {
+    folder = RunFolder(profile)
+    save(folder, {
         **tables,
         **{f"evaluation/{name}": full(name, answers.to_dict("records"))[schema_of(name).names]
            for name in ("responses", "scores")},
         "evaluation/comparisons": full("evaluation/comparisons", compared),
         "training/perso/log": full("training/perso/log", log),
     })  # fmt: skip
-    return run
+    return folder
 
 
 def text_of(panel: explore.Panel) -> str:
@@ -175,8 +169,8 @@ def test_a_dialogue_is_found_by_text_model_and_outcome(run):
     assert (menu.value, text_of(panel)) == (None, "<p>No dialogue matches.</p>")
 
 
-def test_text_of_models_stays_text(run, evaluated):
-    for panel in (explore.responses(run), explore.arms(evaluated)):
+def test_text_of_models_stays_text(run):
+    for panel in (explore.responses(run), explore.arms(run)):
         for _, name in panel.controls["dialogue"].options:
             panel.controls["dialogue"].value = name
             page = text_of(panel)
@@ -198,11 +192,9 @@ def test_marks_only_add(text, words):
     assert ("<u>" in shown) == any(word.casefold() in words for word in re.findall(r"\w+", text))
 
 
-def test_differences_in_one_dialogue_by_hand(evaluated):
-    comparisons = evaluated.read("evaluation/comparisons")
-    rows = evaluated.read("evaluation/responses").merge(
-        evaluated.read("evaluation/scores"), on=["dialogue_id", "model"]
-    )
+def test_differences_in_one_dialogue_by_hand(run):
+    comparisons = run.read("evaluation/comparisons")
+    rows = run.read("evaluation/responses").merge(run.read("evaluation/scores"), on=["dialogue_id", "model"])
 
     def here(dialogue: str | None, metric: str, reading: str) -> float:
         return differences(comparisons, rows, dialogue, metric, reading)["here"].item()
@@ -212,13 +204,13 @@ def test_differences_in_one_dialogue_by_hand(evaluated):
     assert here("d01", "quality", "successes alone") == pytest.approx(0.6 - 0.2)
     assert here("d01", "failure_ratio", "all responses") == pytest.approx(0.5)
     assert np.isnan(here(None, "quality", "failures imputed"))
-    panel = explore.arms(evaluated)
+    panel = explore.arms(run)
     assert "perso − base" in text_of(panel)
     assert "perso@45" not in text_of(panel)
 
 
-def test_curves_of_arms_beside_the_published_ones(evaluated):
-    panel = explore.training(evaluated)
+def test_curves_of_arms_beside_the_published_ones(run):
+    panel = explore.training(run)
     ticked = [name for name, control in panel.controls.items() if control.value is True]
     assert ticked == ["perso", "published Instruct-FoCus-perso-DPO"]
     panel.controls["axis"].value, panel.controls["smoothing"].value = "step", 0.5
@@ -241,8 +233,8 @@ def test_a_run_without_tables_gets_a_sentence(panel, profile):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("filled", [True, False], ids=["evaluated", "nothing yet"])
-def test_the_notebook_shows_pictures_and_tables_when_executed_headlessly(filled, evaluated, tmp_path):
-    profile = with_overrides(evaluated.profile, [] if filled else [f"paths.runs={tmp_path / 'none'}"])
+def test_the_notebook_shows_pictures_and_tables_when_executed_headlessly(filled, run, tmp_path):
+    profile = with_overrides(run.profile, [] if filled else [f"paths.runs={tmp_path / 'none'}"])
     source = tmp_path / "profile.yaml"
     source.write_text(profile.to_yaml())
     before = sorted(path for path in tmp_path.rglob("*") if path.is_file())

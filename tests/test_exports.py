@@ -16,12 +16,11 @@ from persodpo.evaluation.exports import (
     comparison_table,
     latex,
     markdown,
-    number,
-    p_text,
     results_table,
     write_exports,
 )
 from persodpo.evaluation.observations import EVERY, IMPUTED, SUCCESSES
+from persodpo.metrics import number, p_text
 from persodpo.runfolder import StageReport
 from persodpo.show import stage_log, text_table
 

@@ -56,10 +56,6 @@ def test_parity_verdicts(release_run):
     places = cells["quantity"].str.rsplit(": ", n=1)
     assert [table.loc[row, column] for row, column in places] == cells["published"].tolist()
     assert len(cells) == table.size == 54
-    verdicts = cells["verdict"].groupby(places.str[0]).agg(set)
-    assert set(verdicts[verdicts == {"reproduced"}].index) == {
-        "Qwen2-7B-benchmark", "Qwen2-5B-Instruct-train", "Qwen2-5B-Instruct-length_prior",
-    }  # fmt: skip
 
 
 def test_findings_say_what_they_rest_on(release_run):
@@ -80,9 +76,9 @@ def test_a_check_can_fail(release_run):
     tables = {name: release_run.read(name) for name in names}
     material = Material(fetch_release(release_run.release), tables, *limits(release_run), release_run.profile)
     draw = np.random.default_rng(0)
-    for which, frame in material.sets.values():
-        material.sets[which.label] = which, frame.assign(coherence=draw.random(len(frame)))
-    assert checks.coherence(material)[0] == "refuted"
+    for label, frame in material.sets.items():
+        material.sets[label] = frame.assign(coherence=draw.random(len(frame)))
+    assert audit.FINDINGS[0].judge(material)[0] == "refuted"
     assert checks.scored_response(400)[:10].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 1, 2]
 
 
@@ -145,14 +141,6 @@ def test_figures_are_skipped_when_nothing_changed_and_drawn_when_something_did(r
     assert figures.save_figure(release_run, "quality").skipped
     (release_run.figures / "quality.pdf").write_bytes(b"edited")
     assert not figures.save_figure(release_run, "quality").skipped
-
-
-def test_results_follow_from_the_metric_files(release_run):
-    results = release_run.read("evaluation/results").set_index(["model", "metric"])["mean"]
-    assert round(results["Qwen2-0.5B-Instruct/length_prior", "failure_ratio"], 3) == 0.148
-    assert round(results["Qwen2-0.5B-Instruct", "response_time"], 2) == 0.76
-    assert round(results["Qwen2-0.5B-Instruct/perso-raw", "failure_ratio"], 3) == 0.803
-    assert np.isnan(results["Qwen2-0.5B-Instruct/perso-raw", "coherence"])
 
 
 @pytest.mark.slow

@@ -385,7 +385,7 @@ RUN_AGAIN = {
     "completions": set(STAGES),
     "method": set(STAGES) - {"dialogues"},
     "gate": {"pairs", "audit"},
-    "evaluation.significance": {"evaluate", "ablate"},
+    "evaluation.statistics": {"evaluate", "ablate"},
     "scoring.nli": {"score", "heldout", "evaluate", "ablate"},
     "generation.local": {"generate", "heldout", "evaluate", "ablate"},
     "cards": set(),

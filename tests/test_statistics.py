@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,7 +11,6 @@ from scipy.stats import binomtest
 from scipy.stats import bootstrap as scipy_bootstrap
 
 from persodpo.errors import PersodpoError
-from persodpo.evaluation.bootstrap import Resampling, Statistic, bootstrap
 from persodpo.evaluation.exports import comparison_table
 from persodpo.evaluation.observations import COLUMNS, EVERY, FLAGS, IMPUTED, SUCCESSES, TEXT_METRICS, observe
 from persodpo.evaluation.results import (
@@ -25,7 +22,15 @@ from persodpo.evaluation.results import (
     estimates,
     summarise,
 )
-from persodpo.evaluation.significance import holm, sign_test, smallest_detectable, wilson
+from persodpo.evaluation.statistics import (
+    Resampling,
+    Statistic,
+    bootstrap,
+    holm,
+    sign_test,
+    smallest_detectable,
+    wilson,
+)  # fmt: skip
 
 QUICK, WHOLE = Resampling(2000, 1), Resampling()
 
@@ -99,7 +104,10 @@ def test_flags_are_compared_by_mcnemar_and_the_judge_and_the_clock_are_families_
     assert (found["exact_test"], found["higher"], found["lower"], found["ties"]) == ("McNemar", 8, 0, 12)
     assert (found["p_exact"], found["p_exact_holm"], found["family"]) == (pytest.approx(2 / 2**8), found["p_exact"], 1)
     assert row(table, "response_time")["family"] == 1
-    assert row(table, "quality")["family"] == row(table, "failure_ratio")["family"] == 3
+    others = table[~table["metric"].isin(["grounded", "response_time"])]
+    assert others["family"].tolist() == [3, 3, 3]
+    for name in ("p_value", "p_exact"):
+        np.testing.assert_allclose(others[name.replace("_value", "") + "_holm"], holm(others[name]))
 
 
 def test_a_p_value_that_no_resample_contradicts_is_a_bound():
@@ -116,8 +124,8 @@ def test_exact_test_and_holm_by_hand():
 
     Sorted 0.005, 0.01, 0.03, 0.04 times 4, 3, 2, 1 give 0.02, 0.03, 0.06, 0.04; the last may not fall below 0.06.
     """
-    assert tuple(sign_test(np.array([0.1, 2, 3, 0.4, 1e-3, 0, 1e-15]))) == (5, 0, 2, 0.0625)
-    assert sign_test(np.zeros(4)).p_exact == 1.0
+    assert list(sign_test(np.array([0.1, 2, 3, 0.4, 1e-3, 0, 1e-15])).values()) == [5, 0, 2, 0.0625]
+    assert sign_test(np.zeros(4))["p_exact"] == 1.0
     found = holm(pd.Series([0.01, 0.04, np.nan, 0.03, 0.005]))
     np.testing.assert_allclose(found, [0.03, 0.06, np.nan, 0.06, 0.02])
     assert smallest_detectable(1.0) == pytest.approx(2.802, abs=1e-3)  # 1.960 + 0.842
@@ -161,33 +169,22 @@ def test_both_readings_of_failures_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
+    ("change", "reason", "mean"),
     [
-        (
-            lambda t: t.assign(quality=t["quality"].where(t["dialogue_id"] != "d3")),
-            "no score in 1 of 12 dialogues",
-        ),
-        (lambda t: t.assign(failure_ratio=1.0), "nothing counts (successes alone)"),
+        (lambda t: t.assign(quality=t["quality"].where(t["dialogue_id"] != "d3")), "no score in 1 of 12 dialogues", None),
+        (lambda t: t.assign(failure_ratio=1.0), "nothing counts (successes alone)", None),
+        (lambda t: t[:9], "9 dialogues are too few for a 95 % interval, 10 are not", 4),
     ],
-)
-def test_what_cannot_be_derived_says_why(change, reason):
-    broken = change(observed("a", np.linspace(0, 1, 12)))
-    for table, name in ((estimated(broken), "mean"), (versus(broken, observed("b", np.zeros(12))), "difference")):
+)  # fmt: skip
+def test_what_cannot_be_derived_says_why(change, reason, mean):
+    changed, zeros = change(observed("a", np.arange(12.0))), observed("b", np.zeros(12))
+    for table, name in ((estimated(changed), "mean"), (versus(changed, zeros), "difference")):
         found = row(table, "quality", SUCCESSES, "a")
         assert found["reason"] == reason
-        assert found[["low", name]].isna().all()
-
-
-def test_few_dialogues_have_a_mean_but_no_interval():
-    nine, also = observed("a", np.arange(9)), observed("b", np.zeros(9))
-    found = row(estimated(nine), "quality")
-    assert found["mean"] == 4
-    assert np.isnan(found["low"])
-    assert found["reason"] == "9 dialogues are too few for a 95 % interval, 10 are not"
-    compared = row(versus(nine, also), "quality")
-    assert (compared["difference"], compared["p_exact"]) == (4, 2 / 2**8)  # eight up, one tie
-    assert np.isnan(compared["p_value"])
-    assert compared["reason"] == found["reason"]
+        assert np.isnan(found["low"])
+        assert np.isnan(found[name]) if mean is None else found[name] == mean
+    if mean is not None:  # an exact test needs no interval: eight up, one tie
+        assert (found["p_exact"], np.isnan(found["p_value"])) == (2 / 2**8, True)
 
 
 # --- pairing ---------------------------------------------------------------------------------------------------------
@@ -219,16 +216,6 @@ def test_impossible_comparisons_are_refused(pairs, sampling, message):
         compare(table, pairs, sampling)
 
 
-def test_families_are_corrected_apart():
-    draw = np.random.default_rng(4)
-    arms = [observed(name, draw.normal(shift, 1, 60)) for name, shift in (("a", 0.5), ("b", 0.3), ("c", 0.0))]
-    whole = compare(pd.concat(arms), [("a", "c"), ("b", "c")], QUICK)
-    assert set(whole["family"]) == {6, 2}  # two pairs of failure ratio and quality in two readings; of response time
-    for _, group in whole.groupby(whole["metric"] == "response_time"):
-        for name in ("p_value", "p_exact"):
-            np.testing.assert_allclose(group[name.replace("_value", "") + "_holm"], holm(group[name]))
-
-
 # --- response times --------------------------------------------------------------------------------------------------
 
 
@@ -241,8 +228,7 @@ def test_times_of_different_conditions_are_never_averaged():
         [1, "cpu", 1.0, 12, 12], [8, "cpu", 3.0, 11, 13],
     ]  # fmt: skip
     found = row(versus(mixed, observed("b", np.zeros(24))), "response_time")
-    assert np.isnan(found["difference"])
-    assert found["reason"] == "a was timed under 2 conditions"
+    assert (np.isnan(found["difference"]), found["reason"]) == (True, "a was timed under 2 conditions")
 
 
 @pytest.mark.parametrize(
@@ -260,8 +246,7 @@ def test_times_are_compared_under_one_condition_only(columns, reason):
     found = row(versus(observed("a", np.zeros(12), response_time=2.0), second), "response_time")
     assert found["reason"] == reason
     assert np.isnan(found["difference"]) if reason else found["difference"] == 0.5
-    alone = row(estimated(second), "response_time")
-    assert (alone["reason"] is None) == (reason != "b was not timed")
+    assert (row(estimated(second), "response_time")["reason"] is None) == (reason != "b was not timed")
 
 
 # --- several seeds ---------------------------------------------------------------------------------------------------
@@ -363,7 +348,7 @@ columns = st.lists(samples, min_size=1, max_size=3).map(
 )
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(samples, st.randoms(use_true_random=False))
 def test_order_of_rows_changes_nothing_and_turned_round_comparisons_say_the_opposite(values, shuffle):
     arms = [observed("a", values), observed("b", values[::-1], failed=[n % 4 == 0 for n in range(len(values))])]
@@ -421,14 +406,3 @@ def test_intervals_hold_the_truth_as_often_as_they_say(seeds, spread, noise):
     held, error = (found > 0.05).mean(), np.sqrt(0.95 * 0.05 / len(found))
     assert 0.95 - 3 * error <= held <= (0.95 + 3 * error if seeds == 1 else 0.995)
     assert (found < 0.01).mean() <= 0.01 + 3 * np.sqrt(0.01 * 0.99 / len(found))
-
-
-def test_a_thousand_dialogues_take_seconds():
-    draw = np.random.default_rng(0)
-    metrics = [{name: draw.random(1000) for name in TEXT_METRICS[1:]} for _ in range(5)]
-    arms = [observed(f"arm{n}", draw.random(1000), failed=draw.random(1000) < 0.3, **metrics[n]) for n in range(5)]
-    table = pd.concat(arms)
-    started = time.process_time()
-    estimates(table, WHOLE)
-    compare(table, [(f"arm{n}", "arm0") for n in range(1, 5)], WHOLE)
-    assert time.process_time() - started < 5

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,18 +17,15 @@ import pandas as pd
 
 from persodpo.errors import PersodpoError
 from persodpo.evaluation.observations import EVERY, FLAGS, TIME
-from persodpo.metrics import metric_label, metric_order
+from persodpo.metrics import PLACES, metric_label, metric_order, number, p_text
 from persodpo.runfolder import write_atomically, write_text
 
-_PLACES = 3
 #: What LaTeX reads as a command or its usual fonts lack, and how it prints it instead.
 _LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "_": r"\_", "%": r"\%",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
     "|": r"\textbar{}", "−": "$-$", "–": "--", "≤": r"$\leq$",
 }  # fmt: skip
-
-Row = Mapping[Any, Any]
 
 
 class TextTable(NamedTuple):
@@ -40,15 +36,15 @@ class TextTable(NamedTuple):
     notes: list[str]
 
 
-def number(value: float, places: int = _PLACES) -> str:
-    """Write a number with a real minus sign, and without one if it rounds to zero."""
-    text = f"{value:.{places}f}"
-    return f"−{text[1:]}" if text.startswith("-") and float(text) else text.lstrip("-")
+class _Letters(dict[str, str]):
+    """The letter of each reason, given in the order in which they are asked for."""
 
+    def __missing__(self, reason: str) -> str:
+        place = len(self)
+        return self.setdefault(reason, f"({string.ascii_lowercase[place % 26] * (place // 26 + 1)})")
 
-def p_text(p_value: float, bound: str = "") -> str:
-    """Write a p-value to three places, with a sign before one that is a bound; one that would read as zero is smaller."""
-    return "<0.001" if p_value < 0.0005 else f"{bound if p_value < 1 else ''}{p_value:.3f}"
+    def notes(self) -> list[str]:
+        return [f"{letter} {reason}" for reason, letter in self.items()]
 
 
 def _rows(table: pd.DataFrame) -> list[dict[Any, Any]]:
@@ -56,45 +52,21 @@ def _rows(table: pd.DataFrame) -> list[dict[Any, Any]]:
     return table.astype(object).where(table.notna(), None).to_dict("records")
 
 
-def _letter(reason: str, reasons: list[str]) -> str:
-    """Return the letter that stands for a reason, which joins the others if it is new."""
-    if reason not in reasons:
-        reasons.append(reason)
-    place = reasons.index(reason)
-    return f"({string.ascii_lowercase[place % 26] * (place // 26 + 1)})"
-
-
-def _notes(reasons: list[str]) -> list[str]:
-    return [f"{_letter(reason, reasons)} {reason}" for reason in reasons]
-
-
-def _interval(row: Row, name: str, reasons: list[str]) -> str:
-    """Write a value with its interval, as far as they could be derived.
-
-    Raises:
-        PersodpoError: The value is missing and no reason is given.
-    """
+def _interval(row: dict[Any, Any], name: str, letters: _Letters) -> str:
+    """Write a value with its interval, as far as they could be derived, else the letter of the reason."""
     value, reason = row[name], row["reason"]
     if value is None and reason is None:
         raise PersodpoError(f"{row['metric']} of {row['arm']} has neither value nor reason; derive it again.")
-    if row["low"] is None:
-        shown = "–" if value is None else number(value)
-        return f"{shown} {_letter(reason, reasons)}" if reason else shown
-    return f"{number(value)} [{number(row['low'])}, {number(row['high'])}]"
+    if value is not None and row["low"] is not None:
+        return f"{number(value)} [{number(row['low'])}, {number(row['high'])}]"
+    shown = "–" if value is None else number(value)
+    return f"{shown} {letters[reason]}" if reason else shown
 
 
 def results_table(estimates: pd.DataFrame, reading: str) -> TextTable:
-    """Lay estimates out as the results table: one row per arm, one column per metric.
+    """Lay estimates out as the results table: one row per arm, one column per metric, in one reading of failures.
 
-    Args:
-        estimates: From `persodpo.evaluation.results.estimates`.
-        reading: How text metrics count failures.
-
-    Returns:
-        The table. Response times are those of answers given one at a time: those of batches are nobody's own.
-
-    Raises:
-        PersodpoError: A cell has neither value nor reason.
+    Response times are those of answers given one at a time: those of batches are nobody's own.
     """
     shown = estimates[estimates["reading"].isin([reading, EVERY])].copy()
     times = shown["metric"] == TIME
@@ -103,17 +75,15 @@ def results_table(estimates: pd.DataFrame, reading: str) -> TextTable:
     shown.loc[batches | several, ["mean", "low", "high"]] = np.nan
     shown.loc[batches, "reason"] = "answered in batches, which have no response time of their own"
     shown.loc[several, "reason"] = "timed under several conditions, which have no common mean"
-    reasons: list[str] = []
+    letters = _Letters()
     cell = {(row["arm"], row["metric"]): row for row in _rows(shown)}
     arms, metrics = list(shown["arm"].unique()), sorted(shown["metric"].unique(), key=metric_order)
+    counted = shown[~shown["metric"].isin([*FLAGS, TIME])].groupby("arm")[["seeds", "responses"]].max()
     cells = pd.DataFrame(
-        [[_interval(cell[arm, metric], "mean", reasons) for metric in metrics] for arm in arms],
-        columns=[metric_label(metric) for metric in metrics],
+        {"Arm": arm, "Seeds": str(counted["seeds"][arm]), "Responses": f"{counted['responses'][arm]:,}"}
+        | {metric_label(metric): _interval(cell[arm, metric], "mean", letters) for metric in metrics}
+        for arm in arms
     )
-    counted = shown[~shown["metric"].isin([*FLAGS, TIME])].groupby("arm")[["seeds", "responses"]].max().loc[arms]
-    cells.insert(0, "Arm", arms)
-    cells.insert(1, "Seeds", counted["seeds"].astype(str).to_list())
-    cells.insert(2, "Responses", counted["responses"].map("{:,}".format).to_list())
     caption = f"Means with 95 % intervals, {reading} in text metrics"
     caption += "; shares of responses with Wilson's interval." if set(FLAGS) & set(metrics) else "."
     seeds = shown["seeds"].max()
@@ -121,28 +91,19 @@ def results_table(estimates: pd.DataFrame, reading: str) -> TextTable:
         " One seed an arm: intervals cover the draw of dialogues, not that of another training." if seeds == 1
         else f" Means over {seeds} seeds at most; intervals cover dialogues and seeds."
     )  # fmt: skip
-    return TextTable(caption, cells, _notes(reasons))
+    return TextTable(caption, cells, letters.notes())
 
 
 def comparison_table(comparisons: pd.DataFrame) -> TextTable:
-    """Lay paired comparisons out, one row per comparison, metric and reading.
-
-    Args:
-        comparisons: From `persodpo.evaluation.results.compare`.
-
-    Raises:
-        PersodpoError: A comparison has neither value nor reason.
-    """
-    reasons: list[str] = []
-    rows, least = [], 10.0**-_PLACES
+    """Lay paired comparisons out, one row per comparison, metric and reading."""
+    letters, rows, least = _Letters(), [], 10.0**-PLACES
     for row in _rows(comparisons):
-        bound = "≤" if row["p_at_floor"] else ""
-        tests = {name: "" if row[name] is None else p_text(row[name], bound) for name in ("p_value", "p_holm")}
-        exact, detectable = row["p_exact_holm"], row["detectable"]
+        bound, exact, detectable = "≤" if row["p_at_floor"] else "", row["p_exact_holm"], row["detectable"]
+        p_value, p_holm = ("" if row[name] is None else p_text(row[name], bound) for name in ("p_value", "p_holm"))
         rows.append({
             "Difference of": f"{row['arm']} − {row['baseline']}", "Metric": metric_label(row["metric"]),
             "Reading": row["reading"], "Dialogues": f"{row['dialogues']:,}",
-            "Difference": _interval(row, "difference", reasons), "p": tests["p_value"], "p (Holm)": tests["p_holm"],
+            "Difference": _interval(row, "difference", letters), "p": p_value, "p (Holm)": p_holm,
             "p exact (Holm)": "" if exact is None else f"{p_text(exact)} ({row['exact_test']})",
             "Detectable": "" if detectable is None else number(detectable) if detectable >= least / 2 else f"<{least}",
         })  # fmt: skip
@@ -154,7 +115,7 @@ def comparison_table(comparisons: pd.DataFrame) -> TextTable:
         f"true difference found four times in five, by itself. {'One seed' if seeds == 1 else f'{seeds} seeds'} an arm"
         f"{'' if seeds == 1 else ' at most'}."
     )
-    return TextTable(caption, pd.DataFrame(rows), _notes(reasons))
+    return TextTable(caption, pd.DataFrame(rows), letters.notes())
 
 
 def markdown(table: TextTable) -> str:
@@ -171,12 +132,7 @@ def markdown(table: TextTable) -> str:
 
 
 def latex(table: TextTable, label: str) -> str:
-    """Return a table as a LaTeX ``table`` with the rules of booktabs; names with characters of LaTeX stand as they are.
-
-    Args:
-        table: The table.
-        label: Its name for references; letters, digits, colons and hyphens.
-    """
+    """Return a table as a LaTeX ``table`` with the rules of booktabs; names with characters of LaTeX stand as they are."""
 
     def tex(text: str) -> str:
         return "".join(_LATEX.get(sign, sign) for sign in " ".join(text.split()))
@@ -193,17 +149,7 @@ def latex(table: TextTable, label: str) -> str:
 
 
 def write_exports(folder: Path, name: str, tidy: pd.DataFrame, table: TextTable) -> None:
-    """Write a table as CSV, Markdown and LaTeX.
-
-    Args:
-        folder: Where.
-        name: Base name of the files, and the LaTeX label after ``tab:``.
-        tidy: For the CSV.
-        table: The same, as it is printed.
-
-    Raises:
-        PersodpoError: The disk is full or the folder cannot be written.
-    """
+    """Write a table as CSV (all of ``tidy``), and as it is printed as Markdown and LaTeX, labelled ``tab:name``."""
     texts = {
         "csv": tidy.to_csv(index=False, lineterminator="\n"), "md": markdown(table),
         "tex": latex(table, f"tab:{name.replace('_', '-')}"),

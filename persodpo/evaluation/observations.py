@@ -11,12 +11,10 @@ from typing import cast
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from persodpo.errors import PersodpoError
+from persodpo.evaluation.statistics import Floats
 from persodpo.method import SIGNALS
-
-Floats = NDArray[np.float64]
 
 #: Metrics of a response's text, all better when higher. ROUGE-L against the reference is in no quality score.
 TEXT_METRICS = ("quality", *SIGNALS, "rouge_l")
@@ -41,14 +39,14 @@ def observe(
 
     Args:
         responses: Responses table.
-        scores: Scores table of the same responses, failures with the values that stand for them.
-        arms: Columns model, arm and seed (whole, 0 or more): which arm and seed each model of the two tables is; other
-            models are left out. None: each model is an arm of one seed, 0.
-        judged: Judgements of the same responses, failures with a ROUGE-L of 0; None: there are none.
+        scores: Scores table of the same responses.
+        arms: Columns model, arm and seed (whole, 0 or more): which arm and seed each model is; other models are left out.
+            None: each model is an arm of one seed, 0.
+        judged: Judgements of the same responses, if there are any.
 
     Returns:
-        One row per response, columns as in `COLUMNS`: failure_ratio is 1 for anything but outcome ``ok``, other flags are 0
-        or 1, a metric that is not known is NaN; response_time in seconds with its batch_size and hardware.
+        One row per response, columns as in `COLUMNS`: flags are 0 or 1, failure_ratio 1 for anything but outcome ``ok``; a
+        metric that is not known is NaN; response_time in seconds with its batch_size and hardware.
 
     Raises:
         PersodpoError: A response has no scores, or a model of ``arms`` has no responses.
@@ -74,11 +72,7 @@ def observe(
 
 
 def by_dialogue(observations: pd.DataFrame) -> pd.DataFrame:
-    """Give observations a row per dialogue and a column per metric, arm and seed, all sorted; NaN where there is nothing.
-
-    Raises:
-        PersodpoError: There are none, or a value is not finite.
-    """
+    """Give observations a row per dialogue and a column per metric, arm and seed, all sorted; NaN where there is nothing."""
     if observations.empty:
         raise PersodpoError("There is nothing to evaluate; generate and score held-out responses first.")
     table = observations.drop(columns=["batch_size", "hardware"]).pivot(index="dialogue_id", columns=["arm", "seed"])  # noqa: PD010
@@ -96,39 +90,22 @@ def readings(table: pd.DataFrame) -> Iterator[tuple[str, str]]:
             yield from ((metric, reading) for reading in ([EVERY] if metric in FLAGS else [IMPUTED, SUCCESSES]))
 
 
-def of_arm(table: pd.DataFrame, metric: str, arm: str) -> pd.DataFrame:
-    """Return an arm's values of a metric in `by_dialogue`, a column per seed."""
-    return cast(pd.DataFrame, table[metric, arm])
-
-
 def read(table: pd.DataFrame, arm: str, metric: str, reading: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return an arm's values of a metric by seed, NaN where they do not count, and where one that should is not known."""
-    failed = of_arm(table, "failure_ratio", arm)
+    failed, values = (cast(pd.DataFrame, table[name, arm]) for name in ("failure_ratio", metric))
     counted = failed == 0 if reading == SUCCESSES else failed.notna()
-    values = of_arm(table, metric, arm).where(counted)
+    values = values.where(counted)
     return values, counted & values.isna()
 
 
-def timed(observations: pd.DataFrame) -> pd.DataFrame:
-    """Return the observations with a response time; a batch size that is not known is 0, hardware an empty text."""
-    rows = observations[observations[TIME] >= 0]
-    sizes, machines = rows["batch_size"].fillna(0).astype(int), rows["hardware"].astype(object).fillna("")
-    return rows.assign(batch_size=sizes, hardware=machines)
+def problem_of(values: Floats, unknown: pd.DataFrame, metric: str, reading: str) -> str | None:
+    """Say why no mean can be derived of a column per seed (NaN: does not count), None if one can.
 
-
-def problem_of(values: Floats, unknown: NDArray[np.bool_], metric: str, reading: str) -> str | None:
-    """Say why a mean cannot be derived, None if it can.
-
-    Args:
-        values: A column per seed or pair of seeds, NaN where a dialogue does not count.
-        unknown: Where a value that should count is not known.
-        metric: The metric.
-        reading: One of the readings.
+    Where a value that should count is unknown, there is none: half a column is no result.
     """
-    if unknown.any():
-        # Half a column is no result.
-        return f"no score in {int(unknown.any(axis=1).sum()):,} of {len(unknown):,} dialogues"
-    empty = int(np.isnan(values).all(axis=0).sum())
+    lost, empty = int(unknown.any(axis=1).sum()), int(np.isnan(values).all(axis=0).sum())
+    if lost and metric != TIME:
+        return f"no score in {lost:,} of {len(unknown):,} dialogues"
     if empty == values.shape[1]:
         return "no response time was measured" if metric == TIME else f"nothing counts ({reading})"
     return f"nothing counts ({reading}) in {empty} of {values.shape[1]} seeds" if empty else None

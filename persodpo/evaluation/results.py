@@ -17,20 +17,22 @@ import numpy as np
 import pandas as pd
 
 from persodpo.errors import PersodpoError
-from persodpo.evaluation.bootstrap import FEWEST, Resampling, Spread, Statistic, bootstrap
-from persodpo.evaluation.observations import EVERY, FLAGS, TIME, by_dialogue, of_arm, problem_of, read, readings, timed
-from persodpo.evaluation.significance import holm, sign_test, smallest_detectable, stretch, wilson
+from persodpo.evaluation.observations import EVERY, FLAGS, TIME, by_dialogue, problem_of, read, readings
+from persodpo.evaluation.statistics import (
+    FEWEST,
+    Resampling,
+    Spread,
+    Statistic,
+    bootstrap,
+    holm,
+    sign_test,
+    smallest_detectable,
+    stretch,
+    wilson,
+)
 from persodpo.method import METRICS
+from persodpo.tables import schema_of
 
-ESTIMATES = (
-    "arm", "metric", "reading", "batch_size", "hardware", "seeds", "responses", "left_out", "mean", "low", "high",
-    "interval", "reason",
-)  # fmt: skip
-COMPARISONS = (
-    "arm", "baseline", "metric", "reading", "arm_seeds", "baseline_seeds", "seeds_paired", "dialogues", "left_out",
-    "unpaired", "difference", "low", "high", "standard_error", "detectable", "p_value", "p_at_floor", "p_holm", "exact_test",
-    "higher", "lower", "ties", "p_exact", "p_exact_holm", "family", "reason",
-)  # fmt: skip
 #: Rows of the results table, in the order of the published columns.
 RESULT_METRICS = (TIME, *METRICS, "failure_ratio")
 
@@ -49,13 +51,7 @@ Cell = tuple[Row, Statistic]
 def summarise(responses: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
     """Summarise each model's responses as the paper does, failures included with their worst-case values.
 
-    Args:
-        responses: Responses table.
-        scores: Scores table of the same responses; joined on dialogue_id and model.
-
-    Returns:
-        Columns model, metric (one of `RESULT_METRICS`), responses (count), mean and std (population). A metric that is
-        not there for every response of a model has a null mean: half a column is no result.
+    std is the population's. A metric that is not there for every response of a model has a null mean.
     """
     frame = responses.merge(scores, on=["dialogue_id", "model"], validate="one_to_one")
     frame["failure_ratio"] = (frame["outcome"] != "ok").astype(float)
@@ -71,31 +67,21 @@ def summarise(responses: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
 def estimates(observations: pd.DataFrame, sampling: Resampling) -> pd.DataFrame:
     """Estimate each arm's metrics, failure ratio and response times.
 
-    Args:
-        observations: From `persodpo.evaluation.observations.observe`.
-        sampling: Resamples and their seed.
-
     Returns:
         One row per arm, metric and reading; response times have a row for each batch size and hardware, as times under
-        different ones have no common mean. Columns `ESTIMATES`: seeds and responses (counts), left_out (responses that
-        the reading leaves out, or that were timed otherwise or not at all), mean over the seeds, its 95 % interval low
-        to high and the interval's name, reason (null where nothing is missing). Flags (see `FLAGS`) have Wilson's
-        interval, all else the interval of `persodpo.evaluation.bootstrap`.
-
-    Raises:
-        PersodpoError: As `persodpo.evaluation.observations.by_dialogue`.
+        different ones have no common mean. Columns of table ``evaluation/estimates``: seeds and responses (counts), left_out
+        (responses that the reading leaves out, or that were timed otherwise or not at all), mean over the seeds, its 95 %
+        interval low to high and the interval's name, reason (null where nothing is missing). Flags (see `FLAGS`) have
+        Wilson's interval, all else the interval of `persodpo.evaluation.statistics`.
     """
-    table, times = by_dialogue(observations), timed(observations)
+    table, times = by_dialogue(observations), observations[observations[TIME].notna()]
     arms = table["failure_ratio"].columns.unique("arm")
     cells = (cell for arm in arms for cell in _of_arm(arm, table, times[times["arm"] == arm]))
-    return _table(cells, _mean, ESTIMATES, sampling).astype({"batch_size": "Int64"})
+    return _table("evaluation/estimates", cells, _mean, sampling).astype({"batch_size": "Int64"})
 
 
 def _table(
-    cells: Iterable[Cell],
-    numbers: Callable[[Row, Statistic, Spread], Row],
-    columns: Sequence[str],
-    sampling: Resampling,
+    name: str, cells: Iterable[Cell], numbers: Callable[[Row, Statistic, Spread], Row], sampling: Resampling
 ) -> pd.DataFrame:
     """Return the rows of cells, with the numbers of those that can be derived; few dialogues have no interval."""
     every = list(cells)
@@ -104,12 +90,12 @@ def _table(
         row.update(numbers(row, statistic, spread))
         if np.isnan(row["low"]):
             row["reason"] = f"{statistic.fewest} dialogues are too few for a 95 % interval, {FEWEST} are not"
-    return pd.DataFrame([row for row, _ in every]).reindex(columns=list(columns))
+    return pd.DataFrame([row for row, _ in every]).reindex(columns=schema_of(name).names)
 
 
 def _of_arm(arm: str, table: pd.DataFrame, times: pd.DataFrame) -> Iterator[Cell]:
     """Yield the rows of an arm, and what their numbers follow from."""
-    every = int(of_arm(table, "failure_ratio", arm).count().sum())
+    every = int(table["failure_ratio"][[arm]].notna().to_numpy().sum())
 
     def cell(metric: str, reading: str, values: pd.DataFrame, reason: str | None, **condition: Any) -> Cell:
         counted = int(values.count().sum())
@@ -121,10 +107,10 @@ def _of_arm(arm: str, table: pd.DataFrame, times: pd.DataFrame) -> Iterator[Cell
 
     for metric, reading in readings(table):
         values, unknown = read(table, arm, metric, reading)
-        yield cell(metric, reading, values, problem_of(values.to_numpy(), unknown.to_numpy(), metric, reading))
-    for (size, machine), rows in times.groupby(["batch_size", "hardware"]):
+        yield cell(metric, reading, values, problem_of(values.to_numpy(), unknown, metric, reading))
+    for (size, machine), rows in times.groupby(["batch_size", "hardware"], dropna=False):
         values = rows.pivot(index="dialogue_id", columns="seed", values=TIME).reindex(table.index)  # noqa: PD010
-        yield cell(TIME, EVERY, values, None, batch_size=size or None, hardware=machine or None)
+        yield cell(TIME, EVERY, values, None, batch_size=size, hardware=machine)
     if times.empty:
         yield cell(TIME, EVERY, pd.DataFrame(index=table.index), "no response time was measured")
 
@@ -168,47 +154,41 @@ def compare(observations: pd.DataFrame, pairs: Sequence[tuple[str, str]], sampli
         sampling: Resamples and their seed.
 
     Returns:
-        One row per pair, metric and reading. Columns `COMPARISONS`: arm_seeds and baseline_seeds (counts), dialogues
-        compared, left_out (paired but not counted in this reading), unpaired; difference (arm less baseline), its 95 %
-        interval, standard error and p-value from `persodpo.evaluation.bootstrap`; p_at_floor (no resample contradicts, so
-        that the p-value, and p_holm, are bounds); detectable (see `smallest_detectable`); the exact test over dialogues
-        with its counts, on means over seeds where there are several; p_holm and p_exact_holm, each corrected over all rows
-        of the family that have such a p-value; family (their number, for p_holm); reason (null where nothing is missing).
-
-    Raises:
-        PersodpoError: There is no such arm, a pair stands twice or has no dialogue in common, there are too few resamples
-            for so many comparisons, or as `persodpo.evaluation.observations.by_dialogue`.
+        One row per pair, metric and reading. Columns of table ``evaluation/comparisons``: arm_seeds and baseline_seeds
+        (counts), dialogues compared, left_out (paired but not counted in this reading), unpaired; difference (arm less
+        baseline), its 95 % interval, standard error and p-value from `persodpo.evaluation.statistics`; p_at_floor (no
+        resample contradicts, so that the p-value, and p_holm, are bounds); detectable (see `smallest_detectable`); the exact
+        test over dialogues with its counts, on means over seeds where there are several; p_holm and p_exact_holm, each
+        corrected over all rows of the family that have such a p-value; family (their number, for p_holm); reason.
     """
-    table, times = by_dialogue(observations), timed(observations)
+    table, times = by_dialogue(observations), observations[observations[TIME].notna()]
     if not pairs:
         raise PersodpoError("There is nothing to compare; name at least one arm and its baseline.")
     if len(set(pairs)) < len(pairs):
         raise PersodpoError("A comparison stands twice; name each pair of arms once.")
     cells = (cell for arm, baseline in pairs for cell in _of_pair(arm, baseline, table, times))
-    return _corrected(_table(cells, _difference, COMPARISONS, sampling), sampling)
+    return _corrected(_table("evaluation/comparisons", cells, _difference, sampling), sampling)
 
 
 def _of_pair(arm: str, baseline: str, table: pd.DataFrame, times: pd.DataFrame) -> Iterator[Cell]:
     """Yield the rows of a pair, and the differences by dialogue that their numbers follow from."""
     shared, unpaired = _shared(table, arm, baseline)
-    seeds = tuple(tuple(map(int, of_arm(table, "failure_ratio", name).columns)) for name in (arm, baseline))
-    paired = seeds[0] == seeds[1]
+    timed = times[times["dialogue_id"].isin(table.index[shared])]
     for metric, reading in [*readings(table), (TIME, EVERY)]:
-        sides, unknown = zip(*(read(table, name, metric, reading) for name in (arm, baseline)), strict=True)
-        left, right = (values.to_numpy() for values in sides)
+        (first, lost), (second, also_lost) = (read(table, name, metric, reading) for name in (arm, baseline))
+        seeds = tuple(tuple(map(int, side.columns)) for side in (first, second))
+        left, right, paired = first.to_numpy(), second.to_numpy(), seeds[0] == seeds[1]
         # Without common seeds, each of the one side meets each of the other.
         differences = left - right if paired else left[:, :, None] - right[:, None, :]
         differences[~shared] = np.nan
         statistic = Statistic(differences, seeds[:1] if paired else seeds)
-        missing, reason = np.concatenate(unknown, axis=1)[shared], None
-        if metric == TIME:
-            of_shared = times[times["dialogue_id"].isin(table.index[shared])]
-            missing, reason = np.zeros_like(missing), _times_apart(of_shared, arm, baseline)
+        reason = _times_apart(timed, arm, baseline) if metric == TIME else None
+        unknown = pd.concat([lost, also_lost], axis=1)[shared]
         row: Row = {
             "arm": arm, "baseline": baseline, "metric": metric, "reading": reading, "arm_seeds": len(seeds[0]),
             "baseline_seeds": len(seeds[1]), "seeds_paired": paired, "unpaired": unpaired,
             "dialogues": statistic.dialogues, "left_out": int(shared.sum()) - statistic.dialogues,
-            "reason": reason or problem_of(statistic.columns, missing, metric, reading),
+            "reason": reason or problem_of(statistic.columns, unknown, metric, reading),
         }  # fmt: skip
         yield row, statistic
 
@@ -233,15 +213,15 @@ def _shared(table: pd.DataFrame, arm: str, baseline: str) -> tuple[np.ndarray, i
 
 def _times_apart(times: pd.DataFrame, arm: str, baseline: str) -> str | None:
     """Say why the response times of two arms cannot be compared, None if they can."""
-    conditions = []
+    conditions = times[["arm", "batch_size", "hardware"]].drop_duplicates().set_index("arm")
     for name in (arm, baseline):
-        held = times.loc[times["arm"] == name, ["batch_size", "hardware"]].drop_duplicates().to_numpy().tolist()
-        if len(held) != 1:
-            return f"{name} was timed under {len(held)} conditions" if held else f"{name} was not timed"
-        conditions += held
-    if not all(map(all, conditions)):
+        count = int((conditions.index == name).sum())
+        if count != 1:
+            return f"{name} was timed under {count} conditions" if count else f"{name} was not timed"
+    both = conditions.loc[[arm, baseline]]
+    if both.isna().any(axis=None):
         return "batch size or hardware of the times is not known"
-    alike = conditions[0] == conditions[1]
+    alike = len(both.drop_duplicates()) == 1
     return None if alike else "the two were timed at different batch sizes or on different hardware"
 
 
@@ -255,7 +235,7 @@ def _difference(row: Row, statistic: Statistic, spread: Spread) -> Row:
         # Where no dialogue differs, nothing tells how large a difference would be seen.
         "detectable": smallest_detectable(spread.standard_error, spread.freedom) if spread.standard_error else np.nan,
         "exact_test": MCNEMAR if row["metric"] in FLAGS and columns.shape[1] == 1 else SIGN_TEST,
-        **sign_test(by_dialogue)._asdict(),
+        **sign_test(by_dialogue),
     }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ module `style` touches the disk. Nothing here imports a stage, torch or transfor
 from its table anywhere.
 """
 
-from persodpo.figures import answers, curves, forest, pairs, scores
+from persodpo.figures import answers, curves, forest, scores
 from persodpo.figures.style import FIGURES, FigureSpec
 
-__all__ = ["FIGURES", "FigureSpec", "answers", "curves", "forest", "pairs", "scores"]
+__all__ = ["FIGURES", "FigureSpec", "answers", "curves", "forest", "scores"]

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from scipy.stats import binomtest
 
 from persodpo.figures import style
-from persodpo.figures.style import beside, figure, model_styles, new_figure, three_digits
+from persodpo.figures.style import beside, figure, model_styles, new_figure
 
 _EDGE: dict[str, Any] = {"edgecolor": "white", "linewidth": 0.5}
 #: Models of the paper's Figure 2a, and the untuned one of the tuned one's size.
@@ -37,10 +37,15 @@ OUTCOMES: dict[str, tuple[str, str, str]] = {
 }
 
 
+def three_digits(value: float) -> str:
+    """Write a number to three significant digits, a missing one as a dash."""
+    return "–" if np.isnan(value) else f"{value:#.3g}".rstrip(".")
+
+
 def wilson(count: float, total: float) -> tuple[float, float]:
     """Return Wilson's 95 % interval for a share of ``count`` in ``total``."""
-    interval = binomtest(int(count), int(total)).proportion_ci(method="wilson")
-    return float(interval.low), float(interval.high)
+    low, high = binomtest(int(count), int(total)).proportion_ci(method="wilson")
+    return float(low), float(high)
 
 
 @figure(
@@ -69,11 +74,8 @@ def figure_2a_published(results: pd.DataFrame) -> Figure:
 
 
 @figure(
-    "figure_2a",
-    ["evaluation/results"],
-    "Figure 2a with the untuned model of the tuned one's size beside it.",
-    "published",
-)
+    "figure_2a", ["evaluation/results"], "Figure 2a with the untuned model of the tuned one's size beside it.", "published",
+)  # fmt: skip
 def figure_2a(results: pd.DataFrame) -> Figure:
     """Draw the published models, a panel per unit."""
     labels = {

@@ -35,16 +35,13 @@ LABELS = {
 FLOORS = {"loss": 1e-4, "grad_norm": 1e-2}
 #: An axis of less than so many times its smallest value needs no logarithm.
 _DECADES = 30
+_ARMS_NOTE = "Figure {} of the arms trained here, the paper's run behind."
 _TIMES = {"step": "Optimiser step", "epoch": "Epoch"}
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def arm_curves(logs: Mapping[str, pd.DataFrame], published: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, str]]:
-    """Set the logs of the arms beside the paper's run, by epoch.
-
-    Returns:
-        The logged steps of all runs, and the labels of the arms, which say what was trained.
-    """
+    """Return the logged steps of the arms and of the paper's run, by epoch, and the arms' labels: what was trained."""
     steps = [log[log["kind"] == "train"].assign(run=arm) for arm, log in logs.items()]
     paper = published[published["run"] == PAPER_RUN].assign(epoch=lambda frame: frame["step"] / PAPER_EPOCH)
     names = {arm: f"{arm}: {log['policy'].iloc[0]}" for arm, log in logs.items()}
@@ -84,12 +81,8 @@ def panels(curves: pd.DataFrame, *, quantities: Sequence[str]) -> Figure:
     return _panels(curves, quantities, {PAPER_RUN: PAPER_RUN_LABEL}, OTHERS)
 
 
-@figure(
-    "figure_2c_arms", [LOGS, CURVES], "Figure 2c of the arms trained here, the paper's run behind.", quantities=REWARD
-)
-@figure(
-    "figure_2b_arms", [LOGS, CURVES], "Figure 2b of the arms trained here, the paper's run behind.", quantities=LOSS
-)
+@figure("figure_2c_arms", [LOGS, CURVES], _ARMS_NOTE.format("2c"), quantities=REWARD)
+@figure("figure_2b_arms", [LOGS, CURVES], _ARMS_NOTE.format("2b"), quantities=LOSS)
 def arm_panels(logs: Mapping[str, pd.DataFrame], published: pd.DataFrame, *, quantities: Sequence[str]) -> Figure:
     """Draw the arms trained here before the paper's run, a panel per quantity."""
     curves, names = arm_curves(logs, published)

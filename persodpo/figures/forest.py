@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from persodpo.errors import NothingToShowError
 from persodpo.figures.style import BLUE, DOUBLE, FAINT, GREY, VERMILLION, beside, figure, new_figure
-from persodpo.metrics import LOWER_IS_BETTER, metric_label, metric_order
+from persodpo.metrics import LOWER_IS_BETTER, metric_label, metric_order, p_text
 
 _ACROSS = 4
 _LEVEL = 0.05
@@ -33,12 +33,9 @@ def short_names(comparisons: pd.DataFrame) -> dict[str, str]:
 
 
 @figure(
-    "forest_successes",
-    ["evaluation/comparisons"],
-    "Paired differences on held-out dialogues that both arms answered.",
-    reading="successes alone",
-    title="successes alone: dialogues that both arms answered",
-)
+    "forest_successes", ["evaluation/comparisons"], "Paired differences on held-out dialogues that both arms answered.",
+    reading="successes alone", title="successes alone: dialogues that both arms answered",
+)  # fmt: skip
 @figure(
     "forest", ["evaluation/comparisons"], "Paired differences on held-out dialogues, failures imputed.",
     reading="failures imputed", title="failures imputed at their worst value",
@@ -89,7 +86,7 @@ def _differences(axes: Axes, table: pd.DataFrame, metric: str) -> None:
         marker = "s" if significant and not better else "o"
         face = colour if significant else "white"
         _interval(axes, row, (difference, low, high), colour=colour, marker=marker, face=face)
-        beside(axes, row, "–" if np.isnan(p_value) else "<0.001" if p_value < 0.0005 else f"{p_value:.3f}")
+        beside(axes, row, "–" if np.isnan(p_value) else p_text(p_value))
     beside(axes, -0.85, "p (Holm)")
     _metric_axis(axes, metric, ticks=3)
 

@@ -1,7 +1,7 @@
-"""Figures of the scores: signals by model, quality between the thresholds, and how far signals rank alike.
+"""Figures of scores and pairs: signals by model, quality between the thresholds, how far signals rank alike, who is chosen.
 
-In: ``scores`` or ``evaluation/scores``, one row per response; ``thresholds``. Rows without a quality are left out.
-Imputed rows hold worst-case values, not measurements.
+In: ``scores`` or ``evaluation/scores``, one row per response; ``thresholds``; ``pairs/perso`` or ``pairs/simple``. Rows
+without a quality are left out. Imputed rows hold worst-case values, not measurements.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from persodpo.errors import NothingToShowError
 from persodpo.figures.style import BLUE, CHOSEN, DOUBLE, GREY, REJECTED, figure, model_styles, new_figure, slanted
 from persodpo.method import SIGNALS
-from persodpo.metrics import metric_label
+from persodpo.metrics import metric_label, number
 
 Floats = NDArray[np.float64]
 
@@ -37,11 +37,8 @@ _FAILED: dict[str, Any] = {"facecolor": "white", "edgecolor": "#555555", "hatch"
 
 
 @figure(
-    "score_metrics_evaluation",
-    ["evaluation/scores"],
-    "The five signals of parsed held-out responses.",
-    every_model=False,
-)
+    "score_metrics_evaluation", ["evaluation/scores"], "The five signals of parsed held-out responses.", every_model=False,
+)  # fmt: skip
 @figure("score_metrics", ["scores"], "The five signals of parsed responses.")
 def score_metrics(scores: pd.DataFrame, *, every_model: bool = True) -> Figure:
     """Draw a histogram of each signal for each model, over the responses that were measured.
@@ -214,7 +211,7 @@ def _triangle(axes: Axes, rows: pd.DataFrame, title: str) -> None:
     columns = [*SIGNALS, "quality"]
     names = [metric_label(column) for column in columns]
     matrix = rows[columns].astype(float).corr(method="spearman").iloc[1:, :-1]
-    texts = matrix.map(lambda value: "–" if np.isnan(value) else f"{value:.2f}".replace("-", "−"))
+    texts = matrix.map(lambda value: "–" if np.isnan(value) else number(value, 2))
     sns.heatmap(
         matrix.fillna(0), mask=np.triu(np.ones(matrix.shape, dtype=bool), k=1), ax=axes, cmap="RdBu_r", vmin=-1, vmax=1,
         cbar=False, annot=texts, fmt="", annot_kws={"fontsize": 7}, linewidths=0.8, linecolor="white",
@@ -225,3 +222,34 @@ def _triangle(axes: Axes, rows: pd.DataFrame, title: str) -> None:
     axes.tick_params(length=0)
     axes.tick_params(axis="y", rotation=0)
     slanted(axes, 30)
+
+
+@figure("pair_sources_simple", ["pairs/simple"], "Which model is preferred to which, simple pairs.")
+@figure("pair_sources", ["pairs/perso"], "Which model is preferred to which, perso pairs.")
+def pair_sources(pairs: pd.DataFrame) -> Figure:
+    """Draw the counts of pairs, chosen model by rejected model, with their sums as bars at the sides."""
+    styles = model_styles([*pairs["chosen_model"], *pairs["rejected_model"]])
+    models, names = list(styles), [look.label for look in styles.values()]
+    counts = pd.crosstab(pairs["chosen_model"], pairs["rejected_model"])
+    counts = counts.reindex(index=models, columns=models, fill_value=0)
+    drawn = new_figure(3.3)
+    (top, corner), (heat, right) = drawn.subplots(2, 2, width_ratios=(4.7, 1), height_ratios=(1, 4))
+    sns.heatmap(
+        counts, ax=heat, cmap="Blues", vmin=0, cbar=False, annot=True, fmt=",d", annot_kws={"fontsize": 6},
+        linewidths=0.5, linecolor="white", xticklabels=names, yticklabels=names,
+    )  # fmt: skip
+    heat.set(xlabel="Rejected", ylabel="Chosen")
+    heat.tick_params(length=0)
+    slanted(heat, 40)
+    places = np.arange(len(models)) + 0.5
+    above = top.bar(places, counts.sum(axis=0), 0.8, color=REJECTED)
+    beside = right.barh(places, counts.sum(axis=1), 0.8, color=CHOSEN)
+    for axes, bars in ((top, above), (right, beside)):
+        axes.bar_label(bars, fmt="{:,.0f}", fontsize=6, padding=1.5)
+        axes.set_axis_off()
+    # Bars stand over the cells they sum; the other axis starts at zero and has room for the numbers.
+    top.set(xlim=heat.get_xlim(), ylim=(0, 1.2 * top.get_ylim()[1]))
+    right.set(ylim=heat.get_ylim(), xlim=(0, 1.7 * right.get_xlim()[1]))
+    corner.set_axis_off()
+    corner.text(0.5, 0.5, f"{len(pairs):,}\npairs", transform=corner.transAxes, ha="center", va="center", fontsize=7)
+    return drawn

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import matplotlib.style
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -77,28 +76,22 @@ MODEL_STYLES: dict[str, ModelStyle] = {
 }
 
 
-def _base(name: str) -> str | None:
-    """Return the model of `MODEL_STYLES` that a name is, or is tuned from."""
-    return next((model for model in MODEL_STYLES if name.startswith(model)), None)
-
-
-def ordered(models: Iterable[str]) -> list[str]:
-    """Return the distinct models in the order of `MODEL_STYLES`, each before its tuned arms, all others at the end."""
-    places = list(MODEL_STYLES)
-    return sorted(set(models), key=lambda name: (places.index(_base(name) or "") if _base(name) else len(places), name))
+def _base(name: str) -> str:
+    """Return the model of `MODEL_STYLES` that a name is, or is tuned from; an empty text if there is none."""
+    return next((model for model in MODEL_STYLES if name.startswith(model)), "")
 
 
 def model_styles(models: Iterable[str]) -> dict[str, ModelStyle]:
-    """Give each distinct model its look, in the order of `ordered`.
+    """Give each distinct model its look, in the order of `MODEL_STYLES`, each before its tuned arms, all others at the end.
 
     A model of `MODEL_STYLES` always looks the same; an arm named after one, such as ``Qwen2-0.5B-Instruct/perso``, keeps
     its colour under a hatch. All others take the palette in turn.
     """
     styles: dict[str, ModelStyle] = {}
-    slots = itertools.cycle(zip(PALETTE, MARKERS, LINES, strict=True))
-    for name in ordered(models):
+    slots, places = itertools.cycle(zip(PALETTE, MARKERS, LINES, strict=True)), [*MODEL_STYLES, ""]
+    for name in sorted(set(models), key=lambda name: (places.index(_base(name)), name)):
         base = _base(name)
-        if base is None:
+        if not base:
             styles[name] = ModelStyle(" ".join(name.split()), *next(slots))
         elif name == base:
             styles[name] = MODEL_STYLES[name]
@@ -106,11 +99,6 @@ def model_styles(models: Iterable[str]) -> dict[str, ModelStyle]:
             look, arm = MODEL_STYLES[base], name.removeprefix(base).strip("/-_ ").replace("_", " ")
             styles[name] = look._replace(label=f"{look.label} {' '.join(arm.split())}", hatch="////")
     return styles
-
-
-def three_digits(value: float) -> str:
-    """Write a number to three significant digits, a missing one as a dash."""
-    return "–" if np.isnan(value) else f"{value:#.3g}".rstrip(".")
 
 
 def context() -> AbstractContextManager[None]:
@@ -125,7 +113,7 @@ class PaperFigure(Figure):
     """A figure that no global state of pyplot knows, and that a notebook shows all the same."""
 
     def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
-        """Return the picture a notebook shows: at print resolution, for which it is laid out, and its size on screen."""
+        """Return the picture at print resolution, for which it is laid out, and its size on screen."""
         picture = io.BytesIO()
         with context():
             self.savefig(picture, format="png", dpi=300)
@@ -180,17 +168,15 @@ def figure(
     """Enter a draw function into `FIGURES`, where it draws in the project's style, whatever settings it is called under.
 
     A figure is laid out once and for all, at print resolution, as the width of text depends on it: every rendering would
-    move things a little, so that a figure shown in a notebook and then saved would differ from one saved at once.
+    move things a little, so that a figure shown in a notebook and then saved would differ from one saved at once. It raises
+    NothingToShowError if one of its tables is empty.
 
     Args:
         name: Name of the figure and of its files.
-        tables: As in `FigureSpec`.
+        tables: As in `FigureSpec`, like ``note`` and ``source``.
         note: What it shows, in a sentence.
-        source: As in `FigureSpec`.
+        source: Where it belongs.
         **options: Of the draw function, where several figures share it.
-
-    Returns:
-        A decorator. What it enters raises NothingToShowError if one of the tables is empty.
     """
 
     def register(draw: Draw) -> Draw:
@@ -215,20 +201,10 @@ def figure(
 
 
 def save(drawn: Figure, name: str, folder: Path, inputs: Mapping[str, str], note: str) -> tuple[Path, ...]:
-    """Write a figure as PDF and PNG (300 dpi), and what it was drawn from as JSON.
+    """Write a figure as PDF and PNG (300 dpi), and what it was drawn from as JSON; return the three files.
 
-    Args:
-        drawn: The figure.
-        name: Base name of the files.
-        folder: Their folder; it is created.
-        inputs: sha256 of every table the figure was drawn from, and of its code, by name.
-        note: One sentence for the reader of the JSON.
-
-    Returns:
-        The three files: PDF, PNG, JSON. Each is written under a temporary name and renamed, the JSON last.
-
-    Raises:
-        PersodpoError: The disk is full or the folder cannot be written.
+    Each is written under a temporary name and renamed, the JSON last. ``inputs`` holds the sha256 of every table that the
+    figure was drawn from, and of its code, by name.
     """
     pdf, png, record = (folder / f"{name}.{suffix}" for suffix in ("pdf", "png", "json"))
     # A date, and in the PNG a version, would make two runs differ; the JSON holds the versions.

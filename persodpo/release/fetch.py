@@ -26,11 +26,8 @@ _REMEDY = f"or name a folder that holds a copy of the release with {RELEASE_VARI
 def fetch_release(target: Path, *, manifest: Path = _MANIFEST) -> dict[str, Path]:
     """Fetch the published files that ``target`` lacks or holds with other bytes.
 
-    They come from the folder that the environment variable PERSODPO_RELEASE names, else from the pinned commit.
-
-    Args:
-        target: The folder to fill; other files in it stay.
-        manifest: The list of published files, with repository and commit.
+    They come from the folder that the environment variable PERSODPO_RELEASE names, else from the pinned commit; other files
+    in ``target`` stay. ``manifest`` lists the published files, with repository and commit.
 
     Returns:
         Where each published file lies, by its path in the release.
@@ -57,11 +54,7 @@ def fetch_release(target: Path, *, manifest: Path = _MANIFEST) -> dict[str, Path
 
 
 def release_files(target: Path, *, manifest: Path = _MANIFEST) -> dict[str, Path]:
-    """Return where each published file of a folder lies, by its path in the release; nothing is fetched.
-
-    Raises:
-        PersodpoError: A file is missing or is not the published one.
-    """
+    """Return where each published file of a folder lies, by its path in the release, if all are there; none is fetched."""
     _, hashes = _read_manifest(manifest)
     if missing := _missing(target, hashes):
         raise PersodpoError(

@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 
 from persodpo.release import published
-from persodpo.release.published import METRICS, SETS, read_set
+from persodpo.release.published import METRICS, SETS, read_set, true_name
+from persodpo.tables import schema_of
 
 REPRODUCED, DIFFERS, NOT_DERIVABLE = "reproduced", "differs", "not derivable"
 
@@ -42,21 +43,17 @@ FIGURE_2A = {
 STEP_PAIRS = 16
 _SETS = {which.label: which for which in SETS}
 
-COLUMNS = ("group", "quantity", "published", "ours", "verdict", "source")
 #: What a row of the table is made of: quantity, the published number, ours (None: nothing leads to it), where ours is from,
 #: and, where equality does not tell, whether the two are the same.
 Row = tuple[str, Any, Any, str] | tuple[str, Any, Any, str, bool]
 
 
 def parity_table(files: dict[str, Path], tables: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """Set every published number beside ours.
+    """Set every published number beside ours, in the columns of table ``audit/parity``.
 
     Args:
         files: Manifest path -> published file.
         tables: dialogues, responses, scores, thresholds, pairs/simple and pairs/perso, made ``as_released``.
-
-    Returns:
-        Columns group, quantity, published, ours, verdict and source.
     """
     counts = published.counts()
     groups = {
@@ -74,7 +71,7 @@ def parity_table(files: dict[str, Path], tables: dict[str, pd.DataFrame]) -> pd.
             verdict = REPRODUCED if all(same or [theirs == ours]) else DIFFERS
             shown, verdict = ("-", NOT_DERIVABLE) if ours is None else (str(ours), verdict)
             rows.append((group, quantity, str(theirs), shown, verdict, source))
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+    return pd.DataFrame(rows, columns=schema_of("audit/parity").names)
 
 
 def _preparation(counts: dict[str, Any], dialogues: pd.DataFrame) -> list[Row]:
@@ -101,8 +98,8 @@ def _responses(counts: dict[str, Any], responses: pd.DataFrame) -> list[Row]:
         ("parsed", counts["parsed"], int(parsed.sum()), source),
         ("recovered failures", counts["recovered_failures"], int(recovered.sum()), source),
         *(
-            (f"parsed, {model}", count, int(by_model[model]), source)
-            for model, count in ((published.true_name(label), n) for label, n in counts["parsed_per_model"].items())
+            (f"parsed, {true_name(label)}", count, int(by_model[true_name(label)]), source)
+            for label, count in counts["parsed_per_model"].items()
         ),
     ]
 
@@ -150,10 +147,7 @@ def _training(run: str, log: dict[str, Any], pairs: int) -> list[Row]:
 
 
 def set_statistics(files: dict[str, Path], label: str) -> dict[str, tuple[float, float]]:
-    """Return mean and population standard deviation of each column of the results table for the published set of a label.
-
-    Failures count with the file's worst-case values.
-    """
+    """Return mean and population standard deviation of each column of the results table for a set, failures included."""
     frame = read_set(files, _SETS[label])
     columns = {"response_time": frame["response_time"]} | {name: frame[ours] for name, ours in METRICS.items()}
     columns["Failure Ratio"] = frame["parsed"].isna().astype(float)

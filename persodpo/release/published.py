@@ -82,11 +82,7 @@ SETS = TRAIN_SETS + VALID_SETS
 
 
 def ranked_sets(models: Sequence[str]) -> tuple[PublishedSet, ...]:
-    """Return the published train sets of models.
-
-    Raises:
-        PersodpoError: There are none of a model.
-    """
+    """Return the published train sets of models; a model that has none is refused."""
     known = {which.model: which for which in TRAIN_SETS}
     unknown = [model for model in models if model not in known]
     if unknown:
@@ -113,9 +109,8 @@ def prompts_file(split: Literal["train", "valid"]) -> str:
 def read_set(files: dict[str, Path], which: PublishedSet) -> pd.DataFrame:
     """Read one published set, row by row in the order of its prompts.
 
-    Returns:
-        Columns completion (None if none was published), parsed (the published response, None for a failure),
-        response_time (s), and the four metrics (NaN if none were published).
+    Columns: completion (None if none was published), parsed (the published response, None for a failure), response_time
+    (s), and the four metrics (NaN if none were published).
     """
     raw = pd.read_csv(files[which.raw]) if which.raw else None
     scored = _read_sheet(files[which.metrics], files[which.metrics].stat().st_mtime_ns) if which.metrics else None
@@ -168,13 +163,7 @@ def published_responses(
     dialogues: pd.DataFrame,
     reading: Literal["as_released", "strict"],
 ) -> pd.DataFrame:
-    """Read published completions.
-
-    Args:
-        files: Published files by manifest path.
-        sets: Which published sets.
-        dialogues: Dialogues table; a set answers its split's dialogues in their order.
-        reading: How completions are read.
+    """Read published completions; a set answers its split's dialogues in their order.
 
     Returns:
         A responses table, a dialogue's answers side by side. Where no completion was published, the published response
@@ -204,11 +193,9 @@ def published_responses(
 
 
 def published_metrics(files: dict[str, Path], sets: Iterable[PublishedSet], responses: pd.DataFrame) -> pd.DataFrame:
-    """Read the published scores of parsed responses.
+    """Read the published scores of parsed responses: dialogue_id, model, the four metrics and parsed, what was scored.
 
-    Returns:
-        dialogue_id (of the responses table), model, the four metrics and parsed, the text that was scored (None where the
-        published parse failed; its metrics are then the release's own worst-case values).
+    Where the published parse failed, parsed is None, and the metrics are the release's own worst-case values.
     """
     frames = []
     for which in sets:

@@ -105,9 +105,9 @@ def _estimates(run: RunFolder, overwrite: bool) -> StageReport:
     names = [f"{group}/{kind}" for group in ("evaluation", "ablations") for kind in ("responses", "scores", "judged")]
 
     def build() -> Tables:
-        from persodpo.evaluation.bootstrap import Resampling
         from persodpo.evaluation.observations import observe
         from persodpo.evaluation.results import compare, estimates
+        from persodpo.evaluation.statistics import Resampling
 
         own, other = (
             observe(run.read(f"{group}/responses"), run.read(f"{group}/scores"), judged=run.read(f"{group}/judged"))

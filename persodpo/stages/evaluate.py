@@ -10,11 +10,7 @@ from persodpo.stages.heldout import arms_of, held_out_arms, judge_held_out
 
 
 def needs(profile: Profile) -> list[Need]:
-    """Return what results follow from: arms under all seeds, or the published held-out responses.
-
-    Raises:
-        PersodpoError: Arms answer, and the scores are the published ones.
-    """
+    """Return what results follow from: arms under all seeds, or the published held-out responses."""
     if profile.evaluation.source == "published":
         return [Need("score")]
     if profile.scoring.source != "compute":
@@ -33,9 +29,9 @@ def evaluate(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
     reports = held_out_arms(run, overwrite) if by_arms else [judge_held_out(run, "evaluation", overwrite)]
 
     def build() -> Tables:
-        from persodpo.evaluation.bootstrap import Resampling
         from persodpo.evaluation.observations import observe
         from persodpo.evaluation.results import compare, estimates, summarise
+        from persodpo.evaluation.statistics import Resampling
 
         responses, scores, judged = (run.read(name) for name in tables)
         observations = observe(responses, scores, arms, judged)

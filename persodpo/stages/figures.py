@@ -43,22 +43,14 @@ def figure_names(run: RunFolder) -> list[str]:
 
 
 def draw_figure(run: RunFolder, name: str) -> Figure:
-    """Draw a figure from the run's tables, without writing it.
-
-    Raises:
-        PersodpoError: There is no such figure, or a table is missing or was edited.
-    """
+    """Draw a figure from the run's tables, without writing it."""
     spec = _spec(name)
     tables = [{arm: _read(run, table) for arm, table in _tables(run, pattern).items()} for pattern in spec.tables]
     return spec.draw(*(by_arm.get("", by_arm) for by_arm in tables))
 
 
 def save_figure(run: RunFolder, name: str, *, overwrite: bool = False) -> StageReport:
-    """Draw a figure and write it to figures/<profile>/, unless its tables and code are those it was drawn from.
-
-    Raises:
-        PersodpoError: As `draw_figure`, or the folder cannot be written.
-    """
+    """Draw a figure and write it to figures/<profile>/, unless its tables and code are those it was drawn from."""
     started, spec, stage = time.perf_counter(), _spec(name), f"figure {name}"
     sources = {table: _path(run, table) for pattern in spec.tables for table in _tables(run, pattern).values()}
     inputs = {table: sha256(path) for table, path in sources.items()} | figure_code(name)

@@ -1,4 +1,4 @@
-"""Means over dialogues and seeds in; percentile bootstrap intervals, standard errors and p-values out.
+"""Means over dialogues and seeds in; percentile bootstrap intervals, standard errors, p-values and exact tests out.
 
 One seed: the percentile bootstrap over dialogues (Efron 1979). The same dialogues are drawn for all arms, metrics and seeds,
 so arms stay paired and three seeds on the same dialogues are not three times as many dialogues.
@@ -11,22 +11,26 @@ Degrees of freedom add up as Satterthwaite's (1946).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.stats import binomtest, norm
+from scipy.stats import t as student
 
-from persodpo.evaluation.observations import Floats
-from persodpo.evaluation.significance import stretch
+Floats = NDArray[np.float64]
 
 #: Below so many dialogues a percentile interval holds the truth far less often than it says, so none is given.
 FEWEST = 10
-
-_LEVELS = (0.025, 0.975)
+#: Standard normal quantile of two-sided 95 %.
+Z95 = float(norm.ppf(0.975))
 #: Counts held in memory at a time, about 32 MB.
 _CHUNK = 4_000_000
-#: Differences smaller than this share of a statistic's largest value are roundings of zero.
+#: Differences smaller than this, or than this share of a statistic's largest value, are roundings of zero.
 _ROUNDING = 1e-12
 
 
@@ -67,11 +71,11 @@ class Statistic:
 
 
 class Spread(NamedTuple):
-    """A statistic and what its resamples say.
+    """A statistic and what its resamples say; without resamples, which a column of few values has none of, NaN.
 
     Attributes:
         estimate: The mean.
-        low: Lower end of the 95 % interval; NaN, as all that follows, if a column has fewer than `FEWEST` values.
+        low: Lower end of the 95 % interval.
         high: Upper end.
         standard_error: Standard error of the estimate over dialogues and seeds.
         freedom: Its degrees of freedom: about one less than the seeds where they differ most, one less than the dialogues
@@ -135,13 +139,12 @@ def _spread(statistic: Statistic, drawn: Floats, sampling: Resampling) -> Spread
         generator = np.random.default_rng([sampling.seed, 1, *seeds])
         means += (generator.standard_t(len(seeds) - 1, sampling.resamples) * np.sqrt(between))[whole]
     means[np.abs(means) <= _ROUNDING * np.nanmax(np.abs(statistic.values), initial=0.0)] = 0.0
-    low, high = np.quantile(means, _LEVELS)
+    low, high = np.quantile(means, (0.025, 0.975))
     contrary = min(int((means <= 0).sum()), int((means >= 0).sum()))
     p_value = min(1.0, 2 * (contrary + 1) / (len(means) + 1))
-    error, freedom = _standard_error(
-        [(dialogue_variance, statistic.dialogues - 1), *((between, len(seeds) - 1) for seeds, between, _ in parts)]
-    )
-    return Spread(estimate, float(low), float(high), error, freedom, p_value, contrary == 0)
+    variances = [(dialogue_variance, statistic.dialogues - 1)]
+    variances += [(between, len(seeds) - 1) for seeds, between, _ in parts]
+    return Spread(estimate, float(low), float(high), *_standard_error(variances), p_value, contrary == 0)
 
 
 def _seed_parts(statistic: Statistic, drawn: Floats) -> Iterator[tuple[tuple[int, ...], float, float]]:
@@ -167,3 +170,44 @@ def _standard_error(parts: Sequence[tuple[float, int]]) -> tuple[float, float]:
     if total == 0:
         return 0.0, float(parts[0][1])
     return float(np.sqrt(total)), total**2 / sum(variance**2 / freedom for variance, freedom in parts)
+
+
+def sign_test(differences: Floats) -> dict[str, float]:
+    """Test exactly whether paired differences go one way more often than the other; ties are counted and dropped.
+
+    On differences of two flags this is McNemar's exact test: its discordant pairs are the dialogues that are no ties.
+    """
+    higher, lower = int((differences > _ROUNDING).sum()), int((differences < -_ROUNDING).sum())
+    p_exact = float(binomtest(higher, higher + lower).pvalue) if higher + lower else 1.0
+    return {"higher": higher, "lower": lower, "ties": len(differences) - higher - lower, "p_exact": p_exact}
+
+
+def holm(p_values: pd.Series[float]) -> pd.Series[float]:
+    """Correct the p-values of a family so that the chance of any false finding stays at the level (Holm 1979).
+
+    NaN, where there was no test, does not count and stays.
+    """
+    ascending = p_values.dropna().sort_values()
+    return (ascending * np.arange(len(ascending), 0, -1)).cummax().clip(upper=1.0).reindex(p_values.index)
+
+
+def wilson(count: float, total: float) -> tuple[float, float]:
+    """Return Wilson's (1927) 95 % interval of a share, as scipy's; counts need not be whole, as effective ones are not."""
+    share, weight = count / total, Z95**2 / total
+    centre = (share + weight / 2) / (1 + weight)
+    half = math.sqrt(share * (1 - share) * weight + weight**2 / 4) / (1 + weight)
+    # The ends of an empty and of a full share are 0 and 1 exactly; sums and roots miss them by a rounding.
+    return (0.0 if count == 0 else max(0.0, centre - half)), (1.0 if count == total else min(1.0, centre + half))
+
+
+def stretch(freedom: float) -> float:
+    """Return how much wider than a normal 95 % interval one of Student's t with these degrees of freedom is, 1 or more."""
+    return float(student.ppf(0.975, freedom) / Z95)
+
+
+def smallest_detectable(standard_error: float, freedom: float = math.inf) -> float:
+    """Return the true difference that one two-sided test at 5 % finds with 80 % power.
+
+    That is the sum of Student's 0.975 and 0.80 quantiles, in standard errors: 2.80 of many dialogues and one seed.
+    """
+    return float((student.ppf(0.975, freedom) + student.ppf(0.80, freedom)) * standard_error)
