@@ -71,7 +71,8 @@ def value(name: str) -> str:
     kind, _, rest = name.partition(" ")
     if kind == "machine":
         at = content(rest).get("machine", content(rest))
-        return f"{at['cores']} cores, commit {(at.get('commit') or 'unknown')[:7]}"
+        commit, changed, _ = (at.get("commit") or "unknown").partition("-dirty")
+        return f"{at['cores']} cores, commit {commit[:7]}{' with uncommitted changes' if changed else ''}"
     if kind == "table":
         result, _, number = rest.partition(" ")
         parts = paragraphs(result) if not number else [paragraphs(result)[int(number) - 1]]

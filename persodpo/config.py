@@ -322,7 +322,7 @@ class Evaluation(Section):
     seeds: Several[Seed] = setting("of each arm's trainings; figures show the first", (44, 45, 46), min_length=1)
     timed: Count | None = setting("dialogues that arms answer one at a time, for response times; null: all", None)
     resamples: int = setting("of the bootstrap behind intervals and p-values", 10_000, ge=1000)
-    pairs: Several[tuple[Text, Text]] = setting("arm and baseline; all tests are one family", ())
+    pairs: Several[tuple[Text, Text]] = setting("arm and baseline of each comparison", ())
     ablated: ArmName = setting("the arm that every ablation does one thing otherwise than", "perso_weighted")
     ablations: tuple[Ablation, ...] = setting("each is trained under the first seed", ())
 

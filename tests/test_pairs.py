@@ -121,8 +121,8 @@ def metric_values(count: int, seed: int = 0) -> pd.DataFrame:
     return pd.DataFrame({
         "dialogue_id": [f"d{n % (count // 7):05d}" for n in range(count)],
         "model": [f"m{n // (count // 7)}" for n in range(count)],
-        "coherence": random.random(count), "c_score": random.integers(-1, 2, count).astype(float),
-        "ue_score": random.integers(0, 3, count).astype(float), "persona_distance": random.random(count),
+        **{metric: random.random(count) for metric in METRICS},
+        "c_score": random.integers(-1, 2, count).astype(float), "ue_score": random.integers(0, 3, count).astype(float),
         "words": random.integers(5, 100, count), "one_object": random.random(count) < 0.7,
     })  # fmt: skip
 

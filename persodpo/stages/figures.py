@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import pandas as pd
 from tqdm import tqdm
 
+from persodpo.config import PairSet
 from persodpo.errors import NothingToShowError, PersodpoError
 from persodpo.imports import code_of
 from persodpo.release import published
@@ -32,7 +33,7 @@ def figure_names(run: RunFolder) -> list[str]:
     from persodpo.figures import FIGURES
 
     profile = run.profile
-    absent = {f"pairs/{name}" for name in ("simple", "perso") if name not in profile.pairs.sets}
+    absent = {f"pairs/{name}" for name in get_args(PairSet) if name not in profile.pairs.sets}
     if not profile.evaluation.ablations:
         absent.add("ablations/estimates")
     return [
