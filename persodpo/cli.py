@@ -159,7 +159,7 @@ def fetch(
 ) -> None:
     """Fetch the published files, or the frozen sentence encoder of offline scorers, and check every byte."""
     from persodpo.release.fetch import fetch_release  # noqa: PLC0415
-    from persodpo.scoring.encoder import fetch_encoder  # noqa: PLC0415
+    from persodpo.scoring.models import fetch_encoder  # noqa: PLC0415
 
     if what == "encoder":
         print(f"encoder: all files are in {fetch_encoder()}, verified")

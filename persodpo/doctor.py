@@ -19,8 +19,7 @@ from persodpo.generation.client import api_key
 from persodpo.release.fetch import release_files
 from persodpo.run import Run
 from persodpo.runfolder import PROJECT, RunFolder, StageReport
-from persodpo.scoring.encoder import FILES, encoder_folder
-from persodpo.scoring.models import device_name
+from persodpo.scoring.models import FILES, device_name, encoder_folder
 from persodpo.stages.asking import Scope
 from persodpo.stages.generate import forecast_report
 from persodpo.stages.policy import PREFIX, miniature_folder, policy_folder

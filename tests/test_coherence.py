@@ -15,9 +15,9 @@ from scorer_models import T5_WORDS, counting_t5
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from persodpo.errors import PersodpoError
-from persodpo.scoring.coherence import CoherenceScorer, write_input
 from persodpo.scoring.models import Checkpoint
 from persodpo.scoring.score import Item
+from persodpo.scoring.signals import CoherenceScorer, write_input
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -95,17 +95,6 @@ def test_scores_follow_their_texts_whatever_the_order_batch_and_padding(trained,
     order = random.Random(1).sample(range(len(texts)), len(texts))
     found = scorer_of(trained, batch_tokens=batch_tokens).score(items(*(texts[n] for n in order)))
     assert found.values == pytest.approx([alone[n] for n in order], abs=1e-5)
-
-
-def test_equal_inputs_are_run_once(trained, monkeypatch):
-    seen, run = [], Checkpoint.run
-    monkeypatch.setattr(
-        Checkpoint, "run", lambda self, rows, forward: seen.append(len(rows)) or run(self, rows, forward)
-    )
-    texts = [("x", "good"), ("good", "x"), ("good x", "x")]
-    scored = scorer_of(trained).score(items(*texts, *texts[::-1]))
-    assert seen == [3]
-    assert scored.values[:3].tolist() == scored.values[:2:-1].tolist()
 
 
 @given(good=st.integers(0, 6), rest=st.integers(0, 6))

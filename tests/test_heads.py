@@ -19,11 +19,27 @@ from transformers import AutoModel, AutoTokenizer, BertModel
 from persodpo.config import load_profile
 from persodpo.errors import PersodpoError
 from persodpo.method import METRICS
-from persodpo.scoring import encoder as module
-from persodpo.scoring.encoder import ENCODER_VARIABLE, FILES, Encoder, encoder_folder, fetch_encoder, remembered
-from persodpo.scoring.examples import ENTAILMENT, NEUTRAL, own_or_lent, persona_examples, understand
-from persodpo.scoring.heads import HEADS, features, head_report, make_heads
-from persodpo.scoring.models import Checkpoint
+from persodpo.scoring import models as module
+from persodpo.scoring.heads import (
+    ENTAILMENT,
+    HEADS,
+    NEUTRAL,
+    features,
+    head_report,
+    make_heads,
+    own_or_lent,
+    persona_examples,
+    understand,
+)
+from persodpo.scoring.models import (
+    ENCODER_VARIABLE,
+    FILES,
+    Checkpoint,
+    Encoder,
+    encoder_folder,
+    fetch_encoder,
+    remembered,
+)
 from persodpo.scoring.score import Item
 from persodpo.stages.score import make_scorer
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 
 import pandas as pd
 import pytest
 
 from persodpo.dialogues import focus_json
 from persodpo.errors import PersodpoError
-from persodpo.miniature import phrases
 from persodpo.miniature.judge import judge, judge_answer
-from persodpo.miniature.world import focus_world, write_world
+from persodpo.miniature.world import PHRASES, focus_world, write_world
 from persodpo.runfolder import DATA
 
 
@@ -40,17 +38,11 @@ def test_the_world_is_read_as_focus_is(tmp_path):
     assert table["reference"].tolist() == [last_answer(dialogue) for dialogue in content]
 
 
-def test_a_seed_gives_the_same_bytes_and_another_seed_others(tmp_path):
-    for folder, seed in (("a", 3), ("b", 3), ("c", 4)):
-        write_world(tmp_path / folder, 20, 20, seed)
-    same, again, other = ((tmp_path / folder / "train.json").read_bytes() for folder in "abc")
-    assert same == again != other
-
-
-def test_the_committed_sample_is_what_the_generator_makes(tmp_path):
-    write_world(tmp_path, 160, 40, seed=44)
-    for name in ("train.json", "valid.json"):
-        assert (tmp_path / name).read_bytes() == (DATA / "mini" / name).read_bytes()
+def test_the_committed_sample_is_what_the_generator_makes_under_its_seed(tmp_path):
+    for path, other in zip(
+        write_world(tmp_path, 160, 40, 44), write_world(tmp_path / "other", 160, 40, 45), strict=True
+    ):
+        assert path.read_bytes() == (DATA / "mini" / path.name).read_bytes() != other.read_bytes()
 
 
 def test_turns_grow_by_one_exchange_and_no_field_stays_unfilled(world):
@@ -63,14 +55,14 @@ def test_turns_grow_by_one_exchange_and_no_field_stays_unfilled(world):
 
 
 def test_an_answer_takes_up_the_trait_it_names_and_no_distractor(world):
-    clauses = {sentence: clause for pairs in phrases.INTERESTS.values() for sentence, clause in pairs}
+    clauses = {sentence: clause for pairs in PHRASES.interests.values() for sentence, clause in pairs}
     said = [
-        (phrases.SAID_OF_THINGS, phrases.THINGS),
-        (phrases.SAID_OF_OWNED, phrases.OWNED),
-        (phrases.SAID_OF_JOBS, phrases.JOBS),
+        (PHRASES.said_of_things, PHRASES.things),
+        (PHRASES.said_of_owned, PHRASES.owned),
+        (PHRASES.said_of_jobs, PHRASES.jobs),
     ]
     made = {way.format(thing=thing) for ways, things in said for way in ways for thing in things}
-    distractors = made | set(phrases.DISTRACTORS)
+    distractors = made | set(PHRASES.distractors)
     for dialogue in world:
         number = len(dialogue["utterance"])
         used = dialogue["utterance"][-1][f"persona_grounding{number}"]
@@ -81,17 +73,6 @@ def test_an_answer_takes_up_the_trait_it_names_and_no_distractor(world):
             assert clauses[sentence] in last_answer(dialogue)
         assert len(set(dialogue["persona"])) == 5
         assert set(dialogue["persona"]) & distractors
-
-
-def test_answers_are_varied(world):
-    answers = [last_answer(dialogue) for dialogue in world]
-    assert len(set(answers)) > 950
-    words = [len(answer.split()) for answer in answers]
-    assert min(words) < 12
-    assert max(words) > 35
-    starts = Counter(" ".join(answer.split()[:2]) for answer in answers)
-    assert starts.most_common(1)[0][1] < 150
-    assert len({turns_of(dialogue)[-2] for dialogue in world}) > 40
 
 
 def test_references_are_grounded_and_others_answers_are_not(world):

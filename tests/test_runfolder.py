@@ -386,7 +386,7 @@ RUN_AGAIN = {
     "method": set(STAGES) - {"dialogues"},
     "gate": {"pairs", "audit"},
     "evaluation.significance": {"evaluate", "ablate"},
-    "scoring.nli": {"score", "heldout", "evaluate", "ablate"},
+    "scoring.signals": {"score", "heldout", "evaluate", "ablate"},
     "generation.local": {"generate", "heldout", "evaluate", "ablate"},
     "cards": set(),
     "cli": set(),
