@@ -125,18 +125,14 @@ def test_a_tokenizer_without_single_tokens_for_yes_and_no_is_refused(tmp_path, w
         scorer_of(tmp_path).score(items(("x", "x")))
 
 
-def test_weights_outside_safetensors_are_refused(tmp_path):
-    counting_t5(tmp_path)
-    torch.save(T5ForConditionalGeneration.from_pretrained(tmp_path).state_dict(), tmp_path / "pytorch_model.bin")
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(PersodpoError, match=r"no weights in safetensors.*convert it once"):
-        scorer_of(tmp_path).score(items(("x", "x")))
-
-
 def test_damaged_or_unfit_checkpoints_are_one_sentence(tmp_path):
     counting_t5(tmp_path / "damaged")
     (tmp_path / "damaged" / "model.safetensors").write_bytes(b"\0" * 20)
     with pytest.raises(PersodpoError, match=r"Model '.*damaged' cannot be loaded"):
+        scorer_of(tmp_path / "damaged").score(items(("x", "x")))
+    torch.save({}, tmp_path / "damaged" / "pytorch_model.bin")
+    (tmp_path / "damaged" / "model.safetensors").unlink()
+    with pytest.raises(PersodpoError, match=r"no weights in safetensors.*convert it once"):
         scorer_of(tmp_path / "damaged").score(items(("x", "x")))
     (tmp_path / "empty").mkdir()
     with pytest.raises(PersodpoError, match=r"empty holds no model \(there is no config.json\)"):

@@ -23,10 +23,6 @@ def turns_of(dialogue: dict) -> list[str]:
     return dialogue["utterance"][-1][f"dialogue{len(dialogue['utterance'])}"]
 
 
-def last_answer(dialogue: dict) -> str:
-    return turns_of(dialogue)[-1]
-
-
 def test_the_world_is_read_as_focus_is(tmp_path):
     train, valid = write_world(tmp_path, 40, 20, seed=3)
     table, held_out = focus_json(train, "train"), focus_json(valid, "valid")
@@ -35,7 +31,7 @@ def test_the_world_is_read_as_focus_is(tmp_path):
     assert table["personas"].map(len).eq(5).all()
     assert table["context"].str.fullmatch(r"User1: .+(\nUser2: .+\nUser1: .+)*").all()
     content = json.loads(train.read_text())["data"]
-    assert table["reference"].tolist() == [last_answer(dialogue) for dialogue in content]
+    assert table["reference"].tolist() == [turns_of(dialogue)[-1] for dialogue in content]
 
 
 def test_the_committed_sample_is_what_the_generator_makes_under_its_seed(tmp_path):
@@ -43,15 +39,6 @@ def test_the_committed_sample_is_what_the_generator_makes_under_its_seed(tmp_pat
         write_world(tmp_path, 160, 40, 44), write_world(tmp_path / "other", 160, 40, 45), strict=True
     ):
         assert path.read_bytes() == (DATA / "mini" / path.name).read_bytes() != other.read_bytes()
-
-
-def test_turns_grow_by_one_exchange_and_no_field_stays_unfilled(world):
-    for dialogue in world:
-        whole = turns_of(dialogue)
-        for number, entry in enumerate(dialogue["utterance"], 1):
-            assert set(entry) == {f"persona_grounding{number}", *(f"dialogue{n}" for n in range(1, number + 1))}
-            assert entry[f"dialogue{number}"] == whole[: 2 * number]
-        assert not any("{" in text for text in [*dialogue["persona"], *dialogue["knowledge"], *whole])
 
 
 def test_an_answer_takes_up_the_trait_it_names_and_no_distractor(world):
@@ -64,13 +51,14 @@ def test_an_answer_takes_up_the_trait_it_names_and_no_distractor(world):
     made = {way.format(thing=thing) for ways, things in said for way in ways for thing in things}
     distractors = made | set(PHRASES.distractors)
     for dialogue in world:
+        assert not any("{" in text for text in [*dialogue["persona"], *dialogue["knowledge"], *turns_of(dialogue)])
         number = len(dialogue["utterance"])
         used = dialogue["utterance"][-1][f"persona_grounding{number}"]
         assert sum(used) == 1
         sentence = dialogue["persona"][used.index(True)]
         assert sentence not in distractors
         if sentence in clauses:
-            assert clauses[sentence] in last_answer(dialogue)
+            assert clauses[sentence] in turns_of(dialogue)[-1]
         assert len(set(dialogue["persona"])) == 5
         assert set(dialogue["persona"]) & distractors
 

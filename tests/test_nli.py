@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 
 import numpy as np
@@ -108,7 +107,12 @@ def test_without_a_persona_or_a_query_nothing_follows(counting, way):
 
 @pytest.mark.parametrize(
     "labels",
-    [*itertools.permutations(CLASSES), ("positive", "neutral", "negative"), ("ENTAILMENT", "Neutral", "Contradiction")],
+    [
+        CLASSES,
+        ("neutral", "entailment", "contradiction"),
+        ("positive", "neutral", "negative"),
+        ("ENTAILMENT", "Neutral", "Contradiction"),
+    ],
 )
 def test_classes_are_read_by_name_whatever_their_order(tmp_path, labels):
     counting_bert(tmp_path, labels)

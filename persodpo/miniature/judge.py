@@ -147,7 +147,7 @@ def _topic(question: str) -> str:
     """Return the topic of a question; what is no question of this world is a ValueError."""
     for topic, (questions, _) in PHRASES.questions.items():
         if any(re.fullmatch(_pattern(text), question) for text in questions):
-            return topic
+            return str(topic)
     raise ValueError(f"'{question}' is no question of the generated world.")
 
 
