@@ -37,12 +37,7 @@ class Trait(NamedTuple):
 
 
 def focus_world(dialogues: int, seed: int, first: int = 0) -> dict[str, Any]:
-    """Generate dialogues.
-
-    Args:
-        dialogues: How many.
-        seed: Of everything.
-        first: Number of the first dialogue, so that two splits share no id.
+    """Generate so many dialogues, numbered from ``first``, so that two splits share no id.
 
     Returns:
         Content of a FoCus file, ready for `json.dumps`: ``data``, a list of dialogues with ``dialogID``, ``persona`` (five

@@ -151,13 +151,9 @@ def features(encoder: Encoder, pairs: Sequence[tuple[str, str]]) -> tuple[np.nda
 
 
 def make_heads(dialogues: pd.DataFrame, encoder: Encoder, folder: Path, seed: int) -> Path:
-    """Fit the three heads on a run's dialogues, unless that was done before.
+    """Fit the three heads on a run's dialogues, unless that was done before, in a folder that holds those of all runs.
 
-    Args:
-        dialogues: A dialogues table; personas, context and reference are read.
-        encoder: What the heads stand on.
-        folder: Where the heads of all runs lie.
-        seed: Of examples, split and weights. The same seed, texts and machine give the same heads.
+    The same seed, texts and machine give the same heads.
 
     Returns:
         The heads' own folder: weights (safetensors) and a record with each head's held-out accuracy.

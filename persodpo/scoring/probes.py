@@ -117,11 +117,7 @@ KNOWN = {
 
 
 def probe(scorer: Scorer) -> list[Verdict]:
-    """Run every probe that applies to a scorer: known answers where its name has some, then order.
-
-    Raises:
-        PersodpoError: The scorer does not give one finite score a text.
-    """
+    """Run every probe that applies to a scorer: known answers where its name has some, then order."""
     items = [_kinds_of_items(case, CASES[(place + OTHER) % len(CASES)]) for place, case in enumerate(CASES)]
     verdicts = []
     with remembered():

@@ -231,11 +231,7 @@ def _check(name: str, items: Sequence[Item], scored: Scored) -> None:
 
 
 def readable(responses: pd.DataFrame, dialogues: pd.DataFrame) -> tuple[pd.DataFrame, list[Item]]:
-    """Return the responses that could be read (dialogue_id, model, parsed), and the item of each.
-
-    Raises:
-        PersodpoError: A response answers a dialogue that is not there.
-    """
+    """Return the responses that could be read (dialogue_id, model, parsed), and the item of each."""
     there = responses["outcome"].eq("ok") & responses["response"].notna()
     table = responses.loc[there, ["dialogue_id", "model", "response"]].rename(columns={"response": "parsed"})
     if unknown := set(table["dialogue_id"]) - set(dialogues["dialogue_id"]):
