@@ -9,7 +9,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scorer_models import T5_WORDS, counting_t5
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
@@ -85,7 +85,7 @@ def released_way(folder, text: str) -> float:
     return yes / (yes + no)
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 300, 10**6])
+@pytest.mark.parametrize("batch_tokens", [1, 300])
 def test_scores_follow_their_texts_whatever_the_order_batch_and_padding(trained, batch_tokens):
     draw = random.Random(0)
     said = lambda most: " ".join(draw.choices(["good", "x", "Yes", "No", "zzz"], k=draw.randint(0, most)))  # noqa: E731
@@ -97,6 +97,7 @@ def test_scores_follow_their_texts_whatever_the_order_batch_and_padding(trained,
     assert found.values == pytest.approx([alone[n] for n in order], abs=1e-5)
 
 
+@settings(max_examples=30)
 @given(good=st.integers(0, 6), rest=st.integers(0, 6))
 def test_the_oldest_turns_are_cut_and_counted(counting, good, rest):
     """Of the history "x x x ... good good ..." as much of the end stays as fits."""

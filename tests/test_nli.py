@@ -158,7 +158,7 @@ def pairs(count: int, seed: int = 0) -> list[tuple[str, str]]:
     return [(said(), said()) for _ in range(count)]
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 150, 10**6])
+@pytest.mark.parametrize("batch_tokens", [1, 150])
 def test_logits_follow_their_texts_whatever_the_order_batch_and_padding(random_bert, batch_tokens):
     texts = pairs(24)
     tokenizer = AutoTokenizer.from_pretrained(random_bert)
