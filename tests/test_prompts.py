@@ -61,8 +61,15 @@ def test_templates_that_cannot_be_filled_or_read_are_refused(tmp_path, text, wor
     path.write_text(text)
     with pytest.raises(PersodpoError, match=re.escape(words)):
         load_template(str(path))
+
+
+@pytest.mark.parametrize("name", ["fancy", "x" * 5_000, "x\0y", "."])
+def test_files_that_are_no_template_are_one_sentence(tmp_path, name):
     with pytest.raises(PersodpoError, match=r"neither a shipped one \(brief, chain_of_thought, plain\) nor a file"):
-        load_template("fancy")
+        load_template(name)
+    (tmp_path / "latin.txt").write_bytes("ü {personas}".encode("latin-1"))
+    with pytest.raises(PersodpoError, match="is not UTF-8"):
+        load_template(str(tmp_path / "latin.txt"))
 
 
 def test_chain_of_thought_asks_for_reasons_first():
@@ -84,20 +91,11 @@ def test_token_budgets(template, fits_words, tokens):
 
 def test_the_system_message_tells_the_limit():
     """The published one went out with its field unfilled (audit A9)."""
-    system = load_system("system", SETTINGS)
+    system = load_system(SETTINGS)
     assert "at most 110 words" in system
     assert "{" not in system
     assert as_messages("Hi", system) == ({"role": "system", "content": system}, {"role": "user", "content": "Hi"})
     assert as_messages("Hi", None) == ({"role": "user", "content": "Hi"},)
-
-
-@pytest.mark.parametrize(
-    ("text", "words"), [("Answer {context}", "unknown field {context}"), (" \n", "is empty; write one")]
-)
-def test_system_messages_that_cannot_be_filled(tmp_path, text, words):
-    (tmp_path / "system.txt").write_text(text)
-    with pytest.raises(PersodpoError, match=words):
-        load_system(str(tmp_path / "system.txt"), SETTINGS)
 
 
 def test_the_digest_follows_every_wording():

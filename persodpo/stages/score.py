@@ -203,7 +203,7 @@ def make_scorer(name: str, profile: Profile, folder: Path | None) -> Scorer:
     if name == "coherence":
         return CoherenceHead(head) if head else CoherenceScorer(model, size)
     labels = settings.labels.get("c_score" if name == "c_score" else "ue_score")
-    classifier = head or NliModel(model, labels=labels, max_length=settings.nli_tokens, batch_tokens=size)
+    classifier = head or NliModel(model, labels=labels, batch_tokens=size)
     return (CScorer if name == "c_score" else UEScorer)(classifier, way)
 
 
@@ -232,7 +232,7 @@ def heads_folder(run: RunFolder) -> Path:
 def measure(
     run: RunFolder, responses: pd.DataFrame, scorers: Sequence[Scorer]
 ) -> tuple[pd.DataFrame, pd.DataFrame, list[Tally]]:
-    """Score responses to a run's dialogues, on a Ray cluster where ``engine.scorers`` says so, from the cache of all runs.
+    """Score responses to a run's dialogues, on a Ray cluster under ``engine.ray_workers``, from the cache of all runs.
 
     Args:
         run: Its dialogues, settings and cache.
@@ -243,7 +243,7 @@ def measure(
         As `persodpo.scoring.score.computed_metrics`.
     """
     engine: Engine = one_by_one
-    if run.profile.engine.scorers == "ray":
+    if run.profile.engine.ray_workers:
         from persodpo.scoring.cluster import ray_engine
 
         folder = heads_folder(run) if needs_heads(run.profile) else None
