@@ -122,8 +122,9 @@ def _run(run: RunFolder, step: Step, overwrite: bool) -> list[object]:
     notes = tuple(stage.after(run, **step.options)) if stage.after else ()
     if notes and isinstance(last := reports[-1], StageReport):
         reports[-1] = replace(last, notes=(*last.notes, *notes))
-    if all(isinstance(report, StageReport) for report in reports):
-        told = [asdict(report) | {"notes": report.warnings} for report in reports]
+    tables = [report for report in reports if isinstance(report, StageReport)]
+    if len(tables) == len(reports):
+        told = [asdict(report) | {"notes": report.warnings} for report in tables]
         record = _record(run, stage, run.files, run.asked, as_json({"reports": told})["reports"])
         if all(record["files"].get(str(path)) == digest for path, digest in run.read_as.items()):
             write_json(_place(run, step), record | {"sha256": digest_of(record)})
