@@ -24,18 +24,12 @@ from persodpo.prompts import (
 SETTINGS = load_profile("release").prompts
 
 
-def test_the_plain_template_asks_for_what_is_read():
-    prompt = render(load_template("plain"), ["I like art.", "I sing."], "User1: Hi?", SETTINGS)
-    assert "I like art.I sing." in prompt
-    assert "User1: Hi?" in prompt
-    assert "at most 110 words" in prompt
-    example = prompt.splitlines()[-1]
-    assert json.loads(example) == {"response": "your reply"}
-
-
-def test_corrected_puts_one_sentence_on_each_line():
-    prompt = render(load_template("plain"), ["I like art.", "I sing."], "User1: Hi", SETTINGS, persona_lines=True)
-    assert "- I like art.\n- I sing.\n" in prompt
+@pytest.mark.parametrize(("lines", "personas"), [(False, "I like art.I sing."), (True, "- I like art.\n- I sing.\n")])
+def test_the_plain_template_asks_for_what_is_read(lines, personas):
+    """Persona sentences joined as released, and one a line under correction A10a."""
+    prompt = render(load_template("plain"), ["I like art.", "I sing."], "User1: Hi?", SETTINGS, persona_lines=lines)
+    assert all(words in prompt for words in (personas, "User1: Hi?", "at most 110 words"))
+    assert json.loads(prompt.splitlines()[-1]) == {"response": "your reply"}
 
 
 @given(st.lists(st.text(), min_size=1, max_size=5), st.text())
@@ -72,21 +66,15 @@ def test_files_that_are_no_template_are_one_sentence(tmp_path, name):
         load_template(str(tmp_path / "latin.txt"))
 
 
-def test_chain_of_thought_asks_for_reasons_first():
-    template = load_template("chain_of_thought")
-    assert answer_keys(template) == ("reasoning", "response")
-    example = render(template, ["I sing."], "User1: Hi?", SETTINGS).splitlines()[-1]
-    assert list(json.loads(example)) == ["reasoning", "response"]
-    assert answer_keys(load_template("plain")) == ("response",)
-
-
 @pytest.mark.parametrize(
-    ("template", "fits_words", "tokens"),
-    [("plain", False, 110), ("chain_of_thought", False, 220),
-     ("plain", True, 236), ("chain_of_thought", True, 472)],
-)  # fmt: skip
-def test_token_budgets(template, fits_words, tokens):
-    assert token_budget(load_template(template), 110, fits_words=fits_words) == tokens
+    ("name", "keys", "tokens"),
+    [("plain", ["response"], (110, 236)), ("chain_of_thought", ["reasoning", "response"], (220, 472))],
+)
+def test_a_template_names_its_keys_and_has_a_budget_for_each(name, keys, tokens):
+    template = load_template(name)
+    assert list(answer_keys(template)) == keys
+    assert list(json.loads(render(template, ["I sing."], "User1: Hi?", SETTINGS).splitlines()[-1])) == keys
+    assert tuple(token_budget(template, 110, fits_words=fits) for fits in (False, True)) == tokens
 
 
 def test_the_system_message_tells_the_limit():

@@ -56,6 +56,10 @@ def test_a_stage_runs_once_says_so_and_writes_what_made_its_table(profile):
     assert (first.skipped, second.skipped) == (False, True)
     assert "written" in str(first)
     assert "unchanged, skipped" in str(second)
+    unnamed = THRESHOLDS.assign(name=["low", None])
+    make(run, unnamed, overwrite=True)
+    assert run.read("thresholds")["name"].tolist() == ["low", None], "missing text reads as None"
+    make(run, overwrite=True)
     assert_frame_equal(run.read("thresholds"), THRESHOLDS, check_dtype=False)
     provenance = run.provenance("thresholds")
     assert provenance["inputs"] == {"text": runfolder.sha256(run.root.parent / "input.txt")}
@@ -183,22 +187,6 @@ def test_tables_are_refused_by_name(tmp_path):
     path.write_bytes(b"PAR1 no")
     with pytest.raises(PersodpoError, match="not a readable Parquet file"):
         check_table(path, "thresholds")
-
-
-def test_missing_text_reads_as_none(profile):
-    run = RunFolder(profile)
-    frame = pd.DataFrame({name: ["x", None] for name in SCHEMAS["audit/parity"].names})
-    make(run, outputs=["audit/parity"], build=lambda: {"audit/parity": frame})
-    assert run.read("audit/parity")["ours"].tolist() == ["x", None]
-
-
-def test_two_stages_at_once_do_not_mix(profile, tmp_path):
-    """Two processes make the same table; both end well and the table is whole."""
-    run = RunFolder(profile)
-    children = [child(tmp_path, "make(run, overwrite=True)") for _ in range(2)]
-    assert [process.wait(timeout=120) for process in children] == [0, 0]
-    assert_frame_equal(run.read("thresholds"), THRESHOLDS, check_dtype=False)
-    assert json.loads(provenance_path(run.path("thresholds")).read_text())["rows"] == 2
 
 
 @pytest.mark.slow
