@@ -57,7 +57,7 @@ def diagnose(profile: Profile) -> Iterator[Finding]:
     for use, name, revision in models:
         if name not in {"small", "policy"} and not name.startswith(PREFIX):  # those are made by the run
             yield _model(use, name, revision)
-    if profile.scoring.source == "compute" and profile.engine.scorers == "ray":
+    if profile.scoring.source == "compute" and profile.engine.ray_workers:
         state = "ok" if importlib.util.find_spec("ray") else "missing"
         yield Finding(state, "Package ray: pip install 'persodpo[ray]'")
     yield from _machine(profile)

@@ -166,7 +166,7 @@ def models(tmp_path_factory, one_thread):
 def computing(folder, models, *overrides):
     chosen = [f"scoring.compute.models.{metric}={path}" for metric, path in models.items()]
     accepted = f"scoring.compute.accept_failed_probes=[{', '.join(METRICS)}]"
-    more = ["scoring.source=compute", "scoring.compute.nli_tokens=64", accepted]
+    more = ["scoring.source=compute", accepted]
     return profile_in(folder, *chosen, *more, *overrides)
 
 
@@ -253,7 +253,7 @@ def test_extras_are_reported_beside_the_scores():
 
 def test_without_ray_there_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(PersodpoError, match=r"pip install 'persodpo\[ray\]', or set engine.scorers=local"):
+    with pytest.raises(PersodpoError, match=r"pip install 'persodpo\[ray\]', or set engine.ray_workers=null"):
         score.ray_engine(Letters, 2)
 
 
@@ -261,8 +261,8 @@ def test_without_ray_there_is_one_sentence(monkeypatch):
 def test_the_stage_gives_the_same_tables_over_ray(tmp_path, monkeypatch, models):
     ray = pytest.importorskip("ray", reason="ray is not installed (pip install 'persodpo[ray]')")
     runs = []
-    for engine in ("local", "ray"):
-        run = RunFolder(computing(tmp_path / engine, models, f"engine.scorers={engine}"))
+    for workers in ("null", "2"):
+        run = RunFolder(computing(tmp_path / workers, models, f"engine.ray_workers={workers}"))
         write_run(run, *small_world(12))
         make_scores(run)
         runs.append(run)

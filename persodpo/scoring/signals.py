@@ -138,16 +138,11 @@ class NliModel(Checkpoint):
         return digest_of({"model": self.digest, **limits})
 
     def values(self, inputs: Sequence[Input]) -> tuple[np.ndarray, np.ndarray]:
-        """Classify single texts or pairs, all of one kind; a limit above the number of tokens that it takes is refused."""
+        """Classify single texts or pairs, all of one kind; what is longer than the model takes is cut, too."""
         model, tokenizer = self.loaded
         room = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", self.max_length))
-        if room < self.max_length:
-            raise PersodpoError(
-                f"Model '{self.source}' takes {room} tokens, not {self.max_length}; lower scoring.compute.nli_tokens to "
-                "that."
-            )
         columns = label_order(model.config.id2label or {}, self.labels, self.source)
-        rows, cut = self.tokens(inputs, self.max_length)
+        rows, cut = self.tokens(inputs, min(room, self.max_length))
         logits = self.run(rows, lambda batch: model(**batch).logits)
         return logits[:, columns].argmax(axis=1) - 1, cut
 

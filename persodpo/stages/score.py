@@ -195,7 +195,7 @@ def make_scorer(name: str, profile: Profile, folder: Path | None) -> Scorer:
     classifier: Classifier = (
         Head.load(name, encoder_of(profile), folder)
         if model == ENCODER and folder
-        else NliModel(model, labels=labels, max_length=settings.nli_tokens, batch_tokens=size)
+        else NliModel(model, labels=labels, batch_tokens=size)
     )
     return (CScorer if name == "c_score" else UEScorer)(classifier, way)
 
@@ -225,12 +225,12 @@ def heads_folder(run: RunFolder) -> Path:
 def measure(
     run: RunFolder, responses: pd.DataFrame, scorers: Sequence[Scorer]
 ) -> tuple[pd.DataFrame, pd.DataFrame, list[Tally]]:
-    """Score responses to a run's dialogues, on a Ray cluster where ``engine.scorers`` says so, from the cache of all runs.
+    """Score responses to a run's dialogues, on a Ray cluster under ``engine.ray_workers``, from the cache of all runs.
 
     Returns:
         As `persodpo.scoring.score.computed_metrics`.
     """
-    settings = run.profile.engine
-    engine: Engine = ray_engine(_maker(run), settings.ray_workers) if settings.scorers == "ray" else one_by_one
+    workers = run.profile.engine.ray_workers
+    engine: Engine = ray_engine(_maker(run), workers) if workers else one_by_one
     with ScoreCache(run.root.with_name(CACHE)) as cache, remembered():
         return computed_metrics(responses, run.read("dialogues"), scorers, cache, engine)
