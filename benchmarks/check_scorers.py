@@ -28,11 +28,11 @@ from persodpo import stages
 from persodpo.config import Profile, load_profile
 from persodpo.pairs import measured, pair_keys, rebuild
 from persodpo.runfolder import PROJECT, RunFolder, git_commit
-from persodpo.scoring.encoder import Encoder, fetch_encoder, remembered
 from persodpo.scoring.heads import Head
-from persodpo.scoring.nli import Classifier, CScorer, NliModel, UEScorer, Way
-from persodpo.scoring.persona import PersonaDistance, WordMeans
-from persodpo.scoring.score import ScoreCache, Scorer, readable, score_items
+from persodpo.scoring.models import Encoder, fetch_encoder, remembered
+from persodpo.scoring.score import ScoreCache, Scorer, Way, readable, score_items
+from persodpo.scoring.signals import Classifier, CScorer, NliModel, PersonaDistance, UEScorer
+from persodpo.scoring.words import WordMeans
 
 OUTPUT = PROJECT / "benchmarks" / "results" / "scorers.md"
 FINETUNE = PROJECT / "examples" / "finetune_nli.py"

@@ -28,7 +28,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from persodpo.scoring.nli import CLASSES, SPELLINGS
+from persodpo.scoring.signals import CLASSES, SPELLINGS
 
 #: Names of premise, hypothesis and label in the formats that are read.
 FIELDS = (

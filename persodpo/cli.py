@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -21,13 +21,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-ProfileOption = Annotated[
+ProfileName = Annotated[
     str, typer.Option("--profile", "-p", help=f"A profile's name ({', '.join(profile_names())}) or its file.")
 ]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE", help="Change one setting; repeatable.")
+Settings = Annotated[
+    list[str],
+    typer.Option(
+        "--set", "-s", metavar="SECTION.KEY=VALUE", default_factory=list, help="Change one setting; repeatable."
+    ),
 ]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Run even if nothing changed.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Run even if nothing changed.")]
 
 
 def main() -> None:
@@ -41,23 +44,22 @@ def main() -> None:
         sys.exit(1)
 
 
-def _print_all(reports: Iterable[object]) -> None:
-    for report in reports:
-        print(report)
+def _print_all(lines: Iterable[object]) -> None:
+    for line in lines:
+        print(line, flush=True)
 
 
 def _stage(name: str, help_text: str) -> None:
     """Add the command of one stage."""
 
-    def command(
-        profile: ProfileOption = DEFAULT_PROFILE, set_: SetOption = None, overwrite: OverwriteOption = False
-    ) -> None:
-        _print_all(Run(profile, set_ or ()).make(name, overwrite))
+    def command(set_: Settings, profile: ProfileName = DEFAULT_PROFILE, overwrite: Overwrite = False) -> None:
+        _print_all(Run(profile, set_).make(name, overwrite))
 
     app.command(name, help=f"{help_text} Earlier stages run first where something changed.")(command)
 
 
 _stage("dialogues", "Make the dialogues table.")
+_stage("score", "Make the scores tables, the thresholds and the extras.")
 _stage("evaluate", "Make the results table.")
 _stage("ablate", "Train, ask and score the profile's ablations.")
 _stage("audit", "Make the parity table, the audit's findings and the effect of every correction.")
@@ -66,15 +68,15 @@ _stage("figures", "Draw the figures.")
 
 @app.command()
 def pairs(
-    profile: ProfileOption = DEFAULT_PROFILE,
+    set_: Settings,
+    profile: ProfileName = DEFAULT_PROFILE,
     against: Annotated[
         str | None, typer.Option(metavar="PROFILE", help="Count what changed from the pairs of another profile's run.")
     ] = None,
-    set_: SetOption = None,
-    overwrite: OverwriteOption = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Make the pair sets and their gate report. Earlier stages run first where something changed."""
-    run = Run(profile, set_ or ())
+    run = Run(profile, set_)
     _print_all(run.make("pairs", overwrite))
     if against:
         from persodpo.pairs import pair_changes  # noqa: PLC0415
@@ -86,22 +88,9 @@ def pairs(
 
 
 @app.command()
-def score(
-    profile: ProfileOption = DEFAULT_PROFILE,
-    engine: Annotated[
-        str | None, typer.Option(help="Where scorers run, local or ray; default: engine.scorers of the profile.")
-    ] = None,
-    set_: SetOption = None,
-    overwrite: OverwriteOption = False,
-) -> None:
-    """Make the scores tables, the thresholds and the extras. Earlier stages run first where something changed."""
-    chosen = [f"engine.scorers={engine}"] if engine else []
-    _print_all(Run(profile, [*(set_ or ()), *chosen]).make("score", overwrite))
-
-
-@app.command()
 def generate(  # noqa: PLR0917 - the command's options
-    profile: ProfileOption = DEFAULT_PROFILE,
+    set_: Settings,
+    profile: ProfileName = DEFAULT_PROFILE,
     models: Annotated[
         list[str] | None, typer.Option("--models", "-m", help="Ask this model of generation.backends; repeatable.")
     ] = None,
@@ -111,8 +100,7 @@ def generate(  # noqa: PLR0917 - the command's options
         bool, typer.Option("--dry-run", help="Only say what asking would take; nothing is sent.")
     ] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Ask again what has failed before.")] = False,
-    set_: SetOption = None,
-    overwrite: OverwriteOption = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Make the responses tables, or ask models; what is stored is never asked again.
 
@@ -121,9 +109,8 @@ def generate(  # noqa: PLR0917 - the command's options
     from persodpo.stages.asking import asked_scope  # noqa: PLC0415
     from persodpo.stages.generate import forecast_report  # noqa: PLC0415
 
-    run = Run(profile, set_ or ())
-    asks = bool(models or split or limit or dry_run or retry_failed)
-    if not asks:
+    run = Run(profile, set_)
+    if not (models or split or limit or dry_run or retry_failed):
         _print_all(run.make("generate", overwrite))
         return
     everything = [entry.model for entry in run.settings.generation.backends] if dry_run else []
@@ -140,43 +127,41 @@ def generate(  # noqa: PLR0917 - the command's options
 
 @app.command()
 def train(
-    profile: ProfileOption = DEFAULT_PROFILE,
+    set_: Settings,
+    profile: ProfileName = DEFAULT_PROFILE,
     arm: Annotated[
         list[str] | None, typer.Option("--arm", "-a", help="Only this arm; repeatable. Default: the profile's.")
     ] = None,
-    set_: SetOption = None,
-    overwrite: OverwriteOption = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Train arms: model, trainer_state.json, log and health verdicts. Earlier stages run first where something changed."""
-    _print_all(Run(profile, set_ or ()).make("train", overwrite, arms=arm or ()))
+    _print_all(Run(profile, set_).make("train", overwrite, arms=arm or ()))
 
 
 @app.command()
 def fetch(
-    what: Annotated[str, typer.Argument(help="What to fetch: release or encoder.")],
-    profile: ProfileOption = DEFAULT_PROFILE,
-    set_: SetOption = None,
+    what: Annotated[Literal["release", "encoder"], typer.Argument(help="What to fetch.")],
+    set_: Settings,
+    profile: ProfileName = DEFAULT_PROFILE,
 ) -> None:
     """Fetch the published files, or the frozen sentence encoder of offline scorers, and check every byte."""
     from persodpo.release.fetch import fetch_release  # noqa: PLC0415
-    from persodpo.scoring.encoder import fetch_encoder  # noqa: PLC0415
+    from persodpo.scoring.models import fetch_encoder  # noqa: PLC0415
 
     if what == "encoder":
         print(f"encoder: all files are in {fetch_encoder()}, verified")
-    elif what == "release":
-        folder = Run(profile, set_ or ()).release
-        print(f"release: all {len(fetch_release(folder))} files are in {folder}, verified")
     else:
-        raise PersodpoError(f"Nothing called '{what}' can be fetched; fetch release or encoder.")
+        folder = Run(profile, set_).release
+        print(f"release: all {len(fetch_release(folder))} files are in {folder}, verified")
 
 
 @app.command()
-def doctor(profile: ProfileOption = DEFAULT_PROFILE, set_: SetOption = None) -> None:
+def doctor(set_: Settings, profile: ProfileName = DEFAULT_PROFILE) -> None:
     """Say what this machine lacks for a profile, and what asking would take; exit status 1 if anything is missing."""
     from persodpo.doctor import diagnose  # noqa: PLC0415
 
     lost = 0
-    for finding in diagnose(load_profile(profile, set_ or ())):
+    for finding in diagnose(load_profile(profile, set_)):
         print(f"{finding.state:<8} {finding.sentence}", flush=True)
         lost += finding.state == "missing"
     if lost:
@@ -184,24 +169,24 @@ def doctor(profile: ProfileOption = DEFAULT_PROFILE, set_: SetOption = None) -> 
 
 
 @app.command("profile")
-def show_profile(profile: ProfileOption = DEFAULT_PROFILE, set_: SetOption = None) -> None:
+def show_profile(set_: Settings, profile: ProfileName = DEFAULT_PROFILE) -> None:
     """Print the resolved profile."""
-    print(load_profile(profile, set_ or ()).to_yaml(), end="")
+    print(load_profile(profile, set_).to_yaml(), end="")
 
 
 @app.command()
-def report(profile: ProfileOption = DEFAULT_PROFILE, set_: SetOption = None) -> None:
+def report(set_: Settings, profile: ProfileName = DEFAULT_PROFILE) -> None:
     """Write the executed notebooks of a run as HTML pages, report/index.html first; nothing is computed."""
     from persodpo.report import write_report  # noqa: PLC0415
 
-    print(write_report(Run(profile, set_ or ())))
+    print(write_report(Run(profile, set_)))
 
 
 @app.command("reproduce")
 def reproduce_command(
-    profile: ProfileOption = DEFAULT_PROFILE,
-    set_: SetOption = None,
-    overwrite: OverwriteOption = False,
+    set_: Settings,
+    profile: ProfileName = DEFAULT_PROFILE,
+    overwrite: Overwrite = False,
     notebook: Annotated[
         list[Path] | None, typer.Option("--notebook", "-n", exists=True, help="Only this notebook; repeatable.")
     ] = None,
@@ -209,8 +194,7 @@ def reproduce_command(
     """Run the notebooks in order; executed copies go to the run folder."""
     from persodpo.reproduce import reproduce  # noqa: PLC0415
 
-    for executed in reproduce(profile, set_ or (), overwrite=overwrite, notebooks=notebook):
-        print(executed, flush=True)
+    _print_all(reproduce(profile, set_, overwrite=overwrite, notebooks=notebook))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import pandas as pd
@@ -43,10 +43,10 @@ _LOOP_MINIMUM = 80
 
 
 class Reading(NamedTuple):
-    """What a completion says."""
+    """The answer in a completion, or the text recovered from a failure, and one of `OUTCOMES`."""
 
-    response: str | None  # the answer; for a failure the text recovered from it
-    outcome: str  # one of OUTCOMES; ok means that the answer was read
+    response: str | None
+    outcome: str
 
 
 def read_completion(completion: str | None, reading: Literal["as_released", "strict"] = "as_released") -> Reading:
@@ -62,8 +62,8 @@ def _read_as_released(text: str) -> Reading:
     for span in _brace_spans(text):
         found = _decode(json.loads, span)
         if isinstance(found, dict) and KEY in found:
-            answer = _answer(found[KEY], outcome="ok")
-            return answer._replace(outcome="echo") if answer.outcome == "ok" and _is_dots(answer.response) else answer
+            answer = _answer(found[KEY])
+            return answer._replace(outcome="echo") if _is_dots(answer.response) else answer
     return Reading(_recover(text), _failure(text))
 
 
@@ -73,14 +73,15 @@ def _read_strictly(text: str) -> Reading:
     found = _first_object(text)
     if found is None:
         return Reading(_recover(text), _failure(text))
-    answer = _answer(found.value[KEY], outcome="ok")
-    if answer.outcome != "ok" or answer.response is None:
+    value, rest = found
+    answer = _answer(value[KEY])
+    if answer.response is None:
         return answer
     if is_echo(answer.response):
         return Reading(answer.response, "echo")
-    if is_loop(answer.response) or (found.rest and is_loop(text)):
+    if is_loop(answer.response) or (rest and is_loop(text)):
         return Reading(answer.response, "loop")
-    return Reading(answer.response, "malformed" if found.rest else "ok")
+    return Reading(answer.response, "malformed" if rest else "ok")
 
 
 def read_completions(frame: pd.DataFrame, reading: Literal["as_released", "strict"]) -> pd.DataFrame:
@@ -101,11 +102,7 @@ def count_words(text: str) -> int:
 
 
 def count_words_of_any_script(text: str) -> int:
-    """Count words also where no space parts them (correction B2).
-
-    Each Han character or kana is one word, and so are every four letters of Thai, Lao, Khmer or Burmese in a row, their
-    marks included; elsewhere it is what white space separates.
-    """
+    """Count words also where no space parts them (correction B2): each Han character or kana, four letters of Thai."""
     return sum(1 for _ in _WORD.finditer(text)) if _UNSPACED.search(text) else count_words(text)
 
 
@@ -128,21 +125,16 @@ def without_reasoning(text: str) -> str:
 def is_one_object(completion: str | None) -> bool:
     """Tell whether a completion is exactly one JSON object with the key and nothing after it, whatever it says."""
     found = _first_object(without_reasoning(completion or ""))
-    return found is not None and not found.rest
+    return found is not None and not found[1]
 
 
-class _Found(NamedTuple):
-    value: dict[str, Any]
-    rest: str
-
-
-def _first_object(text: str) -> _Found | None:
-    """Decode from the first brace on; None unless that gives an object with the key."""
+def _first_object(text: str) -> tuple[dict[str, Any], str] | None:
+    """Decode from the first brace on; return an object with the key and what follows it, None if there is none."""
     start = text.find("{")
     decoded = _decode(_DECODER.raw_decode, text[start:]) if start >= 0 else None
     if decoded is None or KEY not in decoded[0]:
         return None
-    return _Found(decoded[0], text[start + decoded[1] :].strip())
+    return decoded[0], text[start + decoded[1] :].strip()
 
 
 def is_echo(response: str) -> bool:
@@ -157,35 +149,26 @@ def _is_dots(response: str | None) -> bool:
 
 
 def is_loop(text: str) -> bool:
-    """Tell whether more than half of a text repeats itself.
+    """Tell whether more than half of a text repeats itself, by its distinct windows of 16 characters.
 
-    Counts the distinct windows of 16 characters: a passage that stands three times has two thirds of its windows
-    repeated, natural prose almost none. Texts under 80 characters are too short to tell.
+    A passage that stands three times has two thirds of its windows repeated, natural prose almost none. Texts under 80
+    characters are too short to tell.
     """
-    if len(text) < _LOOP_MINIMUM:
-        return False
-    windows = len(text) - _LOOP_WINDOW + 1
-    distinct = len({text[i : i + _LOOP_WINDOW] for i in range(windows)})
-    return distinct < windows / 2
+    windows = [text[start : start + _LOOP_WINDOW] for start in range(len(text) - _LOOP_WINDOW + 1)]
+    return len(text) >= _LOOP_MINIMUM and len(set(windows)) < len(windows) / 2
 
 
-def _answer(value: Any, outcome: str) -> Reading:
+def _answer(value: Any) -> Reading:
     """Accept only text that is not blank as an answer."""
     if not isinstance(value, str):
         return Reading(None, "malformed")
     value = _without_surrogates(value)
-    return Reading(value, outcome) if value.strip() else Reading(None, "empty")
+    return Reading(value, "ok") if value.strip() else Reading(None, "empty")
 
 
-def _brace_spans(text: str) -> Iterator[str]:
-    """Yield the shortest ``{...}`` spans from left to right, not overlapping, in linear time."""
-    start = text.find("{")
-    while start >= 0:
-        end = text.find("}", start)
-        if end < 0:
-            return
-        yield text[start : end + 1]
-        start = text.find("{", end + 1)
+def _brace_spans(text: str) -> list[str]:
+    """Return the shortest ``{...}`` spans from left to right; each brace that opens has one that closes, so it is fast."""
+    return re.findall(r"\{[^}]*\}", text[: text.rfind("}") + 1])
 
 
 def _decode(decode: Callable[[str], Any], text: str) -> Any:

@@ -59,8 +59,7 @@ class Paths(Section):
 class Engine(Section):
     """Where scorers run: this changes speed and memory, never results."""
 
-    scorers: Literal["local", "ray"] = setting("local | ray (pip install 'persodpo[ray]')", "local")
-    ray_workers: Count = setting("workers of ray, each with a scorer's model", 2)
+    ray_workers: Count | None = setting("on Ray, each with a scorer's model; null: in this process, without Ray", None)
 
 
 class Dialogues(Section):
@@ -71,7 +70,6 @@ class Dialogues(Section):
     valid_file: Place | None = setting("FoCus valid JSON", None)
     csv_file: Place | None = setting("your own dialogues (docs/your-data.md)", None)
     train_size: Count | None = setting("train dialogues of focus_json that are drawn, under `seed`; null: all", 1500)
-    max_reference_words: Count | None = setting("words; focus_json's longer references are left out", 110)
 
     @model_validator(mode="after")
     def _files_where_needed(self) -> Self:
@@ -94,7 +92,6 @@ class Prompts(Section):
     """How a dialogue becomes a prompt."""
 
     template: Text = setting("plain | brief | chain_of_thought (reasons first) | the path of a file", "plain")
-    system: Text = setting("system message of chats: a file in persodpo/templates, or a path", "system")
     max_words: Count = setting("word limit told to the model", 110)
 
 
@@ -206,7 +203,6 @@ class Compute(Section):
 
     models: Models = Models()
     labels: dict[Literal["c_score", "ue_score"], Labels] = setting("outputs of a checkpoint that names none", {})
-    nli_tokens: int = setting("longest input of the classifiers, tokens", 210, ge=8)
     batch_tokens: Count = setting("tokens of a batch, padding included; changes speed, never scores", 8192)
     accept_failed_probes: Several[ScorerName] = setting("scorers that count although they fail their probes", ())
 
@@ -239,7 +235,6 @@ class Scoring(Section):
     weights: Weights = Weights()
     normalisation: Literal["observed", "declared"] = setting("min and max | own range of each metric", "observed")
     target_words: Count | None = setting("length that compliance rewards; null: mean of scored responses", None)
-    format_bonus: float = setting("added to compliance for exactly one JSON object; needs correction A3", 0.3, ge=0)
 
 
 class Pairs(Section):
@@ -257,12 +252,11 @@ class Pairs(Section):
 
 
 class PolicySize(Section):
-    """Size and warm-up of the small policy and of the miniature models (Qwen2's architecture)."""
+    """Size and warm-up of the small policy and of the miniature models (Qwen2's architecture, `training.max_length`)."""
 
     vocabulary: int = setting("entries of its byte-level BPE", 8192, ge=300)
     hidden_size: Count = setting("width", 160, multiple_of=4)
     intermediate_size: Count = setting("width of the feed-forward part", 512)
-    max_length: int = setting("longest prompt and response together, tokens", 1024, ge=2)
     steps: Count = setting("warm-up: causal-LM steps on parsed responses given their prompts", 1000)
     batch_tokens: Count = setting("positions of a warm-up step", 1024)
 
@@ -287,10 +281,8 @@ class Training(Section):
     max_length: int = setting("longest prompt and response together, tokens; the response loses its end", 1024, ge=2)
     token_budget: Count = setting("positions of a micro-batch; 12,000 and more fill a GPU", 1024)
     bf16: bool = setting("mixed precision, for a GPU", False)
-    gradient_checkpointing: bool = setting("less memory for more time", False)
     lora_rank: Count | None = setting("LoRA adapters of this rank on every linear layer; null: all weights", None)
     held_out: float = setting("share of the prompts whose pairs are evaluated and never trained on", 0.05, gt=0, lt=1)
-    logging_steps: Count = setting("optimiser steps between two rows of the log", 1)
     evaluation_steps: Count = setting("between two evaluations, health checks and checkpoints", 20)
     health_prompts: Count = setting("held-out prompts that are answered greedily at each evaluation", 8)
     health_tokens: Count = setting("longest such answer, tokens", 110)
@@ -321,7 +313,6 @@ class Evaluation(Section):
     source: Literal["published", "arms"] = setting("published | arms: base and the trained arms answer", "arms")
     seeds: Several[Seed] = setting("of each arm's trainings; figures show the first", (44, 45, 46), min_length=1)
     timed: Count | None = setting("dialogues that arms answer one at a time, for response times; null: all", None)
-    resamples: int = setting("of the bootstrap behind intervals and p-values", 10_000, ge=1000)
     pairs: Several[tuple[Text, Text]] = setting("arm and baseline of each comparison", ())
     ablated: ArmName = setting("the arm that every ablation does one thing otherwise than", "perso_weighted")
     ablations: tuple[Ablation, ...] = setting("each is trained under the first seed", ())
@@ -381,11 +372,7 @@ def profile_names() -> list[str]:
 
 
 def load_profile(name: str | Path = DEFAULT_PROFILE, overrides: Sequence[str] = ()) -> Profile:
-    """Read a profile, apply overrides, and check every value.
-
-    Args:
-        name: A shipped profile's name (see `profile_names`) or the path of a YAML file.
-        overrides: Assignments such as ``"pairs.low_quantile=0.3"``, the value as text.
+    """Read a shipped profile or a YAML file, apply overrides ``section.key=value``, and check every value.
 
     Raises:
         PersodpoError: The file cannot be read, or as `persodpo.profile_text.resolve`.

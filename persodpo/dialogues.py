@@ -40,31 +40,16 @@ def split_personas(joined: str, expected: int | None = None) -> list[str]:
 
 
 def published_focus(path: Path, split: Split) -> pd.DataFrame:
-    """Read published FoCus prompts: ``Prompts/FoCus-train.csv`` or ``Prompts/FoCus-valid.csv`` of the release.
+    """Read published FoCus prompts, ``Prompts/FoCus-train.csv`` or ``Prompts/FoCus-valid.csv`` of the release.
 
-    Returns:
-        A dialogues table in the file's order; the row number becomes the dialogue's id.
-
-    Raises:
-        PersodpoError: The file cannot be read or lacks a column, or a dialogue has no persona sentence.
+    The files' sha256 is checked where they are fetched. The row number becomes the dialogue's id.
     """
-    try:
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (OSError, ValueError) as error:
-        raise PersodpoError(f"{path} cannot be read as a CSV file of dialogues: {error}.") from error
-    missing = {"personas", "context", "act_response"} - set(frame.columns)
-    if missing:
-        raise PersodpoError(f"{path} lacks the column {', '.join(sorted(missing))}; it must hold dialogues.")
-    personas = [split_personas(joined, FOCUS_SENTENCES) for joined in frame["personas"]]
-    empty = [row for row, sentences in enumerate(personas) if not sentences]
-    if empty:
-        raise PersodpoError(f"FoCus: row {empty[0] + 2} has no persona sentence; every dialogue needs one.")
-    width = max(4, len(str(len(frame))))
+    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
     return pd.DataFrame({
-        "dialogue_id": [f"focus-{split}-{row:0{width}d}" for row in range(len(frame))],
+        "dialogue_id": [f"focus-{split}-{row:04d}" for row in range(len(frame))],
         "split": split,
         "dataset": "FoCus",
-        "personas": personas,
+        "personas": [split_personas(joined, FOCUS_SENTENCES) for joined in frame["personas"]],
         "context": frame["context"],
         "reference": frame["act_response"].str.removeprefix(SPEAKERS[1]),
     })  # fmt: skip
@@ -78,33 +63,30 @@ def focus_json(
     seed: int = 0,
     max_reference_words: int | None = None,
 ) -> pd.DataFrame:
-    r"""Read FoCus's own JSON as the authors prepared it.
+    r"""Read FoCus's own JSON (``data[]`` with ``dialogID``, ``persona``, ``utterance[]``) as the authors prepared it.
 
     A dialogue's turns are the list under the last ``dialogueN`` of its last ``utterance``; the last turn is the
     reference. ``**``, ``\r`` and ``'`` are removed everywhere.
 
     Args:
-        path: A FoCus file: ``data[].dialogID``, ``data[].persona`` and ``data[].utterance[].dialogueN``.
+        path: The file.
         split: Its split.
         size: Draw so many dialogues with pandas' ``sample``; None keeps all, in the file's order.
         seed: ``random_state`` of that draw.
         max_reference_words: Leave out dialogues whose reference has more words, before drawing; None keeps all.
-
-    Returns:
-        A dialogues table.
 
     Raises:
         PersodpoError: The file is not FoCus JSON (the message names the dialogue), two dialogues share an id, or fewer
             than ``size`` are left.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))["data"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        data = [*json.loads(path.read_text(encoding="utf-8"))["data"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise PersodpoError(f"{path} is not FoCus JSON with a list under 'data': {error}.") from error
     frame = pd.DataFrame([_focus_dialogue(item, n, path, split) for n, item in enumerate(data)], columns=COLUMNS)
-    if not frame["dialogue_id"].is_unique:
-        twice = frame["dialogue_id"][frame["dialogue_id"].duplicated()].iloc[0]
-        raise PersodpoError(f"{path}: dialogID '{twice}' stands twice; ids must be unique.")
+    twice = frame["dialogue_id"][frame["dialogue_id"].duplicated()].tolist()
+    if twice:
+        raise PersodpoError(f"{path}: dialogID '{twice[0]}' stands twice; ids must be unique.")
     if max_reference_words is not None:
         frame = frame[frame["reference"].map(lambda text: len(text.split())) <= max_reference_words]
     if size is not None:

@@ -19,8 +19,7 @@ from persodpo.generation.client import api_key
 from persodpo.release.fetch import release_files
 from persodpo.run import Run
 from persodpo.runfolder import PROJECT, RunFolder, StageReport
-from persodpo.scoring.encoder import FILES, encoder_folder
-from persodpo.scoring.models import device_name
+from persodpo.scoring.models import FILES, device_name, encoder_folder
 from persodpo.stages.asking import Scope
 from persodpo.stages.generate import forecast_report
 from persodpo.stages.policy import PREFIX, miniature_folder, policy_folder
@@ -58,7 +57,7 @@ def diagnose(profile: Profile) -> Iterator[Finding]:
     for use, name, revision in models:
         if name not in {"small", "policy"} and not name.startswith(PREFIX):  # those are made by the run
             yield _model(use, name, revision)
-    if profile.scoring.source == "compute" and profile.engine.scorers == "ray":
+    if profile.scoring.source == "compute" and profile.engine.ray_workers:
         state = "ok" if importlib.util.find_spec("ray") else "missing"
         yield Finding(state, "Package ray: pip install 'persodpo[ray]'")
     yield from _machine(profile)

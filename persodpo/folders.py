@@ -1,8 +1,4 @@
-"""Folders that are made once and reused: models made on the spot, whole or not there at all.
-
-A folder is filled in a scratch folder beside its place and renamed when it is complete, with a record of what it was made
-from. What is made from the same basis again, and is still as it was written, is reused.
-"""
+"""Folders that are made once and reused: models made on the spot, whole or not there at all."""
 
 from __future__ import annotations
 
@@ -26,18 +22,12 @@ def made_once(
     """Make a folder, whole or not at all, unless it was made from ``basis`` and is still as it was written.
 
     Args:
-        folder: Its place. One made from something else is replaced.
+        folder: Its place. One made from something else is replaced, one that holds something else refused.
         record: Name of the JSON file in it that says what it was made from.
         basis: All that the content depends on, JSON-like.
         make: Called with a scratch folder to fill; returns what there is to say about the content, for the record.
         what: What the folder holds, for messages.
         needs: The file without which it is not whole.
-
-    Returns:
-        ``folder``.
-
-    Raises:
-        PersodpoError: ``folder`` holds something else, or the disk fails; what was there stays as it was.
     """
     known = read_json(folder / record)
     same = as_json(basis).items() <= known.items() and needs in known.get("files", {})
@@ -54,11 +44,7 @@ def made_once(
 
 
 def replace_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
-    """Let ``fill`` fill a scratch folder, then rename it to ``folder`` in place of what is there.
-
-    Raises:
-        PersodpoError: The disk fails; what was there stays as it was.
-    """
+    """Let ``fill`` fill a scratch folder, then rename it to ``folder`` in place of what is there."""
     with disk_errors(folder), scratch_in(folder.parent) as scratch:
         (scratch / "new").mkdir()
         fill(scratch / "new")
@@ -69,10 +55,6 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
 
 
 def refuse_others(folder: Path, record: str, what: str) -> None:
-    """Refuse to replace a folder that holds something other than what is made here.
-
-    Raises:
-        PersodpoError: It is no folder, or has files but not the one named ``record``.
-    """
+    """Refuse to replace what is no folder, or has files but not the one named ``record``."""
     if folder.exists() and not (folder.is_dir() and ((folder / record).is_file() or not any(folder.iterdir()))):
         raise PersodpoError(f"{folder} holds something other than {what}; name another folder or remove it.")

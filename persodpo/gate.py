@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from sklearn.model_selection import GroupKFold
+from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.tree import DecisionTreeClassifier
 
 from persodpo.completions import count_words, is_one_object, read_completion
@@ -23,16 +23,7 @@ LEAVES, LEAF_SIZE = 32, 20
 
 
 def inspect_pairs(pairs: pd.DataFrame, dialogues: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """Inspect a pair set.
-
-    Args:
-        pairs: Pairs table.
-        dialogues: Dialogues table, all splits.
-        seed: Seed of the cross-validation's classifier.
-
-    Returns:
-        Columns check, value and meaning, one row a check.
-    """
+    """Inspect a pair set beside the dialogues of all splits; return check, value and meaning, one row a check."""
     fan_out = pairs.groupby("dialogue_id").size()
     chosen, rejected = (
         pairs[["dialogue_id", f"{side}_model", side]].set_axis(["dialogue_id", "model", "text"], axis=1)
@@ -96,11 +87,10 @@ def label_accuracy(
     values = np.concatenate([chosen, rejected])
     if values.dtype.kind not in "fiu":
         values = pd.factorize(values, sort=True)[0]
-    first, second = np.split(np.asarray(values, dtype=float).reshape(-1, 1), 2)
-    right = np.zeros(len(chosen))
-    for train, test in GroupKFold(folds).split(first, groups=groups):
-        model = DecisionTreeClassifier(max_leaf_nodes=LEAVES, min_samples_leaf=LEAF_SIZE, random_state=seed)
-        model.fit(np.vstack([first[train], second[train]]), np.repeat([1, 0], len(train)))
-        ahead = model.predict_proba(first[test])[:, 1] - model.predict_proba(second[test])[:, 1]
-        right[test] = np.where(ahead > 0, 1.0, np.where(ahead < 0, 0.0, 0.5))
-    return float(right.mean())
+    features, labels = np.asarray(values, dtype=float).reshape(-1, 1), np.repeat([1, 0], len(chosen))
+    model = DecisionTreeClassifier(max_leaf_nodes=LEAVES, min_samples_leaf=LEAF_SIZE, random_state=seed)
+    chances = cross_val_predict(
+        model, features, labels, groups=np.tile(groups, 2), cv=GroupKFold(folds), method="predict_proba"
+    )[:, 1]
+    first, second = np.split(chances, 2)
+    return float(((1 + np.sign(first - second)) / 2).mean())

@@ -28,8 +28,9 @@ from persodpo.tables import with_none
 
 #: Metric values that the released code gives to failed responses. A cosine could be lower than this one, down to -1.
 WORST_CASE = {"coherence": 0.0, "c_score": -1.0, "ue_score": 0.0, "persona_distance": 0.0}
-#: Dialogue, chosen model and rejected model of each pair.
-PairKeys = set[tuple[str, str, str]]
+#: What compliance gains where a completion is exactly one JSON object. As released it never comes: the check reads text
+#: that was already taken out of its JSON. Correction A3 reads the completion.
+FORMAT_BONUS = 0.3
 
 
 class Ranking(NamedTuple):
@@ -87,9 +88,7 @@ def word_counter(profile: Profile) -> Callable[[str], int]:
 
 
 def effective_weights(profile: Profile) -> dict[str, float]:
-    """Return the weights that act.
-
-    Correction A1 leaves the published coherence column out, which is scrambled; the others share its weight in proportion.
+    """Return the weights that act: where correction A1 leaves the published coherence out, the others share its weight.
 
     Raises:
         PersodpoError: Coherence has all the weight and is left out.
@@ -106,18 +105,13 @@ def effective_weights(profile: Profile) -> dict[str, float]:
 def scale_of(scores: pd.DataFrame, settings: Scoring) -> Scale:
     """Measure the scale on a table with metrics and words, as the settings say."""
     frame = pl.from_pandas(scores[[*METRICS, "words"]])
-    return method.measure_scale(
-        frame, target_words=settings.target_words, declared=settings.normalisation == "declared"
-    )
+    declared = settings.normalisation == "declared"
+    return method.measure_scale(frame, target_words=settings.target_words, declared=declared)
 
 
 def rate(values: pd.DataFrame, scale: Scale, profile: Profile) -> pd.DataFrame:
-    """Add compliance and quality to metric values from `impute`, in their order.
-
-    As released the check for one JSON object reads text that was already taken out of its JSON, so its bonus never comes;
-    correction A3 reads the completion.
-    """
-    bonus = profile.scoring.format_bonus if profile.corrects("A3") else 0.0
+    """Add compliance and quality to metric values from `impute`, in their order."""
+    bonus = FORMAT_BONUS if profile.corrects("A3") else 0.0
     rated = method.rate(pl.from_pandas(values), scale, effective_weights(profile), bonus)
     return values.assign(**{name: rated[name].to_numpy() for name in ("compliance", "quality")})
 
@@ -172,16 +166,13 @@ def build_pairs(
     prompts = prompt_table(dialogues, profile)
     answers = answers_of(pair_set, responses, scores, prompts, profile)
     pairs = method.simple_pairs(answers) if pair_set == "simple" else method.perso_pairs(answers, *limits)
-    table = pairs.join(pl.from_pandas(prompts), on="dialogue_id").select(
-        "prompt",
-        "dialogue_id",
-        *(pl.col(f"text_{side}").alias(side) for side in ("chosen", "rejected")),
-        *(
-            pl.col(f"quality_{side}").round(3, mode="half_to_even").alias(f"score_{side}")
-            for side in ("chosen", "rejected")
-        ),
-        *(pl.col(f"model_{side}").alias(f"{side}_model") for side in ("chosen", "rejected")),
-    )
+    columns = [pl.col("prompt"), pl.col("dialogue_id")]
+    for side in ("chosen", "rejected"):
+        score = pl.col(f"quality_{side}").round(3, mode="half_to_even")
+        columns += [
+            pl.col(f"text_{side}").alias(side), score.alias(f"score_{side}"), pl.col(f"model_{side}").alias(f"{side}_model"),
+        ]  # fmt: skip
+    table = pairs.join(pl.from_pandas(prompts), on="dialogue_id").select(columns)
     return table.sort("dialogue_id", "chosen_model", "rejected_model").to_pandas()
 
 
@@ -219,19 +210,15 @@ def rebuild(
     """
     read = read_completions(responses, profile.reading)
     ranking = rank(impute(read, metrics, unread=False, count=word_counter(profile)), profile)
+    limits = (ranking.low, ranking.high)
     pairs = build_pairs(
-        pair_set,
-        responses=read,
-        scores=ranking.scores,
-        dialogues=dialogues,
-        limits=(ranking.low, ranking.high),
-        profile=profile,
+        pair_set, responses=read, scores=ranking.scores, dialogues=dialogues, limits=limits, profile=profile
     )
     return Variant(ranking, pairs)
 
 
-def pair_keys(pairs: pd.DataFrame) -> PairKeys:
-    """Return the keys of a pairs table."""
+def pair_keys(pairs: pd.DataFrame) -> set[tuple[str, str, str]]:
+    """Return dialogue, chosen model and rejected model of each pair."""
     return set(zip(pairs["dialogue_id"], pairs["chosen_model"], pairs["rejected_model"], strict=True))
 
 
@@ -240,12 +227,8 @@ def pair_changes(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, int]:
     old, new = pair_keys(before), pair_keys(after)
     flipped = len({(dialogue, rejected, chosen) for dialogue, chosen, rejected in old} & new)
     kept = len(old & new)
-    return {
-        "kept": kept,
-        "added": len(new) - kept - flipped,
-        "dropped": len(old) - kept - flipped,
-        "flipped": flipped,
-    }
+    changes = {"added": len(new) - kept - flipped, "dropped": len(old) - kept - flipped}
+    return {"kept": kept, **changes, "flipped": flipped}
 
 
 def measured(responses: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:

@@ -1,8 +1,7 @@
 """What settings are made of, and their text: plain YAML and ``section.key=value`` in, checked sections out, and back.
 
 YAML says where lists and sections stand, and nothing of types: ``010``, ``no``, ``1e-6`` and dates are texts until a field
-makes of them what it holds. Aliases, anchors, tags and keys that stand twice are refused. What cannot be parsed and what
-looks like a secret is named by its place and never repeated.
+makes of them what it holds. What cannot be parsed and what looks like a secret is named by its place and never repeated.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from typing import Annotated, Any, TypeVar, cast, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic.fields import FieldInfo
 
 from persodpo.errors import PersodpoError
 
@@ -77,30 +75,28 @@ def setting(comment: str, default: Any = ..., **limits: Any) -> Any:
 
 
 class _Loader(yaml.BaseLoader):
+    """PyYAML's loader that leaves every value a text; a key may not stand twice, and there are no aliases and tags."""
+
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event: Any = cast(Any, self).peek_event()
-        if isinstance(event, yaml.AliasEvent) or event.anchor or getattr(event, "tag", None):
-            raise yaml.MarkedYAMLError(problem="aliases, anchors and tags are not read", problem_mark=event.start_mark)
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "tag", None):
+            raise yaml.MarkedYAMLError(problem="aliases and tags are not read", problem_mark=event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        keys = [key.value if isinstance(key, yaml.ScalarNode) else None for key, _ in node.value]
         for number, key in enumerate(keys):
-            if not isinstance(key, str) or key in keys[:number]:
-                fault = "a key stands twice" if isinstance(key, str) else "a key is no text"
+            if key is None or key in keys[:number]:
+                fault = "a key is no text" if key is None else "a key stands twice"
                 raise yaml.MarkedYAMLError(problem=fault, problem_mark=node.value[number][0].start_mark)
         return super().construct_mapping(node, deep)
 
 
 def read_yaml(text: str, where: str) -> Any:
-    """Return what a text says: lists, sections, and texts.
-
-    Args:
-        text: One YAML document.
-        where: What holds it, for the message.
+    """Return the lists, sections and texts of one YAML document; ``where`` names it in messages.
 
     Raises:
-        PersodpoError: It is no plain YAML.
+        PersodpoError: It is no plain YAML: aliases are not read, for a few lines of them can stand for gigabytes.
     """
     mark = None
     try:
@@ -137,13 +133,13 @@ def _commented(section: BaseModel, indent: str = "") -> Iterator[str]:
         yield from (f"{indent}# {line}" for line in more)
 
 
-def fields_of(section: type[BaseModel], before: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Yield all fields by their dotted names; entries of a list that are told apart by their kind stand under it."""
+def names_of(section: type[BaseModel], before: str = "") -> Iterator[str]:
+    """Yield the dotted names of all fields; entries of a list that are told apart by their kind stand under it."""
     for name, field in section.model_fields.items():
-        yield before + name, field
+        yield before + name
         for inner in _sections_in(field.annotation):
             kinds = get_args(inner.model_fields["kind"].annotation) if "kind" in inner.model_fields else ()
-            yield from fields_of(inner, ".".join([before + name, *kinds, ""]))
+            yield from names_of(inner, ".".join([before + name, *kinds, ""]))
 
 
 def _sections_in(annotation: Any) -> list[type[BaseModel]]:
@@ -154,12 +150,7 @@ def _sections_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def resolve(model: type[Model], settings: dict[str, Any], overrides: Sequence[str] = ()) -> Model:
-    """Return nested settings, after ``overrides``, as a section.
-
-    Args:
-        model: The section.
-        settings: Nested settings; changed in place.
-        overrides: Each ``section.key=value``; the value is a text, which the field reads.
+    """Return nested settings, changed by overrides ``section.key=value``, as a section.
 
     Raises:
         PersodpoError: A key is unknown, a value impossible, or a text looks like a secret, each named by its path; or an
@@ -192,7 +183,7 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
         path = ".".join(str(part) for part in item["loc"])
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(re.sub(r"\.\d+", "", path), dict(fields_of(model)), n=1)
+            near = difflib.get_close_matches(re.sub(r"\.\d+", "", path), [*names_of(model)], n=1)
             message += f"; did you mean {near[0]}?" if near else "; `persodpo profile` prints all settings"
         sentences.append(f"{path or 'settings'}: {message}")
     text = "; ".join(sentences)
@@ -219,15 +210,7 @@ def _refuse_secrets(value: Any, path: str = "") -> None:
 
 
 def read_file(path: Path, shipped: Sequence[str]) -> dict[str, Any]:
-    """Return the settings in a YAML file.
-
-    Args:
-        path: The file.
-        shipped: Names that could have been given instead, for the message.
-
-    Raises:
-        PersodpoError: It cannot be read, or holds anything but sections in plain YAML.
-    """
+    """Return the settings in a YAML file, which must hold sections; ``shipped`` are names to give instead."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:

@@ -1,8 +1,7 @@
 """Dialogues table in, prompt text out: one template file, filled in one pass.
 
 A template is a text file with the fields ``{personas}``, ``{context}`` and ``{max_words}``; doubled braces stand for
-single ones. Text that is filled in is never searched for fields again, and no field can stay unfilled. The system message
-of chats is such a file too; it knows of no dialogue, so its only field is ``{max_words}``.
+single ones. Text that is filled in is never searched for fields again, and no field can stay unfilled.
 """
 
 from __future__ import annotations
@@ -31,18 +30,21 @@ _TOKEN = re.compile(r"\{\{|\}\}|\{(\w+)\}")
 
 
 def load_template(name: str) -> str:
-    """Read a template and check its fields.
-
-    Args:
-        name: The name of a file in ``persodpo/templates`` without its suffix, or a path.
-
-    Returns:
-        The template's text, without white space at its end.
+    """Return a template's text: of a file in ``persodpo/templates``, named without its suffix, or of a path.
 
     Raises:
         PersodpoError: There is no such file, its fields are not exactly `FIELDS`, or it never names the key that is read.
     """
-    path, text, found = _read(name)
+    shipped = TEMPLATES / f"{name}.txt"
+    path = shipped if shipped in TEMPLATES.iterdir() else Path(name)
+    try:
+        text = path.read_text(encoding="utf-8").rstrip()
+    except UnicodeDecodeError as error:
+        raise PersodpoError(f"Template {path} is not UTF-8; save it as plain text in UTF-8.") from error
+    except (OSError, ValueError) as error:
+        names = ", ".join(sorted(p.stem for p in TEMPLATES.glob("*.txt") if p.stem != SYSTEM))
+        raise PersodpoError(f"Template '{name}' is neither a shipped one ({names}) nor a file.") from error
+    found = {match[1] for match in _TOKEN.finditer(text) if match[1]}
     for wrong, say in ((FIELDS - found, "lacks"), (found - FIELDS, "has the unknown")):
         if wrong:
             fields = ", ".join(f"{{{field}}}" for field in sorted(wrong))
@@ -52,17 +54,9 @@ def load_template(name: str) -> str:
     return text
 
 
-def load_system(name: str, settings: Prompts) -> str:
-    """Read a chat's system message, named as templates are, and fill its word limit in.
-
-    Raises:
-        PersodpoError: There is no such file, it is empty, or it has another field than ``{max_words}``.
-    """
-    path, text, found = _read(name)
-    if wrong := sorted(found - {"max_words"}):
-        raise PersodpoError(f"System message {path} has the unknown field {{{wrong[0]}}}; only {{max_words}} is known.")
-    if not text.strip():
-        raise PersodpoError(f"System message {path} is empty; write one, or choose format chat, which has none.")
+def load_system(settings: Prompts) -> str:
+    """Return the system message of chats, which knows of no dialogue but of the word limit."""
+    text = (TEMPLATES / f"{SYSTEM}.txt").read_text(encoding="utf-8").rstrip()
     return _fill(text, {"max_words": str(settings.max_words)})
 
 
@@ -93,13 +87,10 @@ def template_digest(template: str, system: str | None = None) -> str:
 
 
 def token_budget(template: str, max_words: int, *, fits_words: bool = False) -> int:
-    """Return how many tokens a completion may have.
+    """Return how many tokens a completion may have: as many as words, as released, which cuts long answers off.
 
-    Args:
-        template: Text from `load_template`; with reasoning there is as much room again.
-        max_words: The word limit that the model is told.
-        fits_words: As many as that many words and the JSON around them take (correction A5); else as many tokens as
-            words, as released, which cuts long answers off.
+    With ``fits_words`` (correction A5) they are as many as that many words and the JSON around them take. A template that
+    asks for reasoning gets as much room again.
     """
     keys = len(answer_keys(template))
     if not fits_words:
@@ -107,17 +98,6 @@ def token_budget(template: str, max_words: int, *, fits_words: bool = False) -> 
     return keys * (math.ceil(max_words * TOKENS_PER_WORD) + TOKENS_AROUND)
 
 
-def _read(name: str) -> tuple[Path, str, set[str]]:
-    """Return a template's file, its text and the names of its fields."""
-    shipped = TEMPLATES / f"{name}.txt"
-    path = shipped if shipped.is_file() else Path(name)
-    if not path.is_file():
-        names = ", ".join(sorted(p.stem for p in TEMPLATES.glob("*.txt") if p.stem != SYSTEM))
-        raise PersodpoError(f"Template '{name}' is neither a shipped one ({names}) nor a file.")
-    text = path.read_text(encoding="utf-8").rstrip()
-    return path, text, {match.group(1) for match in _TOKEN.finditer(text) if match.group(1)}
-
-
 def _fill(template: str, values: dict[str, str]) -> str:
-    """Put values in place of fields in one pass; a field without a value cannot get past the reading of templates."""
+    """Put values in place of fields in one pass."""
     return _TOKEN.sub(lambda match: values[match[1]] if match[1] else match[0][0], template)

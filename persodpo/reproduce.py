@@ -12,10 +12,9 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import papermill
 from nbclient.exceptions import DeadKernelError
@@ -29,15 +28,8 @@ from persodpo.runfolder import PROJECT, RELEASE_VARIABLE, RunFolder
 NOTEBOOKS = PROJECT / "notebooks"
 
 
-@dataclass(frozen=True)
-class Executed:
-    """One notebook that ran.
-
-    Attributes:
-        notebook: The source.
-        copy: The executed copy.
-        seconds: Wall time, the kernel's start included.
-    """
+class Executed(NamedTuple):
+    """A notebook that ran: its source, the executed copy, and the wall time with the kernel's start."""
 
     notebook: Path
     copy: Path
@@ -59,39 +51,25 @@ def _literal(path: Path) -> str:
 
 
 def check_parameters(notebook: Path, parameters: Mapping[str, Any]) -> None:
-    """Refuse parameters that the notebook does not declare in its one cell tagged ``parameters``.
-
-    Raises:
-        PersodpoError: A parameter is unknown, the file is no notebook, or there is no such cell.
-    """
+    """Refuse parameters that the notebook does not declare in its one cell tagged ``parameters``."""
     try:
-        tags = [cell.metadata.get("tags", []) for cell in papermill.iorw.load_notebook_node(str(notebook)).cells]
-        count = sum("parameters" in tag for tag in tags)
-        names = set(papermill.inspect_notebook(_literal(notebook))) if count == 1 else set()
+        cells = papermill.iorw.load_notebook_node(str(notebook)).cells
+        count = sum("parameters" in cell.metadata.get("tags", []) for cell in cells)
+        names = sorted(papermill.inspect_notebook(_literal(notebook))) if count == 1 else []
     except (OSError, ValueError, AttributeError, KeyError) as error:
         raise PersodpoError(f"{notebook} cannot be read as a notebook: {error}.") from error
     if count != 1:
         raise PersodpoError(
             f"{notebook.name} has {count} cells tagged 'parameters'; tag exactly one, or papermill runs with defaults."
         )
-    unknown = sorted(set(parameters) - names)
-    if unknown:
+    for unknown in sorted(set(parameters) - set(names)):
         raise PersodpoError(
-            f"{notebook.name} has no parameter '{unknown[0]}'; its parameters cell sets {', '.join(sorted(names))}."
+            f"{notebook.name} has no parameter '{unknown}'; its parameters cell sets {', '.join(names)}."
         )
 
 
 def run_notebook(notebook: Path, copy: Path, parameters: Mapping[str, Any], progress: bool = True) -> Executed:
-    """Execute one notebook.
-
-    Args:
-        notebook: The source; it is not changed.
-        copy: Where the executed copy goes, outputs and all, also when a cell fails.
-        parameters: Values for its parameters cell.
-        progress: Show a bar, on a terminal.
-
-    Returns:
-        What ran.
+    """Execute one notebook; its copy is written with all outputs, also when a cell fails.
 
     Raises:
         PersodpoError: A parameter is unknown, a cell failed (the message holds the cell and its error), or the kernel
@@ -132,13 +110,7 @@ def reproduce(
     overwrite: bool = False,
     notebooks: Sequence[Path] | None = None,
 ) -> Iterator[Executed]:
-    """Run the notebooks in order; their stages skip what has not changed. Where all would, two run at a time.
-
-    Args:
-        profile: A profile's name or file.
-        overrides: Assignments ``section.key=value``.
-        overwrite: Run every stage again.
-        notebooks: Which ones; None runs all.
+    """Run notebooks, all unless some are named; their stages skip what has not changed. Where all would, two run at a time.
 
     Yields:
         Each notebook as it is done.
@@ -162,20 +134,15 @@ def reproduce(
     from persodpo import stages  # noqa: PLC0415 - slow to load, and not needed to run one notebook
 
     executed = all((run.notebooks / notebook.name).is_file() for notebook in chosen)
+    execute = functools.partial(_execute, run.notebooks, parameters)
     if overwrite or len(chosen) == 1 or not executed or not stages.nothing_to_do(run.profile):
-        for notebook in chosen:
-            yield run_notebook(notebook, run.notebooks / notebook.name, parameters)
+        yield from map(execute, chosen)
     else:
-        yield from _side_by_side(chosen, run.notebooks, parameters)
+        # Fresh processes, for one that has talked to kernels cannot be forked; a thread each.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        with multiprocessing.get_context("spawn").Pool(2) as pool:
+            yield from pool.imap(functools.partial(execute, progress=False), chosen)
 
 
-def _side_by_side(notebooks: Sequence[Path], folder: Path, parameters: Mapping[str, Any]) -> Iterator[Executed]:
-    """Run notebooks that only read, two at a time on a thread each, and yield them in their order."""
-    # Fresh processes, for one that has talked to kernels cannot be forked.
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        yield from pool.imap(functools.partial(_run_quietly, folder, parameters), notebooks)
-
-
-def _run_quietly(folder: Path, parameters: Mapping[str, Any], notebook: Path) -> Executed:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    return run_notebook(notebook, folder / notebook.name, parameters, progress=False)
+def _execute(folder: Path, parameters: Mapping[str, Any], notebook: Path, progress: bool = True) -> Executed:
+    return run_notebook(notebook, folder / notebook.name, parameters, progress)

@@ -37,9 +37,6 @@ class Run(RunFolder):
             profile: A shipped profile's name, the path of a YAML file, or settings as they are.
             overrides: Settings to change, ``section.key=value``.
             seed: Another seed than the profile's.
-
-        Raises:
-            PersodpoError: As `persodpo.config.load_profile`.
         """
         changed = [*overrides, *([] if seed is None else [f"seed={seed}"])]
         super().__init__(profile if isinstance(profile, Profile) else load_profile(profile, changed))

@@ -1,9 +1,9 @@
 """Run folders and provenance files: the only module that knows where tables lie (`persodpo.tables` knows their columns).
 
 Every table is a Parquet file in ``runs/<profile>/`` with a provenance file ``<file>.json`` beside it: the sha256 of its
-inputs and of itself, the settings it was made with, versions, commit, rows and seconds. Stages meet only in these files. A
-table is written to a temporary name and renamed; its provenance file comes last, so a table without a matching one was
-interrupted or edited, and is refused.
+inputs and of itself, the settings it was made with, versions, commit, rows and seconds. A table is written to a temporary
+name and renamed; its provenance file comes last, so a table without a matching one was interrupted or edited, and is
+refused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +47,9 @@ Tables = Mapping[str, pd.DataFrame]
 
 @dataclass(frozen=True)
 class StageReport:
-    """What a stage did.
+    """What a stage did: the rows of each table it made, and whether nothing had changed so that nothing was done.
 
-    Attributes:
-        stage: The stage's name.
-        skipped: True if its inputs, settings and code were unchanged, so nothing was done.
-        rows: Rows of each table it made.
-        seconds: Wall time, 0 if skipped.
-        notes: Further lines to show, warnings among them; of a stage that was skipped only these.
+    Of its notes, further lines to show, only those that are warnings hold where it was skipped.
     """
 
     stage: str
@@ -66,7 +60,7 @@ class StageReport:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """The notes that hold whether it was skipped or not."""
+        """The notes that are warnings."""
         return tuple(note for note in self.notes if note.startswith("warning"))
 
     def __str__(self) -> str:
@@ -82,14 +76,14 @@ class RunFolder:
 
     Attributes:
         profile: The profile whose tables lie here.
-        root: The folder.
+        root: The folder; it is created when a stage writes.
         files: What was read and made through this object.
         read_as: The sha256 of each file that a stage read, as it was then.
         asked: Models whose stored answers were read through it.
     """
 
     def __init__(self, profile: Profile) -> None:
-        """Name the run folder of ``profile``; nothing is created until a stage writes."""
+        """Name the run folder of ``profile``."""
         self.profile = profile
         self.root = PROJECT / profile.paths.runs / profile.name
         self.files: set[Path] = set()
@@ -136,8 +130,7 @@ class RunFolder:
         if not path.is_file():
             raise PersodpoError(f"Table {name} is missing ({path}); make it with {command}.")
         check_table(path, name)
-        provenance = self.provenance(name)
-        if provenance.get("table") != name or provenance.get("sha256") != sha256(path):
+        if not self._intact(name):
             raise PersodpoError(
                 f"Table {name} does not match its provenance file ({path}): it was edited or its stage was "
                 f"interrupted; make it again with {command}."
@@ -157,6 +150,12 @@ class RunFolder:
         """Return the provenance of table ``name``, empty if there is none."""
         return read_json(provenance_path(self.path(name)))
 
+    def _intact(self, name: str) -> dict[str, Any]:
+        """Return the provenance of table ``name``, empty if the table is not as it was written."""
+        path, provenance = self.path(name), self.provenance(name)
+        own = provenance.get("table") == name and path.is_file()
+        return provenance if own and provenance.get("sha256") == sha256(path) else {}
+
     def stage(
         self,
         name: str,
@@ -172,8 +171,7 @@ class RunFolder:
 
         Args:
             name: The stage's name, for messages.
-            build: Returns the tables. They are made again if the source of its module, or of one which that imports, has
-                changed, see `persodpo.imports`.
+            build: Returns the tables. The source of its module, and of all which that imports, is the code that counts.
             outputs: Names of these tables.
             reads: Tables of this run that it reads.
             files: Other files that it reads, by a name that does not depend on the machine.
@@ -185,34 +183,27 @@ class RunFolder:
                 stay as they were.
         """
         inputs = {table: self.path(table) for table in reads} | dict(files or {})
-        missing = [str(path) for path in inputs.values() if not path.is_file()]
-        if missing:
-            raise PersodpoError(f"Stage {name} needs {missing[0]}, which does not exist.")
+        for path in inputs.values():
+            if not path.is_file():
+                raise PersodpoError(f"Stage {name} needs {path}, which does not exist.")
         made = [path for output in outputs for path in (self.path(output), provenance_path(self.path(output)))]
         self.files |= {*inputs.values(), *made}
         digests = {key: sha256(path) for key, path in sorted(inputs.items())}
         self.read_as |= {inputs[key]: digest for key, digest in digests.items()}
-        basis = as_json({
-            "inputs": digests,
-            "settings": settings or {},
-            "code": code_of(build.__module__),
-        })  # fmt: skip
+        basis = as_json({"inputs": digests, "settings": settings or {}, "code": code_of(build.__module__)})
         rows = None if overwrite else self._unchanged(outputs, basis)
-        skipped, seconds = rows is not None, 0.0
-        if rows is None:
-            rows, seconds = self._make(name, build, outputs, basis)
+        report = self._make(name, build, outputs, basis) if rows is None else StageReport(name, True, rows, 0.0)
         self.write_settings()
-        return StageReport(name, skipped, rows, seconds)
+        return report
 
     def write_settings(self) -> None:
         """Write the profile into the run folder, where it differs from the one that lies there."""
-        if read_text(self.root / "profile.yaml") != self._settings:
-            write_atomically(self.root / "profile.yaml", lambda path: write_text(path, self._settings))
+        write_text(self.root / "profile.yaml", self.profile.to_yaml())
 
     def _make(
         self, stage: str, build: Callable[[], Tables], outputs: Sequence[str], basis: Mapping[str, Any]
-    ) -> tuple[dict[str, int], float]:
-        """Make tables and move them to their places, all checked before the first; return their rows, and seconds."""
+    ) -> StageReport:
+        """Make tables and move them to their places, all checked before the first."""
         started = time.perf_counter()
         with disk_errors(self.root), scratch_in(self.root) as scratch:
             tables, paths = build(), {output: scratch / f"{output.replace('/', '-')}.parquet" for output in outputs}
@@ -229,29 +220,18 @@ class RunFolder:
                 make_folder(self.path(output).parent)
                 path.replace(self.path(output))
                 write_json(provenance_path(self.path(output)), provenance)
-        return rows, seconds
+        return StageReport(stage, False, rows, seconds)
 
     def _unchanged(self, outputs: Sequence[str], basis: Mapping[str, Any]) -> dict[str, int] | None:
         """Return the rows of ``outputs`` if all were made from ``basis`` and are still as they were written."""
-        rows = {}
-        for output in outputs:
-            provenance = self.provenance(output)
-            same = basis.items() <= provenance.items()
-            if not (same and self.path(output).is_file() and provenance["sha256"] == sha256(self.path(output))):
-                return None
-            rows[output] = int(provenance["rows"])
-        return rows
+        records = {output: self._intact(output) for output in outputs}
+        if not all(basis.items() <= record.items() for record in records.values()):
+            return None
+        return {output: int(record["rows"]) for output, record in records.items()}
 
     @contextmanager
     def locked(self, wait_seconds: float = 0.0) -> Iterator[None]:
-        """Keep other processes out of this run folder; within a process it can be entered again.
-
-        Args:
-            wait_seconds: How long to wait for another process.
-
-        Raises:
-            PersodpoError: Another process works in this folder.
-        """
+        """Keep other processes out of this run folder; within a process it can be entered again."""
         make_folder(self.root)
         with disk_errors(self.root):
             lock = FileLock(self.root / ".lock", is_singleton=True, thread_local=False)
@@ -267,10 +247,6 @@ class RunFolder:
             finally:
                 lock.release()
 
-    @cached_property
-    def _settings(self) -> str:
-        return self.profile.to_yaml()
-
 
 @contextmanager
 def scratch_in(folder: Path) -> Iterator[Path]:
@@ -285,12 +261,8 @@ def scratch_in(folder: Path) -> Iterator[Path]:
         yield Path(scratch)
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a temporary file of the same name, then rename it to ``path``; its folder is created.
-
-    Raises:
-        PersodpoError: The disk is full or read-only; ``path`` stays as it was.
-    """
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a temporary file of the same name, then rename it to ``path``; its folder is created."""
     with disk_errors(path), scratch_in(path.parent) as scratch:
         write(scratch / path.name)
         (scratch / path.name).replace(path)
@@ -350,8 +322,13 @@ def provenance_path(path: Path) -> Path:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write ``content`` as indented JSON, atomically."""
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda temporary: write_text(temporary, text))
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file's text, atomically, unless it is what the file holds."""
+    if read_text(path) != text:
+        write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def read_text(path: Path) -> str | None:
@@ -362,11 +339,6 @@ def read_text(path: Path) -> str | None:
         return None
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file's text."""
-    path.write_text(text, encoding="utf-8")
-
-
 def as_json(value: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``value`` as it reads back from a JSON file (tuples become lists)."""
     return dict(json.loads(json.dumps(value)))
@@ -375,7 +347,7 @@ def as_json(value: Mapping[str, Any]) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON object, empty if the file is missing or unreadable."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = json.loads(read_text(path) or "")
+    except ValueError:
         return {}
     return content if isinstance(content, dict) else {}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -35,10 +35,21 @@ _DAMAGE = ("no such", "Could not decode")
 
 
 class Content(NamedTuple):
-    """What a file holds, as sentences name it, and what to do where it is damaged."""
+    """What a file holds.
+
+    Attributes:
+        what: As sentences name it.
+        remedy: What to do where it is damaged.
+        application: Number in its header that tells it from any other SQLite file.
+        version: Of its layout.
+        schema: Statements that lay it out, separated by semicolons.
+    """
 
     what: str
     remedy: str
+    application: int
+    version: int
+    schema: str
 
     @contextmanager
     def faults(self, path: Path) -> Iterator[None]:
@@ -57,36 +68,23 @@ class Content(NamedTuple):
         return PersodpoError(_SENTENCES["SQLITE_NOTADB", "SQLITE_CORRUPT"].format(path=path, **self._asdict()))
 
 
-class Identity(NamedTuple):
-    """What a file says of itself: its program, the version of its layout, how many tables and indexes it has."""
-
-    application: int
-    version: int
-    tables: int
-
-
 def connect(
-    path: Path,
-    wait_seconds: float,
-    prepare: Callable[[sqlite3.Connection], None],
-    *,
-    content: Content,
-    check_same_thread: bool = True,
+    path: Path, wait_seconds: float, content: Content, *, synchronous: str = "FULL", check_same_thread: bool = True
 ) -> sqlite3.Connection:
-    """Open a file in WAL mode, or make one where there is none.
+    """Open a file in WAL mode, or make one where there is none; its folder is created.
 
     Args:
-        path: The file; its folder is created.
+        path: The file.
         wait_seconds: How long to wait for another process that is writing, or making the same file.
-        prepare: Checks and lays out what was opened; the file is closed again if it raises.
         content: What it holds.
+        synchronous: SQLite's PRAGMA of this name: what a power cut may take.
         check_same_thread: As in `sqlite3.connect`.
 
     Returns:
         A connection in autocommit mode: transactions are begun and ended with `transaction`, never left open by a read.
 
     Raises:
-        PersodpoError: As `Content.faults` or ``prepare``, or the folder cannot be made.
+        PersodpoError: As `Content.faults`, or the file is another program's or of another version.
     """
     make_folder(path.parent)
     with content.faults(path):
@@ -94,12 +92,33 @@ def connect(
             path, timeout=wait_seconds, isolation_level=None, check_same_thread=check_same_thread
         )
         try:
-            prepare(connection)
+            connection.execute(f"PRAGMA synchronous = {synchronous}")
+            with transaction(connection):  # another process may be laying out the same file
+                _lay_out(connection, path, content)
             _use_wal(connection, wait_seconds)
         except BaseException:
             connection.close()
             raise
     return connection
+
+
+def _lay_out(connection: sqlite3.Connection, path: Path, content: Content) -> None:
+    """Lay out an empty file, and refuse one that holds something else."""
+    queries = ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM main.sqlite_master")
+    application, version, tables = (connection.execute(query).fetchone()[0] for query in queries)
+    if not application and not tables:
+        identity = f"PRAGMA application_id = {content.application}; PRAGMA user_version = {content.version}"
+        for statement in filter(str.strip, f"{content.schema};{identity}".split(";")):
+            connection.execute(statement)
+    elif application != content.application or not tables:
+        raise PersodpoError(
+            f"{path} is an SQLite file of another program; name another file for the {content.what} or move it away."
+        )
+    elif version != content.version:
+        raise PersodpoError(
+            f"{path} was written by another version of persodpo (layout {version}, this one reads {content.version}); "
+            "install that version or move the file away."
+        )
 
 
 def _use_wal(connection: sqlite3.Connection, wait_seconds: float) -> None:
@@ -114,27 +133,6 @@ def _use_wal(connection: sqlite3.Connection, wait_seconds: float) -> None:
             time.sleep(0.02)
         else:
             return
-
-
-def lay_out(connection: sqlite3.Connection, schema: str) -> Identity:
-    """Run the statements of ``schema`` if the file is empty, and return what it says of itself then.
-
-    Args:
-        connection: Within `transaction`, for another process may be laying out the same file.
-        schema: Statements, separated by semicolons.
-    """
-    found = identity(connection)
-    if found.application or found.tables:
-        return found
-    for statement in filter(str.strip, schema.split(";")):
-        connection.execute(statement)
-    return identity(connection)
-
-
-def identity(connection: sqlite3.Connection) -> Identity:
-    """Return what the file says of itself."""
-    queries = ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM main.sqlite_master")
-    return Identity(*(connection.execute(query).fetchone()[0] for query in queries))
 
 
 @contextmanager

@@ -13,9 +13,9 @@ from persodpo.config import Profile, load_profile
 #: What makes the training of hundreds of steps on a GPU one of seconds on a CPU.
 SMALL_TRAINING = {
     "dialogues.train_size": 10, "training.bf16": False, "training.epochs": 1, "training.warmup_steps": 1,
-    "training.token_budget": 4096, "training.held_out": 0.2, "training.logging_steps": 1, "training.evaluation_steps": 2,
+    "training.token_budget": 4096, "training.held_out": 0.2, "training.evaluation_steps": 2,
     "training.health_prompts": 2, "training.health_tokens": 8, "training.stop_when_collapsed": False,
-    "evaluation.resamples": 1000, "scoring.compute.accept_failed_probes": "[coherence, c_score, ue_score, persona_distance]",
+    "scoring.compute.accept_failed_probes": "[coherence, c_score, ue_score, persona_distance]",
 }  # fmt: skip
 
 

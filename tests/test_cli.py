@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import yaml
-from test_dialogues import focus_entry
 
 from persodpo.runfolder import PROJECT, RELEASE_VARIABLE
 
@@ -43,7 +40,6 @@ def test_profile_shows_what_overrides_resolve_to():
     [
         (["pairs", "--set", "pairs.high_quantile=1.5"], "pairs.high_quantile: Input should be less than or equal to 1"),
         (["pairs", "--profile", "nonesuch"], "nonesuch"),
-        (["fetch", "weights"], "Nothing called 'weights' can be fetched"),
         (["fetch", "release"], "/nonexistent/folder"),
         (["score", "-p", "release", "--set", "generation.models=[gpt-9]"], "gpt-9"),
         (["generate", "-p", "release", "--set", "dialogues.source=miniature"], "set dialogues.source=published_focus"),
@@ -67,31 +63,17 @@ def test_errors_are_one_sentence_without_a_traceback(arguments, words, tmp_path)
     assert "Traceback" not in done.stderr
 
 
-def test_an_unknown_command_or_option_is_a_usage_error():
-    assert run("trane").returncode == 2
-    assert "No such option" in run("pairs", "--profil", "release").stderr
-
-
-@pytest.mark.slow
-def test_focus_json_becomes_a_table(tmp_path):
-    """No published file is needed: FoCus's own JSON, sampled as the authors did."""
-    for split, count in (("train", 30), ("valid", 4)):
-        entries = [focus_entry(number, words=111 if number == 0 else 9) for number in range(count)]
-        (tmp_path / f"{split}.json").write_text(json.dumps({"data": entries}))
-    overrides = [
-        f"paths.runs={tmp_path}", "dialogues.source=focus_json", f"dialogues.train_file={tmp_path / 'train.json'}",
-        f"dialogues.valid_file={tmp_path / 'valid.json'}", "dialogues.train_size=20",
-    ]  # fmt: skip
-    given = ["-p", "release", *(part for override in overrides for part in ("--set", override))]
-    done = run("dialogues", *given)
-    assert "dialogues (24 rows) - written" in done.stdout, done.stderr
-    assert "unchanged, skipped" in run("dialogues", *given).stdout
-    table = pd.read_parquet(tmp_path / "release" / "dialogues.parquet")
-    kept = pd.Series([f"D{number}" for number in range(1, 30)]).sample(n=20, random_state=44)
-    assert table.loc[table["split"] == "train", "dialogue_id"].tolist() == kept.tolist()
-    assert (table["split"] == "valid").sum() == 4
-    too_many = run("dialogues", *given, "--set", "dialogues.train_size=30")
-    assert "lower train_size" in too_many.stderr
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trane"], "No such command"),
+        (["pairs", "--profil", "release"], "No such option"),
+        (["fetch", "weights"], "weights"),
+    ],
+)
+def test_an_unknown_word_is_a_usage_error(arguments, words):
+    done = run(*arguments)
+    assert (done.returncode, words in done.stderr) == (2, True)
 
 
 def test_an_interrupt_ends_a_command_whose_parent_ignores_it(tmp_path):

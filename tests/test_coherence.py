@@ -9,15 +9,15 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scorer_models import T5_WORDS, counting_t5
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from persodpo.errors import PersodpoError
-from persodpo.scoring.coherence import CoherenceScorer, write_input
 from persodpo.scoring.models import Checkpoint
 from persodpo.scoring.score import Item
+from persodpo.scoring.signals import CoherenceScorer, write_input
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -85,7 +85,7 @@ def released_way(folder, text: str) -> float:
     return yes / (yes + no)
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 300, 10**6])
+@pytest.mark.parametrize("batch_tokens", [1, 300])
 def test_scores_follow_their_texts_whatever_the_order_batch_and_padding(trained, batch_tokens):
     draw = random.Random(0)
     said = lambda most: " ".join(draw.choices(["good", "x", "Yes", "No", "zzz"], k=draw.randint(0, most)))  # noqa: E731
@@ -97,17 +97,7 @@ def test_scores_follow_their_texts_whatever_the_order_batch_and_padding(trained,
     assert found.values == pytest.approx([alone[n] for n in order], abs=1e-5)
 
 
-def test_equal_inputs_are_run_once(trained, monkeypatch):
-    seen, run = [], Checkpoint.run
-    monkeypatch.setattr(
-        Checkpoint, "run", lambda self, rows, forward: seen.append(len(rows)) or run(self, rows, forward)
-    )
-    texts = [("x", "good"), ("good", "x"), ("good x", "x")]
-    scored = scorer_of(trained).score(items(*texts, *texts[::-1]))
-    assert seen == [3]
-    assert scored.values[:3].tolist() == scored.values[:2:-1].tolist()
-
-
+@settings(max_examples=30)
 @given(good=st.integers(0, 6), rest=st.integers(0, 6))
 def test_the_oldest_turns_are_cut_and_counted(counting, good, rest):
     """Of the history "x x x ... good good ..." as much of the end stays as fits."""
@@ -136,18 +126,14 @@ def test_a_tokenizer_without_single_tokens_for_yes_and_no_is_refused(tmp_path, w
         scorer_of(tmp_path).score(items(("x", "x")))
 
 
-def test_weights_outside_safetensors_are_refused(tmp_path):
-    counting_t5(tmp_path)
-    torch.save(T5ForConditionalGeneration.from_pretrained(tmp_path).state_dict(), tmp_path / "pytorch_model.bin")
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(PersodpoError, match=r"no weights in safetensors.*convert it once"):
-        scorer_of(tmp_path).score(items(("x", "x")))
-
-
 def test_damaged_or_unfit_checkpoints_are_one_sentence(tmp_path):
     counting_t5(tmp_path / "damaged")
     (tmp_path / "damaged" / "model.safetensors").write_bytes(b"\0" * 20)
     with pytest.raises(PersodpoError, match=r"Model '.*damaged' cannot be loaded"):
+        scorer_of(tmp_path / "damaged").score(items(("x", "x")))
+    torch.save({}, tmp_path / "damaged" / "pytorch_model.bin")
+    (tmp_path / "damaged" / "model.safetensors").unlink()
+    with pytest.raises(PersodpoError, match=r"no weights in safetensors.*convert it once"):
         scorer_of(tmp_path / "damaged").score(items(("x", "x")))
     (tmp_path / "empty").mkdir()
     with pytest.raises(PersodpoError, match=r"empty holds no model \(there is no config.json\)"):

@@ -57,18 +57,10 @@ def test_hand_made_completions(text, released, strict):
     assert read_completion(text, "strict") == Reading(*strict)
 
 
-def test_first_parsable_object_wins_as_released():
-    text = '{"note": 1} {broken {"response": "second"} {"response": "third"}'
-    assert read_completion(text) == Reading("third", "ok")  # "{broken {...}" is one span, and does not parse
-
-
-def test_one_object_is_about_form_not_content():
+def test_one_object_is_about_form_not_content_and_loops_need_repetition_not_length():
     assert is_one_object('{"response": "your reply"}')
     assert not is_one_object(f"{GOOD} and more")
     assert not is_one_object(None)
-
-
-def test_loops_need_repetition_not_length():
     assert is_loop("I like the sea. " * 6)
     assert not is_loop(" ".join(f"word{n}" for n in range(200)))
     assert not is_loop("ha" * 20)

@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from persodpo.cli import app
 from persodpo.config import PROFILES, Profile, load_profile, profile_names, with_overrides
 from persodpo.corrections import CORRECTIONS, WITHOUT_ASKING, Correction
 from persodpo.errors import PersodpoError
-from persodpo.profile_text import fields_of, read_yaml, resolve
+from persodpo.profile_text import read_yaml, resolve
 from persodpo.release.audit import mended_findings
 
 SECRET = "sk-canary/9d+1Z=="  # noqa: S105 - made up
@@ -50,18 +49,12 @@ def test_a_printed_profile_is_the_same_profile(name, tmp_path):
     assert all(f"#   {correction}: {text}\n" in shown for correction, text in CORRECTIONS.items())
 
 
-def test_every_setting_has_one_comment_and_there_are_few():
-    described = {path: field.description for path, field in fields_of(Profile)}
-    settings = leaves(load_profile("mini").model_dump(mode="json"))
-    assert len(settings) <= 80
-    assert [path for path in settings if not described[path]] == []
-
-
-@pytest.mark.parametrize("name", profile_names())
-def test_a_profile_says_only_what_differs(name):
-    lines = [line for line in (PROFILES / f"{name}.yaml").read_text().splitlines() if not line.startswith("#")]
-    assert len(lines) <= 100
-    assert load_profile(name).name == name
+def test_there_are_few_settings_and_a_profile_says_only_what_differs():
+    assert len(leaves(load_profile("mini").model_dump(mode="json"))) <= 72
+    for name in profile_names():
+        lines = [line for line in (PROFILES / f"{name}.yaml").read_text().splitlines() if not line.startswith("#")]
+        assert len(lines) <= 100
+        assert load_profile(name).name == name
 
 
 def test_a_short_profile_has_the_defaults_and_its_file_s_name(tmp_path):
@@ -106,16 +99,6 @@ def test_impossible_settings_are_refused_by_path_and_remedy(override, words):
     assert all(word in message for word in words), message
 
 
-def test_overrides_are_typed_and_the_profile_is_frozen():
-    changed = load_profile("release", ["pairs.low_quantile=0.3", "pairs.sets=[perso]", "engine.ray_workers=3"])
-    assert (changed.pairs.low_quantile, changed.pairs.sets, changed.engine.ray_workers) == (0.3, ("perso",), 3)
-    assert (
-        with_overrides(changed, ["pairs.low_quantile=0.4", "pairs.sets=[simple, perso]"]).pairs == load_profile().pairs
-    )
-    with pytest.raises(ValidationError):
-        changed.name = "other"
-
-
 @pytest.mark.parametrize(
     ("override", "value"),
     [
@@ -141,6 +124,7 @@ def test_texts_are_taken_whole(override, value, tmp_path):
     assert load_profile(copy) == changed
 
 
+@settings(max_examples=50)
 @given(st.text(st.characters(codec="utf-8", exclude_categories=["Cs"])).filter(str.strip))
 def test_any_text_comes_back_from_a_printed_profile(text):
     profile = load_profile("release", [f"prompts.template={text}"])
@@ -151,10 +135,10 @@ def test_any_text_comes_back_from_a_printed_profile(text):
 @pytest.mark.parametrize(
     ("override", "value"),
     [("seed=010", 10), ("seed=08", 8), ("training.learning_rate=1e-6", 1e-6), ("training.bf16=yes", True),
-     ("generation.models=[no, on, 2024-01-01, 010]", ("no", "on", "2024-01-01", "010"))],
+     ("generation.models=[no, on, 2024-01-01, 010]", ("no", "on", "2024-01-01", "010")), ("pairs.sets=[perso]", ("perso",))],
 )  # fmt: skip
-def test_yaml_means_what_it_says(override, value):
-    found = load_profile("mini", [override, "generation.source=published"])
+def test_values_are_typed_as_they_stand(override, value):
+    found = with_overrides(load_profile("mini", ["generation.source=published"]), [override])
     for part in override.partition("=")[0].split("."):
         found = getattr(found, part)
     assert found == value
@@ -164,43 +148,32 @@ ODD = {
     "an alias": "a: &x [1]\npairs: *x\n",
     "a bomb": "a: &a [x]\n"
     + "".join(f"{chr(98 + n)}: &{chr(98 + n)} [*{chr(97 + n)}, *{chr(97 + n)}]\n" for n in range(20)),
-    "an anchor": "pairs: &x {low_quantile: 0.3}\n",
     "a tag": "seed: !!int x\n",
     "an object": "!!python/object:os.system {}\n",
-    "binary": "name: !!binary aGVsbG8=\n",
     "a key twice": "seed: 1\nseed: 2\n",
-    "a key that is a number": "1: 2\n",
     "a key that is a list": "[a]: 2\n",
     "a key that is empty": "? \n: 2\n",
     "a date": "seed: 2024-99-99\n",
-    "not a number": "scoring: {format_bonus: .nan}\n",
-    "infinity": "scoring: {format_bonus: .inf}\n",
-    "too large a number": "scoring: {format_bonus: 1e999}\n",
+    "not a number": "training: {beta: .nan}\n",
+    "too large a number": "training: {beta: 1e999}\n",
     "many digits": "seed: " + "9" * 5_000 + "\n",
-    "many brackets": "seed: " + "[" * 5_000 + "]" * 5_000 + "\n",
-    "many braces": "a: " + "{a: " * 3_000 + "1" + "}" * 3_000 + "\n",
+    "many brackets": "seed: " + "[" * 2_000 + "]" * 2_000 + "\n",
+    "many braces": "a: " + "{a: " * 2_000 + "1" + "}" * 2_000 + "\n",
     "a tab": "pairs:\n\tlow_quantile: 0.3\n",
     "a control character": "name: \x01\n",
     "no closing bracket": "pairs: [\n",
     "two documents": "seed: 1\n---\nseed: 2\n",
     "a list": "- 1\n",
-    "a text": "seed\n",
     "nothing": "",
     "a section that is none": "pairs: 3\n",
-    "an empty section": "pairs:\n",
 }
 
 
 @pytest.mark.parametrize("content", ODD.values(), ids=ODD)
-def test_odd_files_end_in_one_sentence(content, tmp_path):
+def test_odd_files_and_values_end_in_one_sentence(content, tmp_path):
     path = tmp_path / "odd.yaml"
-    path.write_text(content)
-    message = refusal(profile=path)
-    assert len(message) < 700
-
-
-@pytest.mark.parametrize("content", ODD.values(), ids=ODD)
-def test_odd_values_end_in_one_sentence(content):
+    path.write_text(content + ("generation: {models: [a], source: published}\n" if content.endswith("\n") else ""))
+    assert len(refusal(profile=path)) < 700
     assert len(refusal(f"pairs={content}")) < 700
 
 
@@ -258,7 +231,7 @@ def test_a_value_is_never_repeated_whatever_is_wrong_with_it(tmp_path):
 
 def test_digest_follows_results_not_places():
     base = load_profile("release")
-    assert load_profile("release", ["paths.runs=/elsewhere", "engine.ray_workers=1"]).digest() == base.digest()
+    assert load_profile("release", ["paths.runs=/elsewhere", "engine.ray_workers=2"]).digest() == base.digest()
     assert load_profile("release", ["pairs.high_quantile=0.7"]).digest() != base.digest()
 
 

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from persodpo import dialogues
+from persodpo import dialogues, stages
+from persodpo.config import with_overrides
 from persodpo.errors import PersodpoError
-from persodpo.runfolder import RELEASE_VARIABLE
+from persodpo.runfolder import RELEASE_VARIABLE, RunFolder
 
 
 def focus_entry(number: int, words: int = 4) -> dict:
@@ -45,11 +46,18 @@ def test_focus_json_takes_the_last_dialogue_and_cleans_markers(tmp_path):
     assert row["personas"][1] == "Ive a dog."
 
 
-def test_focus_json_filters_then_samples_as_pandas_does(tmp_path):
-    entries = [focus_entry(n, words=111 if n % 3 == 0 else 110) for n in range(30)]
-    table = dialogues.focus_json(focus_file(tmp_path, entries), "train", size=7, seed=44, max_reference_words=110)
+def test_the_stage_filters_train_dialogues_then_samples_as_pandas_does(tmp_path, profile):
+    """No published file is needed: FoCus's own JSON, sampled as the authors did."""
+    for split, count in (("train", 30), ("valid", 4)):
+        entries = [focus_entry(n, words=111 if n % 3 == 0 else 110) for n in range(count)]
+        (tmp_path / f"{split}.json").write_text(json.dumps({"data": entries}))
+    files = [f"dialogues.{split}_file={tmp_path / split}.json" for split in ("train", "valid")]
+    focus = with_overrides(profile, ["dialogues.source=focus_json", *files, "dialogues.train_size=7"])
+    stages.make(focus, "dialogues")
+    table = RunFolder(focus).read("dialogues")
     kept = pd.Series([f"D{n}" for n in range(30) if n % 3])
-    assert table["dialogue_id"].tolist() == kept.sample(n=7, random_state=44).tolist()
+    assert table.query("split == 'train'")["dialogue_id"].tolist() == kept.sample(n=7, random_state=44).tolist()
+    assert table.query("split == 'valid'")["dialogue_id"].tolist() == ["D0", "D1", "D2", "D3"]
 
 
 @pytest.mark.parametrize(
@@ -57,6 +65,9 @@ def test_focus_json_filters_then_samples_as_pandas_does(tmp_path):
     [
         ("{", "not FoCus JSON"),
         ("[]", "not FoCus JSON"),
+        ('{"data": null}', "not FoCus JSON"),
+        ('{"data": ' + "[" * 100_000, "not FoCus JSON"),
+        ('{"data": {"a": 1}}', "dialogue number 1"),
         (json.dumps({"data": [{"dialogID": "D1"}]}), "dialogue number 1"),
         (json.dumps({"data": [{**focus_entry(1), "utterance": []}]}), "dialogue number 1"),
         (json.dumps({"data": [{**focus_entry(1), "utterance": [{"dialogue1": ["only"]}]}]}), "'D1' needs"),
@@ -68,9 +79,6 @@ def test_broken_focus_json_is_named(tmp_path, content, words):
     path.write_text(content)
     with pytest.raises(PersodpoError, match=words):
         dialogues.focus_json(path, "train")
-
-
-def test_too_few_dialogues_to_draw(tmp_path):
     with pytest.raises(PersodpoError, match="lower train_size"):
         dialogues.focus_json(focus_file(tmp_path, [focus_entry(1)]), "train", size=2)
 
@@ -94,18 +102,6 @@ def test_persona_sentences_are_found_again(joined, sentences):
 @given(st.text(), st.one_of(st.none(), st.integers(1, 6)))
 def test_splitting_loses_nothing(joined, expected):
     assert "".join(dialogues.split_personas(joined, expected)) == joined
-
-
-def test_files_that_hold_no_dialogues(tmp_path):
-    path = tmp_path / "x.csv"
-    path.write_text("personas,context\n1,2\n")
-    with pytest.raises(PersodpoError, match="lacks the column act_response"):
-        dialogues.published_focus(path, "train")
-    path.write_text("personas,context,act_response\n,b,c\n")
-    with pytest.raises(PersodpoError, match="row 2 has no persona"):
-        dialogues.published_focus(path, "train")
-    with pytest.raises(PersodpoError, match="cannot be read"):
-        dialogues.published_focus(tmp_path / "none.csv", "train")
 
 
 @pytest.mark.skipif(not os.environ.get(RELEASE_VARIABLE), reason=f"{RELEASE_VARIABLE} is not set: no published files")

@@ -98,7 +98,7 @@ def test_models_in_folders_and_in_the_cache_of_the_hub(tmp_path):
 def test_packages_gpu_and_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda _: None)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 2**29))
-    found = missing(equipped(tmp_path, engine__scorers="ray", training__bf16=True))
+    found = missing(equipped(tmp_path, engine__ray_workers=2, training__bf16=True))
     wanted = ["Package ray", "GPU", "Disk", "Disk"]
     assert [sentence.split(":")[0] for sentence in found] == wanted
 

@@ -12,7 +12,7 @@ from scorer_models import counting_bert, randomised
 from transformers import BertModel
 
 from persodpo.runfolder import PROJECT
-from persodpo.scoring.nli import CLASSES, NliModel
+from persodpo.scoring.signals import CLASSES, NliModel
 
 SCRIPT = PROJECT / "examples" / "finetune_nli.py"
 SNLI = [

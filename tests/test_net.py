@@ -74,7 +74,7 @@ STEPS, PROMPTS, PAIRS = 20, 2, 6
 def test_the_first_losses_of_each_arm_are_stock_trls(arm, tmp_path):
     """Where pairs are weighed, which TRL cannot, plain passes and a plain loop stand in for it."""
     changes = [
-        f"training.prompts_per_step={PROMPTS}", "training.logging_steps=1", "training.epochs=2", "training.warmup_steps=0",
+        f"training.prompts_per_step={PROMPTS}", "training.epochs=2", "training.warmup_steps=0",
         "training.learning_rate=0.001", "training.bf16=false", "training.scale_weights=false",
     ]  # fmt: skip
     args = arguments(arm, tmp_path / "ours", profile_in(tmp_path, *changes))

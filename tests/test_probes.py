@@ -12,9 +12,10 @@ from scoring_fakes import Letters, ask
 from persodpo.errors import PersodpoError
 from persodpo.release.checks import scored_response
 from persodpo.scoring import probes
-from persodpo.scoring.persona import PersonaDistance, WordMeans
 from persodpo.scoring.probes import CASES, KNOWN, admit, order_verdicts, probe
 from persodpo.scoring.score import Scored
+from persodpo.scoring.signals import PersonaDistance
+from persodpo.scoring.words import WordMeans
 
 
 class Rule:

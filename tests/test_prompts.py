@@ -24,18 +24,12 @@ from persodpo.prompts import (
 SETTINGS = load_profile("release").prompts
 
 
-def test_the_plain_template_asks_for_what_is_read():
-    prompt = render(load_template("plain"), ["I like art.", "I sing."], "User1: Hi?", SETTINGS)
-    assert "I like art.I sing." in prompt
-    assert "User1: Hi?" in prompt
-    assert "at most 110 words" in prompt
-    example = prompt.splitlines()[-1]
-    assert json.loads(example) == {"response": "your reply"}
-
-
-def test_corrected_puts_one_sentence_on_each_line():
-    prompt = render(load_template("plain"), ["I like art.", "I sing."], "User1: Hi", SETTINGS, persona_lines=True)
-    assert "- I like art.\n- I sing.\n" in prompt
+@pytest.mark.parametrize(("lines", "personas"), [(False, "I like art.I sing."), (True, "- I like art.\n- I sing.\n")])
+def test_the_plain_template_asks_for_what_is_read(lines, personas):
+    """Persona sentences joined as released, and one a line under correction A10a."""
+    prompt = render(load_template("plain"), ["I like art.", "I sing."], "User1: Hi?", SETTINGS, persona_lines=lines)
+    assert all(words in prompt for words in (personas, "User1: Hi?", "at most 110 words"))
+    assert json.loads(prompt.splitlines()[-1]) == {"response": "your reply"}
 
 
 @given(st.lists(st.text(), min_size=1, max_size=5), st.text())
@@ -61,43 +55,35 @@ def test_templates_that_cannot_be_filled_or_read_are_refused(tmp_path, text, wor
     path.write_text(text)
     with pytest.raises(PersodpoError, match=re.escape(words)):
         load_template(str(path))
+
+
+@pytest.mark.parametrize("name", ["fancy", "x" * 5_000, "x\0y", "."])
+def test_files_that_are_no_template_are_one_sentence(tmp_path, name):
     with pytest.raises(PersodpoError, match=r"neither a shipped one \(brief, chain_of_thought, plain\) nor a file"):
-        load_template("fancy")
-
-
-def test_chain_of_thought_asks_for_reasons_first():
-    template = load_template("chain_of_thought")
-    assert answer_keys(template) == ("reasoning", "response")
-    example = render(template, ["I sing."], "User1: Hi?", SETTINGS).splitlines()[-1]
-    assert list(json.loads(example)) == ["reasoning", "response"]
-    assert answer_keys(load_template("plain")) == ("response",)
+        load_template(name)
+    (tmp_path / "latin.txt").write_bytes("ü {personas}".encode("latin-1"))
+    with pytest.raises(PersodpoError, match="is not UTF-8"):
+        load_template(str(tmp_path / "latin.txt"))
 
 
 @pytest.mark.parametrize(
-    ("template", "fits_words", "tokens"),
-    [("plain", False, 110), ("chain_of_thought", False, 220),
-     ("plain", True, 236), ("chain_of_thought", True, 472)],
-)  # fmt: skip
-def test_token_budgets(template, fits_words, tokens):
-    assert token_budget(load_template(template), 110, fits_words=fits_words) == tokens
+    ("name", "keys", "tokens"),
+    [("plain", ["response"], (110, 236)), ("chain_of_thought", ["reasoning", "response"], (220, 472))],
+)
+def test_a_template_names_its_keys_and_has_a_budget_for_each(name, keys, tokens):
+    template = load_template(name)
+    assert list(answer_keys(template)) == keys
+    assert list(json.loads(render(template, ["I sing."], "User1: Hi?", SETTINGS).splitlines()[-1])) == keys
+    assert tuple(token_budget(template, 110, fits_words=fits) for fits in (False, True)) == tokens
 
 
 def test_the_system_message_tells_the_limit():
     """The published one went out with its field unfilled (audit A9)."""
-    system = load_system("system", SETTINGS)
+    system = load_system(SETTINGS)
     assert "at most 110 words" in system
     assert "{" not in system
     assert as_messages("Hi", system) == ({"role": "system", "content": system}, {"role": "user", "content": "Hi"})
     assert as_messages("Hi", None) == ({"role": "user", "content": "Hi"},)
-
-
-@pytest.mark.parametrize(
-    ("text", "words"), [("Answer {context}", "unknown field {context}"), (" \n", "is empty; write one")]
-)
-def test_system_messages_that_cannot_be_filled(tmp_path, text, words):
-    (tmp_path / "system.txt").write_text(text)
-    with pytest.raises(PersodpoError, match=words):
-        load_system(str(tmp_path / "system.txt"), SETTINGS)
 
 
 def test_the_digest_follows_every_wording():

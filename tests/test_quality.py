@@ -41,6 +41,10 @@ def test_hand_computed_quality():
         0.126 + 0.2 + 0.128 + 0.1152,
     ]
     assert frame["quality"].tolist() == pytest.approx(expected, abs=1e-12)
+    ranking = rank(ROWS, PROFILE)
+    assert ranking.scores["quality"].tolist() == frame["quality"].tolist()
+    assert (ranking.low, ranking.high) == pytest.approx(np.quantile(expected, [0.4, 0.6]))
+    assert ranking.scale.responses == 4
 
 
 def test_mean_length_is_truncated_and_can_be_set_and_compliance_never_falls_below_zero():
@@ -51,11 +55,9 @@ def test_mean_length_is_truncated_and_can_be_set_and_compliance_never_falls_belo
     assert frame["compliance"].tolist() == [0.0, 0.36, 0.64, 0.0]
 
 
-def test_format_bonus_comes_only_where_corrected():
+def test_corrections_of_quality():
+    """A3: the bonus of 0.3 comes. A1: coherence is left out and its weight shared."""
     assert rated(ROWS, "corrections=[A3]")["compliance"].tolist() == pytest.approx([0.36, 1.26, 1.26, 0.36])
-
-
-def test_corrected_coherence_is_left_out_and_its_weight_shared():
     corrected = "corrections=[A1]"
     frame = rated(ROWS, corrected)
     assert frame["quality"].equals(rated(ROWS.assign(coherence=[0.3, 0.1, 0.2, 0.0]), corrected)["quality"])
@@ -132,10 +134,3 @@ def test_a_sentence_that_is_said_again_adds_no_length_under_b1():
     for corrections, words in (("[]", [12, 6]), ("[B1]", [6, 6])):
         count = word_counter(load_profile("mini", [f"corrections={corrections}"]))
         assert impute(responses, metrics, unread=False, count=count)["words"].tolist() == words
-
-
-def test_rank_gives_scores_scale_and_thresholds():
-    ranking = rank(ROWS, PROFILE)
-    quality = ranking.scores["quality"]
-    assert (ranking.low, ranking.high) == (np.quantile(quality, 0.4), np.quantile(quality, 0.6))
-    assert ranking.scale.responses == 4

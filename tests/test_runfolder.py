@@ -27,7 +27,7 @@ from persodpo.generation.requests import Answer
 from persodpo.generation.store import Entry, Store
 from persodpo.prompts import load_template
 from persodpo.runfolder import RunFolder, provenance_path
-from persodpo.stages import records
+from persodpo.stages.base import Stage
 from persodpo.tables import SCHEMAS, check_table, write_table
 
 THRESHOLDS = pd.DataFrame({"name": ["low", "high"], "value": [0.4, 0.6]})
@@ -50,13 +50,24 @@ def of_other_code() -> dict[str, pd.DataFrame]:
 of_other_code.__module__ = "persodpo.prompts"
 
 
-def test_a_stage_runs_once_and_says_so(profile):
+def test_a_stage_runs_once_says_so_and_writes_what_made_its_table(profile):
     run = RunFolder(profile)
     first, second = make(run), make(run)
     assert (first.skipped, second.skipped) == (False, True)
     assert "written" in str(first)
     assert "unchanged, skipped" in str(second)
+    unnamed = THRESHOLDS.assign(name=["low", None])
+    make(run, unnamed, overwrite=True)
+    assert run.read("thresholds")["name"].tolist() == ["low", None], "missing text reads as None"
+    make(run, overwrite=True)
     assert_frame_equal(run.read("thresholds"), THRESHOLDS, check_dtype=False)
+    provenance = run.provenance("thresholds")
+    assert provenance["inputs"] == {"text": runfolder.sha256(run.root.parent / "input.txt")}
+    assert provenance["sha256"] == runfolder.sha256(run.path("thresholds"))
+    assert (provenance["rows"], provenance["profile_sha256"]) == (2, profile.digest())
+    assert {"python", "polars", "pyarrow"} <= set(provenance["versions"])
+    assert {"commit", "seconds", "settings", "code"} <= set(provenance)
+    assert (run.root / "profile.yaml").read_text() == profile.to_yaml()
 
 
 @pytest.mark.parametrize(
@@ -81,19 +92,7 @@ def test_a_table_and_its_record_under_another_name_are_refused(profile):
         run.read("pairs/gate")
 
 
-def test_provenance_says_what_made_the_table(profile):
-    run = RunFolder(profile)
-    make(run)
-    provenance = run.provenance("thresholds")
-    assert provenance["inputs"] == {"text": runfolder.sha256(run.root.parent / "input.txt")}
-    assert provenance["sha256"] == runfolder.sha256(run.path("thresholds"))
-    assert (provenance["rows"], provenance["profile_sha256"]) == (2, profile.digest())
-    assert {"python", "polars", "pyarrow"} <= set(provenance["versions"])
-    assert {"commit", "seconds", "settings", "code"} <= set(provenance)
-    assert (run.root / "profile.yaml").read_text() == profile.to_yaml()
-
-
-def test_a_table_that_was_edited_is_refused_and_made_again(profile):
+def test_a_table_that_was_edited_or_whose_stage_was_killed_is_refused_and_made_again(profile):
     run = RunFolder(profile)
     make(run)
     write_table(run.path("thresholds"), "thresholds", THRESHOLDS.assign(value=[0.1, 0.9]))
@@ -101,6 +100,8 @@ def test_a_table_that_was_edited_is_refused_and_made_again(profile):
         run.read("thresholds")
     assert not make(run).skipped
     assert_frame_equal(run.read("thresholds"), THRESHOLDS, check_dtype=False)
+    provenance_path(run.path("thresholds")).write_text("{")
+    assert not make(run).skipped
 
 
 def test_missing_tables_and_inputs_name_the_remedy(profile, tmp_path):
@@ -111,15 +112,24 @@ def test_missing_tables_and_inputs_name_the_remedy(profile, tmp_path):
         make(run, files={"x": tmp_path / "nowhere"})
 
 
-def test_a_failing_stage_leaves_the_last_table(profile):
+def read_only():
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+@pytest.mark.parametrize(
+    ("fails", "says"),
+    [
+        (lambda: 1 / 0, "division by zero"),
+        (lambda: Path("/dev/full").write_bytes(b"x" * 100_000), r"disk holding .* is full; free some space"),
+        (read_only, "cannot be written"),
+    ],
+)
+def test_a_stage_that_fails_leaves_the_last_table(profile, fails, says):
+    """The writer meets a device that is really full."""
     run = RunFolder(profile)
     make(run)
-
-    def build():
-        raise RuntimeError("half-way")
-
-    with pytest.raises(RuntimeError, match="half-way"):
-        make(run, build=build, overwrite=True)
+    with pytest.raises((PersodpoError, ZeroDivisionError), match=says):
+        make(run, build=fails, overwrite=True)
     assert_frame_equal(run.read("thresholds"), THRESHOLDS, check_dtype=False)
     assert sorted(path.name for path in run.root.iterdir()) == [
         "profile.yaml",
@@ -159,78 +169,24 @@ def test_a_killed_stage_leaves_the_last_table_and_a_rerun_mends(profile, tmp_pat
     assert not list(tmp_path.rglob(".partial-*"))
 
 
-def test_a_kill_between_table_and_provenance_is_noticed(profile):
-    run = RunFolder(profile)
-    make(run)
-    write_table(run.path("thresholds"), "thresholds", THRESHOLDS.assign(value=0.0))  # renamed, provenance still old
-    assert not make(run).skipped
-    provenance_path(run.path("thresholds")).write_text("{")
-    assert not make(run).skipped
-
-
-def test_a_full_disk_is_one_sentence_and_loses_nothing(profile):
-    """The writer meets a device that is really full."""
-    run = RunFolder(profile)
-    make(run)
-
-    def build():
-        with Path("/dev/full").open("wb") as full:
-            full.write(b"x" * 100_000)
-
-    with pytest.raises(PersodpoError, match=r"disk holding .* is full; free some space"):
-        make(run, build=build, overwrite=True)
-    assert_frame_equal(run.read("thresholds"), THRESHOLDS, check_dtype=False)
-
-
-def test_a_read_only_place_is_one_sentence(profile, monkeypatch):
-    def refuse(*_args, **_kwargs):
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-    monkeypatch.setattr(runfolder.tempfile, "mkdtemp", refuse)
-    with pytest.raises(PersodpoError, match="cannot be written"):
-        make(RunFolder(profile))
-
-
 def test_tables_are_refused_by_name(tmp_path):
     path = tmp_path / "t.parquet"
-    with pytest.raises(PersodpoError, match="thresholds lacks value; it has name"):
-        write_table(path, "thresholds", THRESHOLDS[["name"]])
-    with pytest.raises(PersodpoError, match="Table thresholds"):
-        write_table(path, "thresholds", THRESHOLDS.assign(value=["a", "b"]))
-    pq.write_table(pa.table({"name": ["low"], "value": ["0.4"]}), path)
-    with pytest.raises(PersodpoError, match="column value is string, it must be double"):
-        check_table(path, "thresholds")
-    pq.write_table(pa.table({"name": ["low"]}), path)
-    with pytest.raises(PersodpoError, match="lacks value"):
-        check_table(path, "thresholds")
+    for table, says in (
+        (THRESHOLDS[["name"]], "Table thresholds, which has name: .*value"),
+        (THRESHOLDS.assign(value=["a", "b"]), "Table thresholds"),
+    ):
+        with pytest.raises(PersodpoError, match=says):
+            write_table(path, "thresholds", table)
+    row = dict.fromkeys(SCHEMAS["responses"].names) | {"dialogue_id": "d", "split": "train", "model": None}
+    with pytest.raises(PersodpoError, match="responses: model must not be null"):
+        write_table(path, "responses", pd.DataFrame([row]))
+    for columns, kind in (({"name": ["low"], "value": ["0.4"]}, "string"), ({"name": ["low"]}, "missing")):
+        pq.write_table(pa.table(columns), path)
+        with pytest.raises(PersodpoError, match=f"column value is {kind}, it must be double"):
+            check_table(path, "thresholds")
     path.write_bytes(b"PAR1 no")
     with pytest.raises(PersodpoError, match="not a readable Parquet file"):
         check_table(path, "thresholds")
-
-
-def test_keys_may_not_be_null(tmp_path):
-    path = tmp_path / "responses.parquet"
-    schema = SCHEMAS["responses"]
-    row = dict.fromkeys(schema.names) | {"dialogue_id": "d", "split": "train", "model": None}
-    pq.write_table(pa.Table.from_pylist([row], schema=schema), path)
-    with pytest.raises(PersodpoError, match="responses: model must not be null"):
-        check_table(path, "responses")
-
-
-def test_missing_text_reads_as_none(profile):
-    run = RunFolder(profile)
-    frame = pd.DataFrame({name: ["x", None] for name in SCHEMAS["audit/parity"].names})
-    make(run, outputs=["audit/parity"], build=lambda: {"audit/parity": frame})
-    assert run.read("audit/parity")["ours"].tolist() == ["x", None]
-
-
-def test_two_stages_at_once_do_not_mix(profile, tmp_path):
-    """Two processes make the same table; both end well and the table is whole."""
-    run = RunFolder(profile)
-    children = [child(tmp_path, "make(run, overwrite=True)") for _ in range(2)]
-    assert [process.wait(timeout=120) for process in children] == [0, 0]
-    assert_frame_equal(run.read("thresholds"), THRESHOLDS, check_dtype=False)
-    assert json.loads(provenance_path(run.path("thresholds")).read_text())["rows"] == 2
 
 
 @pytest.mark.slow
@@ -247,11 +203,7 @@ def test_a_second_process_in_a_run_folder_says_so_and_stops(profile, tmp_path):
         assert "Another process works in" in said
         assert "--set name=another" in said
     assert child(tmp_path, body).communicate()[0] == "worked\n"
-
-
-def test_a_folder_that_cannot_be_is_one_sentence(profile):
-    run = RunFolder(profile)
-    run.root.parent.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(run.root.parent)
     run.root.parent.write_text("a file where the folder should be")
     with pytest.raises(PersodpoError, match=r"cannot be created .* choose another folder"), run.locked():
         pass
@@ -334,6 +286,8 @@ def test_links_edits_and_damaged_records_skip_nothing(profile, tmp_path, runs, m
     csv.write_text(csv.read_text() + "\n")
     assert [looked_into(), looked_into()] == [["dialogues"], []]
     assert looked_into(with_overrides(own, [f"paths.figures={tmp_path / 'other'}"])) == ["dialogues"]
+    shutil.copytree(elsewhere, tmp_path / "copy")
+    assert looked_into(with_overrides(own, [f"paths.runs={tmp_path / 'copy'}"])) == ["dialogues"]
     looked_into()
 
     read = stages.dialogues.read_dialogues
@@ -359,23 +313,30 @@ def test_links_edits_and_damaged_records_skip_nothing(profile, tmp_path, runs, m
         assert [looked_into(), looked_into()] == [["dialogues"], []]
 
 
-def test_answers_that_came_meanwhile_are_looked_at(profile, runs):
-    run = RunFolder(profile)
-    run.asked.add("m")
-    make(run)
-    stage = stages.STAGES["generate"]
-    records.remember(run, "generate", stage, {}, [make(run)])
-    assert records.unchanged(run, "generate", stage, {})
-    with Store(run.answers) as store:
-        assert not records.unchanged(run, "generate", stage, {})
-        records.remember(run, "generate", stage, {}, [make(run)])
+def test_answers_that_came_meanwhile_are_looked_at(profile, monkeypatch):
+    looked = []
+
+    def reads_answers(run, overwrite):
+        looked.append(run)
+        run.asked.add("m")
+        return [make(run)]
+
+    monkeypatch.setitem(stages.STAGES, "generate", Stage(reads_answers))
+
+    def looked_into() -> bool:
+        looked.clear()
+        stages.make(profile, "generate")
+        return bool(looked)
+
+    assert [looked_into(), looked_into()] == [True, False]
+    with Store(RunFolder(profile).answers) as store:
+        assert looked_into()
         store.write([Entry("k", "other", "t", 1, Answer("answered", "x"))])
-        assert records.unchanged(run, "generate", stage, {})
+        assert not looked_into()
         store.write([Entry("l", "m", "t", 1, Answer("answered", "x"))])
-        assert not records.unchanged(run, "generate", stage, {})
-        records.remember(run, "generate", stage, {}, [make(run)])
+        assert looked_into()
         store._connection.execute("UPDATE answers SET completion = 'y' WHERE key = 'l'")
-        assert not records.unchanged(run, "generate", stage, {})
+        assert looked_into()
 
 
 STAGES = ("dialogues", "generate", "score", "pairs", "train", "heldout", "evaluate", "ablate", "audit")
@@ -386,7 +347,7 @@ RUN_AGAIN = {
     "method": set(STAGES) - {"dialogues"},
     "gate": {"pairs", "audit"},
     "evaluation.statistics": {"evaluate", "ablate"},
-    "scoring.nli": {"score", "heldout", "evaluate", "ablate"},
+    "scoring.signals": {"score", "heldout", "evaluate", "ablate"},
     "generation.local": {"generate", "heldout", "evaluate", "ablate"},
     "cards": set(),
     "cli": set(),
@@ -411,5 +372,5 @@ def test_a_changed_module_runs_the_stages_again_that_import_it(monkeypatch):
     idle = {name.removeprefix("persodpo.") for name, rerun in again.items() if not rerun and "__init__" not in name}
     assert {name for name in idle if not name.startswith("figures.")} == {
         "cards", "cli", "doctor", "explore", "explore_views", "report", "reproduce", "run", "show",
-        "stages.cards", "stages.figures", "stages.records",
+        "stages.cards", "stages.figures",
     }  # fmt: skip

@@ -149,7 +149,7 @@ def requests_for(dialogues: pd.DataFrame, settings: AskedModel, profile: Profile
         PersodpoError: A template is wrong, or a dialogue has no context.
     """
     template = load_template(profile.prompts.template)
-    system = load_system(profile.prompts.system, profile.prompts) if settings.format == "chat_with_system" else None
+    system = load_system(profile.prompts) if settings.format == "chat_with_system" else None
     said = dialogues["context"].fillna("").str.replace(_SPEAKER, "", regex=True).str.strip()
     empty = dialogues.loc[said == "", "dialogue_id"]
     if len(empty):

@@ -23,15 +23,12 @@ from typing import Any, NamedTuple, Self
 
 from filelock import FileLock, Timeout
 
-from persodpo.errors import PersodpoError
 from persodpo.generation.requests import Answer
-from persodpo.sqlite import Content, connect, lay_out, transaction
+from persodpo.sqlite import Content, connect, transaction
 
-APPLICATION = 0x50445052  # "PDPR", in the file's header, tells the store from any other SQLite file
-VERSION = 2
 CHUNK = 500
 
-_SCHEMA = f"""
+_SCHEMA = """
 CREATE TABLE answers (
     key TEXT PRIMARY KEY, model TEXT NOT NULL, template TEXT NOT NULL, prompt_bytes INTEGER NOT NULL,
     outcome TEXT NOT NULL CHECK (outcome IN ('answered', 'failed')), completion TEXT, finish_reason TEXT, failure TEXT,
@@ -41,13 +38,14 @@ CREATE TABLE answers (
 CREATE INDEX answers_model ON answers (model);
 CREATE INDEX answers_cost ON answers (cost) WHERE cost > 0;
 CREATE TABLE reservations (key TEXT, run TEXT, cost REAL NOT NULL, PRIMARY KEY (key, run)) WITHOUT ROWID;
-PRAGMA application_id = {APPLICATION};
-PRAGMA user_version = {VERSION};
 """
 _CONTENT = Content(
     "answers",
     "restore a copy, or save what can be read with `sqlite3 FILE .recover`, or move it away and run again, the file was not "
     "changed",
+    application=0x50445052,  # "PDPR"
+    version=2,
+    schema=_SCHEMA,
 )
 _ANSWER = [column.name for column in fields(Answer)]
 _COLUMNS = ["key", "model", "template", "prompt_bytes", *_ANSWER, "created"]
@@ -101,7 +99,7 @@ class Store:
         self.path = path
         self.run = uuid.uuid4().hex
         self._lock = threading.Lock()
-        self._connection = connect(path, wait_seconds, self._prepare, content=_CONTENT, check_same_thread=False)
+        self._connection = connect(path, wait_seconds, _CONTENT, check_same_thread=False)
 
     def __enter__(self) -> Self:
         """Return the open store."""
@@ -244,19 +242,6 @@ class Store:
         """Give the connection within one write transaction."""
         with _CONTENT.faults(self.path), self._lock, transaction(self._connection):
             yield self._connection
-
-    def _prepare(self, connection: sqlite3.Connection) -> None:
-        """Check that the file is a store of this version, and make it one if it is empty."""
-        connection.execute("PRAGMA synchronous = FULL")
-        with transaction(connection):
-            found = lay_out(connection, _SCHEMA)
-        if found.application != APPLICATION or not found.tables:
-            raise PersodpoError(f"{self.path} is an SQLite file of another program; name another file for the answers.")
-        if found.version != VERSION:
-            raise PersodpoError(
-                f"{self.path} was written by another version of persodpo (layout {found.version}, this one reads "
-                f"{VERSION}); install that version or move the file away."
-            )
 
     def _read(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         with _CONTENT.faults(self.path), self._lock:

@@ -24,28 +24,20 @@ import pandas as pd
 
 from persodpo.completions import sentences
 from persodpo.dialogues import SPEAKERS
-from persodpo.miniature import phrases
+from persodpo.miniature.world import PHRASES
 
 #: Sentences that an answer may add to what was asked.
 MOST_ADDED = 3
-#: The parts of the judgement.
-PARTS = ("answers_question", "fits_person", "contradicts_nothing", "says_once")
-
-_KINDS = "|".join(phrases.KINDS)
+_KINDS = "|".join(PHRASES.kinds)
 #: What stands in the fields of a template.
 _FIELDS = {
     "clause": "(?:, (?P<clause>[^.:]+?))?", "year": r"\d+", "size": r"\d+", "price": r"\d+", "town": r"\w+",
     "name": rf"the (?:{_KINDS}) of \w+|\w+ (?:{_KINDS})",
     "land": r"\w+", "builder": r"\w+ \w+", "day": r"\w+?", "kind": _KINDS,
-    "material": "|".join(phrases.MATERIALS),
-    "sight": "|".join(sight for _, sights in phrases.KINDS.values() for sight in sights),
+    "material": "|".join(PHRASES.materials),
+    "sight": "|".join(sight for _, sights in PHRASES.kinds.values() for sight in sights),
 }  # fmt: skip
 _FIELDS["sight2"] = _FIELDS["sight"]
-#: What is asked for under each topic.
-_ASKED = {"name": "name", "where": "town", "when": "year", "who": "builder", "size": "size", "material": "material",
-          "price": "price", "see": "sight", "like": "sight"}  # fmt: skip
-#: The topic under which a trait about lands or kinds of places is taken up.
-_AT_HOME = {"been": "name", "lives": "where", "wishes": "where"}
 
 
 class Statement(NamedTuple):
@@ -57,13 +49,16 @@ class Statement(NamedTuple):
 
 
 class Judgement(NamedTuple):
-    """The parts in the order of `PARTS`, and how many sentences stand beside the answer."""
+    """The parts of the judgement, and how many sentences stand beside the answer."""
 
     answers_question: bool
     fits_person: bool
     contradicts_nothing: bool
     says_once: bool
     added: int
+
+
+PARTS = Judgement._fields[:-1]
 
 
 def judge(dialogues: pd.DataFrame, responses: pd.DataFrame) -> pd.DataFrame:
@@ -86,12 +81,13 @@ def judge(dialogues: pd.DataFrame, responses: pd.DataFrame) -> pd.DataFrame:
 def judge_answer(personas: Sequence[str], context: str, answer: str) -> Judgement:
     """Judge one answer to a person's sentences and the turns so far, a question of this world last."""
     turns = context.split("\n")
-    topic, kind = _topic(turns[-1].removeprefix(SPEAKERS[0])), _kind(context)
+    topic = _topic(turns[-1].removeprefix(SPEAKERS[0]))
+    kind = next((word for word in re.findall(r"\w+", context.lower()) if word in PHRASES.kinds), None)
     told = {("kind", kind)} if kind else set()
     for turn in turns:
         told |= {pair for text in sentences(turn.removeprefix(SPEAKERS[1])) for pair in _read(text).given}
     spoken = sentences(answer)
-    spoken = spoken[1:] if spoken and f"{spoken[0]} " in phrases.OPENINGS else spoken
+    spoken = spoken[1:] if spoken and f"{spoken[0]} " in PHRASES.openings else spoken
     statements = [_read(text) for text in spoken]
     answers = [statement for statement in statements if statement.topic == topic and _agrees(statement, topic, told)]
     clauses = [statement.clause for statement in statements if statement.clause]
@@ -109,7 +105,7 @@ def judge_answer(personas: Sequence[str], context: str, answer: str) -> Judgemen
 
 def _agrees(statement: Statement, topic: str, told: set[tuple[str, str]]) -> bool:
     """Tell whether an answer gives the value that the prompt holds, if it holds one; a place has several sights."""
-    asked = _ASKED[topic]
+    asked = PHRASES.asked[topic]
     held = {value for name, value in told if name == asked}
     return asked == "sight" or not held or any((asked, value) in statement.given for value in held)
 
@@ -117,9 +113,9 @@ def _agrees(statement: Statement, topic: str, told: set[tuple[str, str]]) -> boo
 @cache
 def _templates() -> list[tuple[str, re.Pattern[str]]]:
     """Return a pattern for each sentence of the world, with the topic that it answers."""
-    answering = {field: topic for topic, field in _ASKED.items() if topic != "like"} | {"sight2": "see", "day": ""}
-    texts = [(topic, text) for topic, (_, answers) in phrases.QUESTIONS.items() for text in answers]
-    texts += [(answering[re.findall(r"\{(\w+)\}", text)[0]], text) for text in phrases.MORE]
+    answering = {field: topic for topic, field in PHRASES.asked.items()} | {"sight2": "see", "day": ""}
+    texts = [(topic, text) for topic, (_, answers) in PHRASES.questions.items() for text in answers]
+    texts += [(answering[re.findall(r"\{(\w+)\}", text)[0]], text) for text in PHRASES.more]
     return [(topic, re.compile(_pattern(text), re.IGNORECASE)) for topic, text in texts]
 
 
@@ -140,7 +136,7 @@ def _read(sentence: str) -> Statement:
             fields = found.groupdict()
             clause = fields.pop("clause", None)
             values = {(name.rstrip("2"), value.lower()) for name, value in fields.items()}
-            if land := re.search("|".join(phrases.LANDS), clause or ""):  # it may say where the place is
+            if land := re.search("|".join(PHRASES.lands), clause or ""):  # it may say where the place is
                 values.add(("land", land.group().lower()))
             return Statement(topic, frozenset(values), clause)
     return Statement("", frozenset(), None)
@@ -149,23 +145,18 @@ def _read(sentence: str) -> Statement:
 @cache
 def _topic(question: str) -> str:
     """Return the topic of a question; what is no question of this world is a ValueError."""
-    for topic, (questions, _) in phrases.QUESTIONS.items():
+    for topic, (questions, _) in PHRASES.questions.items():
         if any(re.fullmatch(_pattern(text), question) for text in questions):
-            return topic
+            return str(topic)
     raise ValueError(f"'{question}' is no question of the generated world.")
-
-
-def _kind(context: str) -> str | None:
-    """Return the kind of place that a context names, None if it names none."""
-    return next((word for word in re.findall(r"\w+", context.lower()) if word in phrases.KINDS), None)
 
 
 def _clauses(personas: Sequence[str], topic: str, kind: str | None) -> tuple[set[str], set[str]]:
     """Return what an answer may say of this person, and what of it fits the place and the question."""
     true, fitting = set(), set()
-    for subject, traits in {**phrases.INTERESTS, **phrases.PLACE_TRAITS}.items():
-        of_place = subject in phrases.PLACE_TRAITS or kind is None or subject in phrases.KINDS[kind][0]
-        fits = of_place and _AT_HOME.get(subject, topic) == topic
+    for subject, traits in {**PHRASES.interests, **PHRASES.place_traits}.items():
+        of_place = subject in PHRASES.place_traits or kind is None or subject in PHRASES.kinds[kind][0]
+        fits = of_place and PHRASES.at_home.get(subject, topic) == topic
         for sentence, clause in traits:
             matches = (re.fullmatch(_pattern(sentence), persona) for persona in personas)
             texts = {clause.format(**found.groupdict()) for found in matches if found}

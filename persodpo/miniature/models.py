@@ -21,8 +21,7 @@ from persodpo.completions import write_completion
 from persodpo.config import Miniature, Prompts
 from persodpo.dialogues import focus_json
 from persodpo.errors import PersodpoError, make_folder
-from persodpo.miniature import phrases
-from persodpo.miniature.world import focus_world
+from persodpo.miniature.world import PHRASES, focus_world
 from persodpo.prompts import load_template, render
 from persodpo.runfolder import read_text, write_atomically, write_text
 
@@ -34,7 +33,7 @@ MIDDLING_FAILS, MIDDLING_FORGETS = 0.8, 0.5
 #: Where a cut answer ends, characters.
 LONGEST_CUT = 110
 
-_PAIRS = [pair for pairs in [*phrases.INTERESTS.values(), *phrases.PLACE_TRAITS.values()] for pair in pairs]
+_PAIRS = [pair for pairs in [*PHRASES.interests.values(), *PHRASES.place_traits.values()] for pair in pairs]
 _TEXTS = sorted((re.escape(f", {clause}") for _, clause in _PAIRS), key=len, reverse=True)
 #: What an answer says about the person.
 _CLAUSE = re.compile("|".join(re.sub(r"\\{\w+\\}", r"\\w+", text) for text in _TEXTS))
@@ -52,7 +51,7 @@ def _cut(answer: str) -> str:
 
 def _fact(answer: str) -> str:
     """Return the sentence that tells what was asked, without a nicety before it or more facts after it."""
-    opening = next((opening for opening in phrases.OPENINGS if opening and answer.startswith(opening)), "")
+    opening = next((opening for opening in PHRASES.openings if opening and answer.startswith(opening)), "")
     return answer.removeprefix(opening).split(". ", maxsplit=1)[0].rstrip(".") + "."
 
 
@@ -84,45 +83,28 @@ def _middling(answer: str, rng: Random) -> str:
 
 
 def lessons(name: str, folder: Path, miniature: Miniature, prompts: Prompts, seed: int) -> list[tuple[str, str]]:
-    """Return prompts and completions that a model learns from.
+    """Return prompts and completions that a model, ``base`` or one of `FINISHES`, learns from.
 
-    Args:
-        name: ``base`` or a key of `FINISHES`.
-        folder: Where the models lie, and their world's file.
-        miniature: Size of that world.
-        prompts: How dialogues become prompts.
-        seed: Of everything.
-
-    Raises:
-        PersodpoError: There is no such model, the world is too small, or a template is wrong.
+    Persona sentences are joined and on lines in turns, so that models read either. The folder is that of the models and
+    of their world's file.
     """
     if name != BASE and name not in FINISHES:
         raise PersodpoError(f"There is no miniature model '{name}'; there are {', '.join((BASE, *FINISHES))}.")
-    texts, answers = _right_answers(folder, miniature, prompts, load_template(prompts.template), seed)
+    table, template = own_dialogues(folder, miniature, seed), load_template(prompts.template)
     complete = FINISHES.get(name) or partial(_middling, rng=Random(f"{seed} {name}"))  # noqa: S311 - no secret
-    return [(text, complete(answer)) for text, answer in zip(texts, answers, strict=True)]
+    rows = enumerate(zip(table["personas"], table["context"], table["reference"], strict=True))
+    return [
+        (render(template, personas, context, prompts, persona_lines=row % 2 == 1), complete(answer))
+        for row, (personas, context, answer) in rows
+    ]
 
 
 @lru_cache(maxsize=2)
-def _right_answers(
-    folder: Path, miniature: Miniature, prompts: Prompts, template: str, seed: int
-) -> tuple[list[str], list[str]]:
-    """Return the prompts, persona sentences joined and on lines in turns so that models read either, and the answers."""
-    table = own_dialogues(folder, miniature, seed)
-    rows = enumerate(zip(table["personas"], table["context"], strict=True))
-    texts = [render(template, *asked, prompts, persona_lines=row % 2 == 1) for row, asked in rows]
-    return texts, table["reference"].tolist()
-
-
 def own_dialogues(folder: Path, miniature: Miniature, seed: int) -> pd.DataFrame:
     """Return the dialogues that the models learn from, none of which is in a run's own world; their file is written."""
     make_folder(folder)
-    path, text = folder / "world.json", _world(miniature.model_dialogues, seed)
+    path = folder / "world.json"
+    text = json.dumps(focus_world(miniature.model_dialogues, seed, first=FIRST))
     if read_text(path) != text:
-        write_atomically(path, lambda temporary: write_text(temporary, text))
+        write_atomically(path, partial(write_text, text=text))
     return focus_json(path, "train")
-
-
-@lru_cache(maxsize=1)
-def _world(dialogues: int, seed: int) -> str:
-    return json.dumps(focus_world(dialogues, seed, first=FIRST))

@@ -10,32 +10,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any, NamedTuple
+
+import yaml
 
 from persodpo.dialogues import FOCUS_SENTENCES
 from persodpo.errors import PersodpoError
-from persodpo.miniature import phrases
 from persodpo.runfolder import write_atomically, write_text
 
+#: The words of the world; ``phrases.yaml`` says what each is for.
+PHRASES = SimpleNamespace(**yaml.safe_load(Path(__file__).with_name("phrases.yaml").read_text(encoding="utf-8")))
 #: Fewer dialogues than this teach no model anything.
 SMALLEST = 20
-#: Facts that a question of the same name asks for, and what an answer to them may not repeat.
-_SAID = {"name": "{name}", "where": "{town}", "when": "{year}", "who": "{builder}", "size": "{size}",
-         "material": "{material}", "price": "{price}", "see": "{sight}", "like": "{sight}"}  # fmt: skip
-#: Traits about lands and kinds of places are at home where these are asked for.
-_ABOUT_PLACES = {"name": ("been",), "where": ("lives", "wishes")}
 
 
 class Trait(NamedTuple):
-    """Something a person says of themselves.
-
-    Attributes:
-        sentence: The persona sentence.
-        clause: How an answer takes it up; None for a trait that no place answers.
-        subject: What it is about.
-    """
+    """A persona sentence, how an answer takes it up (None for a trait that no place answers), and what it is about."""
 
     sentence: str
     clause: str | None
@@ -43,12 +37,7 @@ class Trait(NamedTuple):
 
 
 def focus_world(dialogues: int, seed: int, first: int = 0) -> dict[str, Any]:
-    """Generate dialogues.
-
-    Args:
-        dialogues: How many.
-        seed: Of everything.
-        first: Number of the first dialogue, so that two splits share no id.
+    """Generate so many dialogues, numbered from ``first``, so that two splits share no id.
 
     Returns:
         Content of a FoCus file, ready for `json.dumps`: ``data``, a list of dialogues with ``dialogID``, ``persona`` (five
@@ -66,15 +55,15 @@ def write_world(folder: Path, train: int, valid: int, seed: int) -> tuple[Path, 
     paths = folder / "train.json", folder / "valid.json"
     for path, content in zip(paths, (focus_world(train, seed), focus_world(valid, seed, first=train)), strict=True):
         text = json.dumps(content, indent=0, ensure_ascii=False) + "\n"
-        write_atomically(path, lambda temporary, text=text: write_text(temporary, text))  # type: ignore[misc]
+        write_atomically(path, partial(write_text, text=text))
     return paths
 
 
 def _dialogue(number: int, rng: Random) -> dict[str, Any]:
-    kind = rng.choice(list(phrases.KINDS))
+    kind = rng.choice(list(PHRASES.kinds))
     facts = _facts(kind, rng)
     traits = _traits(kind, facts, rng)
-    topics, turns, utterance = list(phrases.QUESTIONS), [], []
+    topics, turns, utterance = list(PHRASES.questions), [], []
     for place in range(1, 1 + rng.choice((1, 2, 2, 3, 3, 4))):
         topic = rng.choice(["name", "where"] if place == 1 else topics)
         topics.remove(topic)
@@ -86,37 +75,37 @@ def _dialogue(number: int, rng: Random) -> dict[str, Any]:
     return {
         "dialogID": f"mini-{number:06d}",
         "persona": [trait.sentence for trait in traits],
-        "knowledge": [sentence.format_map(facts) for sentence in phrases.MORE],
+        "knowledge": [sentence.format_map(facts) for sentence in PHRASES.more],
         "utterance": utterance,
     }
 
 
 def _facts(kind: str, rng: Random) -> dict[str, str]:
     """Draw a place."""
-    town = "".join(rng.choice(syllables) for syllables in phrases.SYLLABLES).capitalize()
-    sights = rng.sample(phrases.KINDS[kind][1], 2)
-    builder = f"{rng.choice(phrases.FIRST_NAMES)} {rng.choice(phrases.LAST_NAMES)}"
+    town = "".join(rng.choice(syllables) for syllables in PHRASES.syllables).capitalize()
+    sights = rng.sample(PHRASES.kinds[kind][1], 2)
+    builder = f"{rng.choice(PHRASES.first_names)} {rng.choice(PHRASES.last_names)}"
     name = rng.choice(
         (f"{town} {kind.capitalize()}", f"the {kind} of {town}", f"{builder.split()[1]} {kind.capitalize()}")
     )
     return {
-        "kind": kind, "name": name, "town": town, "land": rng.choice(phrases.LANDS), "builder": builder,
+        "kind": kind, "name": name, "town": town, "land": rng.choice(PHRASES.lands), "builder": builder,
         "year": str(rng.randint(1100, 1990)), "size": str(rng.randint(4, 90) * 10), "price": str(rng.randint(2, 30)),
-        "material": rng.choice(phrases.MATERIALS), "sight": sights[0], "sight2": sights[1], "day": rng.choice(phrases.DAYS),
+        "material": rng.choice(PHRASES.materials), "sight": sights[0], "sight2": sights[1], "day": rng.choice(PHRASES.days),
     }  # fmt: skip
 
 
 def _traits(kind: str, facts: Mapping[str, str], rng: Random) -> list[Trait]:
     """Draw five traits: one or two that the place answers, one about lands or kinds of places, and distractors."""
-    subjects = phrases.KINDS[kind][0]
+    subjects = PHRASES.kinds[kind][0]
     fitting = rng.sample(subjects, rng.choice((1, 1, 2)))
-    others = rng.sample([subject for subject in phrases.INTERESTS if subject not in subjects], rng.choice((0, 1)))
+    others = rng.sample([subject for subject in PHRASES.interests if subject not in subjects], rng.choice((0, 1)))
     traits = []
     for subject in fitting + others:
-        sentence, clause = rng.choice(phrases.INTERESTS[subject])
+        sentence, clause = rng.choice(PHRASES.interests[subject])
         traits.append(Trait(sentence, clause if subject in fitting else None, subject))
-    for subject in rng.sample(list(phrases.PLACE_TRAITS), rng.choice((0, 1, 1))):
-        sentence, clause = rng.choice(phrases.PLACE_TRAITS[subject])
+    for subject in rng.sample(list(PHRASES.place_traits), rng.choice((0, 1, 1))):
+        sentence, clause = rng.choice(PHRASES.place_traits[subject])
         traits.append(Trait(sentence.format_map(facts), clause.format_map(facts), subject))
     missing = FOCUS_SENTENCES - len(traits)
     traits += [Trait(sentence, None, "none") for sentence in _distractors(missing, rng)]
@@ -126,13 +115,13 @@ def _traits(kind: str, facts: Mapping[str, str], rng: Random) -> list[Trait]:
 
 def _distractors(count: int, rng: Random) -> list[str]:
     """Draw sentences that no place answers, each about something else."""
-    fixed = rng.sample(phrases.DISTRACTORS, rng.randint(0, 1))
-    things = rng.sample(phrases.THINGS, count)
-    said = [rng.choice(phrases.SAID_OF_THINGS).format(thing=thing) for thing in things]
+    fixed = rng.sample(PHRASES.distractors, rng.randint(0, 1))
+    things = rng.sample(PHRASES.things, count)
+    said = [rng.choice(PHRASES.said_of_things).format(thing=thing) for thing in things]
     if rng.random() < 0.5:
-        said.insert(0, rng.choice(phrases.SAID_OF_OWNED).format(thing=rng.choice(phrases.OWNED)))
+        said.insert(0, rng.choice(PHRASES.said_of_owned).format(thing=rng.choice(PHRASES.owned)))
     if rng.random() < 0.3:
-        said.insert(0, rng.choice(phrases.SAID_OF_JOBS).format(thing=rng.choice(phrases.JOBS)))
+        said.insert(0, rng.choice(PHRASES.said_of_jobs).format(thing=rng.choice(PHRASES.jobs)))
     return [*fixed, *said][:count]
 
 
@@ -140,13 +129,13 @@ def _exchange(
     topic: str, kind: str, facts: Mapping[str, str], traits: Sequence[Trait], rng: Random
 ) -> tuple[str, str, Trait | None]:
     """Return a question, its answer, and the trait that the answer takes up: what it is about decides where it fits."""
-    questions, answers = phrases.QUESTIONS[topic]
-    at_home = [trait for trait in traits if trait.clause and trait.subject in _ABOUT_PLACES.get(topic, ())]
-    of_kind = [trait for trait in traits if trait.clause and trait.subject in phrases.KINDS[kind][0]]
+    questions, answers = PHRASES.questions[topic]
+    at_home = [trait for trait in traits if trait.clause and PHRASES.at_home.get(trait.subject) == topic]
+    of_kind = [trait for trait in traits if trait.clause and trait.subject in PHRASES.kinds[kind][0]]
     trait = rng.choice(at_home or of_kind) if at_home or of_kind else None
     answer = rng.choice(answers).format_map({**facts, "clause": f", {trait.clause}" if trait else ""})
-    more = [sentence for sentence in phrases.MORE if _SAID[topic] not in sentence]
+    more = [sentence for sentence in PHRASES.more if f"{{{PHRASES.asked[topic]}}}" not in sentence]
     more = rng.sample(more, rng.choice((0, 0, 1, 1, 2, 3)))
     text = " ".join([answer, *(sentence.format_map(facts) for sentence in more)])
-    text = rng.choice(phrases.OPENINGS) + text[0].upper() + text[1:]
+    text = rng.choice(PHRASES.openings) + text[0].upper() + text[1:]
     return rng.choice(questions).format_map(facts), text, trait

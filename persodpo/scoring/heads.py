@@ -1,52 +1,81 @@
 """Small classifiers on a frozen sentence encoder, fitted on the spot from a run's dialogues, and the scorers they make.
 
-A head reads ``[u, v, |u - v|, u * v]`` of the vectors of two texts: coherence tells a reply under its own history from one
-under another's, C score and UE score tell entailment, neutral and contradiction. They show the method at work offline and
-in seconds; their held-out accuracy is a table of the run. To judge answers, name real checkpoints.
+A head reads ``[u, v, |u - v|, u * v]`` of the vectors of two texts. What it learns from needs no annotation. Coherence: a
+reply under its own dialogue history and under another's. Query: a question with its own answer and with another's. Persona:
+what a persona sentence says is said again in other words or denied, bare or inside a reply, and set beside what others say.
+The same texts stand in pairs of every label, so that no text alone gives the label away.
+
+Heads show the method at work offline and in seconds; their held-out accuracy is a table of the run. To judge answers, name
+real checkpoints.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from random import Random
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pandas as pd
 
 from persodpo.completions import sentences
+from persodpo.dialogues import SPEAKERS
 from persodpo.errors import PersodpoError
 from persodpo.folders import made_once
 from persodpo.imports import code_of
 from persodpo.runfolder import digest_of
-from persodpo.scoring.encoder import Encoder, remembered
-from persodpo.scoring.examples import WORDS, Examples, examples_of, recent
+from persodpo.scoring.models import Encoder, remembered
 from persodpo.scoring.score import Item, Scored, distinct
+from persodpo.scoring.signals import last_user_turn, turns
 
 HEADS = ("coherence", "c_score", "ue_score")
 RECORD, WEIGHTS = "heads.json", "heads.safetensors"
 #: Dialogues without which nothing is learned, and the share of them that is held out.
 MINIMUM, HELD_OUT = 10, 0.15
-#: Examples that are measured on, as a share of those learned from.
-MEASURED = 1 / 3
+#: Persona sentences and replies that are learned from, at most, and the share of these that is measured on.
+CLAIMS, REPLIES, MEASURED = 300, 250, 1 / 3
 #: Hidden units and passes over the examples.
 UNITS, EPOCHS = 32, 40
+CONTRADICTION, NEUTRAL, ENTAILMENT = 0, 1, 2
+#: Labelled pairs of texts.
+Examples = list[tuple[tuple[str, str], int]]
+#: ``stances``: ways to relate to something, each with openings that say it, openings that deny it, and whether it holds of
+#: one thing only; ``second_person``: how User2 speaks of what User1 says; ``frames``: sentences that say something of User1.
+WORDS = json.loads(Path(__file__).with_name("examples.json").read_text(encoding="utf-8"))
+STANCES = WORDS["stances"]
+#: Openings, the longest first, each with its stance and whether it says or denies it.
+_OPENINGS = sorted(
+    (
+        (f"{opening} ", number, way == "said")
+        for number, stance in enumerate(STANCES)
+        for way in ("said", "denied")
+        for opening in stance[way]
+    ),
+    key=lambda entry: -len(entry[0]),
+)
+_FIRST_PERSON = re.compile(rf"\b({'|'.join(sorted(WORDS['second_person'], key=len, reverse=True))})\b", re.IGNORECASE)
+#: Words of a sentence that answers something; "Yes." and "Good question." do not.
+_ANSWER = 4
+#: Pairs with what others say, for each claim: most persona sentences have nothing to do with a reply.
+_UNRELATED = 4
 
 
 class Head:
-    """A fitted head: pairs of texts in, probabilities of its classes out; also a `persodpo.scoring.nli.Classifier`."""
+    """A fitted head: pairs of texts in, probabilities of its classes out; also a `persodpo.scoring.signals.Classifier`."""
 
     def __init__(self, encoder: Encoder, layers: Sequence[np.ndarray]) -> None:
         """Take the encoder and weights and biases of both layers."""
         self.encoder, self.layers = encoder, layers
 
     @classmethod
-    def fit(cls, encoder: Encoder, examples: Examples, seed: int) -> Head:
+    def fit(cls, encoder: Encoder, examples: Examples, seed: int) -> Self:
         """Fit a head to labelled pairs of texts."""
         from sklearn.exceptions import ConvergenceWarning  # noqa: PLC0415 - slow to load
         from sklearn.neural_network import MLPClassifier  # noqa: PLC0415
@@ -59,7 +88,7 @@ class Head:
         return cls(encoder, [np.ascontiguousarray(part) for layer in layers for part in layer])
 
     @classmethod
-    def load(cls, name: str, encoder: Encoder, folder: Path) -> Head:
+    def load(cls, name: str, encoder: Encoder, folder: Path) -> Self:
         """Load one of `HEADS` from the folder that `make_heads` returned."""
         from safetensors.numpy import load_file  # noqa: PLC0415
 
@@ -97,27 +126,18 @@ class Head:
         parts = [[(given[0], part) for part in sentences("".join(given[1:])) or [""]] for given in inputs]
         shares, cut = self.shares([pair for pairs in parts for pair in pairs])
         groups = np.split(np.arange(len(shares)), np.cumsum([len(pairs) for pairs in parts])[:-1])
-        best = [group[shares[group, 1].argmin()] for group in groups]
+        best = [group[shares[group, NEUTRAL].argmin()] for group in groups]
         return shares[best].argmax(axis=1) - 1.0, cut[best]
 
 
-class CoherenceHead:
+class CoherenceHead(Head):
     """Coherence by a head: how surely a response belongs to the last turns of its dialogue, 0..1."""
 
     name = "coherence"
 
-    def __init__(self, head: Head) -> None:
-        """Take the fitted head."""
-        self.head = head
-
-    @property
-    def key(self) -> str:
-        """Key of the head."""
-        return self.head.key
-
     def score(self, items: Sequence[Item]) -> Scored:
         """Score each item."""
-        shares, cut = self.head.shares([(item.response, recent(item.context)) for item in items])
+        shares, cut = self.shares([(item.response, recent(item.context)) for item in items])
         return Scored(shares[:, 1], cut)
 
 
@@ -131,13 +151,9 @@ def features(encoder: Encoder, pairs: Sequence[tuple[str, str]]) -> tuple[np.nda
 
 
 def make_heads(dialogues: pd.DataFrame, encoder: Encoder, folder: Path, seed: int) -> Path:
-    """Fit the three heads on a run's dialogues, unless that was done before.
+    """Fit the three heads on a run's dialogues, unless that was done before, in a folder that holds those of all runs.
 
-    Args:
-        dialogues: A dialogues table; personas, context and reference are read.
-        encoder: What the heads stand on.
-        folder: Where the heads of all runs lie.
-        seed: Of examples, split and weights. The same seed, texts and machine give the same heads.
+    The same seed, texts and machine give the same heads.
 
     Returns:
         The heads' own folder: weights (safetensors) and a record with each head's held-out accuracy.
@@ -186,3 +202,113 @@ def head_report(folder: Path) -> pd.DataFrame:
     record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     rows = [(name, f"head_{quantity}", float(value)) for name in HEADS for quantity, value in record[name].items()]
     return pd.DataFrame(rows, columns=["scorer", "quantity", "value"])
+
+
+class Claim(NamedTuple):
+    """A persona sentence that was understood: its stance, whether it says or denies it, and of what, in lower case."""
+
+    sentence: str
+    stance: int
+    positive: bool
+    thing: str
+
+    def said(self, positive: bool, draw: Random) -> str:
+        """Say or deny it in one of its stance's wordings; sometimes as the persona sentence has it."""
+        if positive == self.positive and draw.random() < 0.25:
+            return self.sentence
+        return f"{draw.choice(STANCES[self.stance]['said' if positive else 'denied'])} {self.thing}"
+
+    def is_unrelated(self, other: Claim) -> bool:
+        """Tell whether another claim neither says nor denies it."""
+        exclusive = STANCES[self.stance]["exclusive"] and self.stance == other.stance
+        return self.thing != other.thing and not exclusive
+
+
+def understand(personas: Iterable[str]) -> list[Claim]:
+    """Return the persona sentences that open as one of the stances does, with what they say."""
+    claims = []
+    for sentence in personas:
+        plain = sentence.strip().replace("'", "").replace("’", "").rstrip(".!").lower()
+        for opening, stance, positive in _OPENINGS:
+            if plain.startswith(opening) and len(plain) > len(opening):
+                claims.append(Claim(sentence, stance, positive, plain[len(opening) :].strip()))
+                break
+    return claims
+
+
+def recent(context: str) -> str:
+    """Return what a reply is held against: the last turn and the one before it."""
+    return "\n".join(turns(context)[-2:])
+
+
+def examples_of(dialogues: pd.DataFrame, seed: int, share: float = 1.0) -> dict[str, Examples]:
+    """Return the labelled pairs of each head, by its name, from a share of `CLAIMS` and `REPLIES`."""
+    rows = own_or_lent(dialogues, seed, round(share * REPLIES))
+    coherence: Examples = [((reply, recent(history)), own) for reply, history, own in rows]
+    coherence += [(("", recent(history)), 0) for _, history, _ in rows[:: max(1, len(rows) // 20)]]
+    queries: Examples = []
+    for reply, history, own in rows:
+        answer = next((part for part in sentences(reply) if len(part.split()) >= _ANSWER), reply)
+        queries.append(((last_user_turn(history), answer), ENTAILMENT if own else NEUTRAL))
+    personas = persona_examples(dialogues, seed, round(share * CLAIMS))
+    return {"coherence": coherence, "c_score": personas, "ue_score": [*personas, *queries]}
+
+
+def replies(dialogues: pd.DataFrame) -> list[list[tuple[str, str]]]:
+    """Return each dialogue's replies of User2, the reference among them, with the turns before: reply and history."""
+    found = []
+    for context, reference in zip(dialogues["context"], dialogues["reference"], strict=True):
+        said = turns(context)
+        own = [
+            (turn.removeprefix(SPEAKERS[1]), "\n".join(said[:place]))
+            for place, turn in enumerate(said)
+            if place and turn.startswith(SPEAKERS[1])
+        ]
+        found.append([*own, (reference.removeprefix(SPEAKERS[1]), context)] if reference else own)
+    return [own for own in found if own]
+
+
+def own_or_lent(dialogues: pd.DataFrame, seed: int, count: int) -> list[tuple[str, str, int]]:
+    """Return a reply of at most ``count`` dialogues each, its own history, and 1; and the same with another's and 0."""
+    draw = Random(seed)  # noqa: S311 - repeatable, not secret
+    kept = [draw.choice(own) for own in replies(dialogues)]
+    order = draw.sample(kept, min(count, len(kept)))
+    return [
+        row
+        for place, (reply, history) in enumerate(order)
+        for row in ((reply, history, 1), (order[place - 1][0], history, 0))
+    ]
+
+
+def persona_examples(dialogues: pd.DataFrame, seed: int, count: int) -> Examples:
+    """Say again and deny what at most ``count`` persona sentences say, and set each beside what others say."""
+    draw = Random(seed)  # noqa: S311 - repeatable, not secret
+    claims = understand(dict.fromkeys(sentence for personas in dialogues["personas"] for sentence in personas))
+    claims = draw.sample(claims, min(count, len(claims)))
+    parts = [part for own in replies(dialogues) for reply, _ in own for part in sentences(reply) or [""]]
+    facts = [part for part in parts if not re.search(r"\byou", part, re.IGNORECASE)]
+    for place, claim in enumerate(claims):
+        if draw.random() < 0.4:  # few personas deny anything, and denial alone must not mean contradiction
+            opposite = not claim.positive
+            claims[place] = claim._replace(positive=opposite, sentence=claim.said(opposite, draw))
+    said = [
+        (claim, label, _inside(claim.said(positive, draw), facts, draw))
+        for claim in claims
+        for label, positive in ((ENTAILMENT, claim.positive), (CONTRADICTION, not claim.positive))
+    ]
+    examples: Examples = [((claim.sentence, text), label) for claim, label, text in said]
+    for claim in claims:
+        others = [text for other, _, text in draw.choices(said, k=2 * _UNRELATED) if claim.is_unrelated(other)]
+        others = [*others[:_UNRELATED], draw.choice(facts) if facts else ""]
+        examples += [((claim.sentence, text), NEUTRAL) for text in others]
+    return examples
+
+
+def _inside(said: str, facts: Sequence[str], draw: Random) -> str:
+    """Leave a sentence bare, or put it in the second person and beside a fact, as a reply does."""
+    if draw.random() < 0.4:
+        return said if said.endswith(".") else f"{said}."
+    told = _FIRST_PERSON.sub(lambda match: WORDS["second_person"][match[0].lower()], said).rstrip(".")
+    if facts and draw.random() < 0.7:
+        return f"{draw.choice(facts).rstrip('.!?')}, {draw.choice(('as', 'since'))} {told}."
+    return str(draw.choice(WORDS["frames"]).format(told))

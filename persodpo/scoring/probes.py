@@ -13,13 +13,12 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from persodpo.errors import PersodpoError
-from persodpo.scoring.encoder import remembered
-from persodpo.scoring.models import dtype_name
+from persodpo.scoring.models import dtype_name, remembered
 from persodpo.scoring.score import Item, Scorer
 
 #: Share of cases that must come out right; tossed coins reach it for one probe of sixteen cases in 26.
@@ -41,9 +40,9 @@ class Case(NamedTuple):
     reply: str
     denial: str
 
-    def item(self, response: str, *, personas: tuple[str, ...] = (), context: str = "") -> Item:
-        """Return a response to the case, under its own or other personas or context; the reply is the reference."""
-        return Item(personas or self.personas, context or self.context, self.reply, response)
+    def item(self, response: str, **others: Any) -> Item:
+        """Return a response to the case, whose reply is the reference; some fields may be others."""
+        return Item(self.personas, self.context, self.reply, response)._replace(**others)
 
 
 _ROWS = json.loads(Path(__file__).with_name("probe_cases.json").read_text(encoding="utf-8"))
@@ -61,86 +60,78 @@ class Verdict:
     passed: bool
 
 
-class Probe(NamedTuple):
-    """Items whose scores must have a known relation in a share of the cases.
+def _kinds_of_items(case: Case, other: Case) -> dict[str, Item]:
+    """Return what a scorer is asked about a case, set against another one."""
+    copy = case.personas[0]
+    return {
+        "copy": case.item(copy),
+        "copy of all": case.item(copy, personas=(copy,)),
+        "copy under others": case.item(copy, personas=other.personas),
+        "copy that was asked and answered": case.item(copy, context=f"User1: {copy}", reference=copy),
+        "denial": case.item(case.denial),
+        "empty": case.item(""),
+        "reply": case.item(case.reply),
+        "reply elsewhere": case.item(case.reply, context=other.context),
+        "reply to others": case.item(case.reply, personas=other.personas),
+    }
 
-    Attributes:
-        name: Of the probe.
-        expected: What must hold.
-        items: As many for each case; those of a kind stand together.
-        holds: Scores of each kind of items, [cases] each -> whether it holds, [cases].
-        share: In how many of the cases, 0..1.
-    """
+
+class Probe(NamedTuple):
+    """What must hold in a share of the cases, told from the scores of one or two kinds of items, [cases] each."""
 
     name: str
     expected: str
-    items: Sequence[Sequence[Item]]
+    kinds: list[str]
     holds: Callable[..., np.ndarray]
     share: float = MOST
 
 
-_CROSSED = [(case, CASES[(place + OTHER) % len(CASES)]) for place, case in enumerate(CASES)]
-_COPIES = [case.item(case.personas[0]) for case in CASES]
-_DENIALS = [case.item(case.denial) for case in CASES]
-_EMPTY = [case.item("") for case in CASES]
-_REPLIES = [case.item(case.reply) for case in CASES]
-#: A copy of the first persona sentence under the personas of another case.
-_SWAPPED = [case.item(case.personas[0], personas=other.personas) for case, other in _CROSSED]
-#: The persona's sentence is also what was asked and what was answered.
-_ECHOES = [Item(case.personas, f"User1: {case.personas[0]}", case.personas[0], case.personas[0]) for case in CASES]
-_ALONE = [case.item(case.personas[0], personas=case.personas[:1]) for case in CASES]
-_ELSEWHERE = [case.item(case.reply, context=other.context) for case, other in _CROSSED]
-_OF_OTHERS = [case.item(case.reply, personas=other.personas) for case, other in _CROSSED]
-
 #: Known answers, by scorer.
-KNOWN: dict[str, tuple[Probe, ...]] = {
-    "coherence": (
+KNOWN = {
+    "coherence": [
         Probe("shuffled context", "the reply scores higher under its own context than under another",
-              [_REPLIES, _ELSEWHERE], np.greater),
-        Probe("empty text", "the reply scores above an empty response", [_REPLIES, _EMPTY], np.greater),
-    ),
-    "c_score": (
-        Probe("copied persona", "a copy of a persona sentence scores above 0", [_COPIES], lambda s: s > 0),
-        Probe("contradiction", "a denied persona sentence scores below its copy", [_COPIES, _DENIALS], np.greater),
-        Probe("swapped persona", "a copy under other personas does not score above 0", [_SWAPPED], lambda s: s <= 0),
-        Probe("empty text", "an empty response does not score above 0", [_EMPTY], lambda s: s <= 0),
-    ),
-    "ue_score": (
-        Probe("copied persona", "a persona sentence that was asked and answered scores 2", [_ECHOES], lambda s: s == 2),
-        Probe("contradiction", "a denied persona sentence scores 0", [_DENIALS], lambda s: s == 0),
-        Probe("swapped persona", "a copy under other personas scores 0", [_SWAPPED], lambda s: s == 0),
-        Probe("empty text", "an empty response scores 0", [_EMPTY], lambda s: s == 0),
-    ),
-    "persona_distance": (
-        Probe("copied persona", "a persona's copy has cosine 1", [_ALONE], lambda s: s > 1 - 1e-6),
-        Probe("swapped persona", "the reply is nearer to its own personas than to others",
-              [_REPLIES, _OF_OTHERS], np.greater),
-        Probe("empty text", "an empty response has cosine 0", [_EMPTY], lambda s: s == 0, 1.0),
-    ),
+              ["reply", "reply elsewhere"], np.greater),
+        Probe("empty text", "the reply scores above an empty response", ["reply", "empty"], np.greater),
+    ],
+    "c_score": [
+        Probe("copied persona", "a copy of a persona sentence scores above 0", ["copy"], lambda s: s > 0),
+        Probe("contradiction", "a denied persona sentence scores below its copy", ["copy", "denial"], np.greater),
+        Probe("swapped persona", "a copy under other personas does not score above 0", ["copy under others"],
+              lambda s: s <= 0),
+        Probe("empty text", "an empty response does not score above 0", ["empty"], lambda s: s <= 0),
+    ],
+    "ue_score": [
+        Probe("copied persona", "a persona sentence that was asked and answered scores 2",
+              ["copy that was asked and answered"], lambda s: s == 2),
+        Probe("contradiction", "a denied persona sentence scores 0", ["denial"], lambda s: s == 0),
+        Probe("swapped persona", "a copy under other personas scores 0", ["copy under others"], lambda s: s == 0),
+        Probe("empty text", "an empty response scores 0", ["empty"], lambda s: s == 0),
+    ],
+    "persona_distance": [
+        Probe("copied persona", "a persona's copy has cosine 1", ["copy of all"], lambda s: s > 1 - 1e-6),
+        Probe("swapped persona", "the reply is nearer to its own personas than to others", ["reply", "reply to others"],
+              np.greater),
+        Probe("empty text", "an empty response has cosine 0", ["empty"], lambda s: s == 0, 1.0),
+    ],
 }  # fmt: skip
 
 
 def probe(scorer: Scorer) -> list[Verdict]:
-    """Run every probe that applies to a scorer: known answers where its name has some, then order.
-
-    Raises:
-        PersodpoError: The scorer does not give one finite score a text.
-    """
+    """Run every probe that applies to a scorer: known answers where its name has some, then order."""
+    items = [_kinds_of_items(case, CASES[(place + OTHER) % len(CASES)]) for place, case in enumerate(CASES)]
+    verdicts = []
     with remembered():
-        known = [_known_verdict(scorer, each) for each in KNOWN.get(scorer.name, ())]
-    return [*known, *order_verdicts(scorer)]
-
-
-def _known_verdict(scorer: Scorer, asked: Probe) -> Verdict:
-    values = _values(scorer, [item for items in asked.items for item in items])
-    if not np.isfinite(values).all():
-        raise PersodpoError(
-            f"Scorer {scorer.name} did not give one finite score a text to its probes; check its model."
-        )
-    right = asked.holds(*np.split(values, len(asked.items)))
-    expected = f"{asked.expected}, in {asked.share:.0%} of cases"
-    found = f"{int(right.sum())} of {len(right)} cases"
-    return Verdict(scorer.name, asked.name, expected, found, bool(right.mean() >= asked.share))
+        for asked in KNOWN.get(scorer.name, ()):
+            values = _values(scorer, [each[kind] for kind in asked.kinds for each in items])
+            if not np.isfinite(values).all():
+                raise PersodpoError(
+                    f"Scorer {scorer.name} did not give one finite score a text to its probes; check its model."
+                )
+            right = asked.holds(*np.split(values, len(asked.kinds)))
+            expected = f"{asked.expected}, in {asked.share:.0%} of cases"
+            found = f"{int(right.sum())} of {len(right)} cases"
+            verdicts.append(Verdict(scorer.name, asked.name, expected, found, bool(right.mean() >= asked.share)))
+    return [*verdicts, *order_verdicts(scorer)]
 
 
 def order_verdicts(scorer: Scorer) -> list[Verdict]:
@@ -171,12 +162,7 @@ def _values(scorer: Scorer, items: Sequence[Item]) -> np.ndarray:
 
 
 def admit(verdicts: Sequence[Verdict], weights: Mapping[str, float], accepted: Sequence[str]) -> list[str]:
-    """Refuse scorers that failed a probe, unless the profile accepts them by name.
-
-    Args:
-        verdicts: Of all scorers.
-        weights: Weight of each signal in the quality score; a signal without weight does not enter it.
-        accepted: Names of scorers that the profile accepts as they are.
+    """Refuse scorers that failed a probe, unless their signal has no weight or the profile accepts them by name.
 
     Returns:
         One warning for each scorer that failed and enters the quality score all the same.

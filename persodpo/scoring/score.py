@@ -1,37 +1,42 @@
 """Responses and scorers in, one value each out: every distinct text once, from the cache where it was scored before.
 
 Scores are kept in one SQLite file under the scorer's name, key, code and texts, so that another checkpoint, setting or code
-never answers for this one. What is not there is scored in batches of like length, and each batch is written before the next
-is asked for: a run that is killed loses at most the batch under way.
+never answers for this one. What is not there is scored in batches of like length, here or on a Ray cluster, and each batch
+is written before the next is asked for: a run that is killed loses at most the batch under way.
 """
 
 from __future__ import annotations
 
-import sqlite3
+import json
 import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol, Self, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from persodpo.completions import count_words
 from persodpo.errors import PersodpoError
 from persodpo.imports import code_of
 from persodpo.runfolder import digest_of
-from persodpo.sqlite import Content, connect, lay_out, transaction
+from persodpo.sqlite import Content, connect, transaction
 
 #: Texts scored, and written to the cache, together.
 BATCH = 256
-APPLICATION, VERSION = 0x50445343, 2  # "PDSC", in the file's header, tells the cache from any other SQLite file
-_SCHEMA = f"""
-CREATE TABLE scores (key BLOB PRIMARY KEY, value REAL NOT NULL, unread REAL NOT NULL) WITHOUT ROWID;
-PRAGMA application_id = {APPLICATION};
-PRAGMA user_version = {VERSION};
-"""
-_CONTENT = Content("cached scores", "delete the file, they will be computed again")
+_CONTENT = Content(
+    "cached scores",
+    "delete the file, they will be computed again",
+    application=0x50445343,  # "PDSC"
+    version=2,
+    schema="CREATE TABLE scores (key BLOB PRIMARY KEY, value REAL NOT NULL, unread REAL NOT NULL) WITHOUT ROWID",
+)
 Value = TypeVar("Value", bound=Hashable)
+#: How persona and response are asked about: as the authors' code does, or mended.
+Way = Literal["as_released", "corrected"]
+#: Length of the word sequences whose return counts as repetition.
+REPEATED = 4
 
 
 class Item(NamedTuple):
@@ -56,16 +61,13 @@ class Scorer(Protocol):
     @property
     def name(self) -> str:
         """Column of the scores table."""
-        ...
 
     @property
     def key(self) -> str:
         """Digest of all that shapes a score besides texts and code: checkpoint, settings, number type."""
-        ...
 
     def score(self, items: Sequence[Item]) -> Scored:
         """Score items; a model is loaded on first use."""
-        ...
 
 
 #: Scores batches in any order and yields each one's number and scores.
@@ -89,13 +91,61 @@ def fingerprint(scorer: Scorer) -> str:
     return digest_of({"name": scorer.name, "key": scorer.key, "code": code})
 
 
+class _RayWorker:
+    def __init__(self, make: Callable[[str], Scorer], name: str, expected: str) -> None:
+        self.scorer = make(name)
+        if fingerprint(self.scorer) != expected:
+            raise PersodpoError(f"A Ray worker has other files, packages or number types for scorer {name}.")
+
+    def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+        items = [Item(tuple(personas), *texts) for personas, *texts in json.loads(rows["batch"][0])]
+        values, unread = self.scorer.score(items)
+        return {"number": [rows["number"][0]], "values": [values.tolist()], "unread": [unread.tolist()]}
+
+
+def ray_engine(make: Callable[[str], Scorer], workers: int) -> Engine:
+    """Return an engine that scores on the Ray cluster that RAY_ADDRESS names, else on one that is started here.
+
+    Args:
+        make: Makes a scorer by its name, in a worker and from its disk; a function of a module, or a partial of one.
+        workers: How many scorers run at once; GPUs of the cluster are shared among them.
+    """
+    try:
+        import ray.data  # noqa: PLC0415 - optional, and slow to load
+    except ImportError as error:
+        raise PersodpoError(
+            "Ray is not installed; pip install 'persodpo[ray]', or set engine.ray_workers=null."
+        ) from error
+
+    def engine(scorer: Scorer, batches: Sequence[Sequence[Item]]) -> Iterator[tuple[int, Scored]]:
+        rows = [{"number": number, "batch": json.dumps(batch)} for number, batch in enumerate(batches)]
+        if not rows:
+            return
+        ray.init(ignore_reinit_error=True, log_to_driver=False, include_dashboard=False)
+        gpus = min(1.0, ray.cluster_resources().get("GPU", 0.0) / workers)
+        scored = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+            _RayWorker, fn_constructor_args=(make, scorer.name, fingerprint(scorer)), batch_size=1, num_gpus=gpus or None,
+            compute=ray.data.ActorPoolStrategy(size=min(workers, len(rows))),
+        )  # fmt: skip
+        try:
+            for row in scored.iter_rows():
+                yield int(row["number"]), Scored(np.array(row["values"]), np.array(row["unread"]))
+        except ray.exceptions.RayError as error:
+            raise PersodpoError(
+                f"A Ray worker of scorer {scorer.name} failed ({error}); look at Ray's logs."
+            ) from error
+
+    return engine
+
+
 class ScoreCache:
     """The scores of all scorers, in one file; several processes may use it at once."""
 
     def __init__(self, path: Path, wait_seconds: float = 30.0) -> None:
         """Open a cache, or make one, and wait for another process that is writing."""
         self.path = path
-        self._connection = connect(path, wait_seconds, self._prepare, content=_CONTENT)
+        # Scores outlive a killed process; those of the last moments before a power cut are computed again.
+        self._connection = connect(path, wait_seconds, _CONTENT, synchronous="NORMAL")
 
     def __enter__(self) -> Self:
         """Return the open cache."""
@@ -118,20 +168,9 @@ class ScoreCache:
         with _CONTENT.faults(self.path), transaction(self._connection):
             self._connection.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?, ?)", sorted(rows))
 
-    def _prepare(self, connection: sqlite3.Connection) -> None:
-        with transaction(connection):
-            application, version, tables = lay_out(connection, _SCHEMA)
-        if application != APPLICATION or version != VERSION or not tables:
-            raise PersodpoError(
-                f"{self.path} holds no cached scores of this version of persodpo; move it away, or delete it if it is a "
-                "cache: its scores will be computed again."
-            )
-        # Scores outlive a killed process; those of the last moments before a power cut are computed again.
-        connection.execute("PRAGMA synchronous = NORMAL")
-
 
 class Tally(NamedTuple):
-    """What a scorer saw: responses, distinct items, those scored now and not in the cache, mean unread share, seconds."""
+    """What a scorer saw: ``scored`` are the distinct items that were not in the cache, ``unread`` is a mean share."""
 
     scorer: str
     responses: int
@@ -192,11 +231,7 @@ def _check(name: str, items: Sequence[Item], scored: Scored) -> None:
 
 
 def readable(responses: pd.DataFrame, dialogues: pd.DataFrame) -> tuple[pd.DataFrame, list[Item]]:
-    """Return the responses that could be read (dialogue_id, model, parsed), and the item of each.
-
-    Raises:
-        PersodpoError: A response answers a dialogue that is not there.
-    """
+    """Return the responses that could be read (dialogue_id, model, parsed), and the item of each."""
     there = responses["outcome"].eq("ok") & responses["response"].notna()
     table = responses.loc[there, ["dialogue_id", "model", "response"]].rename(columns={"response": "parsed"})
     if unknown := set(table["dialogue_id"]) - set(dialogues["dialogue_id"]):
@@ -236,3 +271,38 @@ def computed_metrics(
         }  # fmt: skip
         rows += [(scorer.name, quantity, float(value)) for quantity, value in quantities.items()]
     return metrics, pd.DataFrame(rows, columns=["scorer", "quantity", "value"]), tallies
+
+
+def distinct_share(text: str, size: int) -> float:
+    """Return distinct-n of one text: different n-grams over all n-grams, 0..1 (Li et al. 2016); NaN without any."""
+    words = text.lower().split()
+    grams = list(zip(*(words[start:] for start in range(size)), strict=False))
+    return len(set(grams)) / len(grams) if grams else float("nan")
+
+
+def extras_table(responses: pd.DataFrame, dialogues: pd.DataFrame) -> pd.DataFrame:
+    """Measure every response that has a text, recovered failures included, for what is shown beside the quality score.
+
+    Nothing here knows what a good answer is: a reference is one answer of many, and variety grows as texts get shorter.
+
+    Returns:
+        One row a response, in their order: dialogue_id, model; rouge_l, the F-measure of the longest common subsequence of
+        words with the reference (Lin 2004), 0..1, without stemming; distinct_1 and distinct_2; repetition, the share of
+        4-grams that stood in the response before (seq-rep-4, Welleck et al. 2020), 0 if it has none; and words. NaN where
+        there is no text, and words 0.
+    """
+    from rouge_score.rouge_scorer import RougeScorer  # noqa: PLC0415 - loads nltk
+
+    rouge = RougeScorer(["rougeL"], use_stemmer=False)
+    references = dialogues.set_index("dialogue_id")["reference"]
+    rows = []
+    for dialogue_id, model, text in responses[["dialogue_id", "model", "response"]].itertuples(index=False):
+        reference, there = references.get(dialogue_id), isinstance(text, str)
+        row = {"dialogue_id": dialogue_id, "model": model, "words": count_words(text) if there else 0}
+        if there and isinstance(reference, str):
+            row["rouge_l"] = float(rouge.score(reference, text)["rougeL"].fmeasure)
+            row |= {f"distinct_{size}": distinct_share(text, size) for size in (1, 2)}
+            row["repetition"] = 1.0 - distinct_share(text, REPEATED) if row["words"] >= REPEATED else 0.0
+        rows.append(row)
+    columns = ["dialogue_id", "model", "rouge_l", "distinct_1", "distinct_2", "repetition", "words"]
+    return pd.DataFrame(rows, columns=columns)

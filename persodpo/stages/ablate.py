@@ -114,7 +114,7 @@ def _estimates(run: RunFolder, overwrite: bool) -> StageReport:
             for group in ("evaluation", "ablations")
         )
         both = pd.concat([own[own["arm"] == settings.ablated], other], ignore_index=True)
-        sampling = Resampling(settings.resamples, run.profile.seed)
+        sampling = Resampling(seed=run.profile.seed)
         pairs = [(ablation, settings.ablated) for ablation in other["arm"].unique()]
         return {
             "ablations/estimates": estimates(both, sampling),
@@ -125,7 +125,7 @@ def _estimates(run: RunFolder, overwrite: bool) -> StageReport:
         "ablations",
         build,
         reads=names,
-        settings={"ablated": settings.ablated, "resamples": settings.resamples, "seed": run.profile.seed},
+        settings={"ablated": settings.ablated, "seed": run.profile.seed},
         outputs=["ablations/estimates", "ablations/comparisons"],
         overwrite=overwrite,
     )

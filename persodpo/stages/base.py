@@ -15,13 +15,7 @@ from persodpo.runfolder import RELEASE_VARIABLE, RunFolder
 
 @dataclass(frozen=True)
 class Need:
-    """A stage that must be done before another.
-
-    Attributes:
-        stage: Its name.
-        profile: The profile it is done under; None for that of the stage which needs it.
-        options: Its options where they are not the defaults.
-    """
+    """A stage that must be done before another, under the same profile unless there is one here."""
 
     stage: str
     profile: Profile | None = None

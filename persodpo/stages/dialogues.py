@@ -43,8 +43,11 @@ def _read(profile: Profile, name: str, path: Path) -> pd.DataFrame:
         return focus_json(path, split).assign(dataset="miniature")
     if settings.source == "csv":
         return read_dialogues(path)
-    drawn: dict[str, Any] = {"size": settings.train_size, "seed": profile.seed,
-                             "max_reference_words": settings.max_reference_words}  # fmt: skip
+    drawn: dict[str, Any] = {
+        "size": settings.train_size,
+        "seed": profile.seed,
+        "max_reference_words": 110,
+    }  # the authors'
     return focus_json(path, split, **(drawn if split == "train" else {}))
 
 

@@ -35,7 +35,7 @@ def evaluate(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
 
         responses, scores, judged = (run.read(name) for name in tables)
         observations = observe(responses, scores, arms, judged)
-        sampling = Resampling(settings.resamples, profile.seed)
+        sampling = Resampling(seed=profile.seed)
         return {
             "evaluation/results": summarise(responses, scores),
             "evaluation/estimates": estimates(observations, sampling),

@@ -20,7 +20,7 @@ from persodpo.generation.store import Store
 from persodpo.generation.summary import stored_answers
 from persodpo.miniature.judge import judge
 from persodpo.runfolder import RunFolder, StageReport, Tables
-from persodpo.scoring import extras
+from persodpo.scoring.score import extras_table
 from persodpo.stages import score
 from persodpo.stages.asking import job_for
 from persodpo.stages.generate import check_finished, write_answers
@@ -36,10 +36,9 @@ BATCH_SIZE = 32
 
 
 def arms_of(profile: Profile) -> pd.DataFrame:
-    """Return which arm and seed each model of the held-out responses is, for `persodpo.evaluation.observations.observe`.
+    """Return which arm and seed each model of the held-out responses is: columns model, arm and seed.
 
-    Returns:
-        Columns model, arm and seed; the starting policy has the seed 0, for no seed of a training touches it.
+    The starting policy has the seed 0, for no seed of a training touches it.
     """
     rows = [(BASE, BASE, 0)]
     for arm in profile.training.arms:
@@ -66,9 +65,6 @@ def held_out(
         models: Folder or Hub name of each, by its name in the tables.
         timed: Dialogues that are answered one at a time, for response times; None: all of them.
         overwrite: Make the tables even if nothing changed.
-
-    Raises:
-        PersodpoError: There are no held-out dialogues, or a model has stopped.
     """
     return [
         _answer(run, f"{group}/responses", models, timed, overwrite),
@@ -115,17 +111,17 @@ def judge_held_out(run: RunFolder, group: str, overwrite: bool = False) -> Stage
 
     def build() -> Tables:
         responses, dialogues = run.read(answers), run.read("dialogues")
-        overlap = extras.extras_table(responses, dialogues)["rouge_l"].where(responses["outcome"] == "ok", 0.0)
+        overlap = extras_table(responses, dialogues)["rouge_l"].where(responses["outcome"] == "ok", 0.0)
         repeats = [repeats_sentence(text or "") for text in responses["response"]]
         frame = responses[["dialogue_id", "model"]].assign(rouge_l=overlap, repeats=repeats)
         if generated:
             frame = frame.merge(judge(dialogues, responses), on=["dialogue_id", "model"], validate="one_to_one")
         return {table: frame.reindex(columns=SCHEMAS[table].names)}
 
-    settings = {"generated": generated}
     return run.stage(
-        f"judge {answers}", build, reads=["dialogues", answers], settings=settings, outputs=[table], overwrite=overwrite
-    )
+        f"judge {answers}", build, reads=["dialogues", answers], settings={"generated": generated}, outputs=[table],
+        overwrite=overwrite,
+    )  # fmt: skip
 
 
 def _score(run: RunFolder, group: str, overwrite: bool) -> StageReport:
@@ -141,5 +137,5 @@ def _score(run: RunFolder, group: str, overwrite: bool) -> StageReport:
 
     return run.stage(
         f"score {answers}", build, reads=["dialogues", "scores", answers], outputs=[table], overwrite=overwrite,
-        settings=score.score_settings(profile) | {"scorers": score.keys_of(scorers)},
+        settings=score.score_settings(profile, scorers),
     )  # fmt: skip

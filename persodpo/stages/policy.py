@@ -40,7 +40,7 @@ def small_policy(profile: Profile) -> SmallPolicy:
     """Return size and warm-up of the small policy and of the miniature models."""
     from persodpo.training.policy import SmallPolicy
 
-    return SmallPolicy(**profile.policy.small.model_dump(), seed=profile.seed)
+    return SmallPolicy(**profile.policy.small.model_dump(), max_length=profile.training.max_length, seed=profile.seed)
 
 
 def miniature_model(run: RunFolder, name: str) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -16,38 +16,51 @@ from persodpo.miniature.models import own_dialogues
 from persodpo.release import published
 from persodpo.release.fetch import fetch_release
 from persodpo.runfolder import RunFolder, StageReport, Tables
-from persodpo.scoring import extras, heads, probes
-from persodpo.scoring.coherence import CoherenceScorer
-from persodpo.scoring.encoder import Encoder, remembered
+from persodpo.scoring import heads, probes
 from persodpo.scoring.heads import CoherenceHead, Head
-from persodpo.scoring.nli import CScorer, NliModel, UEScorer, Way
-from persodpo.scoring.persona import PersonaDistance, WordMeans
-from persodpo.scoring.score import Engine, ScoreCache, Scorer, Tally, computed_metrics, one_by_one
+from persodpo.scoring.models import Encoder, remembered
+from persodpo.scoring.score import (
+    Engine,
+    ScoreCache,
+    Scorer,
+    Tally,
+    Way,
+    computed_metrics,
+    extras_table,
+    one_by_one,
+    ray_engine,
+)
+from persodpo.scoring.signals import Classifier, CoherenceScorer, CScorer, NliModel, PersonaDistance, UEScorer
+from persodpo.scoring.words import WordMeans
 from persodpo.stages.policy import miniature_folder
 
-#: The responses that are ranked, and the held-out ones.
-TABLES = ("scores", "evaluation/scores")
 #: Under the folder of all runs, for scores and heads do not depend on a run's name; no run can be called so.
 CACHE, HEADS = "_scores.sqlite", "_heads"
 
 
 def make_scores(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
-    """Make the extras table, the scores tables and the thresholds."""
-    computes = run.profile.scoring.source == "compute"
-    return [_extras(run), (_computed if computes else _published)(run, overwrite)]
+    """Make the extras table, the scores tables and the thresholds.
+
+    Held-out responses are scored here where they are published; those of arms are scored later.
+    """
+    profile = run.profile
+    extras = run.stage(
+        "extras",
+        lambda: {"extras": extras_table(run.read("responses"), run.read("dialogues"))},
+        reads=["dialogues", "responses"],
+        outputs=["extras"],
+    )
+    answers = {"scores": "responses"}
+    if profile.generation.source == profile.evaluation.source == "published":
+        answers["evaluation/scores"] = "evaluation/responses"
+    return [extras, (_computed if profile.scoring.source == "compute" else _published)(run, answers, overwrite)]
 
 
-def tables_of(profile: Profile) -> tuple[str, ...]:
-    """Return the scores tables that the score stage makes; where arms answer held-out prompts, that is scored later."""
-    held_out_published = profile.generation.source == profile.evaluation.source == "published"
-    return TABLES if held_out_published else TABLES[:1]
-
-
-def score_settings(profile: Profile) -> dict[str, object]:
-    """Return the settings that scores depend on, those that are not used left out."""
+def score_settings(profile: Profile, scorers: Sequence[Scorer] = ()) -> dict[str, object]:
+    """Return the settings that scores depend on, those that are not used left out, and the keys of computing scorers."""
     computes = profile.scoring.source == "compute"
     kept = profile.scoring.model_dump(mode="json", exclude=set() if computes else {"compute", "encoder"})
-    return {
+    settings: dict[str, object] = {
         "scoring": kept,
         "corrections": profile.switches(
             *(("A3", "A10b", "A10c", "B1", "B2") if computes else ("A1", "A3", "B1", "B2"))
@@ -55,17 +68,16 @@ def score_settings(profile: Profile) -> dict[str, object]:
         "quantiles": [profile.pairs.low_quantile, profile.pairs.high_quantile],
         "models": list(profile.generation.models),
     }
+    return settings | ({"scorers": {scorer.name: scorer.key for scorer in scorers}} if scorers else {})
 
 
 def ranked(
     profile: Profile, responses: Mapping[str, pd.DataFrame], metrics: Mapping[str, pd.DataFrame]
 ) -> dict[str, pd.DataFrame]:
-    """Impute, rate and rank; return scores tables and thresholds.
+    """Impute, rate and rank responses by their metric values, both by the name of their scores table.
 
-    Args:
-        profile: The settings.
-        responses: Responses tables, by the name of their scores table.
-        metrics: Metric values of parsed responses, by the same names.
+    Returns:
+        Scores tables and thresholds.
     """
     count = pairs.word_counter(profile)
     values = {
@@ -82,21 +94,11 @@ def ranked(
     return {"scores": ranking.scores, **others, "thresholds": thresholds}
 
 
-def _extras(run: RunFolder) -> StageReport:
-    """Make the extras table: what is reported beside the quality score."""
-
-    def build() -> Tables:
-        return {"extras": extras.extras_table(run.read("responses"), run.read("dialogues"))}
-
-    return run.stage("extras", build, reads=["dialogues", "responses"], outputs=["extras"])
-
-
-def _published(run: RunFolder, overwrite: bool) -> StageReport:
+def _published(run: RunFolder, answers: Mapping[str, str], overwrite: bool) -> StageReport:
     """Make scores and thresholds of the published metric values."""
     profile, files = run.profile, fetch_release(run.release)
-    all_sets = (published.ranked_sets(profile.generation.models), published.VALID_SETS)
-    sets = dict(zip(tables_of(profile), all_sets, strict=False))
-    answers = {table: table.replace("scores", "responses") for table in sets}
+    sets = {"scores": published.ranked_sets(profile.generation.models), "evaluation/scores": published.VALID_SETS}
+    sets = {table: sets[table] for table in answers}
 
     def build() -> Tables:
         tables = {table: run.read(name) for table, name in answers.items()}
@@ -111,24 +113,20 @@ def _published(run: RunFolder, overwrite: bool) -> StageReport:
         reads=list(answers.values()),
         files=published.set_files(files, [each for which in sets.values() for each in which]),
         settings=score_settings(profile),
-        outputs=[*sets, "thresholds"],
+        outputs=[*answers, "thresholds"],
         overwrite=overwrite,
     )
 
 
-def _computed(run: RunFolder, overwrite: bool) -> StageReport:
-    """Make scores, thresholds and the reports on scorers with the profile's own scorers.
-
-    Raises:
-        PersodpoError: A scorer that failed its probes would enter the quality score and is not accepted by name.
-    """
+def _computed(run: RunFolder, answers: Mapping[str, str], overwrite: bool) -> StageReport:
+    """Make scores, thresholds and the reports on scorers; `probes.admit` says which scorers may enter the quality score."""
     profile, scorers = run.profile, run_scorers(run)
-    answers = {table: table.replace("scores", "responses") for table in tables_of(profile)}
+    weights, accepted = pairs.effective_weights(profile), profile.scoring.compute.accept_failed_probes
     notes: list[str] = []
 
     def build() -> Tables:
         verdicts = [verdict for scorer in scorers for verdict in probes.probe(scorer)]
-        _warnings(profile, verdicts)
+        probes.admit(verdicts, weights, accepted)
         tables = {table: run.read(name) for table, name in answers.items()}
         reports = [heads.head_report(heads_folder(run)).assign(table="heads")] if needs_heads(profile) else []
         metrics = {}
@@ -136,9 +134,8 @@ def _computed(run: RunFolder, overwrite: bool) -> StageReport:
             metrics[table], report, tallies = measure(run, frame, scorers)
             reports.append(report.assign(table=table))
             notes.extend(f"{table}, {tally}" for tally in tallies)
-        if profile.evaluation.source == "published":
-            for left in set(TABLES) - set(answers):
-                run.forget(left)
+        if profile.evaluation.source == "published" and "evaluation/scores" not in answers:
+            run.forget("evaluation/scores")
         said = {"probes": pd.DataFrame(verdicts), "scorers": pd.concat(reports, ignore_index=True)}
         return ranked(profile, tables, metrics) | said
 
@@ -146,12 +143,12 @@ def _computed(run: RunFolder, overwrite: bool) -> StageReport:
         "score",
         build,
         reads=["dialogues", *answers.values()],
-        settings=score_settings(profile) | {"scorers": keys_of(scorers)},
+        settings=score_settings(profile, scorers),
         outputs=[*answers, "thresholds", "probes", "scorers"],
         overwrite=overwrite,
     )
-    verdicts = list(verdicts_on(run, scorers))
-    return replace(report, notes=(*notes, *(f"warning: {warning}" for warning in _warnings(profile, verdicts))))
+    warnings = probes.admit(list(verdicts_on(run, scorers)), weights, accepted)
+    return replace(report, notes=(*notes, *(f"warning: {warning}" for warning in warnings)))
 
 
 def verdicts_on(run: RunFolder, scorers: Sequence[Scorer]) -> Iterator[probes.Verdict]:
@@ -163,19 +160,10 @@ def verdicts_on(run: RunFolder, scorers: Sequence[Scorer]) -> Iterator[probes.Ve
         yield from own if made.get(scorer.name) == scorer.key else probes.probe(scorer)
 
 
-def _warnings(profile: Profile, verdicts: Sequence[probes.Verdict]) -> list[str]:
-    return probes.admit(verdicts, pairs.effective_weights(profile), profile.scoring.compute.accept_failed_probes)
-
-
-def keys_of(scorers: Sequence[Scorer]) -> dict[str, str]:
-    """Return each scorer's key, for the provenance of what it scored."""
-    return {scorer.name: scorer.key for scorer in scorers}
-
-
 def run_scorers(run: RunFolder) -> list[Scorer]:
     """Return the four scorers of a run's profile, in the order of the metrics; heads are fitted if need be."""
-    folder = heads_folder(run) if needs_heads(run.profile) else None
-    return [make_scorer(metric, run.profile, folder) for metric in METRICS]
+    make = _maker(run)
+    return [make(metric) for metric in METRICS]
 
 
 def needs_heads(profile: Profile) -> bool:
@@ -184,26 +172,31 @@ def needs_heads(profile: Profile) -> bool:
     return ENCODER in (models.coherence, models.c_score, models.ue_score)
 
 
-def make_scorer(name: str, profile: Profile, folder: Path | None) -> Scorer:
-    """Return one scorer of a profile.
+def _maker(run: RunFolder) -> Callable[[str], Scorer]:
+    folder = heads_folder(run) if needs_heads(run.profile) else None
+    return partial(make_scorer, profile=run.profile, folder=folder)
 
-    Args:
-        name: The metric.
-        profile: Models, their settings and corrections.
-        folder: What `persodpo.scoring.heads.make_heads` returned, where `needs_heads`.
-    """
+
+def make_scorer(name: str, profile: Profile, folder: Path | None) -> Scorer:
+    """Return a profile's scorer of a metric; the folder is that of `heads.make_heads`, where `needs_heads`."""
     settings = profile.scoring.compute
     model, size = getattr(settings.models, name), settings.batch_tokens
     way: Way = "corrected" if profile.corrects("A10c" if name == "persona_distance" else "A10b") else "as_released"
     if name == "persona_distance":
-        if model != ENCODER and Path(model).is_file():
-            return PersonaDistance(WordMeans(Path(model), way), way)
-        return PersonaDistance(encoder_of(profile) if model == ENCODER else open_encoder(model, size), way)
-    head = Head.load(name, encoder_of(profile), folder) if model == ENCODER and folder else None
+        source = profile.scoring.encoder if model == ENCODER else model
+        return PersonaDistance(
+            WordMeans(Path(source), way) if Path(source).is_file() else open_encoder(source, size), way
+        )
     if name == "coherence":
-        return CoherenceHead(head) if head else CoherenceScorer(model, size)
+        if model == ENCODER and folder:
+            return CoherenceHead.load(name, encoder_of(profile), folder)
+        return CoherenceScorer(model, size)
     labels = settings.labels.get("c_score" if name == "c_score" else "ue_score")
-    classifier = head or NliModel(model, labels=labels, max_length=settings.nli_tokens, batch_tokens=size)
+    classifier: Classifier = (
+        Head.load(name, encoder_of(profile), folder)
+        if model == ENCODER and folder
+        else NliModel(model, labels=labels, batch_tokens=size)
+    )
     return (CScorer if name == "c_score" else UEScorer)(classifier, way)
 
 
@@ -232,21 +225,12 @@ def heads_folder(run: RunFolder) -> Path:
 def measure(
     run: RunFolder, responses: pd.DataFrame, scorers: Sequence[Scorer]
 ) -> tuple[pd.DataFrame, pd.DataFrame, list[Tally]]:
-    """Score responses to a run's dialogues, on a Ray cluster where ``engine.scorers`` says so, from the cache of all runs.
-
-    Args:
-        run: Its dialogues, settings and cache.
-        responses: A responses table.
-        scorers: From `run_scorers`, or others.
+    """Score responses to a run's dialogues, on a Ray cluster under ``engine.ray_workers``, from the cache of all runs.
 
     Returns:
         As `persodpo.scoring.score.computed_metrics`.
     """
-    engine: Engine = one_by_one
-    if run.profile.engine.scorers == "ray":
-        from persodpo.scoring.cluster import ray_engine
-
-        folder = heads_folder(run) if needs_heads(run.profile) else None
-        engine = ray_engine(partial(make_scorer, profile=run.profile, folder=folder), run.profile.engine.ray_workers)
+    workers = run.profile.engine.ray_workers
+    engine: Engine = ray_engine(_maker(run), workers) if workers else one_by_one
     with ScoreCache(run.root.with_name(CACHE)) as cache, remembered():
         return computed_metrics(responses, run.read("dialogues"), scorers, cache, engine)

@@ -18,11 +18,7 @@ from persodpo.training.arms import ARMS, arm_name, label_of
 
 
 def needs(profile: Profile, arms: Sequence[str] = (), **_: object) -> list[Need]:
-    """Return the pairs that arms train on, those of the profile unless others are named.
-
-    Raises:
-        PersodpoError: There is no such arm, or its pair set is not made.
-    """
+    """Return the pairs that arms train on, those of the profile unless others are named."""
     found = [Need("pairs")]
     for arm in [arm_name(arm) for arm in arms or profile.training.arms]:
         if ARMS[arm].pairs not in profile.pairs.sets:
@@ -41,22 +37,12 @@ def corrected(profile: Profile) -> Profile:
 def train_arms(
     run: RunFolder, overwrite: bool = False, *, arms: Sequence[str] = (), seeds: Sequence[int] = ()
 ) -> list[StageReport]:
-    """Train arms, those of the profile unless others are named, each from the same policy.
-
-    Args:
-        run: The run folder.
-        overwrite: Train again even if nothing changed.
-        arms: Names of `persodpo.training.arms.ARMS`; none for those of the profile.
-        seeds: Each arm is trained once under each; none for the first of ``evaluation.seeds``.
-
-    Returns:
-        A report for each arm and seed.
-    """
+    """Train arms from the same policy, each once under each seed; those of `trained`."""
     return [_train(run, source_of(run, arm), arm, seed, overwrite) for arm, seed in trained(run.profile, arms, seeds)]
 
 
 def trained(profile: Profile, arms: Sequence[str] = (), seeds: Sequence[int] = ()) -> list[tuple[ArmName, int]]:
-    """Return the arms and seeds that `train_arms` trains."""
+    """Return each arm with each seed: the profile's arms and the first of ``evaluation.seeds`` unless others are given."""
     chosen = [arm_name(arm) for arm in arms or profile.training.arms]
     return [(arm, seed) for arm in chosen for seed in seeds or profile.evaluation.seeds[:1]]
 
@@ -72,7 +58,6 @@ def arm_folder(run: RunFolder, label: str) -> Path:
 
 
 def _train(run: RunFolder, source: RunFolder, arm: ArmName, seed: int, overwrite: bool) -> StageReport:
-    """Train one arm under one seed, on the pairs of ``source``."""
     table = f"pairs/{ARMS[arm].pairs}"
     label = label_of(arm, seed, run.profile.evaluation.seeds)
     seeded = run.profile.model_copy(update={"seed": seed})
@@ -102,9 +87,6 @@ def train_on(
         profile: Its training section, reading of completions and seed are used.
         overwrite: Train even if nothing changed.
         basis: Other settings that the pairs follow from.
-
-    Returns:
-        What was done.
     """
     from persodpo.training import run as training
 

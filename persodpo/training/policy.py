@@ -58,6 +58,7 @@ Examples = Sequence[tuple[str, str]]
 class SmallPolicy(PolicySize):
     """Size and warm-up of the small policy."""
 
+    max_length: int = setting("longest prompt and response together, tokens", 1024, ge=2)
     learning_rate: Positive = setting("of the warm-up, at its highest", 3e-3)
     seed: Seed = setting("of weights and batches")
 

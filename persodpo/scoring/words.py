@@ -1,9 +1,7 @@
-"""Persona distance: the cosine of what a response and its persona are about, a similarity despite its name.
+"""Texts in, mean word vectors out: word2vec's and GloVe's files.
 
-Each side is a mean vector of its words, or the vector that a sentence encoder gives the whole text. As released, words are
-what white space separates, lower-cased, with punctuation left on and NLTK's stop words left out; persona sentences are
-joined with nothing between them, so that the last word of one and the first of the next are one word that no vocabulary
-knows (audit A10). ``corrected`` puts a space between sentences and strips punctuation from words.
+As released, words are what white space separates, lower-cased, with punctuation left on and NLTK's stop words left out.
+``corrected`` strips punctuation from words (audit A10).
 """
 
 from __future__ import annotations
@@ -23,9 +21,7 @@ import numpy as np
 
 from persodpo.errors import PersodpoError
 from persodpo.runfolder import digest_of, sha256
-from persodpo.scoring.encoder import Encoder
-from persodpo.scoring.nli import Way
-from persodpo.scoring.score import Item, Scored, distinct
+from persodpo.scoring.score import Way
 
 #: NLTK's English stop words: ``stopwords/english`` of nltk.org/nltk_data as of February 2025.
 STOP_WORDS = frozenset(Path(__file__).with_name("stop_words.txt").read_text(encoding="utf-8").split())
@@ -52,7 +48,7 @@ class WordMeans:
         return read_word_vectors(self.path)
 
     def embed(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Average word vectors in float64, [texts, dimensions]."""
+        """Average word vectors in float64, [texts, dimensions]; the share of its words that have none, [texts]."""
         rows, vectors = self._table
         means, unread = np.zeros((len(texts), vectors.shape[1])), np.zeros(len(texts))
         for number, text in enumerate(texts):
@@ -67,60 +63,28 @@ class WordMeans:
         return means, unread
 
 
-class PersonaDistance:
-    """Cosine of persona and response, -1..1; 0 where either has nothing to go by."""
-
-    name = "persona_distance"
-
-    def __init__(self, embedder: WordMeans | Encoder, way: Way = "corrected") -> None:
-        """Take what turns texts into vectors, and how persona sentences are joined."""
-        self.embedder, self.way = embedder, way
-
-    @property
-    def key(self) -> str:
-        """Digest of embedder and way."""
-        return digest_of({"embedder": self.embedder.key, "way": self.way})
-
-    def score(self, items: Sequence[Item]) -> Scored:
-        """Embed each distinct text once, and compare."""
-        between = "" if self.way == "as_released" else " "
-        texts, places = distinct([text for item in items for text in (between.join(item.personas), item.response)])
-        vectors, unread = self.embedder.embed(texts)
-        norms = np.linalg.norm(vectors, axis=1)
-        unit = vectors / np.where(norms > 0, norms, 1.0)[:, None]
-        left, right = places.reshape(-1, 2).T
-        values = np.array([unit[p] @ unit[r] for p, r in zip(left, right, strict=True)], dtype=np.float64)
-        return Scored(np.clip(values, -1.0, 1.0), (unread[left] + unread[right]) / 2)
-
-
 def read_word_vectors(path: Path) -> tuple[dict[str, int], np.ndarray]:
     """Read word vectors: word2vec's binary format (``*.bin``) or text, as word2vec and GloVe write it, perhaps as ``*.gz``.
 
+    A GloVe file that was cut off between two lines cannot be told from a shorter one.
+
     Returns:
         Word -> its row, and the vectors, float32, [words, dimensions]. A word may hold spaces.
-
-    Raises:
-        PersodpoError: The file is missing, cut off or damaged, or holds a vector that is not finite. A GloVe file that was
-            cut off between two lines cannot be told from a shorter one.
     """
     if not path.is_file():
         raise PersodpoError(f"There is no file of word vectors at {path}; name a word2vec or GloVe file.")
     read = _binary_rows if path.name.removesuffix(".gz").endswith(".bin") else _text_rows
     rows: dict[str, int] = {}
-    numbers, size = array("f"), 0
+    numbers = array("f")
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             for word, vector in read(file):
-                if not vector or (size and len(vector) != size):
-                    raise ValueError("no vector, or one of another length")
-                size = len(vector)
-                if rows.setdefault(word.decode("utf-8", "replace"), len(rows)) == len(numbers) // size:
+                if (text := word.decode("utf-8", "replace")) not in rows:
+                    rows[text] = len(rows)
                     numbers.extend(vector)
-        if not size:
-            raise ValueError("no word")
-        vectors = np.frombuffer(numbers, dtype=np.float32).reshape(-1, size)
-        if not np.isfinite(vectors).all():
-            raise ValueError("numbers that are not finite")
+        vectors = np.frombuffer(numbers, dtype=np.float32).reshape(len(rows), -1)
+        if not vectors.size or not np.isfinite(vectors).all():
+            raise ValueError("no numbers, or some that are not finite")
     except (EOFError, OSError, ValueError, OverflowError, zlib.error) as error:
         raise PersodpoError(
             f"Word vectors {path} are cut off, damaged or in no format of word2vec or GloVe; fetch the file again."
@@ -151,9 +115,9 @@ def _text_rows(file: BufferedIOBase) -> Iterator[tuple[bytes, array[float]]]:
     size = int(header[2]) if header else min((len(line.split()) for line in first), default=1) - 1
     count = 0
     for line in lines:
-        if not line.endswith(b"\n"):
-            raise EOFError  # the last number may have lost digits, which no reader could notice
         word, *numbers = line.rstrip().rsplit(b" ", size)
+        if not line.endswith(b"\n") or len(numbers) != size:
+            raise EOFError  # without its end, the last number may have lost digits, which no reader could notice
         yield word, array("f", map(float, numbers))
         count += 1
     if header and count != int(header[1]):
