@@ -372,6 +372,19 @@ def test_adapters_that_come_with_a_model(tmp_path):
             grouped(tmp_path / "c", model=loaded, **extra)
 
 
+def test_several_active_adapters_stay_active(tmp_path):
+    """The policy is what the model computed when it was handed over, in training as in evaluation."""
+    torch.manual_seed(1)
+    model = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    model.add_adapter("b", LoraConfig(r=4, target_modules=["k_proj"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "b"])
+    ids = torch.arange(5, 30)[None]
+    before = model(input_ids=ids).logits
+    trainer = grouped(tmp_path, model=model, max_steps=1)
+    assert torch.equal(model(input_ids=ids).logits, before)
+    assert logs(trained(trainer))[0] != LOG_2  # TRL's reference is the first adapter alone
+
+
 def test_the_users_own_config_is_taken_and_left_as_it_was(tmp_path, recwarn):
     @dataclass
     class Mine(DPOConfig):

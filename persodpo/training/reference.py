@@ -60,8 +60,12 @@ def adapters_off(model: Any) -> Iterator[None]:
         yield
         return
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    tuner: Any = model.base_model
+    active = list(model.active_adapters)
     with use_adapter(model, "ref" if "ref" in model.peft_config else None):
         yield
+    if len(active) > 1:  # TRL puts back the first alone
+        tuner.set_adapter(active)
     # PEFT lets the whole adapter be trained again, also what the user had frozen of it.
     for parameter, was_trained in trained:
         parameter.requires_grad_(was_trained)
