@@ -73,10 +73,10 @@ def connect(
     content: Content,
     check_same_thread: bool = True,
 ) -> sqlite3.Connection:
-    """Open a file in WAL mode, or make one where there is none.
+    """Open a file in WAL mode, or make it and its folder where there is none.
 
     Args:
-        path: The file; its folder is created.
+        path: The file.
         wait_seconds: How long to wait for another process that is writing, or making the same file.
         prepare: Checks and lays out what was opened; the file is closed again if it raises.
         content: What it holds.
@@ -84,9 +84,6 @@ def connect(
 
     Returns:
         A connection in autocommit mode: transactions are begun and ended with `transaction`, never left open by a read.
-
-    Raises:
-        PersodpoError: As `Content.faults` or ``prepare``, or the folder cannot be made.
     """
     make_folder(path.parent)
     with content.faults(path):
@@ -95,46 +92,42 @@ def connect(
         )
         try:
             prepare(connection)
-            _use_wal(connection, wait_seconds)
+            deadline = time.monotonic() + wait_seconds
+            while not _uses_wal(connection, deadline):
+                time.sleep(0.02)
         except BaseException:
             connection.close()
             raise
     return connection
 
 
-def _use_wal(connection: sqlite3.Connection, wait_seconds: float) -> None:
+def _uses_wal(connection: sqlite3.Connection, deadline: float) -> bool:
     """Switch to WAL mode, for which SQLite itself does not wait where another process opens the file at that moment."""
-    deadline = time.monotonic() + wait_seconds
-    while True:
-        try:
-            connection.execute("PRAGMA journal_mode = WAL")
-        except sqlite3.OperationalError as error:
-            if not error.sqlite_errorname.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")) or time.monotonic() > deadline:
-                raise
-            time.sleep(0.02)
-        else:
-            return
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+    except sqlite3.OperationalError as error:
+        if not error.sqlite_errorname.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")) or time.monotonic() > deadline:
+            raise
+        return False
+    return True
 
 
 def lay_out(connection: sqlite3.Connection, schema: str) -> Identity:
     """Run the statements of ``schema`` if the file is empty, and return what it says of itself then.
 
-    Args:
-        connection: Within `transaction`, for another process may be laying out the same file.
-        schema: Statements, separated by semicolons.
+    This is done within `transaction`, for another process may be laying out the same file.
     """
-    found = identity(connection)
+
+    def identity() -> Identity:
+        queries = ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM main.sqlite_master")
+        return Identity(*(connection.execute(query).fetchone()[0] for query in queries))
+
+    found = identity()
     if found.application or found.tables:
         return found
     for statement in filter(str.strip, schema.split(";")):
         connection.execute(statement)
-    return identity(connection)
-
-
-def identity(connection: sqlite3.Connection) -> Identity:
-    """Return what the file says of itself."""
-    queries = ("PRAGMA application_id", "PRAGMA user_version", "SELECT count(*) FROM main.sqlite_master")
-    return Identity(*(connection.execute(query).fetchone()[0] for query in queries))
+    return identity()
 
 
 @contextmanager

@@ -83,7 +83,7 @@ class FaultyServer:
         asked = json.loads(raw)
         prompt = asked["prompt"] if "prompt" in asked else asked["messages"][-1]["content"]
         fields = {name: value for name, value in asked.items() if name not in {"messages", "prompt"}}
-        self.note("received", prompt, path=scope["path"], key=key, fields=fields)
+        self.note("received", prompt, path=scope["path"], key=key, fields=fields, headers=headers)
         self.seen[prompt] += 1
         await asyncio.sleep(self.latency)
         fault, after = self.choose(prompt)
@@ -173,6 +173,11 @@ class FaultyServer:
             "huge_usage": {**body_of(asked, prompt), "usage": {"prompt_tokens": 10**30, "completion_tokens": -1}},
             "deep": b'{"choices": ' + b"[" * 100_000,
             "broken_off": body_of(asked, prompt, finish_reason="error"),
+            "odd_reason": body_of(asked, prompt, finish_reason=["stop"]),
+            "odd_type": body_of(asked, prompt, message={**say, "content": [{"type": {}, "text": "x"}]}),
+            "nested": b'{"a": ' + b"[" * 900 + b"]" * 900 + b"}",
+            "key_in_shape": {"x": "y" * 185 + key},
+            "key_in_reason": body_of(asked, prompt, finish_reason="z" * 25 + key),
             "parts": body_of(
                 asked,
                 prompt,
@@ -200,9 +205,9 @@ class Batches:
 
     What is done with a prompt is written in it: ``<<error>>`` gives an error line, ``<<error=429>>`` one of that status,
     ``<<error=code>>`` one of that code, ``<<garbage>>`` a line that is no JSON, ``<<deep>>`` one that nests deeply,
-    ``<<lines>>`` an answer with line separators, ``<<echo>>`` the key that came with the batch, ``<<use>>`` more use than
-    was allowed, ``<<missing>>`` none at all; a prompt with ``<<refused>>`` fails the whole batch, one with ``<<expired>>``
-    lets it expire.
+    ``<<status>>`` an odd status, ``<<lines>>`` an answer with line separators, ``<<echo>>`` the key that came with the
+    batch, ``<<use>>`` more use than was allowed, ``<<missing>>`` none at all; a prompt with ``<<refused>>`` fails the whole
+    batch, one with ``<<expired>>`` lets it expire.
     """
 
     def __init__(self, looks: int, fault: str) -> None:
@@ -283,7 +288,7 @@ class Batches:
             said["content"] = f"Your key is {key}."
         if "<<use>>" in text:
             body["usage"]["prompt_tokens"] = 100_000
-        response = {"status_code": 200, "request_id": "1", "body": body}
+        response = {"status_code": [500] if "<<status>>" in text else 200, "request_id": "1", "body": body}
         return json.dumps({"custom_id": line["custom_id"], "error": None, "response": response}, ensure_ascii=False)
 
 

@@ -24,8 +24,7 @@ from persodpo.cli import app
 from persodpo.config import Profile, load_profile, with_overrides
 from persodpo.errors import PersodpoError
 from persodpo.runfolder import PROJECT, RunFolder
-from persodpo.stages.asking import Scope
-from persodpo.stages.generate import forecasts
+from persodpo.stages.generate import Scope, forecasts
 
 COMMAND = str(Path(sys.executable).with_name("persodpo"))
 CANARY = "sk-canary/9d+1Z=="

@@ -16,15 +16,13 @@ from dataclasses import replace
 import openai
 
 from persodpo.generation.ask import Work
-from persodpo.generation.client import BoundedClient, request_body
+from persodpo.generation.client import BoundedClient, CallFault, fault_of, read_reply, request_body
 from persodpo.generation.endpoint import LASTING, OpenAIBackend
-from persodpo.generation.replies import CallFault, fault_of, read_reply
 from persodpo.generation.requests import Answer, ModelStopped, Request
 from persodpo.generation.store import Entry
 
 #: Prompts of one file, bytes, of which JSON makes twice as many, with room to spare; and what is read of one at most.
 FILE_BYTES, LONGEST_FILE = 40_000_000, 2**30
-RETRIES = 5
 ENDED = {"completed", "failed", "expired", "cancelled"}
 HARDWARE = "batch API"
 
@@ -42,16 +40,15 @@ class BatchBackend(OpenAIBackend):
             return
         async with self._connected() as client:
             for holder, prices in held.items():
-                name = ""
-                if holder.endswith(" "):  # the run died before it was told the name
-                    tag, listed = holder.split(" ")[-2], client.batches.list(limit=100)
-                    names = [one.id async for one in listed if (one.metadata or {}).get("persodpo") == tag]
-                    if not names:
-                        work.store.release(prices, holder)
-                        continue
-                    name = names[0]
-                    work.store.hand_over(prices, holder, holder + name)
-                await self._collect(client, work, holder + name, {})
+                *_, tag, name = holder.split(" ")
+                if not name:  # the run died before it was told the name
+                    listed = client.batches.list(limit=100)
+                    found = [one.id async for one in listed if (one.metadata or {}).get("persodpo") == tag]
+                    name = found[0] if found else ""
+                if name:
+                    await self._collect(client, work, holder, name, {})
+                else:
+                    work.store.release(prices, holder)
 
     async def run(self, work: Work) -> None:
         """Submit one batch after another, and wait for each."""
@@ -78,28 +75,38 @@ class BatchBackend(OpenAIBackend):
                     metadata={"persodpo": tag},
                 )
                 work.store.hand_over(prices, holder, holder + made.id)
-                await self._collect(client, work, holder + made.id, requests)
+                await self._collect(client, work, holder + made.id, made.id, requests)
 
     @property
     def _mark(self) -> str:
         """How the names begin that batches of this model have in the store; our tag and the endpoint's name follow."""
         return f"batch {self.model} {self.settings.base_url} "
 
-    async def _collect(self, client: openai.AsyncOpenAI, work: Work, holder: str, requests: dict[str, Request]) -> None:
+    async def _collect(
+        self, client: openai.AsyncOpenAI, work: Work, holder: str, name: str, requests: dict[str, Request]
+    ) -> None:
         """Wait for a batch's end and store an answer or a failure for all of it; only what this run asked is counted."""
-        name, prices = holder.rpartition(" ")[2], work.store.reservations(holder)[holder]
+        prices = work.store.reservations(holder)[holder]
         while (state := await client.batches.retrieve(name)).status not in ENDED:
             await asyncio.sleep(self.settings.poll_seconds)
         if state.status == "failed":
             work.store.release(prices, holder)
             said = "; ".join(error.message or error.code or "" for error in (state.errors and state.errors.data) or [])
             raise ModelStopped(self.sentence("refused", self.mask.line(said)))
-        missing = f"the batch ended ({state.status}) before this prompt was answered"
-        answers = dict.fromkeys(prices, Answer("failed", failure="timeout", error=missing))
+        answers: dict[str, Answer] = {}
+        unread = False
         for file_id in filter(None, (state.error_file_id, state.output_file_id)):
-            content = (await client.files.content(file_id)).content
-            answers.update(found for line in content.split(b"\n") if (found := self._read(work, line, prices)))
-        seconds = float((state.completed_at or state.created_at) - state.created_at)
+            for line in (await client.files.content(file_id)).content.split(b"\n"):
+                if found := self._read(work, line, prices):
+                    answers[found[0]] = found[1]
+                else:
+                    unread |= bool(line.strip())
+        for key in prices.keys() - answers.keys():
+            # A line that nobody can read may be the answer, and be billed.
+            missing = f"the batch ended ({state.status}) without a readable answer to this prompt"
+            answers[key] = Answer("failed", failure="timeout", error=missing, cost=prices[key] * unread)
+        start, end = state.created_at, state.completed_at
+        seconds = float(end - start) if start and end else 0.0
         entries = []
         for key, answer in answers.items():
             asked = requests.get(key)
@@ -131,7 +138,7 @@ class BatchBackend(OpenAIBackend):
     async def _connected(self) -> AsyncIterator[openai.AsyncOpenAI]:
         """Give a client, and turn its errors into the sentence that stops the model; its own retries are over."""
         try:
-            async with self.client(BoundedClient(self.settings, LONGEST_FILE), RETRIES) as client:
+            async with self.client(BoundedClient(self.settings, LONGEST_FILE), self.settings.attempts - 1) as client:
                 yield client
         except openai.APIStatusError as error:
             fault = fault_of(error.status_code, error.response.headers, error.response.content)

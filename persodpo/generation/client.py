@@ -1,12 +1,19 @@
-"""One endpoint: its key, its HTTP client, and a request in the form in which it is sent."""
+"""One endpoint: its key, its HTTP client, a request in the form in which it is sent, and what came back.
+
+What came is an answer, or a fault that says whose it is and whether the same request may succeed later.
+"""
 
 from __future__ import annotations
 
 import base64
 import json
+import math
 import os
-import urllib.parse
-from dataclasses import replace
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx2
@@ -15,25 +22,47 @@ from persodpo.config import OpenAIModel
 from persodpo.generation.requests import Answer, ModelStopped, Request
 
 CONNECT_SECONDS = 10.0
-_SHORTEST_SECRET = 8
-#: From this length on a secret stands in no answer by chance.
-_NO_CHANCE = 16
+#: A secret of fewer letters is a placeholder such as EMPTY; one of so many stands in no answer by chance.
+_SHORTEST_SECRET, _NO_CHANCE = 8, 16
+#: Letters of a message that are shown.
 _SHOWN = 300
+#: Headers that are sent; others are of the environment, which may mean them for another endpoint.
+_HEADERS = {
+    "accept", "accept-encoding", "authorization", "connection", "content-length", "content-type", "host",
+    "transfer-encoding", "user-agent",
+}  # fmt: skip
+#: Finish reasons that end an answer, in the words of OpenAI, Anthropic's and text-generation-inference's endpoints.
+_ENDS = ("stop", "length", "content_filter", "end_turn", "max_tokens", "stop_sequence", "eos", "eos_token")
+_QUOTA = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
+_TOO_LONG = ("context_length", "context length", "context size", "context window", "context_size", "too many tokens")
+#: Statuses of a gateway that has lost sight of a request; its server may have answered it, and billed it.
+_UNSURE = {408, 499, 502, 504, *range(520, 530)}
+#: HTTP statuses and error codes -> the kind of fault. The first will not pass; of the others, some other statuses will.
+_LASTING = {401: "key", 402: "quota", 403: "denied", 404: "unknown_model"}
+_PASSING = {
+    408: "timeout", 409: "server_error", 429: "rate_limited", "batch_expired": "timeout",
+    "rate_limit_exceeded": "rate_limited",
+}  # fmt: skip
 
 
 class Mask:
-    """Takes a secret, in the forms in which servers echo it, out of what is said about an endpoint."""
+    """Takes a secret, however servers escape it, out of what is said about an endpoint."""
 
     def __init__(self, secret: str | None) -> None:
         """Remember the secret; shorter ones are placeholders such as EMPTY."""
-        self._forms: list[str] = []
+        self._pattern: re.Pattern[str] | None = None
+        self._withholds = len(secret or "") >= _NO_CHANCE
         if secret and len(secret) >= _SHORTEST_SECRET:
-            encoded = base64.b64encode(secret.encode()).decode().rstrip("=")
-            self._forms = [secret, urllib.parse.quote(secret, safe=""), json.dumps(secret)[1:-1], encoded]
+            escaped = "".join(
+                rf"(?:\\{{0,3}}{re.escape(char)}|%{ord(char):02x}|\\{{1,4}}u{ord(char):04x}|&#(?:{ord(char)}|x{ord(char):x});)"
+                for char in secret
+            )
+            encoded = re.escape(base64.b64encode(secret.encode()).decode().rstrip("="))
+            self._pattern = re.compile(f"{escaped}|{encoded}", re.IGNORECASE)
 
     def withheld(self, answer: Answer) -> Answer:
         """Return an answer, or a failure in place of one that holds a secret too long to stand there by chance."""
-        if not any(len(form) >= _NO_CHANCE and form in (answer.completion or "") for form in self._forms):
+        if not (self._withholds and self._pattern and self._pattern.search(answer.completion or "")):
             return answer
         said = "the answer holds the API key, so it is not stored"
         return replace(
@@ -41,11 +70,10 @@ class Mask:
         )
 
     def line(self, text: str) -> str:
-        """Return ``text`` with ``[key]`` wherever the secret stood, on one line of at most 300 characters."""
-        for form in sorted(self._forms, key=len, reverse=True):
-            text = text.replace(form, "[key]")
-        line = " ".join(text.split())
-        return line if len(line) <= _SHOWN else line[: _SHOWN - 1] + "…"
+        """Return ``text`` with ``[key]`` wherever the secret stood, on one line of at most 300 letters that can be shown."""
+        line = " ".join((self._pattern.sub("[key]", text) if self._pattern else text).split())
+        line = line if len(line) <= _SHOWN else line[: _SHOWN - 1] + "…"
+        return "".join(char if char.isprintable() else "\ufffd" for char in line)
 
 
 def api_key(settings: OpenAIModel) -> str | None:
@@ -70,6 +98,35 @@ def api_key(settings: OpenAIModel) -> str | None:
     return key
 
 
+class BoundedClient(httpx2.AsyncClient):
+    """An HTTP client that follows no redirect and reads no body beyond a length."""
+
+    def __init__(self, settings: OpenAIModel, longest_body: int) -> None:
+        """Take timeouts and connections from the settings of an endpoint; bodies are bounded as decoded, bytes."""
+        limits = httpx2.Limits(max_connections=settings.concurrency, max_keepalive_connections=settings.concurrency)
+        connect = min(CONNECT_SECONDS, settings.timeout_seconds)
+        timeout = httpx2.Timeout(settings.timeout_seconds, connect=connect)
+        super().__init__(timeout=timeout, limits=limits, follow_redirects=False)
+        self._longest_body = longest_body
+
+    async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
+        """Send a request and read its body; raises httpx2.DecodingError for one that is too long."""
+        for name in request.headers.keys() - _HEADERS:
+            del request.headers[name]
+        response = await super().send(request, **{**options, "stream": True})
+        body = bytearray()
+        try:
+            async for part in response.aiter_bytes():
+                body += part
+                if len(body) > self._longest_body:
+                    raise httpx2.DecodingError(f"a body of more than {self._longest_body:,} bytes", request=request)
+        finally:
+            await response.aclose()
+        coded = {"content-encoding", "content-length", "transfer-encoding"}
+        headers = [(name, value) for name, value in response.headers.multi_items() if name.lower() not in coded]
+        return httpx2.Response(response.status_code, headers=headers, content=bytes(body), request=request)
+
+
 def request_body(settings: OpenAIModel, json_keys: tuple[str, ...], request: Request) -> tuple[str, dict[str, Any]]:
     """Return a request as it is sent: the path and the body, which may ask for a JSON object of texts under these keys."""
     body: dict[str, Any] = {"model": settings.served_as or settings.model}
@@ -90,28 +147,108 @@ def request_body(settings: OpenAIModel, json_keys: tuple[str, ...], request: Req
     return "/v1/chat/completions", body
 
 
-class BoundedClient(httpx2.AsyncClient):
-    """An HTTP client that follows no redirect and reads no body beyond a length."""
+@dataclass
+class CallFault(Exception):  # noqa: N818 - a fault is what it is called throughout
+    """One attempt that gave no answer."""
 
-    def __init__(self, settings: OpenAIModel, longest_body: int) -> None:
-        """Take timeouts and connections from the settings of an endpoint; bodies are bounded as decoded, bytes."""
-        limits = httpx2.Limits(max_connections=settings.concurrency, max_keepalive_connections=settings.concurrency)
-        connect = min(CONNECT_SECONDS, settings.timeout_seconds)
-        timeout = httpx2.Timeout(settings.timeout_seconds, connect=connect)
-        super().__init__(timeout=timeout, limits=limits, follow_redirects=False)
-        self._longest_body = longest_body
+    kind: str  # a failure of an `Answer`, or a key of `persodpo.generation.endpoint.LASTING`: no other request will succeed
+    detail: str  # the server's or the system's words, which may hold secrets
+    transient: bool = False  # True if the same request may succeed later
+    billed: bool = True  # True if the attempt may have been billed
+    retry_after: float | None = None  # seconds the server asks to wait
 
-    async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
-        """Send a request and read its body; raises httpx2.DecodingError for one that is too long."""
-        response = await super().send(request, **{**options, "stream": True})
-        body = bytearray()
-        try:
-            async for part in response.aiter_bytes():
-                body += part
-                if len(body) > self._longest_body:
-                    raise httpx2.DecodingError(f"a body of more than {self._longest_body:,} bytes", request=request)
-        finally:
-            await response.aclose()
-        coded = {"content-encoding", "content-length", "transfer-encoding"}
-        headers = [(name, value) for name, value in response.headers.multi_items() if name.lower() not in coded]
-        return httpx2.Response(response.status_code, headers=headers, content=bytes(body), request=request)
+
+def read_reply(body: object) -> Answer:
+    """Read the body of a successful call, as it came (bytes) or decoded.
+
+    Returns:
+        An answer, or the failure ``no_choice`` if the list of choices is empty. A refusal is an answer too.
+
+    Raises:
+        CallFault: The body is no answer. One that is no JSON, or an answer that broke off, may be whole the next time; a
+            shape that is not known stays so.
+    """
+    try:
+        reply: Any = json.loads(body) if isinstance(body, bytes) else body
+    except (ValueError, RecursionError) as error:
+        raise CallFault("invalid_body", f"the body is no answer: {error}", transient=True) from None
+    content = _object(reply)
+    usage, choices = _object(content.get("usage")), content.get("choices")
+    asked, written = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens"))
+    if choices == []:
+        empty = "the server answered with an empty list of choices"
+        return Answer("failed", None, None, "no_choice", empty, asked, written)
+    choice = _object(choices[0] if isinstance(choices, list) else None)
+    said = _object(choice.get("message")) or choice
+    refusal, reason = said.get("refusal"), choice.get("finish_reason")
+    text = refusal or _text(said.get("content", said.get("text", 0)))
+    if not isinstance(text, str | None):
+        raise CallFault("invalid_body", f"the body lacks a choice with text: {_shown(reply)}")
+    if not refusal and reason not in _ENDS:
+        raise CallFault("invalid_body", f"the answer broke off (finish reason {_shown(reason)})", transient=True)
+    return Answer("answered", text or "", "refusal" if refusal else reason, None, None, asked, written)
+
+
+def _text(content: object) -> object:
+    """Join the text parts of a message; parts of another kind, such as reasoning, are not the answer."""
+    parts = [_object(part) for part in content] if isinstance(content, list) else []
+    texts = [part.get("text") for part in parts if part.get("type") in ("text", "output_text")]
+    return "".join(map(str, texts)) if texts else content
+
+
+def fault_of(status: object, headers: Mapping[str, str], body: object) -> CallFault:
+    """Say what an HTTP status (any but 200) and the error's body mean, as it came or decoded.
+
+    The lines of a batch may have no status.
+    """
+    try:
+        content: Any = json.loads(body) if isinstance(body, bytes) else body
+    except (ValueError, RecursionError):
+        content = body.decode(errors="replace") if isinstance(body, bytes) else body
+    error = _object(content).get("error", content)
+    found = _object(error)
+    said = _shown(found.get("message") or found.get("detail") or error)
+    code = _shown(found.get("code") or found.get("type") or "")
+    number = status if isinstance(status, int) else 0
+    fault = CallFault("rejected", f"{number or code}: {said}", billed=number in _UNSURE)
+    if 300 <= number < 400:
+        fault.kind, fault.detail = "redirect", f"{number} to {headers.get('location', 'nowhere')}"
+    elif number in _LASTING or (number == 429 and code in _QUOTA):
+        fault.kind = _LASTING.get(number, "quota")
+    elif any(sign in f"{code} {said}".lower() for sign in _TOO_LONG) and number in {0, 400, 413, 422}:
+        fault.kind = "context_too_long"
+    elif number in _PASSING or code in _PASSING or number >= 500:
+        fault.kind = _PASSING.get(number) or _PASSING.get(code, "server_error")
+        fault.transient, fault.retry_after = True, _seconds(headers)
+    return fault
+
+
+def _object(value: object) -> dict[str, Any]:
+    """Return a JSON object, empty if it is none."""
+    return value if isinstance(value, dict) else {}
+
+
+def _count(value: object) -> int | None:
+    return value if isinstance(value, int) and 0 <= value < 2**53 else None
+
+
+def _shown(value: object) -> str:
+    """Return text as it is and other content as JSON, uncut: a part of a secret is not known for one."""
+    try:
+        return value if isinstance(value, str) else json.dumps(value)
+    except RecursionError:
+        return "too deeply nested"
+
+
+def _seconds(headers: Mapping[str, str]) -> float | None:
+    """Return what the server asks to wait, given as seconds, milliseconds or a date; an odd value asks for nothing."""
+    try:
+        if "retry-after-ms" in headers:
+            seconds = float(headers["retry-after-ms"]) / 1000
+        elif headers.get("retry-after", "").strip().replace(".", "", 1).isdigit():
+            seconds = float(headers["retry-after"])
+        else:
+            seconds = parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time()
+    except (KeyError, ValueError, TypeError, OverflowError):
+        return None
+    return max(0.0, seconds) if math.isfinite(seconds) else None

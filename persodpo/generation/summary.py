@@ -112,32 +112,25 @@ def forecast(requests: Iterable[Request], backend: Backend, store: Store, *, ret
         to_ask += len(missing)
         prompt_bytes += sum(request.prompt_bytes for request in missing)
         longest += sum(request.max_new_tokens for request in missing)
-    sample = store.experience(backend.model, template, backend.concurrency)
-    prompt_tokens = round(prompt_bytes * (sample.tokens_per_byte if sample else 1 / BYTES_PER_TOKEN))
-    expected = min(longest, round(to_ask * sample.completion_tokens)) if sample else longest
+    known = store.experience(backend.model, template, backend.concurrency)
+    prompt_tokens = round(prompt_bytes * (known.tokens_per_byte if known else 1 / BYTES_PER_TOKEN))
+    expected = min(longest, round(to_ask * known.completion_tokens)) if known else longest
     requests_a_minute, tokens_a_minute = backend.minute
-    bounds = [
-        to_ask * sample.seconds if sample else None,
-        60 * to_ask / requests_a_minute if requests_a_minute else None,
-        60 * (prompt_tokens + longest) / tokens_a_minute if tokens_a_minute else None,
-    ]
+    bounds = [to_ask * known.seconds] if known else []
+    bounds += [60 * to_ask / requests_a_minute] if requests_a_minute else []
+    bounds += [60 * (prompt_tokens + longest) / tokens_a_minute] if tokens_a_minute else []
     prices = backend.prices
     return Forecast(
-        model=backend.model, requests=total, to_ask=to_ask, sample=sample.answers if sample else 0,
+        model=backend.model, requests=total, to_ask=to_ask, sample=known.answers if known else 0,
         prompt_tokens=prompt_tokens, completion_tokens=expected,
         cost=prices.cost(prompt_tokens, expected) if prices else None,
         highest_cost=prices.cost(prompt_tokens, longest) if prices else None,
-        seconds=max((bound for bound in bounds if bound is not None), default=None),
+        seconds=max(bounds, default=None),
     )  # fmt: skip
 
 
 def stored_answers(store: Store, jobs: Iterable[tuple[Job, Sequence[str]]], reading: Reading) -> pd.DataFrame:
-    """Return what the store holds of some jobs.
-
-    Args:
-        store: Of the answers.
-        jobs: Each with the splits of its dialogues; its requests are gone through.
-        reading: How completions are read.
+    """Return what the store holds of some jobs, each given with the splits of its dialogues.
 
     Returns:
         An answers table (`persodpo.tables.SCHEMAS`), a row for each request that was answered or has failed.
