@@ -16,7 +16,6 @@ from persodpo.errors import PersodpoError
 from persodpo.runfolder import RunFolder, StageReport
 from persodpo.stages import (
     ablate,
-    asking,
     audit,
     cards,
     dialogues,
@@ -82,7 +81,7 @@ def make(profile: Profile, name: str, overwrite: bool = False, **options: Any) -
     """
     reports: list[object] = []
     steps = plan(profile, name, options)
-    wait = asking.WAIT_SECONDS if name == "dialogues" or STAGES[name].shared else 0.0
+    wait = generate.WAIT_SECONDS if name == "dialogues" or STAGES[name].shared else 0.0
     with ExitStack() as held:
         for step in steps:
             run, stage = RunFolder(step[0]), STAGES[step[1]]
