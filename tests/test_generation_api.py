@@ -240,9 +240,12 @@ def test_retry_after_is_waited_for_unless_it_is_too_long(server: Server, store: 
         ("reasoning", ("answered", completion("odd <<fault=reasoning>>"), "stop", None)),
         ("empty_choices", ("failed", None, None, "no_choice")),
         ("context", ("failed", None, None, "context_too_long")),
-        *((fault, ("failed", None, None, "rejected")) for fault in ("status_400", "status_422", "status_201")),
+        ("created", ("answered", completion("odd <<fault=created>>"), "stop", None)),
+        ("odd_header", ("answered", completion("odd <<fault=odd_header>>"), "stop", None)),
+        *((fault, ("failed", None, None, "rejected")) for fault in ("status_400", "status_422")),
         *((fault, ("failed", None, None, "invalid_body")) for fault in (
-            "odd_parts", "odd_type", "wrong_shape", "nested", "list", "null_message", "number", "bomb", "endless",
+            "odd_parts", "odd_type", "null_part", "wrong_shape", "nested", "list", "null_message", "number", "bomb",
+            "endless",
         )),
     ],
 )  # fmt: skip

@@ -43,17 +43,63 @@ def test_one_batch_answers_all(server: Server, store: Store) -> None:
 
 def test_each_line_of_a_result_is_read_by_itself_and_failures_are_retried(server: Server, store: Store) -> None:
     """An answer with line separators, lines that nobody can decode, an error and a prompt without a line."""
-    asked = chats(["good", "<<lines>>", "<<error>>", "<<garbage>>", "<<deep>>", "<<missing>>", "<<status>>"])
+    good = ["good", "<<lines>>", "<<status>>", "<<twice>>"]
+    asked = chats([*good, "<<error>>", "<<garbage>>", "<<deep>>", "<<missing>>", "<<reason>>"])
     via = backend(server.url)
     summary = generate(asked, via, store)
-    assert (summary.answered, summary.failed) == (2, {"rejected": 2, "timeout": 3})
+    assert (summary.answered, summary.failed) == (4, {"rejected": 1, "timeout": 3, "invalid_body": 1})
     found = answers(store, asked, via)
-    assert [answer.completion for answer in found[:2]] == [completion("good"), "one\u2028two\x85three"]
-    # An unreadable line may be any prompt's that has none, and be billed.
-    assert [answer.cost > 0 for answer in found] == [True, True, False, True, True, True, False]
-    assert "no such thing" in found[2].error
+    assert found[1].completion == "one\u2028two\x85three"
+    assert [found[number].completion for number in (0, 2, 3)] == [completion(good[number]) for number in (0, 2, 3)]
+    # What a batch that is complete does not show may have been billed.
+    assert [answer.cost > 0 for answer in found] == [*[True] * 4, False, *[True] * 4]
+    assert "no such thing" in found[4].error
     assert generate(asked, via, store, retry_failed=True).asked == 5
     assert server.calls()["POST /batches"] == 2
+
+
+@pytest.mark.parametrize("fault", ["no_output", "half_file", "html_file", "html_state"])
+def test_a_batch_that_is_shown_wrongly_is_kept_for_the_next_run(tmp_path: Path, store: Store, fault: str) -> None:
+    with serving(tmp_path / "calls.jsonl", "--batch-fault", fault) as server:
+        stopped = generate(ASKED, backend(server.url), store)
+        assert "failed on a batch" in stopped.stopped
+        assert (stopped.left, store.spent() > 0) == (30, True)
+        assert generate(ASKED, backend(server.url), store).skipped == 30
+        assert all(answer.completion for answer in answers(store, ASKED, backend(server.url)))
+        assert server.calls()["POST /batches"] == 1
+
+
+@pytest.mark.parametrize("fault", ["times", "failed"])
+def test_an_answer_is_kept_whatever_its_batch_says_of_itself(tmp_path: Path, store: Store, fault: str) -> None:
+    with serving(tmp_path / "calls.jsonl", "--batch-fault", fault) as server:
+        assert generate(ASKED, backend(server.url), store).answered == 30
+
+
+def test_a_batch_that_the_endpoint_has_forgotten_is_paid_for_and_others_go_on(tmp_path: Path, store: Store) -> None:
+    with serving(tmp_path / "calls.jsonl", "--batch-fault", "gone") as server:
+        assert generate(ASKED[:20], backend(server.url), store).left == 20
+        spent = store.spent()
+        assert generate(ASKED, backend(server.url), store).skipped == 20
+        assert store.spent() > spent
+        assert {answer.failure for answer in answers(store, ASKED[:20], backend(server.url))} == {"timeout"}
+        assert server.calls()["POST /batches"] == 2
+
+
+def test_money_of_a_batch_that_may_have_been_made_stays_set_aside(tmp_path: Path, store: Store) -> None:
+    """The list of batches goes on for ever, and does not show it."""
+    with serving(tmp_path / "calls.jsonl", "--batch-fault", "unmade") as server:
+        for runs in (1, 2):
+            assert generate(ASKED, backend(server.url), store).left == 30
+            assert store.spent() == pytest.approx(runs * sum(backend(server.url).highest_cost(one) for one in ASKED))
+
+
+def test_a_batch_is_collected_at_its_own_address_only(tmp_path: Path, store: Store) -> None:
+    with serving(tmp_path / "calls.jsonl", "--batch-fault", "html_state") as server:
+        generate(ASKED, backend(server.url), store)
+        moved = generate(ASKED, backend(server.url.replace("127.0.0.1", "localhost")), store)
+        assert f"another address ({server.url})" in moved.stopped
+        assert generate(ASKED, backend(f"{server.url}/"), store).skipped == 30
+        assert server.calls()["POST /batches"] == 1
 
 
 def test_error_lines_are_classified(server: Server, store: Store) -> None:
@@ -77,7 +123,7 @@ def test_an_expired_batch_accounts_for_every_prompt(server: Server, store: Store
 def test_a_refused_batch_stops_the_model_and_is_forgotten(server: Server, store: Store) -> None:
     asked = chats(["good", "one <<refused>>"])
     summary = generate(asked, backend(server.url), store)
-    assert "refused a batch (a prompt that is refused)" in summary.stopped
+    assert "a prompt that is refused" in summary.stopped
     assert (summary.left, store.spent()) == (2, 0.0)
     assert generate(asked[:1], backend(server.url), store).answered == 1
 
@@ -152,7 +198,7 @@ def test_a_killed_run_submits_nothing_twice(tmp_path: Path, fault: str, call: st
 def test_a_batch_whose_making_is_never_confirmed_is_not_made_twice(tmp_path: Path, store: Store) -> None:
     with serving(tmp_path / "calls.jsonl", "--batch-fault", "create") as server:
         via = backend(server.url, timeout_seconds=0.5)
-        assert "cannot be reached" in generate(ASKED, via, store).stopped
+        assert generate(ASKED, via, store).left == 30
         assert generate(ASKED, via, store).skipped == 30
         assert server.calls()["POST /batches"] == 1
 

@@ -11,7 +11,8 @@ import math
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -27,10 +28,12 @@ _SHORTEST_SECRET, _NO_CHANCE = 8, 16
 #: Letters of a message that are shown.
 _SHOWN = 300
 #: Headers that are sent; others are of the environment, which may mean them for another endpoint.
-_HEADERS = {
-    "accept", "accept-encoding", "authorization", "connection", "content-length", "content-type", "host",
-    "transfer-encoding", "user-agent",
+_SENT = {
+    b"accept", b"accept-encoding", b"authorization", b"connection", b"content-length", b"content-type", b"host",
+    b"transfer-encoding", b"user-agent",
 }  # fmt: skip
+#: Headers that are read; nobody knows how the others are coded.
+_READ = (b"content-type", b"location", b"retry-after", b"retry-after-ms")
 #: Finish reasons that end an answer, in the words of OpenAI, Anthropic's and text-generation-inference's endpoints.
 _ENDS = ("stop", "length", "content_filter", "end_turn", "max_tokens", "stop_sequence", "eos", "eos_token")
 _QUOTA = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
@@ -111,9 +114,11 @@ class BoundedClient(httpx2.AsyncClient):
 
     async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
         """Send a request and read its body; raises httpx2.DecodingError for one that is too long."""
-        for name in request.headers.keys() - _HEADERS:
-            del request.headers[name]
-        response = await super().send(request, **{**options, "stream": True})
+        sent = httpx2.Request(
+            request.method, request.url, stream=request.stream, extensions=request.extensions,
+            headers=[(name, value) for name, value in request.headers.raw if name.lower() in _SENT],
+        )  # fmt: skip
+        response = await super().send(sent, **{**options, "stream": True})
         body = bytearray()
         try:
             async for part in response.aiter_bytes():
@@ -122,8 +127,7 @@ class BoundedClient(httpx2.AsyncClient):
                     raise httpx2.DecodingError(f"a body of more than {self._longest_body:,} bytes", request=request)
         finally:
             await response.aclose()
-        coded = {"content-encoding", "content-length", "transfer-encoding"}
-        headers = [(name, value) for name, value in response.headers.multi_items() if name.lower() not in coded]
+        headers = [(name, value) for name, value in response.headers.raw if name.lower() in _READ]
         return httpx2.Response(response.status_code, headers=headers, content=bytes(body), request=request)
 
 
@@ -158,6 +162,17 @@ class CallFault(Exception):  # noqa: N818 - a fault is what it is called through
     retry_after: float | None = None  # seconds the server asks to wait
 
 
+@contextmanager
+def shape_faults() -> Iterator[None]:
+    """Make a fault of whatever reading one reply stumbles over, so that no server can end more than its own request."""
+    try:
+        yield
+    except CallFault:
+        raise
+    except Exception as error:
+        raise CallFault("invalid_body", f"the body has an unknown shape ({type(error).__name__})") from None
+
+
 def read_reply(body: object) -> Answer:
     """Read the body of a successful call, as it came (bytes) or decoded.
 
@@ -172,28 +187,28 @@ def read_reply(body: object) -> Answer:
         reply: Any = json.loads(body) if isinstance(body, bytes) else body
     except (ValueError, RecursionError) as error:
         raise CallFault("invalid_body", f"the body is no answer: {error}", transient=True) from None
-    content = _object(reply)
-    usage, choices = _object(content.get("usage")), content.get("choices")
-    asked, written = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens"))
+    content = as_object(reply)
+    usage, choices = as_object(content.get("usage")), content.get("choices")
+    asked, written = as_count(usage.get("prompt_tokens")), as_count(usage.get("completion_tokens"))
     if choices == []:
         empty = "the server answered with an empty list of choices"
         return Answer("failed", None, None, "no_choice", empty, asked, written)
-    choice = _object(choices[0] if isinstance(choices, list) else None)
-    said = _object(choice.get("message")) or choice
+    choice = as_object(choices[0] if isinstance(choices, list) else None)
+    said = as_object(choice.get("message")) or choice
     refusal, reason = said.get("refusal"), choice.get("finish_reason")
     text = refusal or _text(said.get("content", said.get("text", 0)))
     if not isinstance(text, str | None):
-        raise CallFault("invalid_body", f"the body lacks a choice with text: {_shown(reply)}")
+        raise CallFault("invalid_body", f"the body lacks a choice with text: {as_text(reply)}")
     if not refusal and reason not in _ENDS:
-        raise CallFault("invalid_body", f"the answer broke off (finish reason {_shown(reason)})", transient=True)
+        raise CallFault("invalid_body", f"the answer broke off (finish reason {as_text(reason)})", transient=True)
     return Answer("answered", text or "", "refusal" if refusal else reason, None, None, asked, written)
 
 
 def _text(content: object) -> object:
     """Join the text parts of a message; parts of another kind, such as reasoning, are not the answer."""
-    parts = [_object(part) for part in content] if isinstance(content, list) else []
-    texts = [part.get("text") for part in parts if part.get("type") in ("text", "output_text")]
-    return "".join(map(str, texts)) if texts else content
+    parts = [as_object(part) for part in content] if isinstance(content, list) else []
+    texts: list[Any] = [part.get("text") for part in parts if part.get("type") in ("text", "output_text")]
+    return "".join(texts) if texts and all(isinstance(text, str) for text in texts) else content
 
 
 def fault_of(status: object, headers: Mapping[str, str], body: object) -> CallFault:
@@ -205,10 +220,10 @@ def fault_of(status: object, headers: Mapping[str, str], body: object) -> CallFa
         content: Any = json.loads(body) if isinstance(body, bytes) else body
     except (ValueError, RecursionError):
         content = body.decode(errors="replace") if isinstance(body, bytes) else body
-    error = _object(content).get("error", content)
-    found = _object(error)
-    said = _shown(found.get("message") or found.get("detail") or error)
-    code = _shown(found.get("code") or found.get("type") or "")
+    error = as_object(content).get("error", content)
+    found = as_object(error)
+    said = as_text(found.get("message") or found.get("detail") or error)
+    code = as_text(found.get("code") or found.get("type") or "")
     number = status if isinstance(status, int) else 0
     fault = CallFault("rejected", f"{number or code}: {said}", billed=number in _UNSURE)
     if 300 <= number < 400:
@@ -223,16 +238,17 @@ def fault_of(status: object, headers: Mapping[str, str], body: object) -> CallFa
     return fault
 
 
-def _object(value: object) -> dict[str, Any]:
+def as_object(value: object) -> dict[str, Any]:
     """Return a JSON object, empty if it is none."""
     return value if isinstance(value, dict) else {}
 
 
-def _count(value: object) -> int | None:
+def as_count(value: object) -> int | None:
+    """Return a whole number, None for anything else."""
     return value if isinstance(value, int) and 0 <= value < 2**53 else None
 
 
-def _shown(value: object) -> str:
+def as_text(value: object) -> str:
     """Return text as it is and other content as JSON, uncut: a part of a secret is not known for one."""
     try:
         return value if isinstance(value, str) else json.dumps(value)

@@ -18,7 +18,16 @@ import openai
 
 from persodpo.config import OpenAIModel
 from persodpo.generation.ask import Work
-from persodpo.generation.client import BoundedClient, CallFault, Mask, api_key, fault_of, read_reply, request_body
+from persodpo.generation.client import (
+    BoundedClient,
+    CallFault,
+    Mask,
+    api_key,
+    fault_of,
+    read_reply,
+    request_body,
+    shape_faults,
+)
 from persodpo.generation.requests import Answer, Backend, Request
 from persodpo.generation.summary import BYTES_PER_TOKEN
 
@@ -43,6 +52,7 @@ LASTING = {
     "wait": ("asks for a long wait", "run again then, answers are kept"),
     "usage": ("reports more use than was allowed", "what it says is booked, check its bill"),
     "row": (f"failed for {FAILURES_IN_A_ROW} prompts in a row", "mend that and run again, with failures retried"),
+    "elsewhere": ("has a batch under way at another address", "set base_url back until it is collected"),
     "batch": ("failed on a batch", "run again later"),
     "no_batches": ("has no Batch API", "set batch: false"),
     "refused": ("refused a batch", "correct what it names and run again"),
@@ -228,9 +238,10 @@ class _Wire(BoundedClient):
         except httpx2.RequestError as error:
             raise CallFault("connection_cut", str(error) or type(error).__name__, transient=True) from None
         self._reached = True
-        if response.status_code != 200:
-            raise fault_of(response.status_code, response.headers, response.content)
-        return read_reply(response.content)
+        with shape_faults():
+            if not 200 <= response.status_code < 300:
+                raise fault_of(response.status_code, response.headers, response.content)
+            return read_reply(response.content)
 
 
 class Pace:
