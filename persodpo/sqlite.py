@@ -17,7 +17,7 @@ from persodpo.errors import PersodpoError, make_folder
 #: How SQLite's names of an error start -> what to say of it.
 _SENTENCES = {
     ("SQLITE_BUSY", "SQLITE_LOCKED"): (
-        "The {what} in {path} are locked by another process; wait for it or end it, then run again, nothing is lost."
+        "The {what} in {path} are locked by another process; wait for it or end it, then run again."
     ),
     ("SQLITE_NOTADB", "SQLITE_CORRUPT"): "The {what} in {path} are damaged or the file is none of persodpo's; {remedy}.",
     ("SQLITE_FULL",): "The disk holding {path} is full; free some space and run again, {what} that were stored are safe.",

@@ -172,6 +172,11 @@ class FaultyServer:
             "filter": body_of(asked, prompt, message=say, finish_reason="content_filter"),
             "length": body_of(asked, prompt, finish_reason="length"),
             "no_usage": {**body_of(asked, prompt), "usage": None},
+            "zero_usage": {**body_of(asked, prompt), "usage": {"prompt_tokens": 0, "completion_tokens": 0}},
+            "total_usage": {
+                **body_of(asked, prompt),
+                "usage": {"prompt_tokens": 9, "completion_tokens": 9, "total_tokens": 10_000},
+            },
             "surrogate": body_of(asked, prompt, message={**say, "content": "half \ud83d and \x00"}),
             "huge_usage": {**body_of(asked, prompt), "usage": {"prompt_tokens": 10**30, "completion_tokens": -1}},
             "deep": b'{"choices": ' + b"[" * 100_000,

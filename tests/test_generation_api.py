@@ -6,6 +6,7 @@ Everything goes through the public doors: `generate`, `generate_all`, `forecast`
 from __future__ import annotations
 
 import asyncio
+import html
 import json
 import logging
 import os
@@ -14,12 +15,14 @@ import random
 import re
 import signal
 import socket
+import string
 import subprocess
 import sys
 import termios
 import threading
 import time
 import traceback
+from base64 import b64encode, urlsafe_b64encode
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -168,7 +171,7 @@ PASSING = {
     "status_504": "server_error", "html": "invalid_body", "deep": "invalid_body", "broken_off": "invalid_body",
     "odd_reason": "invalid_body",
 }  # fmt: skip
-UNBILLED = {"status_409", "status_429", "status_500", "status_503"}
+UNBILLED = {"status_409", "status_429", "status_503"}  # after the others a model may have answered, unseen
 
 
 def test_passing_faults_are_tried_again(server: Server, store: Store) -> None:
@@ -182,7 +185,7 @@ def test_passing_faults_are_tried_again(server: Server, store: Store) -> None:
 
 
 def test_lasting_faults_are_accounted_for_and_retried_on_request(server: Server, store: Store) -> None:
-    asked = backend(server.url, timeout_seconds=0.2, concurrency=13, attempts=2)
+    asked = backend(server.url, timeout_seconds=0.6, concurrency=13, attempts=2)
     texts = chats(f"lasting <<fault={fault} times=2>>" for fault in PASSING)
     found = generate(texts, asked, store)
     assert (found.answered, found.failed) == (0, Counter(PASSING.values()))
@@ -314,8 +317,13 @@ def test_a_server_that_goes_away(tmp_path: Path, store: Store) -> None:
     texts = [f"going {number}" for number in range(400)]
     with serving(tmp_path / "log.jsonl", "--latency", "0.02") as leaving:
         asked = backend(leaving.url, concurrency=4, attempts=3)
-        timer = threading.Timer(1.0, leaving.process.kill)
-        timer.start()
+
+        def leave() -> None:
+            while len(leaving.events("delivered")) < 20:
+                time.sleep(0.05)
+            leaving.process.kill()
+
+        threading.Thread(target=leave, daemon=True).start()
         found = generate(chats(texts), asked, store)
     assert "cannot be reached" in found.stopped
     assert found.answered > 4
@@ -410,8 +418,8 @@ def test_the_key_appears_nowhere(
         found = generate(texts, asked, store)
         assert (found.answered, sum(found.failed.values())) == (0, 8)
         rows = [repr(answer) for answer in answers(store, texts, asked)]
-    assert "Authorization: Bearer [key]" in rows[0]
-    assert "Authorization: Bearer [key]" in found.stopped
+    assert "error='500: words that hold the API key'" in rows[0]
+    assert "401: words that hold the API key" in found.stopped
     written = b"".join(path.read_bytes() for path in tmp_path.iterdir())
     said = [*rows, repr(found), str(found), repr(asked), repr(asked.settings), caplog.text, *capfd.readouterr()]
     assert server.received("key <<fault=cut>>")[0]["key"] == f"Bearer {CANARY}"
@@ -441,22 +449,24 @@ def test_an_answer_is_stored_as_it_came(server: Server, store: Store, monkeypatc
     assert found.completion == "Your key is Bearer anything."
 
 
-secrets = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=8, max_size=40)
-ESCAPES = ["%{:02X}", "\\u{:04x}", "&#{};", "&#x{:x};"]
-FORMS = [str, json.dumps, lambda text: json.dumps(json.dumps(text)), repr, lambda text: text * 2, *(
-    lambda text, escape=escape: "".join(escape.format(ord(char)) for char in text) for escape in ESCAPES
-)]  # fmt: skip
+secrets = st.text(string.ascii_letters + string.digits + "-_/+=.", min_size=9, max_size=60)
+ESCAPES = ["%{:02X}", "%{:02x}", "\\u{:04x}", "&#{};", "&#x{:x};"]
+FORMS = [
+    str, repr, json.dumps, lambda text: json.dumps(json.dumps(text)), html.escape, lambda text: text * 2, str.upper,
+    "\n".join, lambda text: text.encode().hex(), lambda text: text[1:9],
+    *(lambda text, before=before: b64encode(f"{before}{text}\n".encode()).decode() for before in ("", "Bearer ", "user:")),
+    lambda text: urlsafe_b64encode(text.encode()).decode(),
+    *(lambda text, escape=escape: "".join(escape.format(ord(char)) for char in text) for escape in ESCAPES),
+]  # fmt: skip
 
 
 @given(secret=secrets, before=st.text(max_size=200), after=st.text(max_size=40))
 def test_no_form_of_a_secret_passes_the_mask(secret: str, before: str, after: str) -> None:
     mask = Mask(secret)
     assert Mask("EMPTY").line("The glass is EMPTY.") == "The glass is EMPTY."
-    for form in FORMS:
-        said = mask.line(before + form(secret) + after).replace("[key]", "\0")
-        assert secret not in said
-        assert form(secret) not in said
-        assert secret[:8] not in mask.line("x" * 290 + form(secret)) or secret[:8] in "x" * 290
+    for number, form in enumerate(FORMS):
+        assert mask.line(f"400: {before[:40]} {form(secret)}") == "400: words that hold the API key", number
+        assert secret[:8] not in mask.line(f"{before} {'x' * 280} {form(secret)} {after}"), number
     plain = Mask(None).line(f"{before}\x1b[31m")
     assert len(plain) <= 300
     assert plain.isprintable()
@@ -616,6 +626,28 @@ def test_answers_that_wait_for_the_disk_survive_an_interrupt(slow: Server, tmp_p
             generate(chats(texts), backend(slow.url), store)
         assert sorted(event["prompt"] for event in slow.events("delivered")) == texts
         assert all(answers(store, chats(texts), backend(slow.url)))
+
+
+class Failing(Store):
+    """Cannot be written at first."""
+
+    def write(self, entries, run=None):
+        self.writes = getattr(self, "writes", 0) + 1
+        if self.writes == 1:
+            raise PersodpoError("The answers are locked.")
+        super().write(entries, run)
+
+
+def test_answers_in_hand_outlive_a_write_that_fails_and_nobody_waits_for_its_money(
+    slow: Server, tmp_path: Path
+) -> None:
+    """Two models, and money for one request: the second waits for it."""
+    one, two = backend(slow.url, model="one", concurrency=1), backend(slow.url, model="two", concurrency=1)
+    asked, budget = [chat("hello")], one.highest_cost(chat("hello"))
+    with Failing(tmp_path / "answers.sqlite") as store:
+        with pytest.raises(PersodpoError, match="locked"):
+            generate_all([Job(asked, one), Job(asked, two)], store, budget_usd=budget)
+        assert answers(store, asked, one)[0].completion == completion("hello")
 
 
 def test_a_disk_that_fails_in_the_middle_loses_nothing(server: Server, store: Store) -> None:

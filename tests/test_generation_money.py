@@ -92,7 +92,7 @@ def test_what_a_cut_attempt_may_have_cost_is_kept_when_the_budget_is_reached(ser
 
 
 def test_an_answer_without_usage_counts_at_its_highest_price(server: Server, store: Store) -> None:
-    asked = chats(["unmetered <<fault=no_usage>>", "unmetered <<fault=huge_usage>>"])
+    asked = chats(f"unmetered <<fault={kind}_usage>>" for kind in ("no", "huge", "zero"))
     generate(asked, backend(server.url), store)
     for found in answers(store, asked, backend(server.url)):
         assert (found.outcome, found.prompt_tokens, found.completion_tokens) == ("answered", None, None)
@@ -107,6 +107,13 @@ def test_usage_above_what_was_set_aside_is_booked_and_stops_the_model(server: Se
     assert store.spent() == pytest.approx(found.cost)
     assert found.cost > 0.1
     assert generate(asked, backend(server.url, model="other"), store, budget_usd=0.01).left == 3
+
+
+def test_what_a_model_thinks_is_counted_where_only_the_total_holds_it(server: Server, store: Store) -> None:
+    asked = [chat("thought over <<fault=total_usage>>")]
+    generate(asked, backend(server.url), store)
+    (found,) = answers(store, asked, backend(server.url))
+    assert found.prompt_tokens + found.completion_tokens == 10_000
 
 
 def test_a_budget_needs_prices(server: Server, store: Store) -> None:

@@ -154,7 +154,7 @@ def test_money_is_set_aside_as_far_as_it_goes(store: Store, path: Path) -> None:
     assert store.spent() == 0.625
     store.write([entry("b")])
     assert store.spent() == 0.625  # 0.25 was set aside and 0.25 was spent
-    assert store.reserve([("free", 0.0)], budget=0.1) == 0
+    assert store.reserve([("free", 0.0), ("not free", 0.1)], budget=0.1) == 1
     for _ in range(2):  # another attempt adds to what is set aside
         store.reserve([("again", 0.25)])
     assert store.spent() == 1.125
@@ -190,12 +190,31 @@ def test_answers_of_another_store_are_taken_over_and_cost_nothing(store: Store, 
     with Store(tmp_path / "other.sqlite") as other:
         other.write([entry("a"), entry("failed", FAILED), entry("not asked for"), entry("here", FAILED)])
         (created,) = [found.created for _, found in other.entries(["a"])]
-    store.write([entry("here")])
-    store.adopt(["a", "failed", "here", "unknown"], tmp_path / "other.sqlite")
+        other.write([entry("failed here")])
+    store.write([entry("here"), entry("failed here", FAILED)])
+    store.adopt(["a", "failed", "here", "unknown", "failed here"], tmp_path / "other.sqlite")
     free = replace(SAID, cost=0.0)
     assert stored(store, "a", "failed", "not asked for", "here") == [free, None, None, SAID]
+    assert stored(store, "failed here") == [replace(SAID, cost=FAILED.cost, attempts=FAILED.attempts + 1)]
     assert [found.created for _, found in store.entries(["a"])] == [created]
-    assert store.spent() == SAID.cost
+    assert store.spent() == SAID.cost + FAILED.cost
+
+
+def test_a_lock_file_that_cannot_be_made_is_one_sentence(store: Store, path: Path) -> None:
+    with store.asking(["a"]):
+        (lock,) = path.parent.glob(".*.lock")
+    lock.unlink(missing_ok=True)
+    lock.mkdir()
+    with pytest.raises(PersodpoError, match="cannot be made"), store.asking(["a"]):
+        pass
+
+
+def test_a_store_that_is_deleted_in_use_takes_nothing_more(store: Store, path: Path) -> None:
+    path.unlink()
+    with pytest.raises(PersodpoError, match="moved, deleted or replaced"):
+        store.write([entry("a")])
+    with pytest.raises(PersodpoError, match="moved, deleted or replaced"):
+        store.reserve([("a", 1.0)])
 
 
 LOCK = """

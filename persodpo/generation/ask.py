@@ -160,10 +160,12 @@ class Work:
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
         finally:
-            if self._waiting:  # the run was interrupted
-                self.store.write(self._waiting)
-            self.store.release([key for key, _ in self._ready])
-            self._run.settle(self._open)
+            try:
+                if self._waiting:  # the run was interrupted, or the disk failed for a while
+                    self.store.write(self._waiting)
+                self.store.release([key for key, _ in self._ready])
+            finally:
+                self._run.settle(self._open)
         if self.summary.stopped:
             while self._look_up():
                 self._found.clear()
@@ -212,8 +214,12 @@ class Work:
         self._waiting.append(Entry(key, self.backend.model, request.template, request.prompt_bytes, answer))
         async with self._writing:
             entries, self._waiting = self._waiting, []
-            if entries:
-                await asyncio.shield(asyncio.to_thread(self.store.write, entries))
+            try:
+                if entries:
+                    await asyncio.shield(asyncio.to_thread(self.store.write, entries))
+            except PersodpoError:
+                self._waiting = entries + self._waiting  # for another try at the end
+                raise
         self.count(key, answer)
 
     def count(self, key: str, answer: Answer) -> None:

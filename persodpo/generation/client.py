@@ -6,6 +6,7 @@ What came is an answer, or a fault that says whose it is and whether the same re
 from __future__ import annotations
 
 import base64
+import html
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from typing import Any
+from urllib.parse import unquote
 
 import httpx2
 
@@ -23,8 +25,8 @@ from persodpo.config import OpenAIModel
 from persodpo.generation.requests import Answer, ModelStopped, Request
 
 CONNECT_SECONDS = 10.0
-#: A secret of fewer letters is a placeholder such as EMPTY; one of so many stands in no answer by chance.
-_SHORTEST_SECRET, _NO_CHANCE = 8, 16
+#: Letters of a secret in a row that are not shown, and that stand in no answer by chance; shorter ones are placeholders.
+_PIECE, _NO_CHANCE = 8, 16
 #: Letters of a message that are shown.
 _SHOWN = 300
 #: Headers that are sent; others are of the environment, which may mean them for another endpoint.
@@ -38,8 +40,8 @@ _READ = (b"content-type", b"location", b"retry-after", b"retry-after-ms")
 _ENDS = ("stop", "length", "content_filter", "end_turn", "max_tokens", "stop_sequence", "eos", "eos_token")
 _QUOTA = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
 _TOO_LONG = ("context_length", "context length", "context size", "context window", "context_size", "too many tokens")
-#: Statuses of a gateway that has lost sight of a request; its server may have answered it, and billed it.
-_UNSURE = {408, 499, 502, 504, *range(520, 530)}
+#: Statuses of 500 and more that say that nothing was done; after the others a model behind a gateway may have answered.
+_UNDONE = {503, 529}
 #: HTTP statuses and error codes -> the kind of fault. The first will not pass; of the others, some other statuses will.
 _LASTING = {401: "key", 402: "quota", 403: "denied", 404: "unknown_model"}
 _PASSING = {
@@ -49,23 +51,29 @@ _PASSING = {
 
 
 class Mask:
-    """Takes a secret, however servers escape it, out of what is said about an endpoint."""
+    """Keeps words that hold a part of a secret, however they write it, out of what is said and stored."""
 
     def __init__(self, secret: str | None) -> None:
         """Remember the secret; shorter ones are placeholders such as EMPTY."""
-        self._pattern: re.Pattern[str] | None = None
-        self._withholds = len(secret or "") >= _NO_CHANCE
-        if secret and len(secret) >= _SHORTEST_SECRET:
-            escaped = "".join(
-                rf"(?:\\{{0,3}}{re.escape(char)}|%{ord(char):02x}|\\{{1,4}}u{ord(char):04x}|&#(?:{ord(char)}|x{ord(char):x});)"
-                for char in secret
-            )
-            encoded = re.escape(base64.b64encode(secret.encode()).decode().rstrip("="))
-            self._pattern = re.compile(f"{escaped}|{encoded}", re.IGNORECASE)
+        forms: list[str] = []
+        if secret and len(secret) >= _PIECE:
+            coded = [base64.b64encode(b"?" * shift + secret.encode()).decode() for shift in range(3)]
+            # Letters that hold bits of what stands before or after are left out.
+            inner = [text[-(-shift * 8 // 6) : (shift + len(secret)) * 8 // 6] for shift, text in enumerate(coded)]
+            forms = [_folded(form) for form in (secret, secret.encode().hex(), *inner)]
+        self._pieces = {
+            size: {form[start : start + size] for form in forms for start in range(len(form) - size + 1)}
+            for size in (_PIECE, _NO_CHANCE)
+        }
+
+    def _holds(self, text: str, size: int) -> bool:
+        """Tell whether a text shares so many letters in a row with the secret, as it is or coded."""
+        plain = _folded(text) if self._pieces[size] else ""
+        return any(plain[start : start + size] in self._pieces[size] for start in range(len(plain) - size + 1))
 
     def withheld(self, answer: Answer) -> Answer:
         """Return an answer, or a failure in place of one that holds a secret too long to stand there by chance."""
-        if not (self._withholds and self._pattern and self._pattern.search(answer.completion or "")):
+        if not self._holds(answer.completion or "", _NO_CHANCE):
             return answer
         said = "the answer holds the API key, so it is not stored"
         return replace(
@@ -73,10 +81,19 @@ class Mask:
         )
 
     def line(self, text: str) -> str:
-        """Return ``text`` with ``[key]`` wherever the secret stood, on one line of at most 300 letters that can be shown."""
-        line = " ".join((self._pattern.sub("[key]", text) if self._pattern else text).split())
+        """Return ``text`` on one line of at most 300 letters that can be shown, or nothing of it but a status."""
+        line = " ".join(text.split())
         line = line if len(line) <= _SHOWN else line[: _SHOWN - 1] + "…"
+        if self._holds(line, _PIECE):
+            status = line[:5] if re.match(r"\d{3}: ", line) else ""
+            return f"{status}words that hold the API key"
         return "".join(char if char.isprintable() else "\ufffd" for char in line)
+
+
+def _folded(text: str) -> str:
+    """Return the letters of a text without its escapes, spaces, case, and the two alphabets of base64."""
+    text = re.sub(r"\\+u([0-9a-fA-F]{4})", lambda found: chr(int(found[1], 16)), unquote(html.unescape(text)))
+    return re.sub(r"[\s\\]", "", text).translate({ord("-"): "+", ord("_"): "/"}).lower()
 
 
 def api_key(settings: OpenAIModel) -> str | None:
@@ -188,8 +205,8 @@ def read_reply(body: object) -> Answer:
     except (ValueError, RecursionError) as error:
         raise CallFault("invalid_body", f"the body is no answer: {error}", transient=True) from None
     content = as_object(reply)
-    usage, choices = as_object(content.get("usage")), content.get("choices")
-    asked, written = as_count(usage.get("prompt_tokens")), as_count(usage.get("completion_tokens"))
+    choices = content.get("choices")
+    asked, written = _usage(as_object(content.get("usage")))
     if choices == []:
         empty = "the server answered with an empty list of choices"
         return Answer("failed", None, None, "no_choice", empty, asked, written)
@@ -201,7 +218,20 @@ def read_reply(body: object) -> Answer:
         raise CallFault("invalid_body", f"the body lacks a choice with text: {as_text(reply)}")
     if not refusal and reason not in _ENDS:
         raise CallFault("invalid_body", f"the answer broke off (finish reason {as_text(reason)})", transient=True)
+    written = None if text and written == 0 else written  # no text is written with no token
     return Answer("answered", text or "", "refusal" if refusal else reason, None, None, asked, written)
+
+
+def _usage(usage: Mapping[str, object]) -> tuple[int | None, int | None]:
+    """Return tokens of the prompt and of the answer, None where they are not counted.
+
+    Some endpoints leave what a model thinks out of its answer's tokens, but not out of the total.
+    """
+    asked, written = as_count(usage.get("prompt_tokens")) or None, as_count(usage.get("completion_tokens"))
+    total = as_count(usage.get("total_tokens"))
+    if asked is not None and written is not None and total is not None:
+        written = max(written, total - asked)
+    return asked, written
 
 
 def _text(content: object) -> object:
@@ -225,7 +255,8 @@ def fault_of(status: object, headers: Mapping[str, str], body: object) -> CallFa
     said = as_text(found.get("message") or found.get("detail") or error)
     code = as_text(found.get("code") or found.get("type") or "")
     number = status if isinstance(status, int) else 0
-    fault = CallFault("rejected", f"{number or code}: {said}", billed=number in _UNSURE)
+    billed = number in {408, 499} or (number >= 500 and number not in _UNDONE)
+    fault = CallFault("rejected", f"{number or code}: {said}", billed=billed)
     if 300 <= number < 400:
         fault.kind, fault.detail = "redirect", f"{number} to {headers.get('location', 'nowhere')}"
     elif number in _LASTING or (number == 429 and code in _QUOTA):
@@ -245,11 +276,11 @@ def as_object(value: object) -> dict[str, Any]:
 
 def as_count(value: object) -> int | None:
     """Return a whole number, None for anything else."""
-    return value if isinstance(value, int) and 0 <= value < 2**53 else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 else None
 
 
 def as_text(value: object) -> str:
-    """Return text as it is and other content as JSON, uncut: a part of a secret is not known for one."""
+    """Return text as it is and other content as JSON."""
     try:
         return value if isinstance(value, str) else json.dumps(value)
     except RecursionError:

@@ -97,6 +97,7 @@ class Store:
         self.run = uuid.uuid4().hex
         self._lock = threading.Lock()
         self._connection = connect(path, wait_seconds, self._prepare, content=_CONTENT, check_same_thread=False)
+        self._place = _place(path)
 
     def __enter__(self) -> Self:
         """Return the open store."""
@@ -125,6 +126,11 @@ class Store:
                     if sys.stderr.isatty():
                         print(f"{model} is being asked by another process; this one waits for it.", file=sys.stderr)
                     lock.acquire()
+                except OSError as error:
+                    raise PersodpoError(
+                        f"{lock.lock_file} cannot be made ({error.strerror}); move away what lies there, or make its folder "
+                        "writable."
+                    ) from error
                 stack.callback(lock.release)
             yield
 
@@ -144,7 +150,7 @@ class Store:
             total, granted = (0.0 if budget is None else connection.execute(_SPENT).fetchone()[0]), 0
             for _, usd in prices:
                 total += usd
-                if budget is not None and total > budget:
+                if usd and budget is not None and total > budget:
                     break
                 granted += 1
             connection.executemany(
@@ -190,7 +196,7 @@ class Store:
 
     def adopt(self, keys: Iterable[str], path: Path) -> None:
         """Take over answers from another store; they cost nothing here, for that store has paid for them."""
-        remaining = self.missing(keys)
+        remaining = self.missing(keys, retry_failed=True)
         with Store(path) as other:
             while chunk := list(islice(remaining, CHUNK)):
                 found = [entry for _, entry in other.entries(chunk) if entry and entry.answer.failure is None]
@@ -235,7 +241,12 @@ class Store:
 
     @contextmanager
     def _exclusive(self) -> Iterator[sqlite3.Connection]:
-        """Give the connection within one write transaction."""
+        """Give the connection within one write transaction, unless what it would write would be gone."""
+        if _place(self.path) != self._place:
+            raise PersodpoError(
+                f"{self.path} was moved, deleted or replaced while it was in use; put it back, with the files beside it, "
+                "and run again."
+            )
         with _CONTENT.faults(self.path), self._lock, transaction(self._connection):
             yield self._connection
 
@@ -255,6 +266,15 @@ class Store:
     def _read(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         with _CONTENT.faults(self.path), self._lock:
             return self._connection.execute(query, values).fetchall()
+
+
+def _place(path: Path) -> tuple[int, int] | None:
+    """Return what the system calls a file, whatever its name; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _marks(values: Sequence[object]) -> str:
