@@ -197,7 +197,8 @@ def test_a_chat_is_written_by_the_tokenizers_own_template(talker: Path, store: S
 )  # fmt: skip
 def test_a_format_that_the_tokenizer_cannot_write(talker: Path, store: Store, tmp_path: Path, template, form) -> None:
     folder = copied(talker, tmp_path / "m", template)
-    summary = generate([ask(MESSAGES, name="a"), ask(MESSAGES, name="b")], backend(folder, format=form), store)
+    messages = ({"role": "system", "content": "x"}, *MESSAGES) if form == "chat_with_system" else MESSAGES
+    summary = generate([ask(messages, name="a"), ask(messages, name="b")], backend(folder, format=form), store)
     assert f"cannot write format {form}" in summary.stopped
     assert summary.left == 1  # the two are one prompt
     assert summary.answered == 0

@@ -190,6 +190,8 @@ class Decoder:
             return ids[:-1] if len(ids) > 1 and ids[-1] == self._tokenizer.eos_token_id else ids
         try:
             text = self._tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+            if not text:
+                raise ValueError("its template writes nothing")
         except Exception as error:
             said = " ".join(str(error).split())[:200]
             raise ModelStopped(
