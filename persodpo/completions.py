@@ -39,7 +39,7 @@ _MARKS = r"\u3000-\u303f\u30fb-\u30ff\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff
 _UNSPACED = re.compile(f"[{_HAN}{_THAI}]")
 _WORD = re.compile(rf"[{_HAN}]|[{_THAI}]{{1,4}}|[^\s{_HAN}{_THAI}{_MARKS}]+")
 _LOOP_WINDOW = 16
-_LOOP_MINIMUM = 80
+_LOOP_MINIMUM, _LOOP_MAXIMUM = 80, 100_000
 
 
 class Reading(NamedTuple):
@@ -164,6 +164,7 @@ def is_loop(text: str) -> bool:
     """
     if len(text) < _LOOP_MINIMUM:
         return False
+    text = text[:_LOOP_MAXIMUM]
     windows = len(text) - _LOOP_WINDOW + 1
     distinct = len({text[i : i + _LOOP_WINDOW] for i in range(windows)})
     return distinct < windows / 2

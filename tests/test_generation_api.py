@@ -368,6 +368,14 @@ def test_a_key_that_is_none_is_named(server: Server, store: Store, monkeypatch: 
     assert found.left == 1
 
 
+def test_a_server_of_this_machine_is_asked_past_any_proxy(server: Server, store: Store, monkeypatch) -> None:
+    for variable in ("HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    assert generate([chat("near")], backend(server.url), store).answered == 1
+    monkeypatch.setenv("ALL_PROXY", "strange://host")
+    assert "ALL_PROXY" in generate([chat("far")], backend("http://far.invalid/v1"), store).stopped
+
+
 def test_the_key_is_sent_to_its_own_endpoint_only(
     server: Server, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -385,7 +393,16 @@ def test_the_key_is_sent_to_its_own_endpoint_only(
 
 @pytest.mark.parametrize(
     "url",
-    ["localhost:8000/v1", "ftp://host/v1", "http://", f"http://user:{CANARY}@host/v1", f"https://host/v1?key={CANARY}"],
+    [
+        "localhost:8000/v1",
+        "ftp://host/v1",
+        "http://",
+        "http://[::1/v1",
+        "http://host:abc/v1",
+        "http://☃.invalid/v1",
+        f"http://user:{CANARY}@host/v1",
+        f"https://host/v1?key={CANARY}",
+    ],
 )
 def test_addresses_that_are_none_or_hold_a_secret(url: str) -> None:
     with pytest.raises(ValidationError, match=r"base_url of model small must read like") as caught:
@@ -505,7 +522,8 @@ def test_a_forecast_before_and_after_a_sample(server: Server, store: Store) -> N
     asked = backend(server.url, concurrency=10)
     blind = forecast(chats(texts), asked, store)
     assert (blind.requests, blind.to_ask, blind.sample, blind.completion_tokens) == (100, 100, 0, 3000)
-    assert blind.cost == blind.highest_cost == pytest.approx((blind.prompt_tokens + 2 * 3000) / 1e6)
+    assert blind.cost == pytest.approx((blind.prompt_tokens + 2 * 3000) / 1e6)
+    assert blind.highest_cost == pytest.approx(sum(asked.highest_cost(chat(text)) for text in texts))
     assert blind.seconds is None
     generate(chats(texts[:40]), asked, store)
     known = forecast(chats(texts), asked, store)

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 import httpx2
 
@@ -126,7 +126,15 @@ class BoundedClient(httpx2.AsyncClient):
         limits = httpx2.Limits(max_connections=settings.concurrency, max_keepalive_connections=settings.concurrency)
         connect = min(CONNECT_SECONDS, settings.timeout_seconds)
         timeout = httpx2.Timeout(settings.timeout_seconds, connect=connect)
-        super().__init__(timeout=timeout, limits=limits, follow_redirects=False)
+        # A server of this machine is not asked through a proxy.
+        trusts = urlsplit(settings.base_url).hostname not in {"127.0.0.1", "localhost", "::1"}
+        try:
+            super().__init__(timeout=timeout, limits=limits, follow_redirects=False, trust_env=trusts)
+        except (ValueError, ImportError) as error:
+            raise ModelStopped(
+                f"Model {settings.model} cannot be asked through the proxy of the environment ({type(error).__name__}); "
+                "correct HTTP_PROXY, HTTPS_PROXY or ALL_PROXY."
+            ) from None
         self._longest_body = longest_body
 
     async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:

@@ -235,7 +235,7 @@ class _Wire(BoundedClient):
             raise CallFault("timeout", "no answer in time", transient=True) from None
         except httpx2.DecodingError as error:
             raise CallFault("invalid_body", str(error)) from None
-        except httpx2.RequestError as error:
+        except Exception as error:  # whatever goes wrong on the way is a fault of this request
             raise CallFault("connection_cut", str(error) or type(error).__name__, transient=True) from None
         self._reached = True
         with shape_faults():

@@ -132,7 +132,8 @@ class Decoder:
             return self._decode(ids, requests)
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
-                raise
+                said = str(error).partition("\n")[0][:200]
+                raise ModelStopped(f"Model {self._settings.model} cannot go on from its prompts ({said}).") from error
             if len(ids) == 1:
                 raise ModelStopped(
                     f"Model {self._settings.model} runs out of memory on a single prompt of {len(ids[0])} tokens; use a "

@@ -26,8 +26,10 @@ from persodpo.generation.requests import ModelStopped, folder_digest
 HOST = "127.0.0.1"
 #: Runs a program until it ends or its standard input does, which is when the parent dies or lets go of it.
 _LEASH = """
-import subprocess, sys, threading
+import signal, subprocess, sys, threading
 server = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
 def watch():
     sys.stdin.read()
     server.terminate()

@@ -83,7 +83,7 @@ class Forecast:
     prompt_tokens: int
     completion_tokens: int
     cost: float | None  # US dollars, None if the prices are unknown
-    highest_cost: float | None  # if every answer reaches its longest length
+    highest_cost: float | None  # if every byte is a token and every answer reaches its longest length
     seconds: float | None  # None without a sample, unless the endpoint's limits decide
 
     def __str__(self) -> str:
@@ -104,6 +104,7 @@ def forecast(requests: Iterable[Request], backend: Backend, store: Store, *, ret
     answer takes. Requests are gone through once, in flat memory.
     """
     total = to_ask = prompt_bytes = longest = 0
+    most = 0.0
     template, remaining = "", iter(requests)
     while chunk := list(islice(remaining, CHUNK)):
         by_key = {request_key(request, backend): request for request in chunk}
@@ -112,6 +113,7 @@ def forecast(requests: Iterable[Request], backend: Backend, store: Store, *, ret
         to_ask += len(missing)
         prompt_bytes += sum(request.prompt_bytes for request in missing)
         longest += sum(request.max_new_tokens for request in missing)
+        most += sum(map(backend.highest_cost, missing))
     known = store.experience(backend.model, template, backend.concurrency)
     prompt_tokens = round(prompt_bytes * (known.tokens_per_byte if known else 1 / BYTES_PER_TOKEN))
     expected = min(longest, round(to_ask * known.completion_tokens)) if known else longest
@@ -124,7 +126,7 @@ def forecast(requests: Iterable[Request], backend: Backend, store: Store, *, ret
         model=backend.model, requests=total, to_ask=to_ask, sample=known.answers if known else 0,
         prompt_tokens=prompt_tokens, completion_tokens=expected,
         cost=prices.cost(prompt_tokens, expected) if prices else None,
-        highest_cost=prices.cost(prompt_tokens, longest) if prices else None,
+        highest_cost=most if prices else None,
         seconds=max(bounds, default=None),
     )  # fmt: skip
 
