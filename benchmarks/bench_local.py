@@ -8,9 +8,6 @@ texts are compared. Models:
 - ``qwen2-0.5b``: the configuration of the authors' model, Qwen2-0.5B, with random weights, the small policy's tokenizer, and
   the tokens that this one lacks suppressed. Its answers never end by themselves, so both ways write as many tokens. The
   released way answers a sample of the prompts, spread over their lengths, for its time is the sum of its prompts' times.
-
-``latency`` and ``stop at JSON`` are this project's other ways to ask the small policy; the texts of the latter end with the
-answer's object.
 """
 
 from __future__ import annotations
@@ -20,9 +17,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from measuring import RESULTS, machine, pipes, save
@@ -72,62 +69,51 @@ def sample_of(requests: list[Request], count: int) -> list[int]:
     return sorted(by_length[int((number + 0.5) * step)] for number in range(count))
 
 
-class Way(NamedTuple):
-    """A way to answer requests, and which of all requests it answers."""
-
-    run: Callable[[], list[str]]
-    places: Sequence[int]
-
-
-def released_way(weights: Path, requests: list[Request], places: Sequence[int]) -> Way:
-    """Return the released way on the requests at some places; loading the model does not count."""
+def released_way(weights: Path, requests: list[Request]) -> Callable[[], list[str]]:
+    """Return the released way to answer requests; loading the model does not count."""
     model, tokenizer = load_policy(weights)
-    write = pipeline("text-generation", model=model, tokenizer=tokenizer)
-
-    def answer(one: Request) -> str:
-        made = write(one.prompt, max_new_tokens=one.max_new_tokens, do_sample=False, return_full_text=False)
-        return str(made[0]["generated_text"])
-
-    return Way(lambda: [answer(requests[place]) for place in places], places)
+    write = pipeline("text-generation", model=model, tokenizer=tokenizer, do_sample=False, return_full_text=False)
+    return lambda: [str(write(one.prompt, max_new_tokens=one.max_new_tokens)[0]["generated_text"]) for one in requests]
 
 
-def our_way(weights: Path, requests: list[Request], **settings: Any) -> Way:
+def our_way(weights: Path, requests: list[Request], batch_size: int) -> Callable[[], list[str]]:
     """Return our way, into a fresh store every time; loading the model counts."""
-    fields = {"kind": "transformers", "model": "bench", "weights": str(weights), **settings}
+    fields = {"kind": "transformers", "model": "bench", "weights": str(weights), "batch_size": batch_size}
     backend = TransformersBackend(TransformersModel(**fields), weights, load_policy)
 
     def run() -> list[str]:
-        with tempfile.TemporaryDirectory() as folder, Store(Path(folder) / "answers.sqlite") as store:
+        with Store(Path(":memory:")) as store:
             generate(requests, backend, store, progress=False)
             entries = store.entries([request_key(one, backend) for one in requests])
             return [str(entry.answer.completion) for _, entry in entries if entry]
 
-    return Way(run, range(len(requests)))
+    return run
 
 
-def measure(ways: dict[str, Way], repeats: int, tokens: Callable[[list[str]], int]) -> dict[str, Any]:
-    """Time each way in turns; the first one is what the others are compared with."""
+def measure(weights: Path, requests: list[Request], places: list[int], batch_size: int, repeats: int) -> dict[str, Any]:
+    """Time both ways in turns; the released one answers the requests at some places."""
+    tokenizer = AutoTokenizer.from_pretrained(weights)
+    released = released_way(weights, [requests[place] for place in places])
+    ways = {"released": (released, places), "together": (our_way(weights, requests, batch_size), range(len(requests)))}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     texts: dict[str, dict[int, str]] = {}
     for _ in range(repeats):
-        for name, way in ways.items():
+        for name, (run, answered) in ways.items():
             started = time.perf_counter()
-            made = way.run()
+            made = run()
             seconds[name].append(time.perf_counter() - started)
-            texts[name] = dict(zip(way.places, made, strict=True))
+            texts[name] = dict(zip(answered, made, strict=True))
             print(name, f"{seconds[name][-1]:.1f} s", file=sys.stderr, flush=True)
-    first, *_ = ways
-    written = {name: tokens(list(made.values())) for name, made in texts.items()}
     rows = {}
     for name, times in seconds.items():
-        ratios = [
-            written[name] / ours / (written[first] / theirs) for theirs, ours in zip(seconds[first], times, strict=True)
-        ]
-        common, middle = texts[first].keys() & texts[name].keys(), statistics.median(times)
+        written, theirs = (
+            sum(map(len, tokenizer(list(texts[which].values()))["input_ids"])) for which in (name, "released")
+        )
+        ratios = [written / ours / (theirs / first) for first, ours in zip(seconds["released"], times, strict=True)]
         rows[name] = {
-            "prompts": len(texts[name]), "seconds": middle, "all seconds": times, "tokens": written[name],
-            "tokens a second": written[name] / middle, "times the released way": statistics.median(ratios),
-            "same texts": sum(texts[first][place] == texts[name][place] for place in common) / len(common),
+            "prompts": len(texts[name]), "seconds": statistics.median(times), "all seconds": times, "tokens": written,
+            "tokens a second": written / statistics.median(times), "times the released way": statistics.median(ratios),
+            "same texts": sum(texts[name][place] == text for place, text in texts["released"].items()) / len(places),
         }  # fmt: skip
     return rows
 
@@ -150,26 +136,13 @@ def main() -> None:
     entry = next(entry for entry in profile.generation.backends if entry.model == "small")
     requests = list(requests_for(dialogues.head(asked.prompts), entry, profile))
     fewer = requests[: asked.qwen2_prompts]
-    tokenizer = AutoTokenizer.from_pretrained(small)
-
-    def tokens(texts: list[str]) -> int:
-        return sum(map(len, tokenizer(texts)["input_ids"]))
-
     with tempfile.TemporaryDirectory() as made:
-        random = random_qwen2(Path(made) / "qwen2", small)
-        ways = {
-            "small": {
-                "released": released_way(small, requests, range(len(requests))),
-                "together": our_way(small, requests, batch_size=BATCH["small"]),
-                "latency": our_way(small, requests, mode="latency"),
-                "stop at JSON": our_way(small, requests, batch_size=BATCH["small"], stop_at_json=True),
-            },
-            "qwen2-0.5b": {
-                "released": released_way(random, fewer, sample_of(fewer, asked.qwen2_released)),
-                "together": our_way(random, fewer, batch_size=BATCH["qwen2-0.5b"]),
-            },
+        random, few = random_qwen2(Path(made) / "qwen2", small), sample_of(fewer, asked.qwen2_released)
+        every = list(range(len(requests)))
+        measured = {
+            "small": measure(small, requests, every, BATCH["small"], asked.repeats),
+            "qwen2-0.5b": measure(random, fewer, few, BATCH["qwen2-0.5b"], asked.repeats),
         }
-        measured = {model: measure(of_model, asked.repeats, tokens) for model, of_model in ways.items()}
     forms = ("{}", "{:,.1f}", "{:,.1f}", "{:.1f}x", "{:.1%}")
     rows = [
         [model, way, *(form.format(row[name]) for name, form in zip(COLUMNS, forms, strict=True))]

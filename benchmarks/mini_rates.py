@@ -23,7 +23,7 @@ from persodpo.miniature.judge import judge
 from persodpo.miniature.world import focus_world
 from persodpo.pairs import measured, rebuild
 from persodpo.runfolder import RunFolder
-from persodpo.stages.asking import job_for
+from persodpo.stages.generate import job_for
 from persodpo.stages.policy import start_policy
 from persodpo.stages.train import corrected
 from persodpo.training.arms import ARMS

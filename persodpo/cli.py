@@ -106,8 +106,7 @@ def generate(  # noqa: PLR0917 - the command's options
 
     Without any of --models, --split, --limit, --dry-run and --retry-failed the responses tables of the profile are made.
     """
-    from persodpo.stages.asking import asked_scope  # noqa: PLC0415
-    from persodpo.stages.generate import forecast_report  # noqa: PLC0415
+    from persodpo.stages.generate import asked_scope, forecast_report  # noqa: PLC0415
 
     run = Run(profile, set_)
     if not (models or split or limit or dry_run or retry_failed):

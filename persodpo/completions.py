@@ -39,7 +39,7 @@ _MARKS = r"\u3000-\u303f\u30fb-\u30ff\uff01-\uff0f\uff1a-\uff20\uff3b-\uff40\uff
 _UNSPACED = re.compile(f"[{_HAN}{_THAI}]")
 _WORD = re.compile(rf"[{_HAN}]|[{_THAI}]{{1,4}}|[^\s{_HAN}{_THAI}{_MARKS}]+")
 _LOOP_WINDOW = 16
-_LOOP_MINIMUM = 80
+_LOOP_MINIMUM, _LOOP_MAXIMUM = 80, 100_000
 
 
 class Reading(NamedTuple):
@@ -154,8 +154,11 @@ def is_loop(text: str) -> bool:
     A passage that stands three times has two thirds of its windows repeated, natural prose almost none. Texts under 80
     characters are too short to tell.
     """
+    if len(text) < _LOOP_MINIMUM:
+        return False
+    text = text[:_LOOP_MAXIMUM]
     windows = [text[start : start + _LOOP_WINDOW] for start in range(len(text) - _LOOP_WINDOW + 1)]
-    return len(text) >= _LOOP_MINIMUM and len(set(windows)) < len(windows) / 2
+    return len(set(windows)) < len(windows) / 2
 
 
 def _answer(value: Any) -> Reading:

@@ -128,7 +128,7 @@ class OpenAIModel(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if not re.fullmatch(r"https?://[^\s@?#/]+(/[^\s@?#]*)?", self.base_url):
+        if not re.fullmatch(r"https?://([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,5})?(/[^\s@?#]*)?", self.base_url, re.ASCII):
             raise ValueError(f"base_url of model {self.model} must read like http://localhost:8000/v1, without a query")
         if not self.batch and self.concurrency > 500:
             raise ValueError(f"concurrency may be 500 at most without batch, it is {self.concurrency}")

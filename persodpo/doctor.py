@@ -20,9 +20,8 @@ from persodpo.release.fetch import release_files
 from persodpo.run import Run
 from persodpo.runfolder import PROJECT, RunFolder, StageReport
 from persodpo.scoring.models import FILES, device_name, encoder_folder
-from persodpo.stages.asking import Scope
-from persodpo.stages.generate import forecast_report
-from persodpo.stages.policy import PREFIX, miniature_folder, policy_folder
+from persodpo.stages.generate import Scope, forecast_report
+from persodpo.stages.policy import PREFIX, miniature_folder, model_folder
 
 PUBLISHED = {"published", "published_focus"}
 
@@ -73,7 +72,7 @@ def _files(profile: Profile) -> Iterator[Finding]:
         shadow = with_overrides(profile, [f"paths.runs={scratch}"])
         copy = Run(shadow)
         copy.root.mkdir()
-        for path in filter(Path.exists, (run.answers, policy_folder(run), miniature_folder(run))):
+        for path in filter(Path.exists, (run.answers, model_folder(run, "small"), miniature_folder(run))):
             (Path(scratch) / path.relative_to(run.root.parent)).symlink_to(path)
         for report in copy.make("generate" if source == "csv" else "dialogues"):
             if isinstance(report, StageReport):

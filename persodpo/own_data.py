@@ -31,10 +31,7 @@ class _FaultError(Exception):
 
 
 def read_dialogues(path: Path) -> pd.DataFrame:
-    """Read dialogues.
-
-    Args:
-        path: A CSV file with the columns `DIALOGUES` and perhaps ``reference``; ``docs/your-data.md`` says what they hold.
+    """Read a CSV file with the columns `DIALOGUES` and perhaps ``reference``; ``docs/your-data.md`` says what they hold.
 
     Returns:
         A dialogues table in the file's order; a missing reference is None.
@@ -59,12 +56,7 @@ def read_dialogues(path: Path) -> pd.DataFrame:
 
 
 def read_responses(path: Path, dialogues: pd.DataFrame, reading: Literal["as_released", "strict"]) -> pd.DataFrame:
-    """Read completions.
-
-    Args:
-        path: A CSV file with the columns `RESPONSES`. A column ``response`` in place of ``completion`` holds plain answers.
-        dialogues: Dialogues table.
-        reading: How completions are read, see `persodpo.completions`.
+    """Read a CSV file with the columns `RESPONSES`; a column ``response`` in place of ``completion`` holds plain answers.
 
     Returns:
         A responses table, sorted by dialogue; response times and finish reasons are None.
@@ -125,7 +117,7 @@ def _personas(text: str) -> list[str]:
 
 
 def _records(path: Path, needed: Sequence[str], key: Sequence[str], record: Callable[[Row], Any]) -> list[Any]:
-    """Return what ``record`` makes of each row; no two rows agree in ``key``."""
+    """Return what ``record`` makes of each row; no two rows agree in ``key``, and only a completion may be empty."""
     rows = _lines(path)
     _, names = next(rows, (1, []))
     if odd := [name for name in needed if names.count(name) != 1]:
@@ -135,7 +127,14 @@ def _records(path: Path, needed: Sequence[str], key: Sequence[str], record: Call
     records = []
     for line, values in rows:
         try:
-            row = _row(names, values, needed)
+            if len(values) != len(names):
+                raise _FaultError(f"{len(values)} fields for {len(names)} columns; put double quotes around texts that hold "
+                                  "commas or line ends")  # fmt: skip
+            row = dict(zip(names, values, strict=True))
+            # What a model wrote stays as it is.
+            row |= {name: row[name].replace("\r\n", "\n").strip() for name in row.keys() - {"completion", "response"}}
+            if empty := [name for name in needed if name != "completion" and not row[name].strip()]:
+                raise _FaultError(f"{empty[0]} is empty; fill it in or remove the line")
             if (identity := tuple(row[name] for name in key)) in lines:
                 raise _FaultError(f"{', '.join(identity)} is in line {lines[identity]} already; keep one of the two")
             records.append(record(row))
@@ -145,18 +144,6 @@ def _records(path: Path, needed: Sequence[str], key: Sequence[str], record: Call
     if not records:
         raise PersodpoError(f"{path} has no row below its column names; add one.")
     return records
-
-
-def _row(names: Sequence[str], values: Sequence[str], needed: Sequence[str]) -> Row:
-    """Name a row's values, of which only a completion may be empty; what a model wrote stays as it is."""
-    if len(values) != len(names):
-        raise _FaultError(f"{len(values)} fields for {len(names)} columns; put double quotes around texts that hold commas "
-                          "or line ends")  # fmt: skip
-    row = dict(zip(names, values, strict=True))
-    if empty := [name for name in needed if name != "completion" and not row[name].strip()]:
-        raise _FaultError(f"{empty[0]} is empty; fill it in or remove the line")
-    kept = {"completion", "response"}
-    return {name: text if name in kept else text.replace("\r\n", "\n").strip() for name, text in row.items()}
 
 
 def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:

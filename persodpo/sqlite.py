@@ -17,7 +17,7 @@ from persodpo.errors import PersodpoError, make_folder
 #: How SQLite's names of an error start -> what to say of it.
 _SENTENCES = {
     ("SQLITE_BUSY", "SQLITE_LOCKED"): (
-        "The {what} in {path} are locked by another process; wait for it or end it, then run again, nothing is lost."
+        "The {what} in {path} are locked by another process; wait for it or end it, then run again."
     ),
     ("SQLITE_NOTADB", "SQLITE_CORRUPT"): "The {what} in {path} are damaged or the file is none of persodpo's; {remedy}.",
     ("SQLITE_FULL",): "The disk holding {path} is full; free some space and run again, {what} that were stored are safe.",
@@ -95,7 +95,9 @@ def connect(
             connection.execute(f"PRAGMA synchronous = {synchronous}")
             with transaction(connection):  # another process may be laying out the same file
                 _lay_out(connection, path, content)
-            _use_wal(connection, wait_seconds)
+            deadline = time.monotonic() + wait_seconds
+            while not _uses_wal(connection, deadline):
+                time.sleep(0.02)
         except BaseException:
             connection.close()
             raise
@@ -121,18 +123,15 @@ def _lay_out(connection: sqlite3.Connection, path: Path, content: Content) -> No
         )
 
 
-def _use_wal(connection: sqlite3.Connection, wait_seconds: float) -> None:
+def _uses_wal(connection: sqlite3.Connection, deadline: float) -> bool:
     """Switch to WAL mode, for which SQLite itself does not wait where another process opens the file at that moment."""
-    deadline = time.monotonic() + wait_seconds
-    while True:
-        try:
-            connection.execute("PRAGMA journal_mode = WAL")
-        except sqlite3.OperationalError as error:
-            if not error.sqlite_errorname.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")) or time.monotonic() > deadline:
-                raise
-            time.sleep(0.02)
-        else:
-            return
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+    except sqlite3.OperationalError as error:
+        if not error.sqlite_errorname.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")) or time.monotonic() > deadline:
+            raise
+        return False
+    return True
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The faulty server, a backend over it and prompts for it, for tests and for the processes they start."""
+"""The faulty server, a backend over it and prompts for it; run as a program it asks, for tests that kill it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import openai._base_client
+from faulty_server import body_of
 
 from persodpo.config import OpenAIModel, Prices
+from persodpo.generation.ask import generate
+from persodpo.generation.batch import BatchBackend
 from persodpo.generation.endpoint import OpenAIBackend
 from persodpo.generation.requests import Answer, Backend, Request, request_key
 from persodpo.generation.store import Store
@@ -26,12 +29,11 @@ PRICES = Prices(input_per_million=1.0, output_per_million=2.0)
 
 
 def backend(url: str, json_keys: tuple[str, ...] = (), **changes: Any) -> OpenAIBackend:
-    settings: dict[str, Any] = {
-        "kind": "openai", "model": "small", "served_as": None, "base_url": url, "api_key_env": None, "concurrency": 8,
-        "requests_per_minute": None, "tokens_per_minute": None, "timeout_seconds": 5.0, "attempts": 4,
-        "token_limit": "max_tokens", "prices": PRICES,
+    settings = {
+        "kind": "openai", "model": "small", "base_url": url, "concurrency": 8, "timeout_seconds": 5.0, "attempts": 4,
+        "prices": PRICES, "poll_seconds": 0.05, **changes,
     }  # fmt: skip
-    return OpenAIBackend(OpenAIModel(**{**settings, **changes}), json_keys)
+    return (BatchBackend if changes.get("batch") else OpenAIBackend)(OpenAIModel(**settings), json_keys)
 
 
 def chat(text: str) -> Request:
@@ -56,17 +58,22 @@ class Server:
     log: Path
     process: subprocess.Popen[str]
 
-    def events(self, prompts: Iterable[str] | None = None) -> list[dict[str, Any]]:
+    def events(self, kind: str, *prompts: str) -> list[dict[str, Any]]:
         lines = [json.loads(line) for line in self.log.read_text().splitlines()]
-        wanted = None if prompts is None else set(prompts)
-        return [line for line in lines if wanted is None or line["prompt"] in wanted]
+        return [line for line in lines if line["event"] == kind and (not prompts or line["prompt"] in prompts)]
+
+    def received(self, *prompts: str) -> list[dict[str, Any]]:
+        return self.events("received", *prompts)
 
     def calls(self) -> Counter[str]:
         """Calls of the Batch API."""
-        return Counter(event["call"] for event in self.events() if event["event"] == "call")
+        return Counter(event["call"] for event in self.events("call"))
 
-    def received(self, *prompts: str) -> list[dict[str, Any]]:
-        return [event for event in self.events(prompts or None) if event["event"] == "received"]
+    def billed(self) -> float:
+        """What its answers cost, those included that reached nobody."""
+        bodies = [body_of({"model": "", "messages": ()}, event["prompt"]) for event in self.events("delivered")]
+        counted = [body["usage"] for body in bodies]
+        return sum(PRICES.cost(one["prompt_tokens"], one["completion_tokens"]) for one in counted)
 
 
 @contextmanager
@@ -78,3 +85,32 @@ def serving(log: Path, *options: str) -> Iterator[Server]:
             yield Server(f"http://127.0.0.1:{int(process.stdout.readline())}/v1", log, process)
         finally:
             process.kill()
+
+
+class Telling(Store):
+    """A store that prints the keys of what is on the disk."""
+
+    def write(self, entries, run=None):
+        super().write(entries, run)
+        print(*(entry.key for entry in entries), sep="\n", flush=True)
+
+
+def child(server: Server, path: Path, prompts: int, **settings: Any) -> subprocess.Popen[str]:
+    """Ask in a process of its own, perhaps under a ``budget``; it prints keys, and at its end what came of it."""
+    command = [sys.executable, __file__, server.url, path, str(prompts), json.dumps(settings)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def main() -> None:
+    url, path, prompts, changes = sys.argv[1:]
+    settings = {"concurrency": 16, "timeout_seconds": 1.0, **json.loads(changes)}
+    budget = settings.pop("budget", None)
+    with Telling(Path(path)) as store:
+        print("open", flush=True)
+        asked = chats(f"prompt {number}" for number in range(int(prompts)))
+        found = generate(asked, backend(url, **settings), store, budget_usd=budget)
+        print(f"asked {found.asked} left {found.left} {found.stopped}")
+
+
+if __name__ == "__main__":
+    main()

@@ -83,7 +83,7 @@ class FaultyServer:
         asked = json.loads(raw)
         prompt = asked["prompt"] if "prompt" in asked else asked["messages"][-1]["content"]
         fields = {name: value for name, value in asked.items() if name not in {"messages", "prompt"}}
-        self.note("received", prompt, path=scope["path"], key=key, fields=fields)
+        self.note("received", prompt, path=scope["path"], key=key, fields=fields, headers=headers)
         self.seen[prompt] += 1
         await asyncio.sleep(self.latency)
         fault, after = self.choose(prompt)
@@ -104,7 +104,7 @@ class FaultyServer:
     async def answer(self, send: Send, prompt: str, body: Any, status: int = 200, **headers: str) -> None:
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         named = {"content-type": "application/json", "content-length": str(len(raw)), **headers}
-        lines = [(name.replace("_", "-").encode(), value.encode()) for name, value in named.items()]
+        lines = [(name.replace("_", "-").encode(), value.encode("latin-1")) for name, value in named.items()]
         await send({"type": "http.response.start", "status": status, "headers": lines})
         await send({"type": "http.response.body", "body": raw})
         if status == 200 and prompt:
@@ -144,7 +144,10 @@ class FaultyServer:
         elif fault == "quota":
             await self.answer(send, prompt, {"error": {"message": "No credit.", "code": "insufficient_quota"}}, 429)
         else:
-            await self.answer(send, prompt, self.odd_body(fault, asked, prompt, key))
+            odd = {"set_cookie": "a=\xff", "server": "caf\xe9"} if fault == "odd_header" else {}
+            await self.answer(
+                send, prompt, self.odd_body(fault, asked, prompt, key), 201 if fault == "created" else 200, **odd
+            )
 
     @staticmethod
     async def go_on(send: Send) -> None:
@@ -169,10 +172,22 @@ class FaultyServer:
             "filter": body_of(asked, prompt, message=say, finish_reason="content_filter"),
             "length": body_of(asked, prompt, finish_reason="length"),
             "no_usage": {**body_of(asked, prompt), "usage": None},
+            "zero_usage": {**body_of(asked, prompt), "usage": {"prompt_tokens": 0, "completion_tokens": 0}},
+            "total_usage": {
+                **body_of(asked, prompt),
+                "usage": {"prompt_tokens": 9, "completion_tokens": 9, "total_tokens": 10_000},
+            },
             "surrogate": body_of(asked, prompt, message={**say, "content": "half \ud83d and \x00"}),
             "huge_usage": {**body_of(asked, prompt), "usage": {"prompt_tokens": 10**30, "completion_tokens": -1}},
             "deep": b'{"choices": ' + b"[" * 100_000,
             "broken_off": body_of(asked, prompt, finish_reason="error"),
+            "odd_reason": body_of(asked, prompt, finish_reason=["stop"]),
+            "odd_type": body_of(asked, prompt, message={**say, "content": [{"type": {}, "text": "x"}]}),
+            **dict.fromkeys(("odd_header", "created"), body_of(asked, prompt)),
+            "null_part": body_of(asked, prompt, message={**say, "content": [{"type": "text", "text": None}]}),
+            "nested": b'{"a": ' + b"[" * 900 + b"]" * 900 + b"}",
+            "key_in_shape": {"x": "y" * 185 + key},
+            "key_in_reason": body_of(asked, prompt, finish_reason="z" * 25 + key),
             "parts": body_of(
                 asked,
                 prompt,
@@ -200,18 +215,26 @@ class Batches:
 
     What is done with a prompt is written in it: ``<<error>>`` gives an error line, ``<<error=429>>`` one of that status,
     ``<<error=code>>`` one of that code, ``<<garbage>>`` a line that is no JSON, ``<<deep>>`` one that nests deeply,
-    ``<<lines>>`` an answer with line separators, ``<<echo>>`` the key that came with the batch, ``<<use>>`` more use than
-    was allowed, ``<<missing>>`` none at all; a prompt with ``<<refused>>`` fails the whole batch, one with ``<<expired>>``
-    lets it expire.
+    ``<<status>>`` and ``<<reason>>`` an odd status and finish reason, ``<<twice>>`` an answer and an error, ``<<lines>>`` an
+    answer with line separators, ``<<echo>>`` the key that came with the batch, ``<<use>>`` more use than was allowed,
+    ``<<missing>>`` none at all; ``<<refused>>`` fails the whole batch, ``<<expired>>`` lets it expire.
     """
 
     def __init__(self, looks: int, fault: str) -> None:
-        """Call a batch done after so many looks; ``none`` knows no batches, ``create`` never says that it made one."""
+        """Call a batch done after so many looks.
+
+        Faults: ``none`` knows no batches; ``create`` never says that it made one, ``unmade`` makes none and lists one page
+        for ever; ``gone`` forgets a batch; ``failed`` ends it in the middle; ``times`` says no times; ``no_output``,
+        ``half_file``, ``html_file`` and ``html_state`` show it wrongly at first.
+        """
         self.looks, self.fault = looks, fault
+        self.first = fault in {"no_output", "half_file", "html_file", "html_state"}
         self.files: dict[str, bytes] = {}
         self.batches: list[dict[str, Any]] = []
 
-    async def reply(self, method: str, path: str, raw: bytes, headers: dict[str, str]) -> tuple[int, Any]:
+    async def reply(  # noqa: PLR0911
+        self, method: str, path: str, raw: bytes, headers: dict[str, str]
+    ) -> tuple[int, Any]:
         if self.fault == "none":
             return 404, {"error": {"message": "Not Found"}}
         if (method, path) == ("POST", "/files"):
@@ -221,20 +244,32 @@ class Batches:
                 "id": f"batch-{len(self.batches)}", "object": "batch", "created_at": int(time.time()), "looks": 0,
                 "status": "validating", "errors": None, "key": headers.get("authorization"), **json.loads(raw),
             }  # fmt: skip
+            if self.fault == "unmade":
+                return 504, {"error": {"message": "no answer in time"}}
             self.batches.insert(0, batch)
             if self.fault == "create":
                 await asyncio.sleep(600)
             return 200, batch
         if path == "/batches":
-            return 200, {"object": "list", "data": self.batches, "has_more": False}
+            other = [{"id": "other", "metadata": "x"}] if self.fault == "unmade" else []
+            return 200, {"object": "list", "data": [*other, *self.batches], "has_more": bool(other)}
         name = path.split("/")[2]
         if path.startswith("/files"):
-            return 200, self.files[name]
+            content = self.files[name]
+            if self.first and self.fault in {"half_file", "html_file"}:
+                self.first = False
+                content = b"<html>Sign in</html>" if self.fault == "html_file" else content[: len(content) // 2]
+            return 200, content
+        if self.fault == "gone":
+            return 404, {"error": {"message": "No such batch"}}
         batch = next(batch for batch in self.batches if batch["id"] == name)
         batch["looks"] += 1
         batch["status"] = "in_progress"
         if batch["looks"] > self.looks:
             self.finish(batch)
+            if self.first and self.fault in {"no_output", "html_state"}:
+                self.first = False
+                return 200, b"<html>Sign in</html>" if self.fault == "html_state" else {**batch, "output_file_id": None}
         return 200, batch
 
     def file(self, content: bytes) -> dict[str, Any]:
@@ -256,6 +291,11 @@ class Batches:
         bad = [self.bad(line, text) for line, text in zip(lines, texts, strict=True) if "<<error" in text]
         batch |= {"status": "expired" if any("<<expired>>" in text for text in texts) else "completed"}
         batch["completed_at"] = batch["created_at"] + 60
+        batch["request_counts"] = {"total": len(lines), "completed": sum(line is not None for line in good)}
+        if self.fault == "times":
+            batch |= {"created_at": None, "completed_at": float("nan")}
+        if self.fault == "failed":
+            batch |= {"status": "failed", "errors": ["the node died"]}
         batch["output_file_id"] = self.file("\n".join(filter(None, good)).encode())["id"]
         batch["error_file_id"] = self.file("\n".join(bad).encode())["id"] if bad else None
 
@@ -281,10 +321,14 @@ class Batches:
             said["content"] = "one\u2028two\x85three"
         if "<<echo>>" in text:
             said["content"] = f"Your key is {key}."
+        if "<<reason>>" in text:
+            body["choices"][0]["finish_reason"] = ["stop"]
         if "<<use>>" in text:
             body["usage"]["prompt_tokens"] = 100_000
-        response = {"status_code": 200, "request_id": "1", "body": body}
-        return json.dumps({"custom_id": line["custom_id"], "error": None, "response": response}, ensure_ascii=False)
+        response = {"status_code": [500] if "<<status>>" in text else "200", "request_id": "1", "body": body}
+        said = {"custom_id": line["custom_id"], "error": None, "response": response}
+        again = "\n" + json.dumps({**said, "response": {"status_code": 500}}) if "<<twice>>" in text else ""
+        return json.dumps(said, ensure_ascii=False) + again
 
 
 def uploaded(raw: bytes, content_type: str) -> bytes:

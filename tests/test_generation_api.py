@@ -6,30 +6,33 @@ Everything goes through the public doors: `generate`, `generate_all`, `forecast`
 from __future__ import annotations
 
 import asyncio
+import html
 import json
 import logging
 import os
 import pty
 import random
 import re
-import resource
 import signal
 import socket
+import string
 import subprocess
 import sys
 import termios
 import threading
 import time
 import traceback
+from base64 import b64encode, urlsafe_b64encode
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from asking import Server, answers, backend, chat, chats, serving
+from asking import Server, answers, backend, chat, chats, child, serving
+from conftest import file_size_limit
 from faulty_server import completion
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -37,7 +40,7 @@ from persodpo.errors import PersodpoError
 from persodpo.generation.ask import generate, generate_all
 from persodpo.generation.client import Mask
 from persodpo.generation.endpoint import FAILURES_IN_A_ROW, OpenAIBackend, Pace
-from persodpo.generation.requests import FAILURES, Answer, Job, Request, request_key
+from persodpo.generation.requests import Answer, Job, Request, request_key
 from persodpo.generation.store import Store
 from persodpo.generation.summary import Summary, forecast
 
@@ -58,15 +61,11 @@ def slow(tmp_path: Path) -> Iterator[Server]:
         yield started
 
 
-def answer_to(request: Request, asked: OpenAIBackend, store: Store) -> Answer:
-    (found,) = answers(store, [request], asked)
-    assert found is not None
-    return found
-
-
 def ask_one(text: str, asked: OpenAIBackend, store: Store) -> Answer:
     generate([chat(text)], asked, store)
-    return answer_to(chat(text), asked, store)
+    (found,) = answers(store, [chat(text)], asked)
+    assert found is not None
+    return found
 
 
 # -------------------------------------------------------------------------------------------- asking and not again
@@ -74,10 +73,9 @@ def ask_one(text: str, asked: OpenAIBackend, store: Store) -> Answer:
 
 def test_answers_are_stored_and_never_asked_again(server: Server, store: Store) -> None:
     texts = [f"hello {number}" for number in range(200)]
-    first = generate(chats(texts), backend(server.url), store)
-    assert (first.asked, first.answered, first.failed, first.skipped, first.stopped) == (200, 200, {}, 0, None)
-    for text in texts:
-        found = answer_to(chat(text), backend(server.url), store)
+    first = generate(chats([*texts, *texts]), backend(server.url), store)
+    assert (first.asked, first.answered, first.failed, first.skipped, first.stopped) == (200, 200, {}, 200, None)
+    for text, found in zip(texts, answers(store, chats(texts), backend(server.url)), strict=True):
         assert (found.outcome, found.completion, found.finish_reason) == ("answered", completion(text), "stop")
         assert (found.attempts, found.failure, found.error) == (1, None, None)
         assert found.cost == pytest.approx((found.prompt_tokens + 2 * found.completion_tokens) / 1e6)
@@ -85,12 +83,16 @@ def test_answers_are_stored_and_never_asked_again(server: Server, store: Store) 
     assert first.cost == pytest.approx(store.spent())
     again = generate(iter(chats([*texts, "one more"])), backend(server.url), store)
     assert (again.asked, again.answered, again.skipped) == (1, 1, 200)
+    # Address and pace shape no answer.
+    moved = backend("http://127.0.0.1:9/v1", concurrency=1, timeout_seconds=1.0, attempts=1, prices=None)
+    assert generate(chats(texts), moved, store).skipped == 200
     assert Counter(event["prompt"] for event in server.received(*texts)) == dict.fromkeys(texts, 1)
 
 
-def test_prompts_that_stand_twice_are_asked_once(slow: Server, store: Store) -> None:
-    found = generate(chats(f"twice {number % 20}" for number in range(300)), backend(slow.url), store)
-    assert (found.asked, found.skipped) == (20, 280)
+def test_two_jobs_of_one_model_ask_nothing_twice(slow: Server, store: Store) -> None:
+    texts = [f"twice {number}" for number in range(20)]
+    found = generate_all([Job(chats(texts), backend(slow.url)) for _ in range(2)], store)
+    assert sorted(summary.asked for summary in found) == [0, 20]
     assert len(slow.received()) == 20
 
 
@@ -129,18 +131,13 @@ def test_what_shapes_an_answer_is_sent_and_asked_anew(server: Server, store: Sto
     ]  # fmt: skip
 
 
-def test_address_and_pace_do_not_shape_an_answer(server: Server, store: Store) -> None:
-    generate([chat("moved")], backend(server.url), store)
-    moved = backend("http://127.0.0.1:9/v1", concurrency=1, timeout_seconds=1.0, attempts=1, prices=None)
-    assert generate([chat("moved")], moved, store).skipped == 1
-
-
 def test_concurrency_is_used_and_bounded(slow: Server, store: Store) -> None:
     started = time.perf_counter()
     generate(chats(f"many {number}" for number in range(48)), backend(slow.url, concurrency=12), store)
     assert time.perf_counter() - started < 2.4  # one after another: 4.8 s
+    events = sorted([*slow.events("received"), *slow.events("delivered")], key=lambda event: event["time"])
     under_way = most = 0
-    for event in slow.events():
+    for event in events:
         under_way += 1 if event["event"] == "received" else -1
         most = max(most, under_way)
     assert most == 12
@@ -171,39 +168,37 @@ def test_requests_are_taken_as_they_are_needed(slow: Server, store: Store) -> No
 PASSING = {
     "status_408": "timeout", "status_409": "server_error", "status_429": "rate_limited", "status_500": "server_error",
     "status_503": "server_error", "hang": "timeout", "cut": "connection_cut", "invalid": "invalid_body",
-    "html": "invalid_body", "deep": "invalid_body", "broken_off": "invalid_body",
+    "status_504": "server_error", "html": "invalid_body", "deep": "invalid_body", "broken_off": "invalid_body",
+    "odd_reason": "invalid_body",
 }  # fmt: skip
-UNBILLED = {"status_408", "status_409", "status_429", "status_500", "status_503"}
+UNBILLED = {"status_409", "status_429", "status_503"}  # after the others a model may have answered, unseen
 
 
 def test_passing_faults_are_tried_again(server: Server, store: Store) -> None:
     asked = backend(server.url, timeout_seconds=0.4, concurrency=13)
     texts = {fault: f"passing <<fault={fault} times=2>>" for fault in PASSING}
     assert generate(chats(texts.values()), asked, store).answered == len(PASSING)
-    for fault, text in texts.items():
-        found = answer_to(chat(text), asked, store)
+    for (fault, text), found in zip(texts.items(), answers(store, chats(texts.values()), asked), strict=True):
         assert (found.completion, found.attempts, fault) == (completion(text), 3, fault)
         known = (found.prompt_tokens + 2 * found.completion_tokens) / 1e6
         assert (found.cost == pytest.approx(known)) == (fault in UNBILLED), fault
 
 
 def test_lasting_faults_are_accounted_for_and_retried_on_request(server: Server, store: Store) -> None:
-    asked = backend(server.url, timeout_seconds=0.2, concurrency=13, attempts=2)
-    texts = {fault: f"lasting <<fault={fault} times=2>>" for fault in PASSING}
-    found = generate(chats(texts.values()), asked, store)
+    asked = backend(server.url, timeout_seconds=0.6, concurrency=13, attempts=2)
+    texts = chats(f"lasting <<fault={fault} times=2>>" for fault in PASSING)
+    found = generate(texts, asked, store)
     assert (found.answered, found.failed) == (0, Counter(PASSING.values()))
-    assert set(found.failed) <= set(FAILURES)
-    for fault, text in texts.items():
-        answer = answer_to(chat(text), asked, store)
-        assert (answer.failure, answer.attempts, answer.completion) == (PASSING[fault], 2, None)
+    for failure, answer in zip(PASSING.values(), answers(store, texts, asked), strict=True):
+        assert (answer.failure, answer.attempts, answer.completion) == (failure, 2, None)
         assert answer.error
     spent = store.spent()
     assert found.cost == pytest.approx(spent)
-    assert generate(chats(texts.values()), asked, store).skipped == len(PASSING)
-    again = generate(chats(texts.values()), asked, store, retry_failed=True)
+    assert generate(texts, asked, store).skipped == len(PASSING)
+    again = generate(texts, asked, store, retry_failed=True)
     assert again.answered == len(PASSING)
     assert store.spent() == pytest.approx(spent + again.cost)
-    assert generate(chats(texts.values()), asked, store, retry_failed=True).skipped == len(PASSING)
+    assert generate(texts, asked, store, retry_failed=True).skipped == len(PASSING)
 
 
 @pytest.mark.parametrize(
@@ -231,9 +226,7 @@ def test_retry_after_is_waited_for_unless_it_is_too_long(server: Server, store: 
     assert second["time"] - first["time"] >= 1.0
     found = generate([chat("long <<fault=status_429 after=3600>>")], backend(server.url), store)
     assert found.left == 1
-    assert re.fullmatch(
-        r"http.* asks to wait 3,600 s before the next request to model small; run again .*", found.stopped
-    )
+    assert "asks for a long wait (3,600 s)" in found.stopped
 
 
 # --------------------------------------------------------------------------------------------- outcomes of a call
@@ -244,22 +237,21 @@ def test_retry_after_is_waited_for_unless_it_is_too_long(server: Server, store: 
     [
         ("refusal", ("answered", "I will not say that.", "refusal", None)),
         ("filter", ("answered", "", "content_filter", None)),
-        ("empty_choices", ("failed", None, None, "no_choice")),
-        ("context", ("failed", None, None, "context_too_long")),
-        ("status_400", ("failed", None, None, "rejected")),
-        ("status_422", ("failed", None, None, "rejected")),
+        ("length", ("answered", completion("odd <<fault=length>>"), "length", None)),
         ("surrogate", ("answered", "half \ufffd and \x00", "stop", None)),
         ("parts", ("answered", "one two", "stop", None)),
         ("reasoning", ("answered", completion("odd <<fault=reasoning>>"), "stop", None)),
-        ("odd_parts", ("failed", None, None, "invalid_body")),
-        ("wrong_shape", ("failed", None, None, "invalid_body")),
-        ("list", ("failed", None, None, "invalid_body")),
-        ("null_message", ("failed", None, None, "invalid_body")),
-        ("number", ("failed", None, None, "invalid_body")),
-        ("bomb", ("failed", None, None, "invalid_body")),
-        ("endless", ("failed", None, None, "invalid_body")),
+        ("empty_choices", ("failed", None, None, "no_choice")),
+        ("context", ("failed", None, None, "context_too_long")),
+        ("created", ("answered", completion("odd <<fault=created>>"), "stop", None)),
+        ("odd_header", ("answered", completion("odd <<fault=odd_header>>"), "stop", None)),
+        *((fault, ("failed", None, None, "rejected")) for fault in ("status_400", "status_422")),
+        *((fault, ("failed", None, None, "invalid_body")) for fault in (
+            "odd_parts", "odd_type", "null_part", "wrong_shape", "nested", "list", "null_message", "number", "bomb",
+            "endless",
+        )),
     ],
-)
+)  # fmt: skip
 def test_odd_answers_are_outcomes_and_asked_once(server: Server, store: Store, fault: str, expected: tuple) -> None:
     text = f"odd <<fault={fault}>>"
     found = ask_one(text, backend(server.url), store)
@@ -269,55 +261,21 @@ def test_odd_answers_are_outcomes_and_asked_once(server: Server, store: Store, f
     assert len(server.received(text)) == 1
 
 
-def test_cut_off_answers_are_counted(server: Server, store: Store) -> None:
-    found = generate(chats(["cut off <<fault=length>>", "whole"]), backend(server.url), store)
-    assert (found.answered, found.truncated) == (2, 1)
-    assert "1 cut off at their longest length" in str(found)
-
-
-def test_an_answer_without_usage_counts_at_its_highest_price(server: Server, store: Store) -> None:
-    for fault in ("no_usage", "huge_usage"):
-        found = ask_one(f"unmetered <<fault={fault}>>", backend(server.url), store)
-        assert (found.outcome, found.prompt_tokens, found.completion_tokens) == ("answered", None, None)
-        assert found.cost > 2 * 30 / 1e6
-    free = ask_one("unmetered <<fault=no_usage>>", backend(server.url, model="b", prices=None), store)
-    assert free.cost == 0
-
-
 def test_redirects_are_not_followed(server: Server, store: Store) -> None:
     found = generate([chat("led away <<fault=redirect>>")], backend(server.url), store)
-    assert re.search(r"sends its callers elsewhere \(307 to /v1/elsewhere\); nothing was sent there", found.stopped)
+    assert "307 to /v1/elsewhere" in found.stopped
     assert [event["path"] for event in server.received("led away <<fault=redirect>>")] == ["/v1/chat/completions"]
     assert (found.left, store.spent()) == (1, 0.0)
 
 
-def test_usage_above_what_was_set_aside_is_booked_and_stops_the_model(server: Server, store: Store) -> None:
-    texts = ["before", "counted <<fault=usage>>", "after"]
-    found = generate(chats(texts), backend(server.url, concurrency=1), store, budget_usd=0.01)
-    assert (found.answered, found.left) == (2, 1)
-    assert re.search(
-        r"more use than model small was allowed \(100,000 \+ 5 tokens, \$0\.1000 where \$0\.00", found.stopped
-    )
-    assert store.spent() == pytest.approx(found.cost)
-    assert found.cost > 0.1
-    assert generate(chats(texts), backend(server.url, model="other"), store, budget_usd=0.01).left == 3
-
-
 # ----------------------------------------------------------------------------------------------- stopping a model
 
-
-def nobody() -> str:
-    """Return an address where nobody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-
-
 STOPS = {
-    "status_401": r"refuses the key in THE_KEY for model bad \(401: .*\); set api_key_env to a variable that holds a valid",
-    "status_403": r"denies the key in THE_KEY the model bad \(403: .*\); ask for access or choose another model\.",
-    "status_404": r"does not know model 'bad-v1' \(404: .*\); correct served_as, or base_url, which usually ends in /v1\.",
-    "status_402": r"has no credit left for the key in THE_KEY and model bad \(402: .*\); top up the account and run again\.",
-    "quota": r"has no credit left for the key in THE_KEY and model bad \(429: No credit\.\); top up the account",
+    "status_401": r"refuses the key in THE_KEY \(401: .*\); set api_key_env",
+    "status_403": r"denies the key in THE_KEY this model \(403: .*\); ask for access",
+    "status_404": r"does not know 'bad-v1' \(404: .*\); correct served_as, or base_url",
+    "status_402": r"has no credit left for the key in THE_KEY \(402: .*\); top up",
+    "quota": r"has no credit left for the key in THE_KEY \(429: No credit\.\); top up",
 }
 
 
@@ -330,7 +288,7 @@ def test_a_lasting_fault_stops_its_model_and_no_other(
     texts = [f"{fault} {number} <<fault={fault}>>" for number in range(90)]
     good = [f"{fault} good {number}" for number in range(90)]
     stopped, fine = generate_all([Job(chats(texts), bad), Job(chats(good), backend(server.url))], store)
-    assert re.fullmatch(f"{server.url} {STOPS[fault]}.*", stopped.stopped)
+    assert re.search(f"{server.url}.* model bad.* {STOPS[fault]}", stopped.stopped)
     assert (stopped.asked, stopped.left) == (0, 90)
     assert str(stopped).endswith(f"90 left to do: {stopped.stopped}")
     assert len(server.received(*texts)) <= 2
@@ -344,14 +302,14 @@ def test_a_single_prompt_may_be_denied(server: Server, store: Store) -> None:
     assert (found.answered, found.failed, found.stopped) == (2, {"rejected": 1}, None)
 
 
-@pytest.mark.parametrize("url", [nobody(), "http://no.such.host.invalid/v1"], ids=["port", "host"])
-def test_a_server_that_cannot_be_reached(store: Store, url: str) -> None:
+@pytest.mark.parametrize("host", ["127.0.0.1", "no.such.host.invalid"])
+def test_a_server_that_cannot_be_reached(store: Store, host: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"http://{host}:{free.getsockname()[1]}/v1"
     started = time.perf_counter()
     found = generate(chats(f"hello {number}" for number in range(100)), backend(url, attempts=50), store)
     assert time.perf_counter() - started < 5
-    assert re.fullmatch(
-        rf"{url} of model small cannot be reached \(.+\); start the server or correct base_url\.", found.stopped
-    )
+    assert re.search(rf"{url}.* cannot be reached \(.+\)", found.stopped)
     assert (found.asked, found.left) == (0, 100)
 
 
@@ -359,8 +317,13 @@ def test_a_server_that_goes_away(tmp_path: Path, store: Store) -> None:
     texts = [f"going {number}" for number in range(400)]
     with serving(tmp_path / "log.jsonl", "--latency", "0.02") as leaving:
         asked = backend(leaving.url, concurrency=4, attempts=3)
-        timer = threading.Timer(1.0, leaving.process.kill)
-        timer.start()
+
+        def leave() -> None:
+            while len(leaving.events("delivered")) < 20:
+                time.sleep(0.05)
+            leaving.process.kill()
+
+        threading.Thread(target=leave, daemon=True).start()
         found = generate(chats(texts), asked, store)
     assert "cannot be reached" in found.stopped
     assert found.answered > 4
@@ -373,9 +336,7 @@ def test_failures_in_a_row_stop_the_model(server: Server, store: Store) -> None:
     found = generate(chats(texts), backend(server.url, concurrency=1), store)
     assert found.failed == {"rejected": FAILURES_IN_A_ROW}
     assert found.left == 100 - FAILURES_IN_A_ROW
-    assert re.search(
-        r"failed for 20 prompts in a row to model small \(last: rejected, 400: .*\); mend that", found.stopped
-    )
+    assert re.search(r"20 prompts in a row \(rejected, 400: ", found.stopped)
     long = [f"long {number} <<fault=context>>" for number in range(40)]
     assert generate(chats(long), backend(server.url), store).failed == {"context_too_long": 40}
 
@@ -392,49 +353,56 @@ def test_an_error_of_one_backend_is_raised_after_the_others_are_done(slow: Serve
     assert generate(chats(texts), backend(slow.url), store).skipped == 20
 
 
-def test_an_empty_prompt_is_refused_by_name() -> None:
-    for prompt in ("", " \n", ({"role": "user", "content": " "},)):
-        with pytest.raises(
-            PersodpoError, match="The prompt of dialogue 'valid-7' is empty; give the dialogue a context"
-        ):
-            Request("valid-7", prompt, 10, 0.0, None, "t")
-
-
 # ------------------------------------------------------------------------------------------------------ the API key
 
 
-def test_a_missing_key_is_named(server: Server, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("value", [None, "  \n", f"{CANARY}\x07"])
+def test_a_key_that_is_none_is_named(server: Server, store: Store, monkeypatch: pytest.MonkeyPatch, value) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", CANARY)
-    for value in (None, "", "  \n"):
-        monkeypatch.delenv("LAB_KEY", raising=False)
-        if value is not None:
-            monkeypatch.setenv("LAB_KEY", value)
-        found = generate([chat("keyless")], backend(server.url, api_key_env="LAB_KEY"), store)
-        assert found.stopped == (
-            "Model small needs an API key in the environment variable LAB_KEY, which is not set; export it and run again."
-        )
-    monkeypatch.setenv("LAB_KEY", f"{CANARY}\x07")
+    monkeypatch.delenv("LAB_KEY", raising=False)
+    if value is not None:
+        monkeypatch.setenv("LAB_KEY", value)
     found = generate([chat("keyless")], backend(server.url, api_key_env="LAB_KEY"), store)
-    assert "the environment variable LAB_KEY holds characters that no key has" in found.stopped
+    assert "LAB_KEY" in found.stopped
     assert CANARY not in found.stopped
     assert found.left == 1
+
+
+def test_a_server_of_this_machine_is_asked_past_any_proxy(server: Server, store: Store, monkeypatch) -> None:
+    for variable in ("HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    assert generate([chat("near")], backend(server.url), store).answered == 1
+    monkeypatch.setenv("ALL_PROXY", "strange://host")
+    assert "ALL_PROXY" in generate([chat("far")], backend("http://far.invalid/v1"), store).stopped
 
 
 def test_the_key_is_sent_to_its_own_endpoint_only(
     server: Server, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for variable in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY"):
+    """Whatever variables of the environment the client reads by itself."""
+    for variable in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
         monkeypatch.setenv(variable, CANARY)
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", f"Authorization: Bearer {CANARY}\nX-Api-Key: {CANARY}")
     monkeypatch.setenv("LAB_KEY", " lab-key \n")
     generate([chat("with a key")], backend(server.url, api_key_env="LAB_KEY"), store)
     generate([chat("without a key")], backend(server.url), store)
     assert server.received("with a key")[0]["key"] == "Bearer lab-key"
     assert server.received("without a key")[0]["key"] == "Bearer none"
+    assert CANARY not in json.dumps(server.received("with a key", "without a key"))
 
 
 @pytest.mark.parametrize(
     "url",
-    ["localhost:8000/v1", "ftp://host/v1", "http://", f"http://user:{CANARY}@host/v1", f"https://host/v1?key={CANARY}"],
+    [
+        "localhost:8000/v1",
+        "ftp://host/v1",
+        "http://",
+        "http://[::1/v1",
+        "http://host:abc/v1",
+        "http://☃.invalid/v1",
+        f"http://user:{CANARY}@host/v1",
+        f"https://host/v1?key={CANARY}",
+    ],
 )
 def test_addresses_that_are_none_or_hold_a_secret(url: str) -> None:
     with pytest.raises(ValidationError, match=r"base_url of model small must read like") as caught:
@@ -446,21 +414,29 @@ def test_the_key_appears_nowhere(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
     capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """The server says the key in error bodies; everything is logged that can be."""
+    """The server says the key, also where texts are cut; everything is logged that can be."""
     monkeypatch.setenv("THE_KEY", CANARY)
     monkeypatch.setenv("OPENAI_LOG", "debug")
     caplog.set_level(logging.DEBUG)
     asked = backend(server.url, api_key_env="THE_KEY", attempts=2, concurrency=1)
-    faults = ["status_500", "status_400", "status_429", "cut", "invalid", "status_401"]
+    faults = [
+        "status_500",
+        "status_400",
+        "status_429",
+        "cut",
+        "invalid",
+        "echo",
+        "key_in_shape",
+        "key_in_reason",
+        "status_401",
+    ]
+    texts = chats(f"key <<fault={fault}>>" for fault in faults)
     with Store(tmp_path / "answers.sqlite") as store:
-        found = generate(chats(f"key <<fault={fault}>>" for fault in faults), asked, store)
-        assert (found.answered, sum(found.failed.values())) == (0, 5)
-        rows = [
-            found and repr(found)
-            for _, found in store.entries(request_key(chat(f"key <<fault={f}>>"), asked) for f in faults)
-        ]
-    assert "Authorization: Bearer [key]" in rows[0]
-    assert "Authorization: Bearer [key]" in found.stopped
+        found = generate(texts, asked, store)
+        assert (found.answered, sum(found.failed.values())) == (0, 8)
+        rows = [repr(answer) for answer in answers(store, texts, asked)]
+    assert "error='500: words that hold the API key'" in rows[0]
+    assert "401: words that hold the API key" in found.stopped
     written = b"".join(path.read_bytes() for path in tmp_path.iterdir())
     said = [*rows, repr(found), str(found), repr(asked), repr(asked.settings), caplog.text, *capfd.readouterr()]
     assert server.received("key <<fault=cut>>")[0]["key"] == f"Bearer {CANARY}"
@@ -490,20 +466,30 @@ def test_an_answer_is_stored_as_it_came(server: Server, store: Store, monkeypatc
     assert found.completion == "Your key is Bearer anything."
 
 
-secrets = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=8, max_size=40)
+secrets = st.text(string.ascii_letters + string.digits + "-_/+=.", min_size=9, max_size=60)
+ESCAPES = ["%{:02X}", "%{:02x}", "\\u{:04x}", "&#{};", "&#x{:x};"]
+FORMS = [
+    str, repr, json.dumps, lambda text: json.dumps(json.dumps(text)), html.escape, lambda text: text * 2, str.upper,
+    "\n".join, lambda text: text.encode().hex(), lambda text: text[1:9],
+    *(lambda text, before=before: b64encode(f"{before}{text}\n".encode()).decode() for before in ("", "Bearer ", "user:")),
+    lambda text: urlsafe_b64encode(text.encode()).decode(),
+    *(lambda text, escape=escape: "".join(escape.format(ord(char)) for char in text) for escape in ESCAPES),
+]  # fmt: skip
 
 
 @given(secret=secrets, before=st.text(max_size=200), after=st.text(max_size=40))
 def test_no_form_of_a_secret_passes_the_mask(secret: str, before: str, after: str) -> None:
     mask = Mask(secret)
     assert Mask("EMPTY").line("The glass is EMPTY.") == "The glass is EMPTY."
-    for said in (secret, json.dumps(secret), json.dumps({"Authorization": f"Bearer {secret}"}), secret * 2):
-        assert secret not in mask.line(before + said + after).replace("[key]", "\0")
-        assert secret[:8] not in mask.line("x" * 290 + said) or secret[:8] in "x" * 290
-    assert Mask(None).line(before) == " ".join(before.split())[:300]
+    for number, form in enumerate(FORMS):
+        assert mask.line(f"400: {before[:40]} {form(secret)}") == "400: words that hold the API key", number
+        assert secret[:8] not in mask.line(f"{before} {'x' * 280} {form(secret)} {after}"), number
+    plain = Mask(None).line(f"{before}\x1b[31m")
+    assert len(plain) <= 300
+    assert plain.isprintable()
 
 
-# --------------------------------------------------------------------------------------------------- limits, money
+# ---------------------------------------------------------------------------------------------- limits, forecasts
 
 
 @settings(max_examples=100)
@@ -531,73 +517,23 @@ def test_requests_keep_to_the_pace(server: Server, store: Store, limits: dict[st
     assert times[-1] - times[0] > 19 * 0.05 * 0.9
 
 
-@settings(max_examples=6)
-@given(budget=st.floats(0, 0.004), concurrency=st.integers(1, 40))
-@example(budget=0.0005, concurrency=40)
-def test_a_budget_is_never_passed_and_says_what_is_left(server: Server, budget: float, concurrency: int) -> None:
-    texts = [
-        f"budget {number} <<fault=cut times=1>>" if number % 5 == 0 else f"budget {number}" for number in range(40)
-    ]
-    asked = backend(server.url, concurrency=concurrency)
-    with Store(Path(":memory:")) as store:
-        found = generate(chats(texts), asked, store, budget_usd=budget)
-        spent = store.spent()
-        assert spent <= budget
-        assert found.cost == pytest.approx(spent)
-        assert found.asked + found.left == 40
-        assert bool(found.stopped) == bool(found.left)
-        if found.left:
-            assert re.search(
-                r"budget of \$.* is used up: \$.* are spent or set aside .* raise generation.budget_usd", found.stopped
-            )
-            # No room for the next request at its highest price, so at most that much is unspent.
-            assert budget - spent < 3e-4
-            assert generate(chats(texts), asked, store, budget_usd=budget).asked == 0
-        again = generate(chats(texts), asked, store, budget_usd=None)
-        assert again.asked == found.left
-        assert again.answered + found.answered == 40 - sum(found.failed.values())
-
-
-def test_what_a_cut_attempt_may_have_cost_is_kept_when_the_budget_is_reached(server: Server, store: Store) -> None:
-    """Room for one attempt and a half: the first is cut, the second may not be made."""
-    text = "half <<fault=cut times=1>>"
-    highest = ask_one("same <<fault=cut times=9>>", backend(server.url, attempts=1, model="other"), store).cost
-    spent = store.spent()
-    found = generate([chat(text)], backend(server.url), store, budget_usd=spent + 1.5 * highest)
-    assert (found.failed, found.left, found.stopped) == ({"connection_cut": 1}, 0, None)
-    assert store.spent() == pytest.approx(spent + highest)
-
-
-def test_a_budget_needs_prices(server: Server, store: Store) -> None:
-    found = generate([chat("unpriced")], backend(server.url, prices=None), store, budget_usd=1.0)
-    assert found.stopped == (
-        "Model small has no prices, so the budget cannot be kept; set its prices (0 for a server of your own) or no budget."
-    )
-    assert found.cost is None
-    assert "cost unknown" in str(found)
-    assert generate([chat("unpriced")], backend(server.url, prices=None), store).answered == 1
-
-
 def test_a_forecast_before_and_after_a_sample(server: Server, store: Store) -> None:
     texts = [f"forecast {number:03d}" for number in range(100)]
     asked = backend(server.url, concurrency=10)
     blind = forecast(chats(texts), asked, store)
     assert (blind.requests, blind.to_ask, blind.sample, blind.completion_tokens) == (100, 100, 0, 3000)
-    assert blind.cost == blind.highest_cost == pytest.approx((blind.prompt_tokens + 2 * 3000) / 1e6)
+    assert blind.cost == pytest.approx((blind.prompt_tokens + 2 * 3000) / 1e6)
+    assert blind.highest_cost == pytest.approx(sum(asked.highest_cost(chat(text)) for text in texts))
     assert blind.seconds is None
-    assert "100 of 100 requests to ask" in str(blind)
-    assert "nothing is stored yet" in str(blind)
-    sample = generate(chats(texts[:40]), asked, store)
+    generate(chats(texts[:40]), asked, store)
     known = forecast(chats(texts), asked, store)
     assert (known.requests, known.to_ask, known.sample) == (100, 60, 40)
-    before = len(server.received(*texts))
+    assert len(server.received(*texts)) == 40
     rest = generate(chats(texts), asked, store)
-    assert before == 40
     assert known.prompt_tokens == pytest.approx(rest.prompt_tokens, rel=0.02)
     assert known.completion_tokens == pytest.approx(rest.completion_tokens, rel=0.02)
     assert known.cost == pytest.approx(rest.cost, rel=0.02)
     assert known.highest_cost > known.cost
-    assert sample.seconds > 0
     assert known.seconds > 0
     paced = forecast(chats(texts), backend(server.url, model="other", requests_per_minute=60, prices=None), store)
     assert (paced.to_ask, paced.seconds, paced.cost, paced.highest_cost) == (100, 100.0, None, None)
@@ -608,48 +544,19 @@ def test_a_forecast_before_and_after_a_sample(server: Server, store: Store) -> N
 
 # ------------------------------------------------------------------------------------- interruptions and processes
 
-CHILD = """
-import os, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from asking import backend, chats
-from persodpo.generation.ask import generate
-from persodpo.generation.store import Store
-
-class Telling(Store):
-    def write(self, entries):
-        super().write(entries)
-        os.write(1, "".join(f"{entry.key}\\n" for entry in entries).encode())
-
-with Telling(Path(sys.argv[3])) as store:
-    found = generate(chats(f"prompt {n}" for n in range(int(sys.argv[4]))), backend(sys.argv[2], concurrency=16), store)
-    print(f"asked {found.asked} left {found.left}")
-"""
-
-
-def child(server: Server, path: Path, prompts: int) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", CHILD, TESTS, server.url, path, str(prompts)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-
-
-def export(path: Path, asked: OpenAIBackend, texts: list[str]) -> list[tuple[str, str, str | None]]:
-    with Store(path) as store:
-        keys = [request_key(chat(text), asked) for text in texts]
-        return [(key, e.answer.outcome, e.answer.completion) for key, e in store.entries(keys)]
-
 
 @pytest.mark.slow
 def test_killed_runs_lose_nothing_and_ask_nothing_again(slow: Server, tmp_path: Path) -> None:
-    path, texts = tmp_path / "answers.sqlite", [f"prompt {number}" for number in range(300)]
-    asked = backend(slow.url)
-    key_of = {text: request_key(chat(text), asked) for text in texts}
+    path, asked = tmp_path / "answers.sqlite", chats(f"prompt {number}" for number in range(300))
+    via = backend(slow.url)
+    key_of = {one.dialogue_id: request_key(one, via) for one in asked}
     source, stored_at = random.Random(3), {}
     for _ in range(3):
         with child(slow, path, 300) as process:
             lines = "".join(process.stdout.readline() for _ in range(20))
             time.sleep(source.uniform(0, 0.3))
             process.kill()
-            acknowledged = set((lines + process.stdout.read()).split())
+            acknowledged = set((lines + process.stdout.read()).split()) - {"open"}
         killed = time.time()
         with Store(path) as store:
             stored = {key for key, found in store.entries(key_of.values()) if found}
@@ -657,27 +564,23 @@ def test_killed_runs_lose_nothing_and_ask_nothing_again(slow: Server, tmp_path: 
         stored_at |= {key: stored_at.get(key, killed) for key in stored}
     assert 50 < len(stored_at) < 300
     with child(slow, path, 300) as process:
-        assert process.stdout.read().splitlines()[-1] == f"asked {300 - len(stored_at)} left 0"
+        assert f"asked {300 - len(stored_at)} left 0" in process.stdout.read()
     for event in slow.received():
         assert event["time"] < stored_at.get(key_of[event["prompt"]], float("inf"))
     lost = Counter(event["prompt"] for event in slow.received())
     assert sum(count - 1 for count in lost.values()) <= 3 * 16
-    undisturbed = tmp_path / "undisturbed.sqlite"
-    with Store(undisturbed) as store:
-        generate(chats(texts), backend(slow.url, concurrency=64), store)
-    assert export(path, asked, texts) == export(undisturbed, asked, texts)
+    with Store(path) as store:
+        assert [found.completion for found in answers(store, asked, via)] == [
+            completion(one.dialogue_id) for one in asked
+        ]
 
 
 def test_a_process_waits_for_another_that_asks_its_model(slow: Server, tmp_path: Path) -> None:
     path = tmp_path / "answers.sqlite"
     with child(slow, path, 200) as one, child(slow, path, 200) as two:
         said = [process.stdout.read().splitlines()[-1] for process in (one, two)]
-    assert sorted(said) == ["asked 0 left 0", "asked 200 left 0"]
-    assert Counter(event["prompt"] for event in slow.received()).most_common(1)[0][1] == 1
-
-
-def delivered(server: Server) -> list[str]:
-    return [event["prompt"] for event in server.events() if event["event"] == "delivered"]
+    assert sorted(said) == ["asked 0 left 0 None", "asked 200 left 0 None"]
+    assert len(slow.received()) == 200
 
 
 @pytest.fixture(autouse=True)
@@ -692,7 +595,7 @@ def interrupt_after(server: Server, answers: int) -> threading.Thread:
     """Send this program Ctrl-C once the server has delivered so many answers."""
 
     def watch() -> None:
-        while len(delivered(server)) < answers:
+        while len(server.events("delivered")) < answers:
             time.sleep(0.02)
         time.sleep(0.1)
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
@@ -721,6 +624,7 @@ def test_an_interrupt_of_a_notebook_ends_the_asking(slow: Server, store: Store) 
     again = Counter(event["prompt"] for event in slow.received())
     assert len(again) == 100
     assert sum(count - 1 for count in again.values()) <= 8
+    assert slow.billed() <= store.spent() + 1e-9
     loop.close()
 
 
@@ -738,19 +642,36 @@ def test_answers_that_wait_for_the_disk_survive_an_interrupt(slow: Server, tmp_p
         watch = interrupt_after(slow, 8)
         with pytest.raises(KeyboardInterrupt):
             generate(chats(texts), backend(slow.url), store)
-        assert sorted(delivered(slow)) == texts
-        assert list(store.missing(request_key(chat(text), backend(slow.url)) for text in texts)) == []
+        assert sorted(event["prompt"] for event in slow.events("delivered")) == texts
+        assert all(answers(store, chats(texts), backend(slow.url)))
+
+
+class Failing(Store):
+    """Cannot be written at first."""
+
+    def write(self, entries, run=None):
+        self.writes = getattr(self, "writes", 0) + 1
+        if self.writes == 1:
+            raise PersodpoError("The answers are locked.")
+        super().write(entries, run)
+
+
+def test_answers_in_hand_outlive_a_write_that_fails_and_nobody_waits_for_its_money(
+    slow: Server, tmp_path: Path
+) -> None:
+    """Two models, and money for one request: the second waits for it."""
+    one, two = backend(slow.url, model="one", concurrency=1), backend(slow.url, model="two", concurrency=1)
+    asked, budget = [chat("hello")], one.highest_cost(chat("hello"))
+    with Failing(tmp_path / "answers.sqlite") as store:
+        with pytest.raises(PersodpoError, match="locked"):
+            generate_all([Job(asked, one), Job(asked, two)], store, budget_usd=budget)
+        assert answers(store, asked, one)[0].completion == completion("hello")
 
 
 def test_a_disk_that_fails_in_the_middle_loses_nothing(server: Server, store: Store) -> None:
     texts = [f"disk {number}" for number in range(300)]
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, before[1]))
-    try:
-        with pytest.raises(PersodpoError, match="refuses to read or write"):
-            generate(chats(texts), backend(server.url), store)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with file_size_limit(150_000), pytest.raises(PersodpoError, match="refuses to read or write"):
+        generate(chats(texts), backend(server.url), store)
     found = generate(chats(texts), backend(server.url), store)
     assert found.skipped > 10
     assert found.skipped + found.answered == 300
@@ -765,7 +686,8 @@ from persodpo.generation.ask import generate_all
 from persodpo.generation.requests import Job
 from persodpo.generation.store import Store
 with Store(Path(sys.argv[3])) as store:
-    jobs = [Job(chats(["a <<fault=status_400>>", *map(str, range(9))]), backend(sys.argv[2], model=m)) for m in "xy"]
+    asked = chats(["a <<fault=status_400>>", *map(str, range(9))])
+    jobs = [Job(asked, backend(sys.argv[2], model=m), 10) for m in "xy"]
     generate_all(jobs, store)
     generate_all(jobs, store, progress=False)
 """

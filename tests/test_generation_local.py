@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -53,13 +54,16 @@ def questions(count: int = 40) -> list[Request]:
 def released_way(weights: Path, asked: list[Request]) -> list[str]:
     """One prompt at a time through transformers' own pipeline, greedily."""
     model, tokenizer = load_policy(weights)
-    write = pipeline("text-generation", model=model, tokenizer=tokenizer)
-    return [
-        write(one.prompt, max_new_tokens=one.max_new_tokens, do_sample=False, return_full_text=False)[0][
-            "generated_text"
-        ]
-        for one in asked
-    ]
+    write = pipeline("text-generation", model=model, tokenizer=tokenizer, do_sample=False, return_full_text=False)
+    return [write(one.prompt, max_new_tokens=one.max_new_tokens)[0]["generated_text"] for one in asked]
+
+
+def copied(talker: Path, folder: Path, template: str = "") -> Path:
+    """Return a copy of the model, perhaps with a chat template."""
+    shutil.copytree(talker, folder)
+    if template:
+        (folder / "chat_template.jinja").write_text(template)
+    return folder
 
 
 def test_batches_say_what_one_at_a_time_says(talker: Path, store: Store) -> None:
@@ -115,10 +119,7 @@ def test_nothing_is_loaded_where_nothing_is_to_be_asked(talker: Path, store: Sto
 
 def test_other_weights_are_another_model(talker: Path, store: Store, tmp_path: Path) -> None:
     generate(questions(4), backend(talker), store)
-    other = tmp_path / "other"
-    other.mkdir()
-    for path in talker.iterdir():
-        (other / path.name).write_bytes(path.read_bytes())
+    other = copied(talker, tmp_path / "other")
     assert generate(questions(4), backend(other), store).skipped == 4
     weights = load_file(other / "model.safetensors")
     save_file({name: tensor * 1.01 for name, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
@@ -183,28 +184,21 @@ def test_tokens_are_drawn_from_the_whole_softmax(talker: Path) -> None:
 # Chats, adapters
 
 
-def with_template(talker: Path, folder: Path, template: str) -> Path:
-    folder.mkdir()
-    for path in talker.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    (folder / "chat_template.jinja").write_text(template)
-    return folder
-
-
 def test_a_chat_is_written_by_the_tokenizers_own_template(talker: Path, store: Store, tmp_path: Path) -> None:
-    via = backend(with_template(talker, tmp_path / "chatty", TEMPLATE), format="chat")
+    via = backend(copied(talker, tmp_path / "chatty", TEMPLATE), format="chat")
     generate([ask(MESSAGES, name="Rome")], via, store)
     assert answers(store, [ask(MESSAGES, name="Rome")], via)[0].completion == reply("Rome")
 
 
 @pytest.mark.parametrize(
     ("template", "form"),
-    [(None, "chat"), ("{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}",
+    [("", "chat"), ("{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}",
                       "chat_with_system")],
 )  # fmt: skip
 def test_a_format_that_the_tokenizer_cannot_write(talker: Path, store: Store, tmp_path: Path, template, form) -> None:
-    folder = with_template(talker, tmp_path / "m", template) if template else talker
-    summary = generate([ask(MESSAGES, name="a"), ask(MESSAGES, name="b")], backend(folder, format=form), store)
+    folder = copied(talker, tmp_path / "m", template)
+    messages = ({"role": "system", "content": "x"}, *MESSAGES) if form == "chat_with_system" else MESSAGES
+    summary = generate([ask(messages, name="a"), ask(messages, name="b")], backend(folder, format=form), store)
     assert f"cannot write format {form}" in summary.stopped
     assert summary.left == 1  # the two are one prompt
     assert summary.answered == 0
@@ -235,7 +229,7 @@ def test_adapters_are_read_from_safetensors_only(talker: Path, store: Store, tmp
 
 def test_a_model_is_not_asked_after_its_own_end_of_text(talker: Path, store: Store, tmp_path: Path) -> None:
     """Some tokenizers append their end of text to whatever they are given."""
-    folder = with_template(talker, tmp_path / "ending", TEMPLATE)
+    folder = copied(talker, tmp_path / "ending")
     content = json.loads((folder / "tokenizer.json").read_text())
     end = content["added_tokens"][0]
     content["post_processor"] = {
@@ -252,7 +246,7 @@ def test_a_model_is_not_asked_after_its_own_end_of_text(talker: Path, store: Sto
 
 
 def test_a_model_without_fused_attention_is_asked_all_the_same(talker: Path, store: Store, tmp_path: Path) -> None:
-    folder = with_template(talker, tmp_path / "bloom", TEMPLATE)
+    folder = copied(talker, tmp_path / "bloom")
     tokenizer = load_policy(talker)[1]
     config = AutoConfig.for_model(
         "bloom", vocab_size=len(tokenizer), hidden_size=16, n_layer=1, n_head=2, eos_token_id=tokenizer.eos_token_id
@@ -303,21 +297,21 @@ def test_a_batch_that_does_not_fit_the_memory_is_halved(talker: Path, store: Sto
 
 def test_local_models_take_turns_after_the_endpoints(talker: Path, store: Store, monkeypatch) -> None:
     events = []
-    load, answer = local.Decoder.__init__, local.Decoder.answer
 
-    def loading(self, *arguments):
-        events.append("load")
-        load(self, *arguments)
+    def watched(name):
+        method = getattr(local.Decoder, name)
 
-    def answering(self, requests):
-        events.append("answer")
-        return answer(self, requests)
+        def call(self, *arguments):
+            events.append(name)
+            return method(self, *arguments)
 
-    monkeypatch.setattr(local.Decoder, "__init__", loading)
-    monkeypatch.setattr(local.Decoder, "answer", answering)
+        monkeypatch.setattr(local.Decoder, name, call)
+
+    watched("__init__")
+    watched("answer")
     jobs = [Job(questions(6), backend(talker, model=name)) for name in ("one", "two")]
     assert [summary.answered for summary in generate_all(jobs, store)] == [6, 6]
-    assert events == ["load", "answer"] * 2
+    assert events == ["__init__", "answer"] * 2
 
 
 ENDLESS = """

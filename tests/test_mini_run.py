@@ -16,7 +16,7 @@ from persodpo.errors import PersodpoError
 from persodpo.miniature import models
 from persodpo.runfolder import RunFolder
 from persodpo.stages import ablate
-from persodpo.stages.policy import miniature_model
+from persodpo.stages.policy import made_model
 
 #: A world, models and trainings so small that all notebooks run in two or three minutes.
 SMALL = {
@@ -71,10 +71,10 @@ def test_habits_do_what_their_names_say(name):
 
 def test_an_unknown_model_and_a_world_too_small_for_models_are_refused(tmp_path):
     with pytest.raises(PersodpoError, match=r"no miniature model 'bad'; there are base, good"):
-        miniature_model(RunFolder(mini(tmp_path)), "miniature/bad")
+        made_model(RunFolder(mini(tmp_path)), "miniature/bad")
     run = RunFolder(mini(tmp_path, **{"miniature.model_dialogues": 3}))
     with pytest.raises(PersodpoError, match=r"A world of 3 dialogues is too small"):
-        miniature_model(run, "miniature/base")
+        made_model(run, "miniature/base")
 
 
 def test_models_learn_from_no_dialogue_that_a_run_asks_about(tmp_path):

@@ -18,7 +18,7 @@ from persodpo.doctor import diagnose
 from persodpo.errors import PersodpoError
 from persodpo.reproduce import notebook_files, reproduce
 from persodpo.runfolder import DATA, PROJECT, RunFolder
-from persodpo.stages.asking import asked_scope
+from persodpo.stages.generate import asked_scope
 
 HEAD = "dialogue_id,split,personas,context\n"
 TALK = 'd1,train,"[""I like art."", ""I have a dog.""]",User1: Hello?\n'

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence, Sized
+from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -63,14 +63,14 @@ def generate_all(
     Raises:
         PersodpoError: The store failed; what had been stored is safe.
     """
-    shared = _Shared(store, budget_usd, retry_failed, reading)
+    run = _Run(store, budget_usd, retry_failed, reading)
     with store.asking(job.backend.model for job in jobs), ExitStack() as bars:
-        works = [Work(job, shared, bars.enter_context(_bar(job, row, progress))) for row, job in enumerate(jobs)]
-        _run(_ask_all(works))
+        works = [Work(job, run, bars.enter_context(_bar(job, row, progress))) for row, job in enumerate(jobs)]
+        _in_thread(_ask_all(works))
     return [work.summary for work in works]
 
 
-def _run(coroutine: Coroutine[Any, Any, None]) -> None:
+def _in_thread(coroutine: Coroutine[Any, Any, None]) -> None:
     """Run a coroutine in a thread of its own, for a notebook's runs a loop already; an interrupt ends it in good order."""
     started: Future[Callable[[], object]] = Future()
 
@@ -105,42 +105,38 @@ async def _ask_all(works: Sequence[Work]) -> None:
 
 def _bar(job: Job, row: int, progress: bool) -> tqdm[NoReturn]:
     """Make a bar that is shown on a terminal only."""
-    total = len(job.requests) if job.total is None and isinstance(job.requests, Sized) else job.total
-    return tqdm(total=total, desc=job.backend.model, unit=" prompts", position=row, disable=None if progress else True)
+    hidden = None if progress else True
+    return tqdm(total=job.total, desc=job.backend.model, unit=" prompts", position=row, disable=hidden)
 
 
 @dataclass
-class _Shared:
+class _Run:
     """What the models of a run share."""
 
     store: Store
     budget: float | None
     retry_failed: bool
     reading: Reading
+    claimed: set[str] = field(default_factory=set)  # keys of all that was found; none is asked twice in a run
     paid: set[str] = field(default_factory=set)  # keys that money is set aside for, until they are answered
-    event: asyncio.Event = field(default_factory=asyncio.Event)
+    settled: asyncio.Event = field(default_factory=asyncio.Event)
 
     def settle(self, keys: Collection[str]) -> None:
         """Let those go on that wait for money."""
         self.paid.difference_update(keys)
-        self.event.set()
-
-    async def change(self) -> None:
-        """Wait until some request is settled."""
-        self.event.clear()
-        await self.event.wait()
+        self.settled.set()
 
 
 class Work:
     """One model's requests that are still to be answered, as its backend takes them, and what came of them."""
 
-    def __init__(self, job: Job, shared: _Shared, bar: tqdm[NoReturn]) -> None:
+    def __init__(self, job: Job, run: _Run, bar: tqdm[NoReturn]) -> None:
         """Take a job, and what it shares with others."""
         self.backend = job.backend
-        self.store = shared.store
+        self.store = run.store
         self.summary = Summary(job.backend.model, cost=None if job.backend.prices is None else 0.0)
         self._requests = iter(job.requests)
-        self._shared, self._bar = shared, bar
+        self._run, self._bar = run, bar
         self._found: deque[Item] = deque()  # not stored, no money set aside yet
         self._ready: deque[Item] = deque()  # money is set aside
         self._open: set[str] = set()  # keys of all that was found and is not done
@@ -153,7 +149,7 @@ class Work:
         try:
             await self.backend.resume(self)
             if self._look_up():
-                if self._shared.budget is not None and self.backend.prices is None:
+                if self._run.budget is not None and self.backend.prices is None:
                     raise ModelStopped(
                         f"Model {self.backend.model} has no prices, so the budget cannot be kept; set its prices (0 for a "
                         "server of your own) or no budget."
@@ -164,10 +160,12 @@ class Work:
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
         finally:
-            if self._waiting:  # the run was interrupted
-                self.store.write(self._waiting)
-            self.store.release([key for key, _ in self._ready])
-            self._shared.settle(self._open)
+            try:
+                if self._waiting:  # the run was interrupted, or the disk failed for a while
+                    self.store.write(self._waiting)
+                self.store.release([key for key, _ in self._ready])
+            finally:
+                self._run.settle(self._open)
         if self.summary.stopped:
             while self._look_up():
                 self._found.clear()
@@ -192,40 +190,50 @@ class Work:
                 size -= taken[-1][1].prompt_bytes
             elif not self._look_up():
                 break
-            elif not self._pay():
-                if taken:
-                    break
-                if self._shared.paid:
-                    await self._shared.change()
-                else:
-                    self._stop_without_money()
+            elif self._pay():
+                continue
+            elif taken:
+                break
+            elif self._run.paid:
+                self._run.settled.clear()
+                await self._run.settled.wait()
+            else:
+                usd = self.backend.highest_cost(self._found[0][1])
+                self.stop(
+                    f"The budget of ${self._run.budget:,} is used up: ${self.store.spent():,.4f} are spent or set aside and "
+                    f"the next request may cost ${usd:,.4f}; raise generation.budget_usd to go on."
+                )
         return taken
 
     def pay_again(self, key: str, usd: float) -> bool:
         """Set money aside for another attempt, where the one before may have been billed; False if there is none."""
-        return self.store.reserve([(key, usd)], self._shared.budget) == 1
+        return self.store.reserve([(key, usd)], self._run.budget) == 1
 
     async def done(self, key: str, request: Request, answer: Answer) -> None:
         """Take an answer in; it is on the disk when this returns, together with others that waited."""
         self._waiting.append(Entry(key, self.backend.model, request.template, request.prompt_bytes, answer))
         async with self._writing:
             entries, self._waiting = self._waiting, []
-            if entries:
-                await asyncio.shield(asyncio.to_thread(self.store.write, entries))
+            try:
+                if entries:
+                    await asyncio.shield(asyncio.to_thread(self.store.write, entries))
+            except PersodpoError:
+                self._waiting = entries + self._waiting  # for another try at the end
+                raise
         self.count(key, answer)
 
     def count(self, key: str, answer: Answer) -> None:
         """Count a request whose answer is on the disk."""
         self._open.discard(key)
-        self._shared.settle([key])
-        self.summary.count(answer, self._shared.reading)
+        self._run.settle([key])
+        self.summary.count(answer, self._run.reading)
         self._bar.set_postfix({**self.summary.outcomes, "stored": self.summary.skipped}, refresh=False)
         self._bar.update()
 
     def give_back(self, keys: Collection[str]) -> None:
         """Take requests back that were not sent, or that nobody can have billed: they are left to do."""
         self.store.release(keys)
-        self._shared.settle(keys)
+        self._run.settle(keys)
 
     def stop(self, reason: str) -> None:
         """Hand out no further request; the first reason stands."""
@@ -244,7 +252,8 @@ class Work:
                 self.stop(str(error))
             if not taken:
                 return False
-            missing = [key for key in self.store.missing(chunk, self._shared.retry_failed) if key not in self._open]
+            missing = [key for key in self.store.missing(chunk, self._run.retry_failed) if key not in self._run.claimed]
+            self._run.claimed.update(missing)
             self._open.update(missing)
             self._found.extend((key, chunk[key]) for key in missing)
             self.summary.skipped += taken - len(missing)
@@ -254,14 +263,7 @@ class Work:
     def _pay(self) -> bool:
         """Set money aside for what was found, from the first on as far as it goes."""
         asked = list(islice(self._found, self.backend.concurrency))
-        granted = self.store.reserve([(key, self.backend.highest_cost(one)) for key, one in asked], self._shared.budget)
+        granted = self.store.reserve([(key, self.backend.highest_cost(one)) for key, one in asked], self._run.budget)
         self._ready.extend(self._found.popleft() for _ in range(granted))
-        self._shared.paid.update(key for key, _ in asked[:granted])
+        self._run.paid.update(key for key, _ in asked[:granted])
         return granted > 0
-
-    def _stop_without_money(self) -> None:
-        usd = self.backend.highest_cost(self._found[0][1])
-        self.stop(
-            f"The budget of ${self._shared.budget:,} is used up: ${self.store.spent():,.4f} are spent or set aside and the "
-            f"next request may cost ${usd:,.4f}; raise generation.budget_usd to go on."
-        )

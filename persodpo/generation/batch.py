@@ -1,31 +1,44 @@
 """Prompts through the Batch API of an endpoint: submit, poll, collect, and resume after whatever happened in between.
 
-Before a batch is sent, what is set aside for it is handed over to a name in the store that holds our tag, which the batch
-carries, and then the endpoint's name for it. So a run that was killed at any moment finds its batches again.
+Before a batch is sent, what is set aside for it is handed over to a name in the store that holds the endpoint's name of its
+file, and then of the batch. So a run that was killed at any moment finds its batches again. What the endpoint says is taken
+as JSON of any shape: a batch that cannot be read is kept for the next run, a line that cannot is a fault of its own.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import uuid
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import Any
+from urllib.parse import quote
 
+import httpx2
 import openai
 
 from persodpo.generation.ask import Work
-from persodpo.generation.client import BoundedClient, request_body
+from persodpo.generation.client import (
+    BoundedClient,
+    CallFault,
+    as_count,
+    as_object,
+    as_text,
+    fault_of,
+    read_reply,
+    request_body,
+    shape_faults,
+)
 from persodpo.generation.endpoint import LASTING, OpenAIBackend
-from persodpo.generation.replies import CallFault, fault_of, read_reply
 from persodpo.generation.requests import Answer, ModelStopped, Request
 from persodpo.generation.store import Entry
 
 #: Prompts of one file, bytes, of which JSON makes twice as many, with room to spare; and what is read of one at most.
 FILE_BYTES, LONGEST_FILE = 40_000_000, 2**30
-RETRIES = 5
-ENDED = {"completed", "failed", "expired", "cancelled"}
+#: How often a batch is looked for whose making was not confirmed, for lists of batches may be behind.
+LOOKS = 3
+ENDED = ("completed", "failed", "expired", "cancelled")
 HARDWARE = "batch API"
 
 
@@ -37,21 +50,16 @@ class BatchBackend(OpenAIBackend):
         return {**super().identity(), "batch": True}
 
     async def resume(self, work: Work) -> None:
-        """Wait for batches of earlier runs; forget those that were never sent."""
-        if not (held := work.store.reservations(self._mark)):
+        """Wait for batches of earlier runs. What is set aside for one that is not found stays so: it may have been made."""
+        if not (held := work.store.reservations(self._holder()[:-1] + ",")):
             return
         async with self._connected() as client:
-            for holder, prices in held.items():
-                name = ""
-                if holder.endswith(" "):  # the run died before it was told the name
-                    tag, listed = holder.split(" ")[-2], client.batches.list(limit=100)
-                    names = [one.id async for one in listed if (one.metadata or {}).get("persodpo") == tag]
-                    if not names:
-                        work.store.release(prices, holder)
-                        continue
-                    name = names[0]
-                    work.store.hand_over(prices, holder, holder + name)
-                await self._collect(client, work, holder + name, {})
+            for holder in held:
+                *_, address, file, name = json.loads(holder)
+                if address != self._address:
+                    raise ModelStopped(self.sentence("elsewhere", address))
+                if name := name or await self._name_of(client, file):
+                    await self._collect(client, work, holder, name, {})
 
     async def run(self, work: Work) -> None:
         """Submit one batch after another, and wait for each."""
@@ -62,44 +70,101 @@ class BatchBackend(OpenAIBackend):
                     path, body = request_body(self.settings, self.json_keys, request)
                     lines.append(json.dumps({"custom_id": key, "method": "POST", "url": path, "body": body}) + "\n")
                 try:
-                    file = await client.files.create(file=("requests.jsonl", "".join(lines).encode()), purpose="batch")
+                    content = ("requests.jsonl", "".join(lines).encode())
+                    sent = await client.files.with_raw_response.create(file=content, purpose="batch")
+                    file = self._name(self._object(sent.http_response))
                 except BaseException:
                     work.give_back(requests)
                     raise
                 prices = {key: self.highest_cost(request) for key, request in requests.items()}
-                tag = uuid.uuid4().hex
-                holder = f"{self._mark}{tag} "
+                holder = self._holder(self._address, file, "")
                 work.store.hand_over(prices, work.store.run, holder)
-                # Sent once: where the endpoint's reply is lost, another attempt would make a second batch.
-                made = await client.with_options(max_retries=0).batches.create(
-                    input_file_id=file.id,
-                    endpoint=path,  # type: ignore[arg-type] # one of two that the client knows
-                    completion_window="24h",
-                    metadata={"persodpo": tag},
-                )
-                work.store.hand_over(prices, holder, holder + made.id)
-                await self._collect(client, work, holder + made.id, requests)
+                made = {"input_file_id": file, "endpoint": path, "completion_window": "24h"}
+                try:
+                    # Sent once: where the endpoint's reply is lost, another attempt would make a second batch.
+                    reply = await client.post(
+                        "/batches", body=made, cast_to=httpx2.Response, options={"max_retries": 0}
+                    )
+                except openai.APIStatusError as error:
+                    if 400 <= error.status_code < 500 and not fault_of(error.status_code, {}, None).billed:
+                        work.store.release(prices, holder)
+                    raise
+                name = self._name(self._object(reply))
+                named = self._holder(self._address, file, name)
+                work.store.hand_over(prices, holder, named)
+                await self._collect(client, work, named, name, requests)
 
     @property
-    def _mark(self) -> str:
-        """How the names begin that batches of this model have in the store; our tag and the endpoint's name follow."""
-        return f"batch {self.model} {self.settings.base_url} "
+    def _address(self) -> str:
+        return self.settings.base_url.rstrip("/")
 
-    async def _collect(self, client: openai.AsyncOpenAI, work: Work, holder: str, requests: dict[str, Request]) -> None:
+    def _holder(self, *names: str) -> str:
+        """Return what a batch of this model is called in the store: by its endpoint, the names of its file and its own."""
+        return json.dumps(["batch", self.model, *names])
+
+    def _object(self, response: httpx2.Response) -> dict[str, Any]:
+        """Return the JSON object that the endpoint sent; anything else stops the model."""
+        try:
+            content = json.loads(response.content)
+        except (ValueError, RecursionError):
+            content = None
+        if not isinstance(content, dict):
+            raise ModelStopped(self.sentence("batch", "its reply is no JSON object"))
+        return content
+
+    def _name(self, reply: Mapping[str, Any]) -> str:
+        """Return the name that the endpoint gave to a file or batch."""
+        name = reply.get("id")
+        if not isinstance(name, str):
+            raise ModelStopped(self.sentence("batch", "its reply names no id"))
+        return name
+
+    async def _name_of(self, client: openai.AsyncOpenAI, file: str) -> str | None:
+        """Find a batch in the endpoint's list by its file."""
+        for look in range(LOOKS):
+            await asyncio.sleep(self.settings.poll_seconds if look else 0)
+            names: list[object] = []
+            more = True
+            while more:
+                params = {"limit": 100} | ({"after": names[-1]} if names else {})
+                page = self._object(await client.get("/batches", cast_to=httpx2.Response, options={"params": params}))
+                listed = page.get("data")
+                batches = [as_object(one) for one in listed] if isinstance(listed, list) else []
+                for batch in batches:
+                    if batch.get("input_file_id") == file:
+                        return self._name(batch)
+                fresh = [batch.get("id") for batch in batches if batch.get("id") not in names]
+                names += fresh
+                more = bool(page.get("has_more") and fresh)
+        return None
+
+    async def _collect(
+        self, client: openai.AsyncOpenAI, work: Work, holder: str, name: str, requests: dict[str, Request]
+    ) -> None:
         """Wait for a batch's end and store an answer or a failure for all of it; only what this run asked is counted."""
-        name, prices = holder.rpartition(" ")[2], work.store.reservations(holder)[holder]
-        while (state := await client.batches.retrieve(name)).status not in ENDED:
-            await asyncio.sleep(self.settings.poll_seconds)
-        if state.status == "failed":
+        prices = work.store.reservations(holder)[holder]
+        try:
+            state, lines = await self._ended(client, name)
+        except openai.NotFoundError:
+            if requests:  # it was made a moment ago
+                raise
+            state, lines = {"status": "completed"}, []  # as far as anybody can tell
+        if state["status"] == "failed" and not lines:
             work.store.release(prices, holder)
-            said = "; ".join(error.message or error.code or "" for error in (state.errors and state.errors.data) or [])
-            raise ModelStopped(self.sentence("refused", self.mask.line(said)))
-        missing = f"the batch ended ({state.status}) before this prompt was answered"
-        answers = dict.fromkeys(prices, Answer("failed", failure="timeout", error=missing))
-        for file_id in filter(None, (state.error_file_id, state.output_file_id)):
-            content = (await client.files.content(file_id)).content
-            answers.update(found for line in content.split(b"\n") if (found := self._read(work, line, prices)))
-        seconds = float((state.completed_at or state.created_at) - state.created_at)
+            raise ModelStopped(self.sentence("refused", self.mask.line(as_text(state.get("errors")))))
+        answers: dict[str, Answer] = {}
+        # What a completed batch does not show may have been billed, and so may a line that nobody can read.
+        billed = state["status"] == "completed"
+        for line in lines:
+            key, answer = self._read(work, line, prices) or ("", None)
+            billed = billed or answer is None
+            if answer and (key not in answers or answers[key].failure):
+                answers[key] = answer
+        for key in prices.keys() - answers.keys():
+            missing = f"the batch ended ({state['status']}) without a readable answer to this prompt"
+            answers[key] = Answer("failed", failure="timeout", error=missing, cost=prices[key] * billed)
+        start, end = as_count(state.get("created_at")), as_count(state.get("completed_at"))
+        seconds = float(max(0, end - start)) if start is not None and end is not None else 0.0
         entries = []
         for key, answer in answers.items():
             asked = requests.get(key)
@@ -111,18 +176,48 @@ class BatchBackend(OpenAIBackend):
             if entry.key in requests:
                 work.count(entry.key, entry.answer)
 
+    async def _ended(self, client: openai.AsyncOpenAI, name: str) -> tuple[dict[str, Any], list[bytes]]:
+        """Wait for a batch's end; return what the endpoint says of it, and the lines of its files."""
+        while True:
+            state = self._object(await client.get(f"/batches/{quote(name, safe='')}", cast_to=httpx2.Response))
+            if not isinstance(state.get("status"), str):
+                raise ModelStopped(self.sentence("batch", "its reply names no status"))
+            if state["status"] in ENDED:
+                break
+            await asyncio.sleep(self.settings.poll_seconds)
+        output, errors = [await self._lines(client, state.get(kind)) for kind in ("output_file_id", "error_file_id")]
+        if len(output) < (as_count(as_object(state.get("request_counts")).get("completed")) or 0):
+            raise ModelStopped(self.sentence("batch", "its file of answers is not whole"))
+        return state, [*output, *errors]
+
+    async def _lines(self, client: openai.AsyncOpenAI, file: object) -> list[bytes]:
+        """Return the lines of a result file; a page of another kind in its place stops the model."""
+        if not isinstance(file, str):
+            return []
+        response = await client.get(f"/files/{quote(file, safe='')}/content", cast_to=httpx2.Response)
+        lines = [line for line in response.content.split(b"\n") if line.strip()]
+        if lines and not any(line.lstrip().startswith(b"{") for line in lines):
+            raise ModelStopped(self.sentence("batch", "its file is none of JSON lines"))
+        return lines
+
     def _read(self, work: Work, line: bytes, prices: Mapping[str, float]) -> tuple[str, Answer] | None:
         """Read one line of a result file; None if it does not say whose answer it is."""
         try:
             content = json.loads(line)
-            key, response = content["custom_id"], content.get("response") or {}
-            price, status, body = prices[key], response.get("status_code"), response.get("body") or {}
-        except (ValueError, RecursionError, LookupError, AttributeError, TypeError):
+            key = content["custom_id"]
+            price = prices[key]
+        except (ValueError, RecursionError, LookupError, TypeError):
             return None
         try:
-            if status != 200:
-                raise fault_of(status, {}, content.get("error") or body or "no answer")
-            return key, self.booked(work, read_reply(body), price)
+            with shape_faults():
+                response = as_object(content.get("response"))
+                status, body = as_text(response.get("status_code")), response.get("body")
+                number = int(status) if status.isdecimal() else None
+                error = content.get("error")
+                if error if number is None else not 200 <= number < 300:
+                    raise fault_of(number, {}, error or body or "no answer")
+                answer = read_reply(body)
+            return key, self.booked(work, answer, price)
         except CallFault as fault:
             kind = "rejected" if fault.kind in LASTING else fault.kind
             return key, Answer("failed", failure=kind, error=self.mask.line(fault.detail), cost=fault.billed * price)
@@ -131,7 +226,7 @@ class BatchBackend(OpenAIBackend):
     async def _connected(self) -> AsyncIterator[openai.AsyncOpenAI]:
         """Give a client, and turn its errors into the sentence that stops the model; its own retries are over."""
         try:
-            async with self.client(BoundedClient(self.settings, LONGEST_FILE), RETRIES) as client:
+            async with self.client(BoundedClient(self.settings, LONGEST_FILE), self.settings.attempts - 1) as client:
                 yield client
         except openai.APIStatusError as error:
             fault = fault_of(error.status_code, error.response.headers, error.response.content)

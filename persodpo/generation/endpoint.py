@@ -18,9 +18,18 @@ import openai
 
 from persodpo.config import OpenAIModel
 from persodpo.generation.ask import Work
-from persodpo.generation.client import BoundedClient, Mask, api_key, request_body
-from persodpo.generation.replies import CallFault, fault_of, read_reply
+from persodpo.generation.client import (
+    BoundedClient,
+    CallFault,
+    Mask,
+    api_key,
+    fault_of,
+    read_reply,
+    request_body,
+    shape_faults,
+)
 from persodpo.generation.requests import Answer, Backend, Request
+from persodpo.generation.summary import BYTES_PER_TOKEN
 
 #: Longest body that is read, bytes as decoded.
 LONGEST_BODY = 16 * 2**20
@@ -28,31 +37,26 @@ LONGEST_BODY = 16 * 2**20
 LONGEST_WAIT = 120.0
 #: Attempts at an endpoint that has never answered; a wrong address is no matter for patience.
 FIRST_ATTEMPTS = 2
-BYTES_PER_TOKEN = 4
 #: Tokens that servers add around each message of a chat, at most.
 MESSAGE_TOKENS = 16
 #: As many failures in a row, with no answer between, stop the model: something is wrong that no prompt can help.
 FAILURES_IN_A_ROW = 20
-#: Why a model is stopped, by the kind of fault.
+#: Why a model is stopped, by the kind of fault: what its endpoint does, and what helps.
 LASTING = {
-    "key": "{url} refuses {key} for model {model} ({detail}); set api_key_env to a variable that holds a valid key.",
-    "denied": "{url} denies {key} the model {model} ({detail}); ask for access or choose another model.",
-    "quota": "{url} has no credit left for {key} and model {model} ({detail}); top up the account and run again.",
-    "unknown_model": (
-        "{url} does not know model '{served}' ({detail}); correct served_as, or base_url, which usually ends in /v1."
-    ),
-    "redirect": "{url} of model {model} sends its callers elsewhere ({detail}); nothing was sent there, correct base_url.",
-    "unreachable": "{url} of model {model} cannot be reached ({detail}); start the server or correct base_url.",
-    "wait": "{url} asks to wait {detail} before the next request to model {model}; run again then, answers are kept.",
-    "usage": "{url} reports more use than model {model} was allowed ({detail}); what it says is booked, check its bill.",
-    "row": (
-        "{url} failed for " + str(FAILURES_IN_A_ROW) + " prompts in a row to model {model} (last: {detail}); mend that and "
-        "run again, failed prompts with retrying of failures switched on."
-    ),
-    "batch": "{url} failed on a batch for model {model} ({detail}); run again later.",
-    "no_batches": "{url} has no Batch API for model {model} ({detail}); set batch: false for it.",
-    "refused": "{url} refused a batch of model {model} ({detail}); correct what it names and run again.",
-}  # fmt: skip
+    "key": ("refuses {key}", "set api_key_env to a variable that holds a valid key"),
+    "denied": ("denies {key} this model", "ask for access or choose another model"),
+    "quota": ("has no credit left for {key}", "top up the account and run again"),
+    "unknown_model": ("does not know '{served}'", "correct served_as, or base_url, which usually ends in /v1"),
+    "redirect": ("sends its callers elsewhere", "nothing was sent there, correct base_url"),
+    "unreachable": ("cannot be reached", "start the server or correct base_url"),
+    "wait": ("asks for a long wait", "run again then, answers are kept"),
+    "usage": ("reports more use than was allowed", "what it says is booked, check its bill"),
+    "row": (f"failed for {FAILURES_IN_A_ROW} prompts in a row", "mend that and run again, with failures retried"),
+    "elsewhere": ("has a batch under way at another address", "set base_url back until it is collected"),
+    "batch": ("failed on a batch", "run again later"),
+    "no_batches": ("has no Batch API", "set batch: false"),
+    "refused": ("refused a batch", "correct what it names and run again"),
+}
 
 
 class OpenAIBackend(Backend):
@@ -84,20 +88,20 @@ class OpenAIBackend(Backend):
 
     def client(self, http: BoundedClient, retries: int) -> openai.AsyncOpenAI:
         """Read the key, which is handed to nothing but the client, and return one that is to be closed."""
-        key, address = api_key(self.settings), self.settings.base_url
+        key = api_key(self.settings)
         self.mask = Mask(key)
-        # Without a key of its own the client would send OPENAI_API_KEY to whatever server base_url names.
+        # Left to itself the client would send keys of the environment to whatever server base_url names.
         return openai.AsyncOpenAI(
-            api_key=key or "none", base_url=address, max_retries=retries, timeout=http.timeout, http_client=http
-        )
+            api_key=key or "none", default_headers={"Authorization": f"Bearer {key or 'none'}"}, http_client=http,
+            base_url=self.settings.base_url, max_retries=retries, timeout=http.timeout,
+        )  # fmt: skip
 
     def sentence(self, kind: str, detail: str) -> str:
         """Return why the model is stopped: by a kind of `LASTING`, with what was said, without secrets."""
-        settings = self.settings
-        return LASTING[kind].format(
-            model=settings.model, served=settings.served_as or settings.model, url=settings.base_url, detail=detail,
-            key=f"the key in {settings.api_key_env}" if settings.api_key_env else "requests without a key",
-        )  # fmt: skip
+        settings, (does, remedy) = self.settings, LASTING[kind]
+        key = f"the key in {settings.api_key_env}" if settings.api_key_env else "requests without a key"
+        does = does.format(key=key, served=settings.served_as or settings.model)
+        return f"{settings.base_url}, asked for model {settings.model}, {does} ({detail}); {remedy}."
 
     def booked(self, work: Work, answer: Answer, price: float) -> Answer:
         """Return an answer with its cost, as counted or at the highest price; one that costs more stops the model."""
@@ -231,12 +235,13 @@ class _Wire(BoundedClient):
             raise CallFault("timeout", "no answer in time", transient=True) from None
         except httpx2.DecodingError as error:
             raise CallFault("invalid_body", str(error)) from None
-        except httpx2.RequestError as error:
+        except Exception as error:  # whatever goes wrong on the way is a fault of this request
             raise CallFault("connection_cut", str(error) or type(error).__name__, transient=True) from None
         self._reached = True
-        if response.status_code != 200:
-            raise fault_of(response.status_code, response.headers, response.content)
-        return read_reply(response.content)
+        with shape_faults():
+            if not 200 <= response.status_code < 300:
+                raise fault_of(response.status_code, response.headers, response.content)
+            return read_reply(response.content)
 
 
 class Pace:

@@ -16,12 +16,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import find_executable_batch_size
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from peft import PeftModel
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
@@ -29,11 +28,11 @@ from persodpo.completions import KEY, without_reasoning
 from persodpo.config import TransformersModel
 from persodpo.errors import PersodpoError
 from persodpo.generation.ask import Work
-from persodpo.generation.requests import Answer, Backend, ModelStopped, Request, as_messages, folder_digest
+from persodpo.generation.requests import Answer, Backend, ModelStopped, Request, folder_digest
 
 #: Prompts sorted by length together, for each one of a batch.
 POOL = 8
-WARM_UP_TOKENS = 8
+WARM_UP = Request("warm-up", "warm up", 8, 0.0, None, "")
 #: Loads a model and its tokenizer: name or folder; ``dtype`` and ``revision`` by keyword.
 Loader = Callable[..., tuple[Any, Any]]
 
@@ -87,61 +86,62 @@ class Decoder:
     """A loaded model and its tokenizer."""
 
     def __init__(self, settings: TransformersModel, weights: str | Path, load: Loader) -> None:
-        """Load the model, and warm it up for latency mode; arguments as of `TransformersBackend`.
-
-        Raises:
-            PersodpoError: The model or its adapter cannot be loaded, or it has no chat template where it needs one.
-        """
+        """Load the model, and warm it up for latency mode; arguments as of `TransformersBackend`."""
         self.cancelled = threading.Event()
         self._settings = settings
         cuda = torch.cuda.is_available()
         dtype = torch.bfloat16 if cuda else torch.float32
-        model, self._tokenizer = load(weights, dtype=dtype, revision=settings.revision)
+        model, tokenizer = load(weights, dtype=dtype, revision=settings.revision)
         model = _with_adapter(model, settings.adapter) if settings.adapter else model
         self._model: Any = model.to("cuda" if cuda else "cpu")
+        self._tokenizer = tokenizer
         ends = self._model.generation_config.eos_token_id
-        ends = self._tokenizer.eos_token_id if ends is None else ends
-        self._ends = sorted(ends if isinstance(ends, list) else [] if ends is None else [ends])
-        self._check_tokenizer()
+        ends = tokenizer.eos_token_id if ends is None else ends
+        if ends is None:
+            raise PersodpoError(f"Model {settings.model} has no end-of-text token; use a tokenizer that names one.")
+        self._ends = sorted(ends if isinstance(ends, list) else [ends])
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(self._ends[0])
         self._limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
         self.hardware = _hardware(dtype)
         if settings.mode == "latency":
-            self._decode([self._ids("warm up")], [Request("warm-up", "warm up", WARM_UP_TOKENS, 0.0, None, "")])
+            self._decode([self._ids(WARM_UP.prompt)], [WARM_UP])
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Answer a batch under the temperature and seed of its first request; one that does not fit the memory is halved.
+        """Answer a batch under the temperature and seed of its first request.
 
         Raises:
-            ModelStopped: Not even a single prompt fits the memory.
+            ModelStopped: Not even a single prompt fits the memory, or the tokenizer cannot write chats.
         """
         ids = [self._ids(request.prompt) for request in requests]
-        answers: dict[int, Answer] = {}
-        for n, request in enumerate(requests):
-            if len(ids[n]) + request.max_new_tokens > self._limit:
-                said = (
-                    f"The prompt of {len(ids[n])} tokens and an answer of {request.max_new_tokens} do not fit the "
-                    f"{self._limit} tokens that {self._settings.model} takes."
-                )
-                answers[n] = Answer("failed", failure="context_too_long", error=said, prompt_tokens=len(ids[n]))
-        fits = [n for n in range(len(ids)) if n not in answers]
-
-        def decode(batch_size: int) -> list[Answer]:
-            parts = [fits[start : start + batch_size] for start in range(0, len(fits), batch_size)]
-            return [one for part in parts for one in self._decode([ids[n] for n in part], [requests[n] for n in part])]
-
-        halves = (len(fits) >> halvings for halvings in count(1))
-        try:
-            # Accelerate collects garbage before each call, which is not for single prompts.
-            several = find_executable_batch_size(decode, len(fits), reduce_batch_size_fn=lambda: next(halves))
-            answers |= zip(fits, several() if len(fits) > 1 else decode(1), strict=True)
-        except RuntimeError as error:
-            if not isinstance(error, torch.OutOfMemoryError) and "reached zero" not in str(error):
-                raise
-            raise ModelStopped(
-                f"Model {self._settings.model} runs out of memory on a single prompt of {max(map(len, ids))} tokens; use a "
-                "smaller model or a larger GPU."
-            ) from error
+        fits = [n for n, request in enumerate(requests) if len(ids[n]) + request.max_new_tokens <= self._limit]
+        answers = dict(zip(fits, self._halving([ids[n] for n in fits], [requests[n] for n in fits]), strict=True))
+        for n in set(range(len(ids))) - set(fits):
+            said = (
+                f"The prompt of {len(ids[n])} tokens and an answer of {requests[n].max_new_tokens} do not fit the "
+                f"{self._limit} tokens that {self._settings.model} takes."
+            )
+            answers[n] = Answer("failed", failure="context_too_long", error=said, prompt_tokens=len(ids[n]))
         return [replace(answers[n], hardware=self.hardware) for n in range(len(ids))]
+
+    def _halving(self, ids: list[list[int]], requests: list[Request]) -> list[Answer]:
+        """Answer a batch, or its halves where it does not fit the memory."""
+        if not ids:
+            return []
+        try:
+            return self._decode(ids, requests)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                said = str(error).partition("\n")[0][:200]
+                raise ModelStopped(f"Model {self._settings.model} cannot go on from its prompts ({said}).") from error
+            if len(ids) == 1:
+                raise ModelStopped(
+                    f"Model {self._settings.model} runs out of memory on a single prompt of {len(ids[0])} tokens; use a "
+                    "smaller model or a larger GPU."
+                ) from error
+        clear_device_cache(garbage_collection=True)  # after the error is gone, which holds the tensors
+        half = len(ids) // 2
+        return self._halving(ids[:half], requests[:half]) + self._halving(ids[half:], requests[half:])
 
     def _decode(self, ids: list[list[int]], requests: list[Request]) -> list[Answer]:
         """Let the model go on from prompts that are padded on the left to one length."""
@@ -186,29 +186,21 @@ class Decoder:
 
     def _ids(self, prompt: str | Sequence[Any]) -> list[int]:
         """Tokenise a prompt, a chat by the tokenizer's own template; a model is not asked after its own end of text."""
-        if not isinstance(prompt, str):
-            text = self._tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
-            # The template writes the special tokens itself.
-            return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-        ids = list(self._tokenizer(prompt)["input_ids"])
-        return ids[:-1] if len(ids) > 1 and ids[-1] == self._tokenizer.eos_token_id else ids
-
-    def _check_tokenizer(self) -> None:
-        """Refuse a tokenizer that cannot do what the settings ask for, before anything is answered."""
-        settings, tokenizer = self._settings, self._tokenizer
-        if not self._ends:
-            raise PersodpoError(f"Model {settings.model} has no end-of-text token; use a tokenizer that names one.")
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(self._ends[0])
-        system = "x" if settings.format == "chat_with_system" else None
+        if isinstance(prompt, str):
+            ids = list(self._tokenizer(prompt)["input_ids"])
+            return ids[:-1] if len(ids) > 1 and ids[-1] == self._tokenizer.eos_token_id else ids
         try:
-            self._ids("x" if settings.format == "raw" else as_messages("x", system))
+            text = self._tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+            if not text:
+                raise ValueError("its template writes nothing")
         except Exception as error:
             said = " ".join(str(error).split())[:200]
-            raise PersodpoError(
-                f"The tokenizer of model {settings.model} cannot write format {settings.format} ({said}); choose chat (no "
-                "system message) or raw for it."
+            raise ModelStopped(
+                f"The tokenizer of model {self._settings.model} cannot write format {self._settings.format} ({said}); "
+                "choose chat (no system message) or raw for it."
             ) from error
+        # The template writes the special tokens itself.
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 class _Stopping(StoppingCriteria):

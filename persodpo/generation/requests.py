@@ -25,20 +25,18 @@ from persodpo.runfolder import sha256
 if TYPE_CHECKING:
     from persodpo.generation.ask import Work
 
-#: Why a request was not answered. The first two lie with the prompt, the others with the call.
-FAILURES = (
-    "context_too_long", "rejected", "rate_limited", "server_error", "timeout", "connection_cut", "invalid_body",
-    "no_choice", "unreachable",
-)  # fmt: skip
 #: What leads a turn; a context of nothing else says nothing.
 _SPEAKER = re.compile(r"^\w+:", re.MULTILINE)
+#: Files that shape what a model says, and records beside them that do not.
+_WEIGHTS = {".safetensors", ".json", ".txt", ".model", ".jinja"}
+_RECORDS = {"policy.json", "arm.json", "trainer_state.json"}
 #: One turn of a chat: its role (``system``, ``user`` or ``assistant``) and its content.
 Message = dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt and how it is to be answered; one without text is refused, for some servers answer it nevertheless."""
+    """One prompt and how it is to be answered."""
 
     dialogue_id: str  # that the prompt was rendered from
     prompt: str | tuple[Message, ...]  # raw text, or a chat
@@ -46,13 +44,6 @@ class Request:
     temperature: float | None  # 0: greedy; None: the server's own, as some models accept no other
     seed: int | None  # of sampling
     template: str  # hash of the prompt's template
-
-    def __post_init__(self) -> None:
-        """Raise PersodpoError for an empty prompt."""
-        if not any(text.strip() for text in self.texts):
-            raise PersodpoError(
-                f"The prompt of dialogue '{self.dialogue_id}' is empty; give the dialogue a context or leave it out."
-            )
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -72,7 +63,9 @@ class Answer:
     outcome: Literal["answered", "failed"]
     completion: str | None = None  # the text as it came, None for a failure
     finish_reason: str | None = None  # stop, length, content_filter, refusal, or another word that ends an answer
-    failure: str | None = None  # one of FAILURES, None for an answer
+    #: None for an answer. It lies with the prompt: context_too_long, rejected; or with the call: rate_limited,
+    #: server_error, timeout, connection_cut, invalid_body, no_choice, unreachable.
+    failure: str | None = None
     error: str | None = None  # what went wrong, in one line without secrets
     prompt_tokens: int | None = None  # as the server counted them
     completion_tokens: int | None = None
@@ -121,7 +114,7 @@ class Job(NamedTuple):
 
     requests: Iterable[Request]  # gone through once
     backend: Backend
-    total: int | None = None  # of the progress bar, where the iterable does not know it
+    total: int | None = None  # requests, for the progress bar
 
 
 def request_key(request: Request, backend: Backend) -> str:
@@ -135,15 +128,7 @@ def request_key(request: Request, backend: Backend) -> str:
 
 
 def requests_for(dialogues: pd.DataFrame, settings: AskedModel, profile: Profile) -> Iterator[Request]:
-    """Return what one model is to answer.
-
-    Args:
-        dialogues: Rows of the dialogues table.
-        settings: How the model is asked.
-        profile: Template, word limit, token budget and sampling.
-
-    Returns:
-        One request per dialogue, rendered as it is taken.
+    """Return what one model is to answer: a request per row of the dialogues table, rendered as it is taken.
 
     Raises:
         PersodpoError: A template is wrong, or a dialogue has no context.
@@ -176,15 +161,8 @@ def as_messages(prompt: str, system: str | None) -> tuple[Message, ...]:
 
 
 def folder_digest(folder: Path) -> str | None:
-    """Return the hex sha256 of a model's or adapter's files, None if there is no such folder.
-
-    Pictures, cards and records beside the model shape no answer and are left out.
-    """
-    kinds, records = (
-        {".safetensors", ".json", ".txt", ".model", ".jinja"},
-        {"policy.json", "arm.json", "trainer_state.json"},
-    )
-    files = [path for path in sorted(folder.glob("*")) if path.suffix in kinds and path.name not in records]
-    if not any(path.suffix == ".safetensors" for path in files):
+    """Return the hex sha256 of the files of a model or adapter that shape its answers, None if there is no such folder."""
+    names = {path.name for path in folder.glob("*") if path.suffix in _WEIGHTS} - _RECORDS
+    if not any(name.endswith(".safetensors") for name in names):
         return None
-    return hashlib.sha256("".join(f"{path.name} {sha256(path)}\n" for path in files).encode()).hexdigest()
+    return hashlib.sha256("".join(f"{name} {sha256(folder / name)}\n" for name in sorted(names)).encode()).hexdigest()

@@ -26,8 +26,10 @@ from persodpo.generation.requests import ModelStopped, folder_digest
 HOST = "127.0.0.1"
 #: Runs a program until it ends or its standard input does, which is when the parent dies or lets go of it.
 _LEASH = """
-import subprocess, sys, threading
+import signal, subprocess, sys, threading
 server = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
 def watch():
     sys.stdin.read()
     server.terminate()
@@ -43,7 +45,7 @@ class ServedBackend(OpenAIBackend):
     local = True
 
     def __init__(self, settings: ServedModel, weights: str | Path) -> None:
-        """Name the model (a folder or a name on the Hugging Face Hub) and how it is asked; nothing is started yet."""
+        """Name the weights, a folder or a name on the Hub; nothing is started yet."""
         super().__init__(OpenAIModel(
             kind="openai", model=settings.model, served_as=str(weights), base_url=f"http://{HOST}/v1",
             format=settings.format, concurrency=settings.concurrency, timeout_seconds=settings.timeout_seconds,
@@ -85,10 +87,8 @@ class ServedBackend(OpenAIBackend):
                         return
                 await asyncio.sleep(0.2)
         ended = server.poll()
+        did = f"did not answer within {self._startup_seconds:g} s" if ended is None else f"ended with status {ended}"
         raise ModelStopped(
-            f"transformers serve did not answer for model {self.model} within {self._startup_seconds:g} s; raise "
-            "startup_seconds of its entry in generation.backends."
-            if ended is None
-            else f"transformers serve ended by itself (status {ended}) before it could serve model {self.model}; try it by "
-            f"hand: transformers serve {self._weights}."
+            f"transformers serve {did} for model {self.model}; raise startup_seconds of its entry in generation.backends, "
+            f"or try it by hand: transformers serve {self._weights}."
         )

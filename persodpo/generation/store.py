@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, Self
 
 from filelock import FileLock, Timeout
 
+from persodpo.errors import PersodpoError
 from persodpo.generation.requests import Answer
 from persodpo.sqlite import Content, connect, transaction
 
@@ -51,18 +52,17 @@ _ANSWER = [column.name for column in fields(Answer)]
 _COLUMNS = ["key", "model", "template", "prompt_bytes", *_ANSWER, "created"]
 #: What each column may hold; a damaged page may hold something else.
 _TYPES = (str, str, str, int, *[str | None] * 5, *[int | None] * 2, float, float, int, int | None, str | None, str)
-#: An answer is kept for good; a failure gives way to the next attempt, but what it cost stays counted.
+_SUMMED = ("cost", "attempts")
+#: An answer is kept for good; a failure gives way to the next attempt. What either has cost stays counted.
 _WRITE = f"""
 INSERT INTO answers ({", ".join(_COLUMNS)}) VALUES ({", ".join("?" * len(_COLUMNS))})
 ON CONFLICT (key) DO UPDATE SET
-    {", ".join(f"{name} = excluded.{name}" for name in (*_ANSWER, "created") if name not in ("cost", "attempts"))},
-    cost = cost + excluded.cost, attempts = attempts + excluded.attempts
-WHERE answers.outcome = 'failed'
+    {", ".join(f"{name} = {name} + excluded.{name}" for name in _SUMMED)},
+    {", ".join(f"{n} = iif(outcome = 'failed', excluded.{n}, {n})" for n in (*_ANSWER, "created") if n not in _SUMMED)}
 """
 #: What others, runs that died, have set aside for a key: it may have been billed, so its answer bears it.
 _LOST = """
-UPDATE answers SET cost = cost + (SELECT total(cost) FROM reservations WHERE key = ?1 AND run <> ?2)
-WHERE key = ?1 AND EXISTS (SELECT 1 FROM reservations WHERE key = ?1 AND run <> ?2)
+UPDATE answers SET cost = cost + (SELECT total(cost) FROM reservations WHERE key = ?1 AND run <> ?2) WHERE key = ?1
 """
 _SPENT = "SELECT (SELECT total(cost) FROM answers WHERE cost > 0) + (SELECT total(cost) FROM reservations)"
 
@@ -91,15 +91,12 @@ class Store:
     """The answers of all models, in one file; a PersodpoError says that it is locked or damaged, or the disk is full."""
 
     def __init__(self, path: Path, wait_seconds: float = 30.0) -> None:
-        """Open a store, or make one where there is none; ``wait_seconds`` is for another process that is writing.
-
-        Raises:
-            PersodpoError: The file is locked, damaged, of another program or of another version, or cannot be made.
-        """
+        """Open a store, or make one where there is none; ``wait_seconds`` is for another process that is writing."""
         self.path = path
         self.run = uuid.uuid4().hex
         self._lock = threading.Lock()
         self._connection = connect(path, wait_seconds, _CONTENT, check_same_thread=False)
+        self._place = _place(path)
 
     def __enter__(self) -> Self:
         """Return the open store."""
@@ -107,16 +104,16 @@ class Store:
 
     def __exit__(self, *_: object) -> None:
         """Close it."""
-        self.close()
-
-    def close(self) -> None:
-        """Close the file; closing twice does no harm."""
         with self._lock:
             self._connection.close()
 
     @contextmanager
     def asking(self, models: Iterable[str]) -> Iterator[None]:
-        """Keep other processes from asking these models, waiting for one that does; it is said on a terminal."""
+        """Keep other processes from asking these models, waiting for one that does; it is said on a terminal.
+
+        What is set aside from now on is another run's: what an interrupted one has set aside stays counted.
+        """
+        self.run = uuid.uuid4().hex
         with ExitStack() as stack:
             # All take them in one order, so no two wait for each other.
             for model in sorted(set(models)) if str(self.path) != ":memory:" else ():
@@ -128,6 +125,11 @@ class Store:
                     if sys.stderr.isatty():
                         print(f"{model} is being asked by another process; this one waits for it.", file=sys.stderr)
                     lock.acquire()
+                except OSError as error:
+                    raise PersodpoError(
+                        f"{lock.lock_file} cannot be made ({error.strerror}); move away what lies there, or make its folder "
+                        "writable."
+                    ) from error
                 stack.callback(lock.release)
             yield
 
@@ -147,7 +149,7 @@ class Store:
             total, granted = (0.0 if budget is None else connection.execute(_SPENT).fetchone()[0]), 0
             for _, usd in prices:
                 total += usd
-                if budget is not None and total > budget:
+                if usd and budget is not None and total > budget:
                     break
                 granted += 1
             connection.executemany(
@@ -181,9 +183,8 @@ class Store:
     def write(self, entries: Sequence[Entry], run: str | None = None) -> None:
         """Write entries in one transaction and end their reservations; when this returns, they are on the disk.
 
-        Args:
-            entries: What came in. An answer that is stored already stays as it is; a failure is replaced.
-            run: Whose reservations are part of their cost; None for this one's.
+        An answer that is stored already stays as it is, a failure is replaced; ``run`` is whose reservations are part of
+        their cost, None for this one's.
         """
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         rows = [tuple(map(_storable, (*one[:4], *astuple(one.answer), one.created or now))) for one in entries]
@@ -194,7 +195,7 @@ class Store:
 
     def adopt(self, keys: Iterable[str], path: Path) -> None:
         """Take over answers from another store; they cost nothing here, for that store has paid for them."""
-        remaining = self.missing(keys)
+        remaining = self.missing(keys, retry_failed=True)
         with Store(path) as other:
             while chunk := list(islice(remaining, CHUNK)):
                 found = [entry for _, entry in other.entries(chunk) if entry and entry.answer.failure is None]
@@ -239,13 +240,27 @@ class Store:
 
     @contextmanager
     def _exclusive(self) -> Iterator[sqlite3.Connection]:
-        """Give the connection within one write transaction."""
+        """Give the connection within one write transaction, unless what it would write would be gone."""
+        if _place(self.path) != self._place:
+            raise PersodpoError(
+                f"{self.path} was moved, deleted or replaced while it was in use; put it back, with the files beside it, "
+                "and run again."
+            )
         with _CONTENT.faults(self.path), self._lock, transaction(self._connection):
             yield self._connection
 
     def _read(self, query: str, *values: Any) -> list[tuple[Any, ...]]:
         with _CONTENT.faults(self.path), self._lock:
             return self._connection.execute(query, values).fetchall()
+
+
+def _place(path: Path) -> tuple[int, int] | None:
+    """Return what the system calls a file, whatever its name; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _marks(values: Sequence[object]) -> str:

@@ -83,7 +83,7 @@ class Forecast:
     prompt_tokens: int
     completion_tokens: int
     cost: float | None  # US dollars, None if the prices are unknown
-    highest_cost: float | None  # if every answer reaches its longest length
+    highest_cost: float | None  # if every byte is a token and every answer reaches its longest length
     seconds: float | None  # None without a sample, unless the endpoint's limits decide
 
     def __str__(self) -> str:
@@ -104,6 +104,7 @@ def forecast(requests: Iterable[Request], backend: Backend, store: Store, *, ret
     answer takes. Requests are gone through once, in flat memory.
     """
     total = to_ask = prompt_bytes = longest = 0
+    most = 0.0
     template, remaining = "", iter(requests)
     while chunk := list(islice(remaining, CHUNK)):
         by_key = {request_key(request, backend): request for request in chunk}
@@ -112,32 +113,26 @@ def forecast(requests: Iterable[Request], backend: Backend, store: Store, *, ret
         to_ask += len(missing)
         prompt_bytes += sum(request.prompt_bytes for request in missing)
         longest += sum(request.max_new_tokens for request in missing)
-    sample = store.experience(backend.model, template, backend.concurrency)
-    prompt_tokens = round(prompt_bytes * (sample.tokens_per_byte if sample else 1 / BYTES_PER_TOKEN))
-    expected = min(longest, round(to_ask * sample.completion_tokens)) if sample else longest
+        most += sum(map(backend.highest_cost, missing))
+    known = store.experience(backend.model, template, backend.concurrency)
+    prompt_tokens = round(prompt_bytes * (known.tokens_per_byte if known else 1 / BYTES_PER_TOKEN))
+    expected = min(longest, round(to_ask * known.completion_tokens)) if known else longest
     requests_a_minute, tokens_a_minute = backend.minute
-    bounds = [
-        to_ask * sample.seconds if sample else None,
-        60 * to_ask / requests_a_minute if requests_a_minute else None,
-        60 * (prompt_tokens + longest) / tokens_a_minute if tokens_a_minute else None,
-    ]
+    bounds = [to_ask * known.seconds] if known else []
+    bounds += [60 * to_ask / requests_a_minute] if requests_a_minute else []
+    bounds += [60 * (prompt_tokens + longest) / tokens_a_minute] if tokens_a_minute else []
     prices = backend.prices
     return Forecast(
-        model=backend.model, requests=total, to_ask=to_ask, sample=sample.answers if sample else 0,
+        model=backend.model, requests=total, to_ask=to_ask, sample=known.answers if known else 0,
         prompt_tokens=prompt_tokens, completion_tokens=expected,
         cost=prices.cost(prompt_tokens, expected) if prices else None,
-        highest_cost=prices.cost(prompt_tokens, longest) if prices else None,
-        seconds=max((bound for bound in bounds if bound is not None), default=None),
+        highest_cost=most if prices else None,
+        seconds=max(bounds, default=None),
     )  # fmt: skip
 
 
 def stored_answers(store: Store, jobs: Iterable[tuple[Job, Sequence[str]]], reading: Reading) -> pd.DataFrame:
-    """Return what the store holds of some jobs.
-
-    Args:
-        store: Of the answers.
-        jobs: Each with the splits of its dialogues; its requests are gone through.
-        reading: How completions are read.
+    """Return what the store holds of some jobs, each given with the splits of its dialogues.
 
     Returns:
         An answers table (`persodpo.tables.SCHEMAS`), a row for each request that was answered or has failed.

@@ -22,7 +22,7 @@ from persodpo.config import Profile
 from persodpo.errors import PersodpoError
 from persodpo.imports import code_of
 from persodpo.runfolder import DATA, PROJECT, RunFolder, StageReport, as_json, digest_of, read_json, sha256, write_json
-from persodpo.stages import ablate, asking, audit, cards, dialogues, evaluate, figures, generate, pairs, score, train
+from persodpo.stages import ablate, audit, cards, dialogues, evaluate, figures, generate, pairs, score, train
 from persodpo.stages.base import Need, Stage, published_at_hand
 
 __all__ = ["STAGES", "make", "plan", "published_at_hand"]
@@ -83,7 +83,7 @@ def make(profile: Profile, name: str, overwrite: bool = False, **options: Any) -
     """
     reports: list[object] = []
     steps = plan(profile, name, options)
-    wait = asking.WAIT_SECONDS if name == "dialogues" or STAGES[name].shared else 0.0
+    wait = generate.WAIT_SECONDS if name == "dialogues" or STAGES[name].shared else 0.0
     with ExitStack() as held:
         for step in steps:
             run, anew = RunFolder(step.profile), overwrite and step is steps[-1]

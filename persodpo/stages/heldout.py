@@ -22,8 +22,7 @@ from persodpo.miniature.judge import judge
 from persodpo.runfolder import RunFolder, StageReport, Tables
 from persodpo.scoring.score import extras_table
 from persodpo.stages import score
-from persodpo.stages.asking import job_for
-from persodpo.stages.generate import check_finished, write_answers
+from persodpo.stages.generate import check_finished, job_for, write_answers
 from persodpo.stages.policy import start_policy
 from persodpo.stages.train import arm_folder, weights_of
 from persodpo.tables import SCHEMAS

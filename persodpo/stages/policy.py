@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import persodpo.pairs
 from persodpo.completions import write_completion
-from persodpo.config import Profile
 from persodpo.miniature.models import BASE, STEPS, lessons
 from persodpo.runfolder import RunFolder
-
-if TYPE_CHECKING:
-    from persodpo.training.policy import SmallPolicy
 
 #: What names of miniature models start with, wherever weights are named.
 PREFIX = "miniature/"
@@ -21,35 +16,24 @@ PREFIX = "miniature/"
 
 def start_policy(run: RunFolder) -> str | Path:
     """Return the policy of a run's profile; the small one is made from the run's own texts if need be."""
-    from persodpo.training.policy import make_small_policy
+    return made_model(run, run.profile.policy.model)
 
-    name = run.profile.policy.model
-    if name.startswith(PREFIX):
-        return miniature_model(run, name)
-    if name != "small":
+
+def made_model(run: RunFolder, name: str) -> str | Path:
+    """Return a model by its name; ``small`` and ``miniature/<name>`` are made if need be, the middling one first."""
+    from persodpo.training.policy import SmallPolicy, make_small_policy
+
+    profile = run.profile
+    size = SmallPolicy(**profile.policy.small.model_dump(), max_length=profile.training.max_length, seed=profile.seed)
+    if name == "small":
+        prompts = persodpo.pairs.prompt_table(run.read("dialogues"), profile)
+        parsed = run.read("responses").query("outcome == 'ok'").merge(prompts, on="dialogue_id")
+        texts = [write_completion(text) for text in parsed["response"]]
+        return make_small_policy(list(zip(parsed["prompt"], texts, strict=True)), size, model_folder(run, name))
+    if not name.startswith(PREFIX):
         return name
-    prompts = persodpo.pairs.prompt_table(run.read("dialogues"), run.profile)
-    responses = run.read("responses")
-    parsed = responses[responses["outcome"].eq("ok")].merge(prompts, on="dialogue_id")
-    texts = [write_completion(text) for text in parsed["response"]]
-    examples = list(zip(parsed["prompt"], texts, strict=True))
-    return make_small_policy(examples, small_policy(run.profile), policy_folder(run))
-
-
-def small_policy(profile: Profile) -> SmallPolicy:
-    """Return size and warm-up of the small policy and of the miniature models."""
-    from persodpo.training.policy import SmallPolicy
-
-    return SmallPolicy(**profile.policy.small.model_dump(), max_length=profile.training.max_length, seed=profile.seed)
-
-
-def miniature_model(run: RunFolder, name: str) -> Path:
-    """Return the folder of a model called ``miniature/<name>``; it is made if need be, and the middling one before it."""
-    from persodpo.training.policy import make_small_policy
-
-    profile, size, folder = run.profile, small_policy(run.profile), miniature_folder(run)
+    folder, name = miniature_folder(run), name.removeprefix(PREFIX)
     learn = partial(lessons, folder=folder, miniature=profile.miniature, prompts=profile.prompts, seed=profile.seed)
-    name = name.removeprefix(PREFIX)
     examples = learn(name)  # an unknown name is refused before anything is made
     base = make_small_policy(learn(BASE), size, folder / BASE)
     if name == BASE:
@@ -59,11 +43,11 @@ def miniature_model(run: RunFolder, name: str) -> Path:
     return make_small_policy(examples, finish, folder / name, start=base)
 
 
+def model_folder(run: RunFolder, name: str) -> Path:
+    """Return where the model called ``small`` or ``miniature/<name>`` lies, whether it is there or not."""
+    return miniature_folder(run) / name.removeprefix(PREFIX) if name.startswith(PREFIX) else run.root / "policy"
+
+
 def miniature_folder(run: RunFolder) -> Path:
     """Return where the miniature models of a world lie: beside its runs, which share them; no run can be called so."""
     return run.root.with_name(f"_miniature-{run.profile.seed}")
-
-
-def policy_folder(run: RunFolder) -> Path:
-    """Return where the small policy of a run lies, whether it is there or not."""
-    return run.root / "policy"
