@@ -507,8 +507,62 @@ def test_tokens_that_mix_in_training_alone_are_refused(tmp_path):
 
     model = tiny_model()
     model.model.layers[0].mlp = Mixing(model.model.layers[0].mlp)
-    with pytest.raises(PersodpoError, match="lets a response move another by"):
+    with pytest.raises(PersodpoError, match="while it trains"):
         grouped(tmp_path, model=model)
+
+
+class _OwnLoss(torch.autograd.Function):
+    """Adds a loss in the backward pass, as routers do that balance their experts by themselves."""
+
+    @staticmethod
+    def forward(ctx, states, loss):
+        ctx.shape = loss.shape
+        return states
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, torch.ones(ctx.shape, dtype=gradient.dtype)
+
+
+class Balanced(torch.nn.Module):
+    """Wraps a module; its own loss counts all tokens of a pass together."""
+
+    def __init__(self, inner):
+        """Wrap it."""
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, states):
+        """Change no value."""
+        return self.inner(_OwnLoss.apply(states, states.mean((0, 1)).square().sum()))
+
+
+class Detached(Balanced):
+    """Lets no gradient through the first half of the columns."""
+
+    def forward(self, states):
+        """Change no value."""
+        half = states.shape[1] // 2
+        return self.inner(torch.cat([states[:, :half].detach(), states[:, half:]], 1))
+
+
+class Shifted(Balanced):
+    """Sees the column before its own, in training alone; no response moves another by it."""
+
+    def forward(self, states):
+        """Mix tokens."""
+        return self.inner(states + states.roll(2, 1) if self.training else states)
+
+
+@pytest.mark.parametrize(("wrapper", "fault"), [
+    (Balanced, "other gradients"), (Detached, "other gradients"), (Shifted, "while it trains"),
+])  # fmt: skip
+def test_what_shows_in_training_alone_is_refused(tmp_path, wrapper, fault):
+    for model in (tiny_model(), get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"]))):
+        layer = model.get_decoder().layers[0]
+        layer.mlp = wrapper(layer.mlp)
+        with pytest.raises(PersodpoError, match=fault):
+            grouped(tmp_path, model=model)
 
 
 class Swapped(torch.nn.Module):

@@ -134,7 +134,7 @@ def _probe(model: Any, max_length: int | None, token_budget: int) -> tuple[list[
     while True:
         groups, wide = random_groups(model, longest, token_budget)
         try:
-            return groups, wide, [_plain_log_probs(model, group) for group in groups]
+            return groups, wide, [plain_log_probs(model, group) for group in groups]
         except torch.OutOfMemoryError:
             raise
         except FAULTS as error:
@@ -171,7 +171,7 @@ def _compared(group: Group) -> list[list[int]]:
     return [group.responses[0], *group.responses[-2:]]
 
 
-def _plain_log_probs(model: Any, group: Group) -> Tensor:
+def plain_log_probs(model: Any, group: Group) -> Tensor:
     """Run one forward pass over prompt and response alone for each response; nats per token."""
     means = []
     for response in _compared(group):
@@ -185,14 +185,14 @@ def _plain_log_probs(model: Any, group: Group) -> Tensor:
 def _difference(model: Any, groups: list[Group], plain: list[Tensor], *, grouped: bool) -> tuple[float, str]:
     """Return how far packed log-probabilities are from plain ones, in nats per token, and in words."""
     try:
-        packed = _packed_log_probs(model, groups, grouped=grouped)
+        packed = packed_log_probs(model, groups, grouped=grouped)
         # Attention is another now; whoever generates with it must not notice.
-        again = _plain_log_probs(model, groups[0]) - plain[0] if grouped else plain[0].new_zeros(1)
+        again = plain_log_probs(model, groups[0]) - plain[0] if grouped else plain[0].new_zeros(1)
         moved, by_rows = _moved(model, groups, packed, grouped=grouped)
         # Half precision may take another kernel, or fail, which training in it would do aloud.
         in_half, rows_in_half = 0.0, 0.0
         with suppress(*FAULTS), torch.autocast(model.device.type, torch.bfloat16, enabled=grouped):
-            half = _packed_log_probs(model, groups[-2:], grouped=grouped)
+            half = packed_log_probs(model, groups[-2:], grouped=grouped)
             in_half, rows_in_half = _moved(model, groups[-2:], half, grouped=grouped)
     except torch.OutOfMemoryError:
         raise
@@ -200,7 +200,7 @@ def _difference(model: Any, groups: list[Group], plain: list[Tensor], *, grouped
         return math.inf, f"a packed pass ends with {type(error).__name__}: {first_line(error)}"
     apart = torch.cat([packed - torch.cat(plain), again]).abs().max()
     difference = float(apart) if apart.isfinite() else math.inf
-    rounding = ROUNDING[_precision(model)]
+    rounding = ROUNDING[precision(model)]
     if difference < math.inf and moved > LEAK * rounding + 10 * by_rows:
         return math.inf, f"a response moves others of its row by {moved:.2g} nats per token"
     if difference < math.inf and in_half > LEAK * ROUNDING[torch.bfloat16] + 10 * rows_in_half:
@@ -213,7 +213,7 @@ def _difference(model: Any, groups: list[Group], plain: list[Tensor], *, grouped
 def _difference_in_wide_row(model: Any, wide: Group, plain: Tensor) -> tuple[float, str]:
     """Return how far log-probabilities in a wide row are from plain ones, in nats per token, and in words."""
     try:
-        apart = (_packed_log_probs(model, [wide], grouped=True) - plain).abs().max()
+        apart = (packed_log_probs(model, [wide], grouped=True) - plain).abs().max()
     except torch.OutOfMemoryError:
         raise
     except FAULTS as error:
@@ -230,7 +230,7 @@ def _moved(model: Any, groups: list[Group], packed: Tensor, *, grouped: bool) ->
     """
     *rest, last = (replace(group, responses=_other_first(group)) for group in groups)
     in_row, in_others = (
-        float((_packed_log_probs(model, changed, grouped=grouped) - packed)[-2:].abs().max())
+        float((packed_log_probs(model, changed, grouped=grouped) - packed)[-2:].abs().max())
         for changed in ([*groups[:-1], last], [*rest, groups[-1]])
     )
     return in_row, in_others
@@ -242,7 +242,7 @@ def _other_first(group: Group) -> list[list[int]]:
     return [(last * len(first))[: len(first)], *group.responses[1:]]
 
 
-def _packed_log_probs(model: Any, groups: list[Group], *, grouped: bool) -> Tensor:
+def packed_log_probs(model: Any, groups: list[Group], *, grouped: bool) -> Tensor:
     """Return the log-probabilities of the compared responses, nats per token."""
     values = model(packed=pack(groups, Layout(grouped=grouped)).to(model.device))
     parts = torch.split(values, [len(group.responses) for group in groups])
@@ -250,7 +250,7 @@ def _packed_log_probs(model: Any, groups: list[Group], *, grouped: bool) -> Tens
     return torch.cat([part[[0, -2, -1]] for part in parts]) / lengths
 
 
-def _precision(model: Any) -> torch.dtype:
+def precision(model: Any) -> torch.dtype:
     """Return the coarsest type that a model computes in."""
     halves = {tensor.dtype for tensor in (*model.parameters(), *model.buffers())} & {torch.float16, torch.bfloat16}
     packed = any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
@@ -270,10 +270,10 @@ def _tf32() -> bool:
 
 def _tolerance(model: Any, long: Tensor, short: Tensor, *_: Tensor) -> float:
     """Return what rounding explains, nats per token: never more than a small share of what the prompt does."""
-    precision = _precision(model)
-    least, most = ROUNDING[precision] / 100, ROUNDING[precision]
+    kind = precision(model)
+    least, most = ROUNDING[kind] / 100, ROUNDING[kind]
     effect = float((long - short).square().mean().sqrt())
-    return most if precision.itemsize == 2 else min(most, max(least, SHARE * effect))
+    return most if kind.itemsize == 2 else min(most, max(least, SHARE * effect))
 
 
 def first_line(error: Exception) -> str:

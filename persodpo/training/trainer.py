@@ -162,13 +162,14 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         """Add the reference log-probability of each distinct response, from the cache or computed once."""
         budget = option(self.args, "token_budget")
         if self.packing is None:
-            self.packing = check_models(
-                self.model,
-                self.ref_model,
-                max_length=self.args.max_length,
-                token_budget=budget,
-                aux_loss=self.aux_loss_enabled,
-            )
+            with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+                self.packing = check_models(
+                    self.model,
+                    self.ref_model,
+                    max_length=self.args.max_length,
+                    token_budget=budget,
+                    aux_loss=self.aux_loss_enabled,
+                )
         model = self.ref_model or self.model
         groups = [to_group(example) for example in dataset]
         check_vocabulary(model, groups)
