@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2Model, apply_rotary_pos_emb
 
 from persodpo.errors import PersodpoError
+from persodpo.training.checks import check_models
 from persodpo.training.guard import check_packing
 from persodpo.training.packing import Group, Layout, pack
 from persodpo.training.probe import longest_window
@@ -558,7 +559,8 @@ class Shifted(Balanced):
     (Balanced, "other gradients"), (Detached, "other gradients"), (Shifted, "while it trains"),
 ])  # fmt: skip
 def test_what_shows_in_training_alone_is_refused(tmp_path, wrapper, fault):
-    for model in (tiny_model(), get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"]))):
+    adapted = get_peft_model(tiny_model().bfloat16(), LoraConfig(target_modules=["q_proj"]))
+    for model in (tiny_model(), adapted):
         layer = model.get_decoder().layers[0]
         layer.mlp = wrapper(layer.mlp)
         with pytest.raises(PersodpoError, match=fault):
@@ -598,7 +600,7 @@ def test_weights_that_a_model_scales_for_evaluation_come_back():
     sizes = {"num_hidden_layers": 4, "rescale_every": 2, "attention_hidden_size": 32, "context_length": 256}
     model = architecture("rwkv", "eager", sizes).train()
     before = {name: weight.clone() for name, weight in model.named_parameters()}
-    check_packing(model, max_length=64, token_budget=128)
+    check_models(model, None, max_length=64, token_budget=128, aux_loss=False)
     model(input_ids=torch.tensor([[3, 4, 5]]))  # scales back what evaluation scaled
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
 

@@ -99,7 +99,7 @@ def _verdict(model: Any, max_length: int | None, token_budget: int, *, exact: bo
     if attention not in PACKED_ATTENTION:
         reason = f"attention '{attention}' takes no mask of ours; load the model with 'sdpa' to group"
     worst = math.inf
-    with _as_it_was(model, exact=exact), torch.no_grad():
+    with as_it_was(model, exact=exact), torch.no_grad():
         install_packed_forward(model, grouped=False)
         groups, wide, plain = _probe(model, max_length, token_budget)
         tolerance = _tolerance(model, *plain)
@@ -282,7 +282,7 @@ def first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _as_it_was(model: Any, *, exact: bool) -> Iterator[None]:
+def as_it_was(model: Any, *, exact: bool) -> Iterator[None]:
     """Put back each module's mode, weights, half precision and the random state afterwards.
 
     Meanwhile the model is in evaluation mode, outside mixed precision, and in float32 where it was in half precision and
