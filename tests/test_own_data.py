@@ -46,6 +46,10 @@ def own(folder: Path, dialogues: str | bytes, completions: str | bytes, **change
     return load_profile("mini", [f"{key}={value}" for key, value in settings.items()])
 
 
+def test_the_examples_profile_can_be_read():
+    assert load_profile(DATA / "example" / "mine.yaml").dialogues.source == "csv"
+
+
 @pytest.mark.slow
 def test_the_commands_of_the_page_give_trained_models(tmp_path, monkeypatch):
     """docs/your-data.md, both blocks, on a copy of the example's profile that is quick."""
