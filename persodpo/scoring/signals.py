@@ -7,6 +7,7 @@ between persona sentences. ``corrected`` asks about true pairs, each persona sen
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
@@ -161,7 +162,7 @@ def label_order(id2label: Mapping[Any, str], named: Sequence[str] | None, checkp
     return [order.index(name) for name in CLASSES]
 
 
-class NliScorer:
+class NliScorer(ABC):
     """What C score and UE score share: which inputs of the classifier an item is, and what their classes make of it."""
 
     name: str
@@ -184,13 +185,13 @@ class NliScorer:
         scores = [self.value(item, values[group].tolist()) for item, group in zip(items, groups, strict=True)]
         return Scored(np.array(scores), np.array([cut[group].mean() if len(group) else 0.0 for group in groups]))
 
+    @abstractmethod
     def inputs(self, item: Item) -> list[Input]:
         """Return what the classifier is asked about an item."""
-        raise NotImplementedError
 
+    @abstractmethod
     def value(self, item: Item, classes: Sequence[float]) -> float:
         """Return an item's score by the classes of its inputs."""
-        raise NotImplementedError
 
 
 class CScorer(NliScorer):
