@@ -73,6 +73,8 @@ class FaultyServer:
             raw += part.get("body", b"")
             if not part.get("more_body"):
                 break
+        else:
+            return  # its sender was killed between two packets, so nothing was asked
         headers = {name.decode(): value.decode() for name, value in scope["headers"]}
         key, path = headers.get("authorization", ""), scope["path"].removeprefix("/v1")
         if path.startswith(("/files", "/batches")):

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import asking
+import httpx2
 import pytest
 from asking import PRICES, Server, answers, chats, child, serving
 from faulty_server import completion
@@ -173,7 +174,9 @@ def kill_when(server: Server, path: Path, call: str, seconds: float = 0.0) -> No
             time.sleep(0.05)
         time.sleep(seconds)
         process.kill()
-    time.sleep(0.3)  # the server comes to the end of what it had in hand; what it has not heard of yet nobody can find
+        process.wait()
+    for _ in range(3):  # later connections are served after what the dead one has sent
+        httpx2.get(f"{server.url}/batches").raise_for_status()
 
 
 @pytest.mark.parametrize(
