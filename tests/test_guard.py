@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import types
 from contextlib import suppress
 
 import pytest
@@ -15,6 +16,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2Model, apply_rotary_pos_emb
 
 from persodpo.errors import PersodpoError
+from persodpo.training import forward
 from persodpo.training.checks import check_models
 from persodpo.training.guard import check_packing
 from persodpo.training.packing import Group, Layout, pack
@@ -206,8 +208,11 @@ def test_a_window_longer_than_the_probe_is_still_reached(monkeypatch):
 
 
 def test_the_guard_leaves_everything_as_it_was():
-    """Modes of modules, the random state, and half-precision weights that share their storage."""
+    """Modes of modules, the random state, and half-precision weights that share their storage, as wholes or as views."""
     model = tiny_model().to(torch.bfloat16).train()
+    rows, mlp = torch.randn(128, 32).to(torch.bfloat16), model.model.layers[0].mlp
+    mlp.gate_proj.weight, mlp.up_proj.weight = (torch.nn.Parameter(rows[start : start + 64]) for start in (0, 32))
+    mlp.down_proj.weight = torch.nn.Parameter(rows[:64].t())
     model.model.layers[0].eval()
     model.lm_head.weight = torch.nn.Parameter(model.model.embed_tokens.weight.data)
     modes, before = [module.training for module in model.modules()], model.lm_head.weight.clone()
@@ -219,6 +224,58 @@ def test_the_guard_leaves_everything_as_it_was():
     assert [module.training for module in model.modules()] == modes
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
     assert torch.equal(model.lm_head.weight, before)
+    assert torch.equal(mlp.gate_proj.weight, rows[:64])
+    mlp.gate_proj.weight.data[40] += 1
+    assert torch.equal(mlp.up_proj.weight[8], mlp.gate_proj.weight[40])
+    assert torch.equal(mlp.down_proj.weight.t(), mlp.gate_proj.weight)
+
+
+def test_pads_inside_texts_are_text():
+    """A model that pads with the token that ends turns of a chat, in one response per row."""
+    model = architecture(*ARCHITECTURES["convolution"][:3])
+    model.config.pad_token_id = 7
+    plain = type(model.model).forward
+
+    def from_pads(self, input_ids=None, attention_mask=None, **rest):
+        if attention_mask is None:
+            attention_mask = input_ids.ne(self.config.pad_token_id).long()
+        return plain(self, input_ids=input_ids, attention_mask=attention_mask, **rest)
+
+    model.model.forward = types.MethodType(from_pads, model.model)
+    group = Group([5, 7, 9, 7, 11], [[8, 7, 12], [13, 14]])
+    assert not check_packing(model, max_length=64).grouped
+    with torch.no_grad():
+        expected = [
+            torch.log_softmax(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, 4:-1].float(), -1)
+            .gather(-1, ids[0, 5:, None]).sum()
+            for ids in (torch.tensor([group.prompt + response]) for response in group.responses)
+        ]  # fmt: skip
+        packed = model(packed=pack([group], Layout(grouped=False, pad_token_id=7)))
+    assert torch.allclose(packed, torch.stack(expected), atol=1e-4)
+
+
+NEO = {"max_position_embeddings": 64, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]}
+
+
+def test_rows_beyond_a_table_of_columns_are_reached():
+    """GPT-Neo holds its mask by columns: rows that are longer than it are not grouped, and are where rows are shorter."""
+    model = architecture("gpt_neo", "eager", NEO)
+    assert not check_packing(model, max_length=40, token_budget=65).grouped
+    assert check_packing(model, max_length=40, token_budget=64).grouped
+
+
+def test_the_part_of_attention_without_a_mask_is_tried(monkeypatch):
+    """Rows that are all in their prompts at first take another kernel, which may be wrong by itself."""
+    plain = forward.sdpa_attention_forward
+
+    def wrong(module, query, key, value, mask, **kwargs):
+        if kwargs.get("is_causal"):
+            value = value * 1.2
+        return plain(module, query, key, value, mask, **kwargs)
+
+    model = tiny_model()
+    monkeypatch.setattr(forward, "sdpa_attention_forward", wrong)
+    assert not check_packing(model, max_length=1024).grouped
 
 
 def of_kind(name: str) -> LoraConfig:

@@ -4,36 +4,20 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from persodpo.errors import PersodpoError
 from persodpo.training.forward import attention_of, base_model
-from persodpo.training.guard import (
-    FAULTS,
-    ROUNDING,
-    Verdict,
-    as_it_was,
-    check_packing,
-    first_line,
-    packed_log_probs,
-    plain_log_probs,
-    precision,
-)
+from persodpo.training.guard import Verdict, check_packing
 from persodpo.training.packing import Group, Layout, pack
-from persodpo.training.probe import random_groups
-
-#: Length of the texts that are tried in training mode, tokens.
-SHORT = 64
-#: Share of a gradient that rounding may explain, by the bytes of a weight; quantised weights show gross faults alone.
-GRADIENT = {8: 0.01, 4: 0.01, 2: 0.5}
+from persodpo.training.probe import FAULTS, buffers_put_back, first_line
 
 
 def unwrapped(model: Any) -> Any:
@@ -87,7 +71,6 @@ def check_models(model: Any, reference: Any, *, max_length: int | None, token_bu
             "jitter of its config: the pairs of a prompt share it, where TRL draws it for each side of each pair.",
             stacklevel=2,
         )
-    _check_training(model, verdict)
     if aux_loss:
         _check_auxiliary_loss(model, verdict)
     if verdict.reason:
@@ -124,19 +107,16 @@ def _draws_noise(model: Any, verdict: Verdict) -> bool:
     """
     training, devices = model.training, [model.device] if model.device.type == "cuda" else []
     rows = pack([Group([3, 4], [[5, 6], [6]])], Layout(grouped=verdict.grouped)).to(model.device)
-    buffers = {path: (buffer, buffer.clone()) for path, buffer in model.named_buffers()}
-    values = []
-    model.train()
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
-        for seed in range(3):
-            torch.manual_seed(seed)
-            values.append(model(packed=rows))
+        model.eval()
+        model(packed=rows)
+        values = []
+        with buffers_put_back(model) as changed:
+            model.train()
+            for seed in range(3):
+                torch.manual_seed(seed)
+                values.append(model(packed=rows))
     model.train(training)
-    after = dict(model.named_buffers())  # a statistic may be another tensor now
-    changed = [path for path, (_, before) in buffers.items() if not torch.equal(after[path], before)]
-    for path in changed:
-        owner, _, name = path.rpartition(".")
-        model.get_submodule(owner)._buffers[name] = buffers[path][0].copy_(buffers[path][1])
     if changed:
         raise PersodpoError(
             f"{type(base_model(model)).__name__} changes {changed[0]} in training, a statistic of the batch that packed "
@@ -145,94 +125,6 @@ def _draws_noise(model: Any, verdict: Verdict) -> bool:
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
         return False
     return any(float((value - values[0]).abs().max()) > verdict.tolerance / 10 for value in values[1:])
-
-
-class _Pass(NamedTuple):
-    """Log-probabilities, nats per token; and token ids, [positions], with the gradients of their embeddings."""
-
-    values: Tensor
-    ids: Tensor
-    gradients: Tensor
-
-
-def _check_training(model: Any, verdict: Verdict) -> None:
-    """Refuse a model that trains otherwise in rows of ours than in plain passes, though evaluation shows the same values.
-
-    Some code mixes tokens in training alone; some changes gradients alone, as hooks do, detached tokens, or a loss that is
-    added in the backward pass. Models that draw noise cannot be held against themselves, and those that fail say so later.
-
-    Raises:
-        PersodpoError: Log-probabilities or the gradients of all tokens differ.
-    """
-    (*groups, _), _ = random_groups(model, SHORT, SHORT)
-
-    def plain() -> Tensor:
-        return torch.cat([plain_log_probs(model, group) for group in groups])
-
-    def packed() -> Tensor:
-        return packed_log_probs(model, groups, grouped=verdict.grouped)
-
-    noise = apart = gap = math.nan
-    kind, name = torch.float32, type(base_model(model)).__name__
-    with suppress(*FAULTS), as_it_was(model, exact=True):
-        kind = precision(model)
-        model.train()
-        try:
-            torch.manual_seed(0)
-            expected = _with_gradients(model, plain)
-            torch.manual_seed(0)
-            apart, gap = _apart(expected, _with_gradients(model, packed))
-            torch.manual_seed(1)
-            with torch.no_grad():
-                noise = float((plain() - expected.values).abs().max())
-        finally:
-            model.train(mode=False)
-            with torch.no_grad():
-                plain()  # models that scale weights for evaluation scale them again, as those are that are put back
-    if not noise <= ROUNDING[kind] / 10:
-        return
-    if not apart <= ROUNDING[kind]:
-        raise PersodpoError(
-            f"{name} gives other log-probabilities in rows of ours than in plain passes while it trains ({apart:.2g} nats "
-            "per token apart), not in evaluation; `trl dpo` trains it on the same pairs."
-        )
-    if not gap <= GRADIENT[kind.itemsize]:
-        raise PersodpoError(
-            f"{name} has other gradients in rows of ours than in plain passes ({gap:.0%} apart), though its "
-            "log-probabilities are the same; `trl dpo` trains it on the same pairs."
-        )
-
-
-def _with_gradients(model: Any, compute: Callable[[], Tensor]) -> _Pass:
-    """Compute log-probabilities and the gradient of a sum of them, in which each counts otherwise."""
-    calls: list[tuple[Tensor, Tensor]] = []
-
-    def hold(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        output = output if output.requires_grad else output.requires_grad_()
-        calls.append((inputs[0], output))
-        return output.clone()  # may be changed in place
-
-    hook = base_model(model).get_input_embeddings().register_forward_hook(hold)
-    try:
-        with torch.enable_grad():
-            values = compute()
-            shares = torch.linspace(1, -2, len(values), device=values.device)
-            gradients = torch.autograd.grad((values * shares).sum(), [output for _, output in calls])
-    finally:
-        hook.remove()
-    flat = [gradient.flatten(0, -2).to(torch.promote_types(gradient.dtype, torch.float32)) for gradient in gradients]
-    return _Pass(values.detach(), torch.cat([ids.flatten() for ids, _ in calls]), torch.cat(flat))
-
-
-def _apart(one: _Pass, other: _Pass) -> tuple[float, float]:
-    """Return how far two passes are apart: in nats per token, and in the gradients of each token id as a share."""
-    tokens, places = torch.unique(torch.cat([one.ids, other.ids]), return_inverse=True)
-    sums = []
-    for part, of_part in zip((one, other), places.split([len(one.ids), len(other.ids)]), strict=True):
-        zeros = part.gradients.new_zeros(len(tokens), part.gradients.shape[1])
-        sums.append(zeros.index_add(0, of_part, part.gradients))
-    share = (sums[0] - sums[1]).norm() / sums[0].norm().clamp(min=1e-12)
-    return float((one.values - other.values).abs().max()), float(share)
 
 
 def check_vocabulary(model: Any, groups: Sequence[Group]) -> None:

@@ -193,6 +193,9 @@ def _log_probs_and_outputs(base: Any, rows: PackedRows, **inputs: Any) -> tuple[
         inputs |= {"position_ids": rows.position_ids, "attention_mask": rows.mask(dtype=base.dtype if eager else None)}
         if base.config._attn_implementation in PACKED_ATTENTION.values():
             inputs["packed_rows"] = rows
+    else:
+        # Some models take a token of the text for padding where no mask tells them otherwise.
+        inputs["attention_mask"] = (rows.branch >= 0).long()
     labelled = rows.owner >= 0
     if getattr(base, "packed_own_head", False):
         outputs = type(base).forward(base, **inputs)

@@ -8,39 +8,41 @@ log-probabilities differ by more than rounding, one response per row is tried, a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftMixedModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from persodpo.errors import PersodpoError
-from persodpo.training.forward import (
-    PACKED_ATTENTION,
-    attention_of,
-    base_model,
-    install_packed_forward,
+from persodpo.training.forward import PACKED_ATTENTION, attention_of, base_model, install_packed_forward
+from persodpo.training.packing import Group
+from persodpo.training.probe import (
+    FAULTS,
+    RESPONSES,
+    ROUNDING,
+    as_it_was,
+    buffers_put_back,
+    first_line,
+    packed_log_probs,
+    plain_log_probs,
+    precision,
+    random_groups,
 )
-from persodpo.training.packing import Group, Layout, pack
-from persodpo.training.probe import RESPONSES, random_groups
 
-#: Nats per token that rounding may explain, by the type of the weights.
-ROUNDING = {torch.float64: 2e-6, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.2}
 #: Share of it by which a response may move others of its row beyond what those of another row do.
 LEAK = 1e-3
 #: The same as a share of what another prompt does to the log-probabilities.
 SHARE = 0.01
-#: Standard deviation of the noise that weights get for the random group, and elements of the largest one that is moved.
-NOISE, SMALL = 0.02, 2**20
+#: Length of the texts that are tried in training mode, tokens.
+SHORT = 64
+#: Share of a gradient that rounding may explain, by the bytes of a weight; quantised weights show gross faults alone.
+GRADIENT = {8: 0.01, 4: 0.01, 2: 0.5}
 #: Adapters whose router takes means over a sequence or a batch, or that draw noise.
 WHOLE_BATCH = ("XLORA", "LILY", "PVERA")
-#: What a packed pass through an architecture that cannot be packed may raise.
-FAULTS = (
-    TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError, NotImplementedError, AssertionError,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,11 @@ def check_packing(model: Any, max_length: int | None = 1024, token_budget: int =
     """
     refuse_prompt_learning(model)
     try:
-        return _verdict(model, max_length, token_budget, exact=True)
+        verdict = _verdict(model, max_length, token_budget, exact=True)
     except torch.OutOfMemoryError:
-        return _verdict(model, max_length, token_budget, exact=False)
+        verdict = _verdict(model, max_length, token_budget, exact=False)
+    _check_training(model, verdict, min(max_length or SHORT, SHORT), min(token_budget, SHORT))
+    return verdict
 
 
 def _verdict(model: Any, max_length: int | None, token_budget: int, *, exact: bool) -> Verdict:
@@ -107,7 +111,7 @@ def _verdict(model: Any, max_length: int | None, token_budget: int, *, exact: bo
             for own_head in (False, True):
                 install_packed_forward(model, grouped=layout, own_head=own_head)
                 difference, why = _difference(model, groups, plain, grouped=layout)
-                if layout and difference <= tolerance and len(wide.responses) > len(groups[0].responses):
+                if layout and difference <= tolerance:
                     difference, why = max((difference, why), _difference_in_wide_row(model, wide, plain[0]))
                 if difference <= tolerance:
                     probe = " ".join(f"{value:.3f}" for value in torch.cat(plain).tolist())
@@ -164,22 +168,6 @@ def refuse_prompt_learning(model: Any) -> None:
         raise PersodpoError(
             "A PeftMixedModel has no reference to fall back on; use a PeftModel with one kind of adapter."
         )
-
-
-def _compared(group: Group) -> list[list[int]]:
-    """Return the responses that are compared: the first and the last two; between them stands what fills a row."""
-    return [group.responses[0], *group.responses[-2:]]
-
-
-def plain_log_probs(model: Any, group: Group) -> Tensor:
-    """Run one forward pass over prompt and response alone for each response; nats per token."""
-    means = []
-    for response in _compared(group):
-        ids = torch.tensor([group.prompt + response], device=model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[0, len(group.prompt) - 1 : -1]
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        means.append(torch.log_softmax(wide, -1).gather(-1, ids[0, len(group.prompt) :, None]).mean())
-    return torch.stack(means)
 
 
 def _difference(model: Any, groups: list[Group], plain: list[Tensor], *, grouped: bool) -> tuple[float, str]:
@@ -242,32 +230,6 @@ def _other_first(group: Group) -> list[list[int]]:
     return [(last * len(first))[: len(first)], *group.responses[1:]]
 
 
-def packed_log_probs(model: Any, groups: list[Group], *, grouped: bool) -> Tensor:
-    """Return the log-probabilities of the compared responses, nats per token."""
-    values = model(packed=pack(groups, Layout(grouped=grouped)).to(model.device))
-    parts = torch.split(values, [len(group.responses) for group in groups])
-    lengths = torch.tensor([len(response) for group in groups for response in _compared(group)], device=values.device)
-    return torch.cat([part[[0, -2, -1]] for part in parts]) / lengths
-
-
-def precision(model: Any) -> torch.dtype:
-    """Return the coarsest type that a model computes in."""
-    halves = {tensor.dtype for tensor in (*model.parameters(), *model.buffers())} & {torch.float16, torch.bfloat16}
-    packed = any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
-    if packed or torch.bfloat16 in halves:
-        return torch.bfloat16
-    if halves or (model.device.type == "cuda" and model.dtype == torch.float32 and _tf32()):
-        return torch.float16
-    return torch.float64 if model.dtype == torch.float64 else torch.float32
-
-
-def _tf32() -> bool:
-    try:
-        return bool(torch.backends.cuda.matmul.allow_tf32)
-    except RuntimeError:  # set by torch's newer names
-        return True
-
-
 def _tolerance(model: Any, long: Tensor, short: Tensor, *_: Tensor) -> float:
     """Return what rounding explains, nats per token: never more than a small share of what the prompt does."""
     kind = precision(model)
@@ -276,50 +238,92 @@ def _tolerance(model: Any, long: Tensor, short: Tensor, *_: Tensor) -> float:
     return most if kind.itemsize == 2 else min(most, max(least, SHARE * effect))
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of what an error says."""
-    return (str(error).strip().splitlines() or [""])[0][:160]
+class _Pass(NamedTuple):
+    """Log-probabilities, nats per token; and token ids, [positions], with the gradients of their embeddings."""
+
+    values: Tensor
+    ids: Tensor
+    gradients: Tensor
 
 
-@contextmanager
-def as_it_was(model: Any, *, exact: bool) -> Iterator[None]:
-    """Put back each module's mode, weights, half precision and the random state afterwards.
+def _check_training(model: Any, verdict: Verdict, max_length: int, token_budget: int) -> None:
+    """Refuse a model that trains otherwise in rows of ours than in plain passes, though evaluation shows the same values.
 
-    Meanwhile the model is in evaluation mode, outside mixed precision, and in float32 where it was in half precision and
-    ``exact``: nothing else tells a leak from rounding. A first pass lets models scale weights for evaluation, as RWKV does,
-    and training scale back what is put back here. New adapters and blocks begin at zero or as the identity and would
-    hide what they do, so weights are moved: those that are zero, and those that are small, as all are that mix tokens.
+    Some code mixes tokens in training alone; some changes gradients alone, as hooks do, detached tokens, or a loss that is
+    added in the backward pass. Models that draw noise cannot be held against themselves, and those that fail say so later.
+
+    Raises:
+        PersodpoError: Log-probabilities or the gradients of all tokens differ.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    devices = [model.device] if model.device.type == "cuda" else []
-    model.train(mode=False)
-    with suppress(*FAULTS), torch.no_grad(), torch.random.fork_rng(devices=devices):
-        model(input_ids=torch.tensor([[3, 4]], device=model.device), use_cache=False)
-    halves: dict[tuple[int, torch.Size, torch.dtype], list[Tensor]] = {}
-    for tensor in (*model.parameters(), *model.buffers()) if exact else ():
-        if tensor.dtype in {torch.float16, torch.bfloat16}:
-            halves.setdefault((tensor.data_ptr(), tensor.shape, tensor.dtype), []).append(tensor)
-    trained = [p for p in model.parameters() if p.requires_grad and p.is_floating_point()]
-    moved = [(p, p.data.clone() if p.any() else None) for p in trained if p.numel() <= SMALL or not p.any()]
+    (*groups, _), _ = random_groups(model, max_length, token_budget)
+
+    def plain() -> Tensor:
+        return torch.cat([plain_log_probs(model, group) for group in groups])
+
+    def packed() -> Tensor:
+        return packed_log_probs(model, groups, grouped=verdict.grouped)
+
+    noise = apart = gap = math.nan
+    kind, name = torch.float32, type(base_model(model)).__name__
+    with suppress(*FAULTS), as_it_was(model, exact=True):
+        kind = precision(model)
+        with torch.no_grad():
+            plain()
+        with buffers_put_back(model):
+            try:
+                model.train()
+                torch.manual_seed(0)
+                expected = _with_gradients(model, plain)
+                torch.manual_seed(0)
+                apart, gap = _apart(expected, _with_gradients(model, packed))
+                torch.manual_seed(1)
+                with torch.no_grad():
+                    noise = float((plain() - expected.values).abs().max())
+            finally:
+                model.train(mode=False)
+                with torch.no_grad():
+                    plain()  # models that scale weights for evaluation scale them again, as those are that are put back
+    if not noise <= ROUNDING[kind] / 10:
+        return
+    if not apart <= ROUNDING[kind]:
+        raise PersodpoError(
+            f"{name} gives other log-probabilities in rows of ours than in plain passes while it trains ({apart:.2g} nats "
+            "per token apart), not in evaluation; `trl dpo` trains it on the same pairs."
+        )
+    if not gap <= GRADIENT[kind.itemsize]:
+        raise PersodpoError(
+            f"{name} has other gradients in rows of ours than in plain passes ({gap:.0%} apart), though its "
+            "log-probabilities are the same; `trl dpo` trains it on the same pairs."
+        )
+
+
+def _with_gradients(model: Any, compute: Callable[[], Tensor]) -> _Pass:
+    """Compute log-probabilities and the gradient of a sum of them, in which each counts otherwise."""
+    calls: list[tuple[Tensor, Tensor]] = []
+
+    def hold(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        output = output if output.requires_grad else output.requires_grad_()
+        calls.append((inputs[0], output))
+        return output.clone()  # may be changed in place
+
+    hook = base_model(model).get_input_embeddings().register_forward_hook(hold)
     try:
-        with torch.random.fork_rng(devices=devices), torch.autocast(model.device.type, enabled=False):
-            torch.manual_seed(0)
-            for tied in halves.values():
-                _convert(tied, torch.float32)
-            for parameter, _ in moved:
-                parameter.data.add_(torch.randn_like(parameter.data), alpha=NOISE)
-            yield
+        with torch.enable_grad():
+            values = compute()
+            shares = torch.linspace(1, -2, len(values), device=values.device)
+            gradients = torch.autograd.grad((values * shares).sum(), [output for _, output in calls])
     finally:
-        for (_, _, dtype), tied in halves.items():
-            _convert(tied, dtype)
-        for parameter, data in moved:
-            parameter.data.zero_() if data is None else parameter.data.copy_(data)
-        for module, mode in modes:
-            module.training = mode
+        hook.remove()
+    flat = [gradient.flatten(0, -2).to(torch.promote_types(gradient.dtype, torch.float32)) for gradient in gradients]
+    return _Pass(values.detach(), torch.cat([ids.flatten() for ids, _ in calls]), torch.cat(flat))
 
 
-def _convert(tied: list[Tensor], dtype: torch.dtype) -> None:
-    """Convert tensors that share their storage, so that they still do."""
-    data = tied[0].data.to(dtype)
-    for tensor in tied:
-        tensor.data = data
+def _apart(one: _Pass, other: _Pass) -> tuple[float, float]:
+    """Return how far two passes are apart: in nats per token, and in the gradients of each token id as a share."""
+    tokens, places = torch.unique(torch.cat([one.ids, other.ids]), return_inverse=True)
+    sums = []
+    for part, of_part in zip((one, other), places.split([len(one.ids), len(other.ids)]), strict=True):
+        zeros = part.gradients.new_zeros(len(tokens), part.gradients.shape[1])
+        sums.append(zeros.index_add(0, of_part, part.gradients))
+    share = (sums[0] - sums[1]).norm() / sums[0].norm().clamp(min=1e-12)
+    return float((one.values - other.values).abs().max()), float(share)

@@ -1,17 +1,29 @@
-"""The random texts on which the guard compares packed rows with plain passes: as long as training makes them."""
+"""The random texts on which the guard compares packed rows with plain passes, and those passes.
+
+Texts are as long as training makes them; a model is put back after the passes as it was before.
+"""
 
 from __future__ import annotations
 
 import itertools
-import math
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from persodpo.training.forward import base_model, text_config
-from persodpo.training.packing import Group
+from persodpo.training.packing import Group, Layout, pack
 
+#: Nats per token that rounding may explain, by the type of the weights.
+ROUNDING = {torch.float64: 2e-6, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.2}
+#: What a packed pass through an architecture that cannot be packed may raise.
+FAULTS = (
+    TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError, NotImplementedError, AssertionError,
+)  # fmt: skip
+#: Standard deviation of the noise that weights get for the random group, and elements of the largest one that is moved.
+NOISE, SMALL = 0.02, 2**20
 #: Up to this length of training the random group is as long as a row may be, whatever the config names.
 WHOLE = 1024
 #: Parts of the names of config entries that hold a length from which on a model computes otherwise.
@@ -71,16 +83,16 @@ def random_groups(model: Any, max_length: int | None, token_budget: int) -> tupl
     # A response that begins as another shows a leak most clearly in a model that has learned to repeat.
     responses[2][: min(lengths)] = responses[0][: min(lengths)]
     short = [Group(draw(count), responses) for count in (max(1, min(prompt // 2, PROMPT)), 1)]
-    # A window that no sequence reaches may still be shorter than a row: fill the row up in the middle.
-    wide = max(window + 1, min(token_budget, WHOLE))
-    lacking, each = max(0, wide - prompt - sum(lengths)), max(1, room - prompt)
-    filler = [draw(each) for _ in range(math.ceil(lacking / each))]
+    # A window or a table of positions that no sequence reaches may still be shorter than a row: fill it up in the middle.
+    wide = min(token_budget, max(window + sum(RESPONSES), WHOLE, positions + 1 if positions < token_budget else 0))
+    lacking, each = wide - (prompt - 1) - sum(lengths), max(1, room - prompt)
+    filler = [draw(min(each, lacking - start)) for start in range(0, lacking, each)]
     first, start = responses[0].copy(), draw(prompt)
-    # Texts of chats have ends inside, and a model may see no further back than to the last one.
+    # Texts of chats have ends inside, and pads where these are ends; a model may see no further back than to the last one.
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ends = [end for name in names for end in _as_list(getattr(config, name, None))[-2:] if 0 <= end < config.vocab_size]
     for tokens in (start, first):
-        ends = [end for name in ("bos_token_id", "eos_token_id") for end in _as_list(getattr(config, name, None))]
-        ends = [end for end in ends if 0 <= end < config.vocab_size]
-        for place, end in zip(range(len(tokens) // 2, len(tokens)), ends[-2:], strict=False):
+        for place, end in zip(range(len(tokens) // 2, len(tokens)), ends[-3:], strict=False):
             tokens[place] = end
     return [Group(start, [first, *responses[1:]]), *short], Group(start, [first, *filler, *responses[1:]])
 
@@ -98,3 +110,125 @@ def _plain_ids(model: Any) -> Tensor:
             if name.endswith(("token_id", "token_index")):
                 special.update(_as_list(value))
     return torch.tensor([number for number in range(config.vocab_size) if number not in special])
+
+
+def _compared(group: Group) -> list[list[int]]:
+    """Return the responses that are compared: the first and the last two; between them stands what fills a row."""
+    return [group.responses[0], *group.responses[-2:]]
+
+
+def plain_log_probs(model: Any, group: Group) -> Tensor:
+    """Run one forward pass over prompt and response alone for each response; nats per token."""
+    means = []
+    for response in _compared(group):
+        ids = torch.tensor([group.prompt + response], device=model.device)
+        # Given as TRL gives it: some models take a token of the text for padding where no mask tells them otherwise.
+        mask = torch.ones_like(ids)
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0, len(group.prompt) - 1 : -1]
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        means.append(torch.log_softmax(wide, -1).gather(-1, ids[0, len(group.prompt) :, None]).mean())
+    return torch.stack(means)
+
+
+def packed_log_probs(model: Any, groups: list[Group], *, grouped: bool) -> Tensor:
+    """Return the log-probabilities of the compared responses, nats per token."""
+    values = model(packed=pack(groups, Layout(grouped=grouped)).to(model.device))
+    parts = torch.split(values, [len(group.responses) for group in groups])
+    lengths = torch.tensor([len(response) for group in groups for response in _compared(group)], device=values.device)
+    return torch.cat([part[[0, -2, -1]] for part in parts]) / lengths
+
+
+def precision(model: Any) -> torch.dtype:
+    """Return the coarsest type that a model computes in."""
+    halves = {tensor.dtype for tensor in (*model.parameters(), *model.buffers())} & {torch.float16, torch.bfloat16}
+    packed = any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
+    if packed or torch.bfloat16 in halves:
+        return torch.bfloat16
+    if halves or (model.device.type == "cuda" and model.dtype == torch.float32 and _tf32()):
+        return torch.float16
+    return torch.float64 if model.dtype == torch.float64 else torch.float32
+
+
+def _tf32() -> bool:
+    try:
+        return bool(torch.backends.cuda.matmul.allow_tf32)
+    except RuntimeError:  # set by torch's newer names
+        return True
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says."""
+    return (str(error).strip().splitlines() or [""])[0][:160]
+
+
+@contextmanager
+def as_it_was(model: Any, *, exact: bool) -> Iterator[None]:
+    """Put back each module's mode, weights, half precision and the random state afterwards.
+
+    Meanwhile the model is in evaluation mode, outside mixed precision, and in float32 where it was in half precision and
+    ``exact``: nothing else tells a leak from rounding. A first pass lets models scale weights for evaluation, as RWKV does,
+    and training scale back what is put back here. New adapters and blocks begin at zero or as the identity and would
+    hide what they do, so weights are moved: those that are zero, and those that are small, as all are that mix tokens.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    devices = [model.device] if model.device.type == "cuda" else []
+    model.train(mode=False)
+    with suppress(*FAULTS), torch.no_grad(), torch.random.fork_rng(devices=devices):
+        model(input_ids=torch.tensor([[3, 4]], device=model.device), use_cache=False)
+    halves: dict[tuple[int, torch.dtype], list[Tensor]] = {}
+    for tensor in (*model.parameters(), *model.buffers()) if exact else ():
+        if tensor.dtype in {torch.float16, torch.bfloat16} and tensor.numel():
+            plain = type(tensor.data) is Tensor
+            storage = tensor.untyped_storage().data_ptr() if plain else id(tensor)
+            halves.setdefault((storage, tensor.dtype), []).append(tensor)
+    trained = [p for p in model.parameters() if p.requires_grad and p.is_floating_point()]
+    moved = [(p, p.data.clone() if p.any() else None) for p in trained if p.numel() <= SMALL or not p.any()]
+    try:
+        with torch.random.fork_rng(devices=devices), torch.autocast(model.device.type, enabled=False):
+            torch.manual_seed(0)
+            for views in halves.values():
+                _convert(views, torch.float32)
+            for parameter, _ in moved:
+                parameter.data.add_(torch.randn_like(parameter.data), alpha=NOISE)
+            yield
+    finally:
+        for (_, dtype), views in halves.items():
+            _convert(views, dtype)
+        for parameter, data in moved:
+            parameter.data.zero_() if data is None else parameter.data.copy_(data)
+        for module, mode in modes:
+            module.training = mode
+
+
+def _convert(views: list[Tensor], dtype: torch.dtype) -> None:
+    """Convert tensors that share their storage, so that they still do."""
+    if len(views) == 1:
+        views[0].data = views[0].data.to(dtype)
+        return
+    steps = [[(size - 1) * step for size, step in zip(view.shape, view.stride(), strict=True)] for view in views]
+    start = min(view.storage_offset() for view in views)
+    end = max(view.storage_offset() + sum(each) + 1 for view, each in zip(views, steps, strict=True))
+    whole = views[0].data.as_strided((end - start,), (1,), start).to(dtype)
+    for view in views:
+        view.data = whole.as_strided(view.shape, view.stride(), view.storage_offset() - start)
+
+
+@contextmanager
+def buffers_put_back(model: Any) -> Iterator[list[str]]:
+    """Put buffers back afterwards, and name those that had changed in the list that is given.
+
+    A pass over texts of the same length should come before, as rope that scales with length keeps angles in a buffer.
+    """
+    before = {path: (buffer, buffer.clone()) for path, buffer in model.named_buffers()}
+    changed: list[str] = []
+    try:
+        yield changed
+    finally:
+        after = dict(model.named_buffers())  # a statistic may be another tensor now
+        changed.extend(
+            path for path, (_, value) in before.items() if path in after and not torch.equal(after[path], value)
+        )
+        for path in changed:
+            owner, _, name = path.rpartition(".")
+            buffer, value = before[path]
+            model.get_submodule(owner)._buffers[name] = buffer.copy_(value)
