@@ -17,7 +17,8 @@ from measuring import machine, pipes, save
 
 from persodpo import stages
 from persodpo.config import load_profile
-from persodpo.runfolder import PROJECT, RELEASE_VARIABLE, RunFolder
+from persodpo.files import PROJECT, RELEASE_VARIABLE
+from persodpo.runfolder import RunFolder
 
 sys.path.insert(0, str(PROJECT / "tests"))
 import lab

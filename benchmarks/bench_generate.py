@@ -32,10 +32,10 @@ from pathlib import Path
 import openai
 from measuring import RESULTS, answer, machine, pipes, save, start, tell
 
+from persodpo.files import PROJECT
 from persodpo.generation.ask import generate
 from persodpo.generation.requests import Request, request_key
 from persodpo.generation.store import Store
-from persodpo.runfolder import PROJECT
 
 sys.path.append(str(PROJECT / "tests"))
 import asking

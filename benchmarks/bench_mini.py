@@ -20,8 +20,9 @@ from measuring import RESULTS, machine, most_memory, pipes
 from persodpo import stages
 from persodpo.config import Profile, load_profile, with_overrides
 from persodpo.evaluation.observations import EVERY, IMPUTED, SUCCESSES
+from persodpo.files import PROJECT, git_commit, read_json, versions, write_json
 from persodpo.metrics import number, p_text
-from persodpo.runfolder import PROJECT, RunFolder, git_commit, read_json, versions, write_json
+from persodpo.runfolder import RunFolder
 
 #: What a run from nothing and a second one may take, seconds, and the former's memory, GiB.
 LIMITS = {"first seconds": 300, "second seconds": 60, "peak GiB": 1.5}

@@ -28,8 +28,8 @@ import pyarrow.parquet as pq
 from measuring import RESULTS, answer, machine, pipes, save, start, tell
 
 from persodpo.config import load_profile
+from persodpo.files import PROJECT
 from persodpo.method import METRICS, measure_scale, perso_pairs, rate, thresholds
-from persodpo.runfolder import PROJECT
 
 MODELS, REPEATS, RELEASED_SECONDS = 7, 3, 60.0
 #: Responses -> the bounds that must hold: seconds and GiB.

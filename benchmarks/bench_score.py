@@ -31,9 +31,10 @@ import torch
 
 from persodpo import stages
 from persodpo.config import load_profile
+from persodpo.files import PROJECT, git_commit, versions, write_json
 from persodpo.method import METRICS
 from persodpo.release.checks import scored_response
-from persodpo.runfolder import PROJECT, RunFolder, git_commit, versions, write_json
+from persodpo.runfolder import RunFolder
 from persodpo.scoring.models import remembered
 from persodpo.scoring.score import Item, ScoreCache, Scored, Scorer, computed_metrics, readable, score_items
 from persodpo.stages.score import run_scorers

@@ -43,7 +43,7 @@ import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as TYPES
 
 from persodpo.errors import PersodpoError
-from persodpo.runfolder import PROJECT, git_commit, versions, write_json
+from persodpo.files import PROJECT, git_commit, versions, write_json
 from persodpo.training.forward import install_packed_forward
 from persodpo.training.guard import check_packing
 from persodpo.training.packing import Group, Layout, pack

@@ -26,8 +26,9 @@ import pandas as pd
 
 from persodpo import stages
 from persodpo.config import Profile, load_profile
+from persodpo.files import PROJECT, git_commit
 from persodpo.pairs import measured, pair_keys, rebuild
-from persodpo.runfolder import PROJECT, RunFolder, git_commit
+from persodpo.runfolder import RunFolder
 from persodpo.scoring.heads import Head
 from persodpo.scoring.models import Encoder, fetch_encoder, remembered
 from persodpo.scoring.score import ScoreCache, Scorer, Way, readable, score_items

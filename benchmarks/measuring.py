@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from persodpo.runfolder import PROJECT, git_commit, versions, write_json
+from persodpo.files import PROJECT, git_commit, versions, write_json
 
 RESULTS = PROJECT / "benchmarks" / "results"
 

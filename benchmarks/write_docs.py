@@ -13,8 +13,8 @@ from typing import Any
 from measuring import RESULTS, pipes
 
 from persodpo.corrections import CORRECTIONS
+from persodpo.files import PROJECT
 from persodpo.release.audit import FINDINGS
-from persodpo.runfolder import PROJECT
 
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"<!-- (\w[^>]*) -->.*?<!-- / -->", re.DOTALL)

@@ -15,7 +15,8 @@ import pandas as pd
 from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardData
 
 from persodpo.corrections import CORRECTIONS
-from persodpo.runfolder import RunFolder, read_json, read_text, write_text
+from persodpo.files import read_json, read_text, write_text
+from persodpo.runfolder import RunFolder
 
 TEMPLATES = Path(__file__).parent / "templates"
 _LOGGED = ("step", "loss", "reward_margin", "reward_accuracy", "parse_rate", "words", "loops")

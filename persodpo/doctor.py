@@ -15,10 +15,11 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from persodpo.config import ENCODER, HUB_ENCODER, OpenAIModel, Profile, ServedModel, TransformersModel, with_overrides
 from persodpo.errors import PersodpoError
+from persodpo.files import PROJECT
 from persodpo.generation.client import api_key
 from persodpo.release.fetch import release_files
 from persodpo.run import Run
-from persodpo.runfolder import PROJECT, RunFolder, StageReport
+from persodpo.runfolder import RunFolder, StageReport
 from persodpo.scoring.models import FILES, device_name, encoder_folder
 from persodpo.stages.generate import Scope, forecast_report
 from persodpo.stages.policy import PREFIX, miniature_folder, model_folder

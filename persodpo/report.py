@@ -11,8 +11,8 @@ from nbconvert import HTMLExporter
 from nbconvert.preprocessors.sanitize import SanitizeHTML
 
 from persodpo.errors import PersodpoError
-from persodpo.folders import refuse_others, replace_folder
-from persodpo.runfolder import RunFolder, read_json, read_text, write_text
+from persodpo.files import read_json, read_text, refuse_others, replace_folder, write_text
+from persodpo.runfolder import RunFolder
 
 INDEX = "index.html"
 #: What HTML of a cell may hold; nbconvert's own list lacks paragraphs, headings and the cells of a table's head.

@@ -22,8 +22,9 @@ from papermill.exceptions import PapermillExecutionError
 from traitlets.config import Config
 
 from persodpo.config import DEFAULT_PROFILE, load_profile
-from persodpo.errors import PersodpoError, make_folder
-from persodpo.runfolder import PROJECT, RELEASE_VARIABLE, RunFolder
+from persodpo.errors import PersodpoError
+from persodpo.files import PROJECT, RELEASE_VARIABLE, make_folder
+from persodpo.runfolder import RunFolder
 
 NOTEBOOKS = PROJECT / "notebooks"
 

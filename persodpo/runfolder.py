@@ -8,17 +8,9 @@ refused.
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-import json
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,13 +20,22 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from persodpo.config import Profile, profile_names
-from persodpo.errors import PersodpoError, disk_errors, make_folder
+from persodpo.errors import PersodpoError
+from persodpo.files import (
+    PROJECT,
+    as_json,
+    disk_errors,
+    git_commit,
+    make_folder,
+    read_json,
+    scratch_in,
+    sha256,
+    versions,
+    write_json,
+    write_text,
+)
 from persodpo.imports import code_of
 from persodpo.tables import check_table, schema_of, with_none, write_table
-
-PROJECT = Path(__file__).resolve().parents[1]
-DATA = PROJECT / "data"
-RELEASE_VARIABLE = "PERSODPO_RELEASE"
 
 #: The command that makes each table, for messages.
 MAKER = {
@@ -248,106 +249,6 @@ class RunFolder:
                 lock.release()
 
 
-@contextmanager
-def scratch_in(folder: Path) -> Iterator[Path]:
-    """Give a folder for half-made things in ``folder``, which is made if need be; what killed processes left there goes."""
-    make_folder(folder)
-    for left in folder.glob(".partial-*"):
-        owner = left.name.split("-")[1]
-        if not (owner.isdigit() and is_running(int(owner))):
-            shutil.rmtree(left, ignore_errors=True)
-    prefix = f".partial-{os.getpid()}-"
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=folder, ignore_cleanup_errors=True) as scratch:
-        yield Path(scratch)
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file of the same name, then rename it to ``path``; its folder is created."""
-    with disk_errors(path), scratch_in(path.parent) as scratch:
-        write(scratch / path.name)
-        (scratch / path.name).replace(path)
-
-
-def files_are_unchanged(folder: Path, record: Mapping[str, Any]) -> bool:
-    """Tell whether the files in a folder that a record lists under ``files`` are still as they were written."""
-    files: dict[str, str] = record.get("files", {})
-    there = all((folder / name).is_file() and sha256(folder / name) == digest for name, digest in files.items())
-    return bool(files) and there
-
-
-def is_running(process: int) -> bool:
-    """Tell whether a process of this machine still runs."""
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, PermissionError) as error:
-        return isinstance(error, PermissionError)
-    return True
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that shape results."""
-    packages = ["persodpo", "polars", "pyarrow", "pandas", "numpy", "scikit-learn", "torch", "transformers", "trl"]
-    numbers = {"python": sys.version.split()[0]}
-    for package in packages:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            numbers[package] = importlib.metadata.version(package)
-    return numbers
-
-
-def git_commit() -> str | None:
-    """Return the project's commit, with ``-dirty`` if the working tree differs; None outside a git checkout."""
-    try:
-        command = ["git", "-C", str(PROJECT), "describe", "--always", "--abbrev=40", "--dirty"]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)  # noqa: S603
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None
-
-
-def sha256(path: Path) -> str:
-    """Return the hex sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def digest_of(content: Mapping[str, Any]) -> str:
-    """Return the hex sha256 of JSON-like content, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def provenance_path(path: Path) -> Path:
     """Return the provenance file of ``path``."""
     return path.with_name(f"{path.name}.json")
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write ``content`` as indented JSON, atomically."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file's text, atomically, unless it is what the file holds."""
-    if read_text(path) != text:
-        write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def read_text(path: Path) -> str | None:
-    """Return a file's text, None if it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return None
-
-
-def as_json(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``value`` as it reads back from a JSON file (tuples become lists)."""
-    return dict(json.loads(json.dumps(value)))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object, empty if the file is missing or unreadable."""
-    try:
-        content = json.loads(read_text(path) or "")
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from persodpo.errors import PersodpoError, make_folder
+from persodpo.errors import PersodpoError
+from persodpo.files import make_folder
 
 #: How SQLite's names of an error start -> what to say of it.
 _SENTENCES = {

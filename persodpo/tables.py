@@ -8,7 +8,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from persodpo.errors import PersodpoError, disk_errors
+from persodpo.errors import PersodpoError
+from persodpo.files import disk_errors
 
 _KINDS = {
     "text": pa.string(), "texts": pa.list_(pa.string()), "real": pa.float64(), "whole": pa.int64(), "flag": pa.bool_(),

@@ -14,8 +14,9 @@ from hypothesis import settings
 
 from persodpo import stages
 from persodpo.config import Profile, load_profile
+from persodpo.files import RELEASE_VARIABLE
 from persodpo.generation.store import Store
-from persodpo.runfolder import RELEASE_VARIABLE, RunFolder
+from persodpo.runfolder import RunFolder
 
 # Two processes on two cores: more threads each would wait for one another.
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -20,7 +20,8 @@ from huggingface_hub import DatasetCard, ModelCard
 from persodpo import stages
 from persodpo.cards import plain, write_model_card
 from persodpo.config import Profile
-from persodpo.runfolder import RunFolder, provenance_path, read_json, write_json
+from persodpo.files import read_json, write_json
+from persodpo.runfolder import RunFolder, provenance_path
 from persodpo.stages.score import score_settings
 from persodpo.tables import schema_of
 from persodpo.training.policy import load_policy

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from persodpo.runfolder import PROJECT, RELEASE_VARIABLE
+from persodpo.files import PROJECT, RELEASE_VARIABLE
 
 COMMAND = str(Path(sys.executable).with_name("persodpo"))
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from persodpo import dialogues, stages
 from persodpo.config import with_overrides
 from persodpo.errors import PersodpoError
-from persodpo.runfolder import RELEASE_VARIABLE, RunFolder
+from persodpo.files import RELEASE_VARIABLE
+from persodpo.runfolder import RunFolder
 
 
 def focus_entry(number: int, words: int = 4) -> dict:

@@ -24,9 +24,10 @@ from typer.testing import CliRunner
 from persodpo import method
 from persodpo.cli import app
 from persodpo.config import load_profile
+from persodpo.files import PROJECT
 from persodpo.pairs import pair_keys
 from persodpo.reproduce import check_parameters, notebook_files
-from persodpo.runfolder import PROJECT, RunFolder
+from persodpo.runfolder import RunFolder
 from persodpo.tables import SCHEMAS
 from persodpo.training.loss import LossSettings, Pairs, pair_losses, pair_weights
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from persodpo import doctor
 from persodpo.cli import app
 from persodpo.config import load_profile, with_overrides
-from persodpo.runfolder import RELEASE_VARIABLE
+from persodpo.files import RELEASE_VARIABLE
 
 RELEASE = os.environ.get(RELEASE_VARIABLE)
 CANARY = "sk-canary/9d+1Z=="

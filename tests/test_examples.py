@@ -11,7 +11,7 @@ import pytest
 from scorer_models import counting_bert, randomised
 from transformers import BertModel
 
-from persodpo.runfolder import PROJECT
+from persodpo.files import PROJECT
 from persodpo.scoring.signals import CLASSES, NliModel
 
 SCRIPT = PROJECT / "examples" / "finetune_nli.py"

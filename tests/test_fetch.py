@@ -16,8 +16,8 @@ import pytest
 import requests
 
 from persodpo.errors import PersodpoError
+from persodpo.files import RELEASE_VARIABLE
 from persodpo.release.fetch import fetch_release, release_files
-from persodpo.runfolder import RELEASE_VARIABLE
 
 CONTENT = {
     "Metrics Results/FoCus/GPT 4.xlsx": bytes(range(256)) * 700,

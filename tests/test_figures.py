@@ -17,7 +17,7 @@ from scipy.stats import binomtest, spearmanr
 from persodpo.completions import OUTCOMES
 from persodpo.errors import NothingToShowError
 from persodpo.figures import FIGURES, answers, curves, scores, style
-from persodpo.runfolder import PROJECT, sha256
+from persodpo.files import PROJECT, sha256
 
 SEVEN, HALF, ARM = "Qwen2-7B-Instruct", "Qwen2-0.5B-Instruct", "Qwen2-0.5B-Instruct/length_prior"
 NAMES = ["gpt$4$mini", "a$_$b", r"$\frac{$", "m_1^2"]

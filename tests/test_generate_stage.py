@@ -23,7 +23,8 @@ from persodpo import stages
 from persodpo.cli import app
 from persodpo.config import Profile, load_profile, with_overrides
 from persodpo.errors import PersodpoError
-from persodpo.runfolder import PROJECT, RunFolder
+from persodpo.files import PROJECT
+from persodpo.runfolder import RunFolder
 from persodpo.stages.generate import Scope, forecasts
 
 COMMAND = str(Path(sys.executable).with_name("persodpo"))

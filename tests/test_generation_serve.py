@@ -16,12 +16,12 @@ from asking import answers
 from talker import CHATML, PLACES, in_chatml, make_talker, question, reply
 
 from persodpo.config import ServedModel, TransformersModel
+from persodpo.files import is_running
 from persodpo.generation import serving
 from persodpo.generation.ask import generate
 from persodpo.generation.local import TransformersBackend
 from persodpo.generation.requests import Request
 from persodpo.generation.store import Store
-from persodpo.runfolder import is_running
 from persodpo.training.policy import load_policy
 
 

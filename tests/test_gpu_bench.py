@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from persodpo.runfolder import PROJECT
+from persodpo.files import PROJECT
 
 
 @pytest.mark.slow

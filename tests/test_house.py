@@ -16,8 +16,9 @@ import pytest
 import yaml
 
 from persodpo.config import load_profile
+from persodpo.files import PROJECT, sha256
 from persodpo.reproduce import check_parameters, notebook_files
-from persodpo.runfolder import PROJECT, RunFolder, sha256
+from persodpo.runfolder import RunFolder
 from persodpo.stages.figures import figure_code, figure_names
 
 PACKAGE = PROJECT / "persodpo"

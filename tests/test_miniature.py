@@ -9,9 +9,9 @@ import pytest
 
 from persodpo.dialogues import focus_json
 from persodpo.errors import PersodpoError
+from persodpo.files import DATA
 from persodpo.miniature.judge import judge, judge_answer
 from persodpo.miniature.world import PHRASES, focus_world, write_world
-from persodpo.runfolder import DATA
 
 
 @pytest.fixture(scope="module")

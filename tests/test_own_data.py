@@ -16,8 +16,9 @@ from persodpo.cli import app
 from persodpo.config import Profile, load_profile, with_overrides
 from persodpo.doctor import diagnose
 from persodpo.errors import PersodpoError
+from persodpo.files import DATA, PROJECT
 from persodpo.reproduce import notebook_files, reproduce
-from persodpo.runfolder import DATA, PROJECT, RunFolder
+from persodpo.runfolder import RunFolder
 from persodpo.stages.generate import asked_scope
 
 HEAD = "dialogue_id,split,personas,context\n"

@@ -14,8 +14,9 @@ from talker import CHATML, SETTINGS, in_chatml
 from persodpo import dialogues, stages
 from persodpo.config import load_profile
 from persodpo.doctor import diagnose
+from persodpo.files import read_json
 from persodpo.prompts import load_template, render
-from persodpo.runfolder import RunFolder, read_json
+from persodpo.runfolder import RunFolder
 from persodpo.training.policy import load_policy, make_small_policy
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]

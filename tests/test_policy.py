@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from persodpo.errors import PersodpoError
-from persodpo.runfolder import PROJECT, sha256
+from persodpo.files import PROJECT, sha256
 from persodpo.training import policy
 from persodpo.training.policy import END, RECORD, WEIGHTS, SmallPolicy, load_policy, make_small_policy
 
@@ -118,7 +118,7 @@ def test_long_examples_are_cut_and_counted(tmp_path):
 KILLED = """
 import sys, time
 from pathlib import Path
-from persodpo.folders import made_once
+from persodpo.files import made_once
 
 def make(scratch):
     (scratch / "model.safetensors").write_text("half")

@@ -12,11 +12,12 @@ from conftest import QUICK_TRAINING
 from persodpo.completions import read_completion
 from persodpo.config import load_profile, with_overrides
 from persodpo.errors import PersodpoError
+from persodpo.files import PROJECT, sha256
 from persodpo.release import audit, checks, published
 from persodpo.release.checks import Material
 from persodpo.release.fetch import fetch_release
 from persodpo.run import Run
-from persodpo.runfolder import PROJECT, RunFolder, sha256
+from persodpo.runfolder import RunFolder
 from persodpo.stages import figures, make
 from persodpo.stages.audit import as_released
 from persodpo.stages.pairs import limits

@@ -12,7 +12,8 @@ import pytest
 
 from persodpo import reproduce, stages
 from persodpo.errors import PersodpoError
-from persodpo.runfolder import PROJECT, RunFolder, is_running
+from persodpo.files import PROJECT, is_running
+from persodpo.runfolder import RunFolder
 
 
 def write(path, *cells, tags=("parameters",)):

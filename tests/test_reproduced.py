@@ -11,9 +11,10 @@ import pandas as pd
 import pytest
 
 from persodpo.config import load_profile
+from persodpo.files import PROJECT
 from persodpo.miniature import models
 from persodpo.reproduce import notebook_files
-from persodpo.runfolder import PROJECT, RunFolder
+from persodpo.runfolder import RunFolder
 from persodpo.stages.figures import figure_names
 from persodpo.stages.heldout import BASE, arms_of
 from persodpo.tables import check_table

@@ -20,9 +20,10 @@ import pyarrow.parquet as pq
 import pytest
 from pandas.testing import assert_frame_equal
 
-from persodpo import imports, runfolder, stages
+from persodpo import imports, stages
 from persodpo.config import with_overrides
 from persodpo.errors import PersodpoError
+from persodpo.files import DATA, PROJECT, sha256
 from persodpo.generation.requests import Answer
 from persodpo.generation.store import Entry, Store
 from persodpo.prompts import load_template
@@ -62,8 +63,8 @@ def test_a_stage_runs_once_says_so_and_writes_what_made_its_table(profile):
     make(run, overwrite=True)
     assert_frame_equal(run.read("thresholds"), THRESHOLDS, check_dtype=False)
     provenance = run.provenance("thresholds")
-    assert provenance["inputs"] == {"text": runfolder.sha256(run.root.parent / "input.txt")}
-    assert provenance["sha256"] == runfolder.sha256(run.path("thresholds"))
+    assert provenance["inputs"] == {"text": sha256(run.root.parent / "input.txt")}
+    assert provenance["sha256"] == sha256(run.path("thresholds"))
     assert (provenance["rows"], provenance["profile_sha256"]) == (2, profile.digest())
     assert {"python", "polars", "pyarrow"} <= set(provenance["versions"])
     assert {"commit", "seconds", "settings", "code"} <= set(provenance)
@@ -86,7 +87,7 @@ def test_a_table_and_its_record_under_another_name_are_refused(profile):
     gate = pd.DataFrame({"pair_set": ["perso"], "check": ["pairs"], "value": [1.0], "meaning": ["rows"]})
     run.path("pairs/gate").parent.mkdir()
     write_table(run.path("pairs/gate"), "pairs/gate", gate)
-    record = run.provenance("thresholds") | {"sha256": runfolder.sha256(run.path("pairs/gate"))}
+    record = run.provenance("thresholds") | {"sha256": sha256(run.path("pairs/gate"))}
     provenance_path(run.path("pairs/gate")).write_text(json.dumps(record))
     with pytest.raises(PersodpoError, match="does not match its provenance file"):
         run.read("pairs/gate")
@@ -230,7 +231,7 @@ def runs(monkeypatch) -> list[str]:
 def with_own_data(profile, folder):
     """Return a profile that reads a copy of the example's files in a folder."""
     for name in ("dialogues.csv", "completions.csv"):
-        shutil.copy(runfolder.DATA / "example" / name, folder / name)
+        shutil.copy(DATA / "example" / name, folder / name)
     (folder / "mine.txt").write_text(load_template("plain"))
     return with_overrides(profile, [
         "dialogues.source=csv", f"dialogues.csv_file={folder / 'dialogues.csv'}", "generation.source=csv",
@@ -361,9 +362,9 @@ def test_a_changed_module_runs_the_stages_again_that_import_it(monkeypatch):
     before = {stage: digest(stage) for stage in stages}
     touched, again = [], {}
     monkeypatch.setattr(imports, "_source", lambda name: f"{source(name)}#" if name in touched else source(name))
-    package = runfolder.PROJECT / "persodpo"
+    package = PROJECT / "persodpo"
     for path in sorted(package.rglob("*.py")):
-        name = ".".join(path.relative_to(runfolder.PROJECT).with_suffix("").parts)
+        name = ".".join(path.relative_to(PROJECT).with_suffix("").parts)
         touched[:] = [name]
         again[name] = {stage for stage in stages if digest(stage) != before[stage]}
         assert again[name] == {stage for stage in stages if name in imports.imported_modules(stage)}

@@ -22,7 +22,7 @@ from trl import DPOConfig
 from trl.trainer.callbacks import SyncRefModelCallback
 
 from persodpo.errors import PersodpoError
-from persodpo.runfolder import versions
+from persodpo.files import versions
 from persodpo.training.trainer import GroupedDPOTrainer
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])

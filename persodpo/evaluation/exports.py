@@ -17,8 +17,8 @@ import pandas as pd
 
 from persodpo.errors import PersodpoError
 from persodpo.evaluation.observations import EVERY, FLAGS, TIME
+from persodpo.files import write_atomically, write_text
 from persodpo.metrics import PLACES, metric_label, metric_order, number, p_text
-from persodpo.runfolder import write_atomically, write_text
 
 #: What LaTeX reads as a command or its usual fonts lack, and how it prints it instead.
 _LATEX = {

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 
 from persodpo.errors import NothingToShowError
-from persodpo.runfolder import sha256, write_atomically, write_json
+from persodpo.files import sha256, write_atomically, write_json
 
 STYLE = Path(__file__).with_name("persodpo.mplstyle")
 #: Where names are written in characters that DejaVu Sans lacks; those that the machine has are used, in this order.

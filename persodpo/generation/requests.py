@@ -19,8 +19,8 @@ import pandas as pd
 
 from persodpo.config import AskedModel, Prices, Profile
 from persodpo.errors import PersodpoError
+from persodpo.files import sha256
 from persodpo.prompts import load_system, load_template, render, template_digest, token_budget
-from persodpo.runfolder import sha256
 
 if TYPE_CHECKING:
     from persodpo.generation.ask import Work

@@ -20,10 +20,10 @@ import pandas as pd
 from persodpo.completions import write_completion
 from persodpo.config import Miniature, Prompts
 from persodpo.dialogues import focus_json
-from persodpo.errors import PersodpoError, make_folder
+from persodpo.errors import PersodpoError
+from persodpo.files import make_folder, read_text, write_atomically, write_text
 from persodpo.miniature.world import PHRASES, focus_world
 from persodpo.prompts import load_template, render
-from persodpo.runfolder import read_text, write_atomically, write_text
 
 BASE = "base"
 #: Numbers of the models' own dialogues start here, so that no run of reasonable size shares one with them.

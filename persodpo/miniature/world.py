@@ -20,7 +20,7 @@ import yaml
 
 from persodpo.dialogues import FOCUS_SENTENCES
 from persodpo.errors import PersodpoError
-from persodpo.runfolder import write_atomically, write_text
+from persodpo.files import write_atomically, write_text
 
 #: The words of the world; ``phrases.yaml`` says what each is for.
 PHRASES = SimpleNamespace(**yaml.safe_load(Path(__file__).with_name("phrases.yaml").read_text(encoding="utf-8")))

@@ -19,12 +19,12 @@ import pandas as pd
 from persodpo.completions import count_words, is_echo, is_one_object, read_completion
 from persodpo.config import Profile
 from persodpo.dialogues import overlaps
+from persodpo.files import sha256
 from persodpo.method import SIGNALS
 from persodpo.prompts import FIELDS
 from persodpo.release import published
 from persodpo.release.parity import FIGURE_2A, RESULT_ROWS, STEP_PAIRS, parity_table, set_statistics
 from persodpo.release.published import SETS, read_set
-from persodpo.runfolder import sha256
 
 #: Equal up to the noise of batched float32 inference.
 COHERENCE_TOLERANCE = 1e-5

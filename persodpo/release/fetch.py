@@ -16,8 +16,8 @@ from urllib.parse import quote
 
 from tqdm import tqdm
 
-from persodpo.errors import PersodpoError, disk_errors, make_folder
-from persodpo.runfolder import DATA, RELEASE_VARIABLE, sha256
+from persodpo.errors import PersodpoError
+from persodpo.files import DATA, RELEASE_VARIABLE, disk_errors, make_folder, sha256
 
 _MANIFEST = DATA / "release_manifest.json"
 _REMEDY = f"or name a folder that holds a copy of the release with {RELEASE_VARIABLE}"

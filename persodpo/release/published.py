@@ -18,7 +18,7 @@ import pandas as pd
 
 from persodpo.completions import read_completions
 from persodpo.errors import PersodpoError
-from persodpo.runfolder import DATA
+from persodpo.files import DATA
 from persodpo.tables import with_none
 
 #: Column names of the metric files -> ours.

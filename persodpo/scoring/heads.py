@@ -28,9 +28,8 @@ import pandas as pd
 from persodpo.completions import sentences
 from persodpo.dialogues import SPEAKERS
 from persodpo.errors import PersodpoError
-from persodpo.folders import made_once
+from persodpo.files import digest_of, made_once
 from persodpo.imports import code_of
-from persodpo.runfolder import digest_of
 from persodpo.scoring.models import Encoder, remembered
 from persodpo.scoring.score import Item, Scored, distinct
 from persodpo.scoring.signals import last_user_turn, turns

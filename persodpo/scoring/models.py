@@ -24,8 +24,8 @@ import numpy as np
 from filelock import FileLock
 
 from persodpo.config import HUB_ENCODER
-from persodpo.errors import PersodpoError, disk_errors, make_folder
-from persodpo.runfolder import digest_of, sha256
+from persodpo.errors import PersodpoError
+from persodpo.files import digest_of, disk_errors, make_folder, sha256
 
 if TYPE_CHECKING:
     import torch

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from persodpo.completions import count_words
 from persodpo.errors import PersodpoError
+from persodpo.files import digest_of
 from persodpo.imports import code_of
-from persodpo.runfolder import digest_of
 from persodpo.sqlite import Content, connect, transaction
 
 #: Texts scored, and written to the cache, together.

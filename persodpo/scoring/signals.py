@@ -16,7 +16,7 @@ import numpy as np
 
 from persodpo.dialogues import SPEAKERS
 from persodpo.errors import PersodpoError
-from persodpo.runfolder import digest_of
+from persodpo.files import digest_of
 from persodpo.scoring.models import Checkpoint, Encoder, Input, dtype_name
 from persodpo.scoring.score import Item, Scored, Way, distinct
 from persodpo.scoring.words import WordMeans

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from persodpo.errors import PersodpoError
-from persodpo.runfolder import digest_of, sha256
+from persodpo.files import digest_of, sha256
 from persodpo.scoring.score import Way
 
 #: NLTK's English stop words: ``stopwords/english`` of nltk.org/nltk_data as of February 2025.

@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 
 from persodpo.config import Profile
 from persodpo.errors import PersodpoError
+from persodpo.files import DATA, PROJECT, as_json, digest_of, read_json, sha256, write_json
 from persodpo.imports import code_of
-from persodpo.runfolder import DATA, PROJECT, RunFolder, StageReport, as_json, digest_of, read_json, sha256, write_json
+from persodpo.runfolder import RunFolder, StageReport
 from persodpo.stages import ablate, audit, cards, dialogues, evaluate, figures, generate, pairs, score, train
 from persodpo.stages.base import Need, Stage, published_at_hand
 

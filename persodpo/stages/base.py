@@ -9,8 +9,9 @@ from typing import Any
 
 from persodpo.config import Profile
 from persodpo.errors import PersodpoError
+from persodpo.files import RELEASE_VARIABLE
 from persodpo.release.fetch import release_files
-from persodpo.runfolder import RELEASE_VARIABLE, RunFolder
+from persodpo.runfolder import RunFolder
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ import pandas as pd
 from persodpo.config import Profile
 from persodpo.dialogues import Split, focus_json, published_focus
 from persodpo.errors import PersodpoError
+from persodpo.files import PROJECT
 from persodpo.miniature.world import write_world
 from persodpo.own_data import read_dialogues
 from persodpo.release import published
 from persodpo.release.fetch import fetch_release
-from persodpo.runfolder import PROJECT, RunFolder, StageReport, Tables
+from persodpo.runfolder import RunFolder, StageReport, Tables
 
 FOCUS = "https://github.com/pkchat-focus/FoCus"
 

@@ -12,9 +12,10 @@ from tqdm import tqdm
 
 from persodpo.config import PairSet
 from persodpo.errors import NothingToShowError, PersodpoError
+from persodpo.files import files_are_unchanged, read_json, sha256
 from persodpo.imports import code_of
 from persodpo.release import published
-from persodpo.runfolder import RunFolder, StageReport, files_are_unchanged, read_json, sha256
+from persodpo.runfolder import RunFolder, StageReport
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

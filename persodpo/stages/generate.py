@@ -14,6 +14,7 @@ import persodpo.completions
 import persodpo.own_data
 from persodpo.config import AskedModel, Profile, ServedModel, TransformersModel
 from persodpo.errors import PersodpoError
+from persodpo.files import PROJECT
 from persodpo.generation.ask import generate_all
 from persodpo.generation.requests import Backend, Job, request_key, requests_for
 from persodpo.generation.store import Store
@@ -21,7 +22,7 @@ from persodpo.generation.summary import Forecast, Summary, forecast, stored_answ
 from persodpo.prompts import answer_keys, load_template
 from persodpo.release import published
 from persodpo.release.fetch import fetch_release
-from persodpo.runfolder import PROJECT, RunFolder, StageReport, Tables
+from persodpo.runfolder import RunFolder, StageReport, Tables
 from persodpo.stages import policy
 from persodpo.stages.base import Need
 

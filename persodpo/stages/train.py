@@ -11,7 +11,8 @@ import pandas as pd
 from persodpo.config import ArmName, Profile, with_overrides
 from persodpo.corrections import WITHOUT_ASKING
 from persodpo.errors import PersodpoError
-from persodpo.runfolder import RunFolder, StageReport, Tables, digest_of, sha256
+from persodpo.files import digest_of, sha256
+from persodpo.runfolder import RunFolder, StageReport, Tables
 from persodpo.stages.base import Need
 from persodpo.stages.policy import start_policy
 from persodpo.training.arms import ARMS, arm_name, label_of

@@ -12,7 +12,7 @@ from trl import DPOConfig
 from trl.trainer.callbacks import SyncRefModelCallback
 
 from persodpo.errors import PersodpoError
-from persodpo.runfolder import versions
+from persodpo.files import versions
 from persodpo.training.loss import LossSettings, Weighting
 
 #: Arguments that look at a response's partner, change the reference, split a row or draw noise per row, with the only value

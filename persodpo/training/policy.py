@@ -36,10 +36,9 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from persodpo.config import PolicySize
 from persodpo.errors import PersodpoError
-from persodpo.folders import made_once
+from persodpo.files import made_once, sha256
 from persodpo.imports import code_of
 from persodpo.profile_text import Positive, Seed, setting
-from persodpo.runfolder import sha256
 from persodpo.training.forward import response_log_probs
 from persodpo.training.groups import micro_batches
 from persodpo.training.packing import Group, pack

@@ -25,8 +25,8 @@ from tqdm import tqdm
 from trl.trainer.utils import use_adapter
 
 from persodpo.errors import PersodpoError
+from persodpo.files import write_atomically
 from persodpo.imports import code_of
-from persodpo.runfolder import write_atomically
 from persodpo.training.forward import attention_of, base_model
 from persodpo.training.groups import micro_batches, split_responses
 from persodpo.training.guard import Verdict

@@ -24,8 +24,7 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.utils.import_utils import is_in_notebook
 
 from persodpo.config import ArmName, Profile
-from persodpo.errors import disk_errors, make_folder
-from persodpo.runfolder import read_json, sha256, write_json
+from persodpo.files import disk_errors, make_folder, read_json, sha256, write_json
 from persodpo.training.arms import ARMS, log_table, split_prompts
 from persodpo.training.guard import Verdict
 from persodpo.training.health import Health
