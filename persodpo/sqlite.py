@@ -27,12 +27,12 @@ _SENTENCES = {
         "stored are safe."
     ),
     ("SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_PERM", "SQLITE_AUTH"): (
-        "{path} cannot be opened for writing; make the file and its folder writable or name another file."
+        "{path} cannot be opened or written; make the file and its folder readable and writable or name another file."
     ),
 }  # fmt: skip
 #: How messages of errors start that SQLite or Python takes for a fault of the query: a table that is missing from a file is
 #: damage, and so is text that is none.
-_DAMAGE = ("no such", "Could not decode")
+_DAMAGE = ("no such", "Could not decode", "unsupported file format")
 
 
 class Content(NamedTuple):
@@ -63,6 +63,8 @@ class Content(NamedTuple):
             if sentence is None:
                 raise
             raise PersodpoError(sentence.format(path=path, **self._asdict())) from None
+        except UnicodeDecodeError:  # a message of SQLite quotes what is damaged
+            raise self.damaged(path) from None
 
     def damaged(self, path: Path) -> PersodpoError:
         """Return the error that says that a file is damaged."""
@@ -99,6 +101,23 @@ def connect(
             deadline = time.monotonic() + wait_seconds
             while not _uses_wal(connection, deadline):
                 time.sleep(0.02)
+        except BaseException:
+            connection.close()
+            raise
+    return connection
+
+
+def connect_to_read(path: Path, content: Content) -> sqlite3.Connection:
+    """Open a file of another run, and write nothing in it or beside it; errors as of `connect`.
+
+    It is to be closed soon: where nobody has the file open, it is read on the assumption that nobody opens it.
+    """
+    # SQLite makes a log beside a file that it reads, unless there is one, or the file is said to be immutable.
+    way = "mode=ro" if path.with_name(f"{path.name}-wal").exists() else "mode=ro&immutable=1"
+    with content.faults(path):
+        connection = sqlite3.connect(f"{path.absolute().as_uri()}?{way}", uri=True, isolation_level=None)
+        try:
+            _lay_out(connection, path, content)  # looks only, as the file is not empty
         except BaseException:
             connection.close()
             raise

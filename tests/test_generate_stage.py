@@ -139,6 +139,26 @@ def test_another_name_asks_nothing_that_a_run_beside_it_has(server: Server, tmp_
     assert table.loc["api", "cost"].sum() == 0 < table.loc["new", "cost"].sum()
 
 
+def test_a_run_beside_that_cannot_be_read_is_named_once_before_anything_is_asked(
+    server: Server, tmp_path: Path
+) -> None:
+    stages.make(profile_of(tmp_path, endpoint(server)), "generate")
+    store = RunFolder(profile_of(tmp_path, endpoint(server))).answers
+    content = store.read_bytes()
+    store.write_bytes(content[:4096] + b"\xff" * (len(content) - 4096))
+    (store.parent.parent / "starting").mkdir()
+    (store.parent.parent / "starting" / store.name).touch()
+    other = profile_of(tmp_path, endpoint(server), name="other")
+    with pytest.warns(UserWarning, match="not taken over") as told:
+        run(other, tmp_path, "generate", "--dry-run")
+    assert [str(store) in str(one.message) for one in told] == [True]
+    assert len(prompts_at(server)) == 12
+    with pytest.warns(UserWarning, match="not taken over") as told:
+        stages.make(other, "generate")
+    assert [str(store) in str(one.message) for one in told] == [True]
+    assert len(prompts_at(server)) == 24
+
+
 def test_models_splits_and_limits(server: Server, tmp_path: Path) -> None:
     profile = profile_of(tmp_path, endpoint(server, "one"), endpoint(server, "two"))
     done = run(profile, tmp_path, "generate", "--models", "two", "--split", "valid", "--limit", "3")

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -266,6 +268,78 @@ def test_a_prompt_that_is_too_long_fails_alone(talker: Path, store: Store) -> No
     assert (summary.answered, summary.failed) == (3, {"context_too_long": 1})
     error = answers(store, [long], via)[0].error
     assert f"do not fit the {SETTINGS.max_length} tokens that talker takes" in error
+
+
+def changed(via: TransformersBackend, change: Callable[[Any, Any], None]) -> TransformersBackend:
+    """Return the backend with its model and tokenizer changed as soon as they are loaded."""
+
+    def load(*given, **options):
+        model, tokenizer = load_policy(*given, **options)
+        change(model, tokenizer)
+        return model, tokenizer
+
+    return TransformersBackend(via.settings, via.weights, load)
+
+
+OF_OSLO = "{% if 'Oslo?' in messages[0].content %}{{ raise_exception('no Oslo') }}{% endif %}" + TEMPLATE
+NOT_OF_OSLO = "{% if 'Oslo?' not in messages[0].content %}" + TEMPLATE + "{% endif %}"
+
+
+@pytest.mark.parametrize("mode", ["throughput", "latency"])
+@pytest.mark.parametrize(("template", "says"), [(OF_OSLO, "no Oslo"), (NOT_OF_OSLO, "its template writes nothing")])
+def test_a_prompt_that_the_template_cannot_write_fails_alone(
+    talker: Path, store: Store, tmp_path: Path, mode: str, template: str, says: str
+) -> None:
+    via = backend(copied(talker, tmp_path / "m", template), format="chat", mode=mode)
+    asked = [ask(({"role": "user", "content": question(place)},), name=place) for place in PLACES]
+    summary = generate(asked, via, store)
+    assert (summary.answered, summary.failed, summary.stopped) == (7, {"rejected": 1}, None)
+    for place, answer in zip(PLACES, answers(store, asked, via), strict=True):
+        assert (answer.completion, answer.error) == ((None, says) if place == "Oslo" else (reply(place), None))
+
+
+def fails_on(word: str) -> Callable[[Any, Any], None]:
+    """Let a model fail in a way of its own on prompts that hold a word."""
+
+    def change(model: Any, tokenizer: Any) -> None:
+        made = model.generate
+
+        def generate(input_ids, **options):
+            if any(word in tokenizer.decode(row) for row in input_ids):
+                raise ValueError("probability tensor\ncontains inf")
+            return made(input_ids=input_ids, **options)
+
+        model.generate = generate
+
+    return change
+
+
+def test_a_prompt_that_the_tokenizer_or_the_model_fails_on_fails_alone(talker: Path, store: Store) -> None:
+    via = changed(backend(talker), fails_on("Oslo?"))
+    asked = [*(ask(question(place)) for place in PLACES), ask("User1: What about \ud83d?\n", name="half")]
+    summary = generate(asked, via, store)
+    assert (summary.answered, summary.failed, summary.stopped) == (7, {"rejected": 2}, None)
+    found = dict(zip([*PLACES, "half"], answers(store, asked, via), strict=True))
+    assert found["Oslo"].error == "probability tensor contains inf"
+    assert found["half"].error
+    assert all(found[place].completion == reply(place) for place in PLACES if place != "Oslo")
+
+
+def test_a_model_that_fails_on_any_prompt_stops_and_nothing_is_held_against_the_prompts(
+    talker: Path, store: Store
+) -> None:
+    broken = changed(backend(talker, model="broken"), fails_on(""))
+    warming = changed(backend(talker, model="warming", mode="latency"), fails_on(""))
+    large = changed(
+        backend(talker, model="large"), lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory."))
+    )
+    *stopped, good = generate_all([Job(questions(8), via) for via in (broken, warming, large, backend(talker))], store)
+    sentences = [summary.stopped for summary in stopped]
+    assert sentences[0] == "Model broken cannot go on from its prompts (probability tensor contains inf)."
+    assert sentences[1].startswith("Model warming cannot be loaded (probability tensor contains inf); ")
+    assert sentences[2].startswith("Model large cannot be loaded (CUDA out of memory.); ")
+    assert [summary.left for summary in stopped] == [8, 8, 8]
+    assert good.answered == 8
 
 
 def test_a_model_that_cannot_be_loaded_stops_alone(talker: Path, store: Store, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
 import subprocess
@@ -118,14 +119,25 @@ with Store(folder / "answers.sqlite") as store:
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_server_does_not_outlive_its_parent(how: signal.Signals, tmp_path: Path) -> None:
+def parent_of(process: int) -> int:
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+@pytest.mark.parametrize(
+    ("how", "of_leash"),
+    [
+        (signal.SIGKILL, False),
+        (signal.SIGTERM, False),
+        pytest.param(signal.SIGKILL, True, marks=pytest.mark.skipif(sys.platform != "linux", reason="no prctl")),
+    ],
+)
+def test_a_server_does_not_outlive_its_parent(how: signal.Signals, of_leash: bool, tmp_path: Path) -> None:
     number = tmp_path / "number"
     program(tmp_path, f"echo $$ > {number}\nexec sleep 300")
     with subprocess.Popen([sys.executable, "-c", PARENT, tmp_path]) as parent:
         try:
             wait_until(lambda: number.is_file() and number.read_text().strip())
-            parent.send_signal(how)
+            os.kill(parent_of(int(number.read_text())) if of_leash else parent.pid, how)
             parent.wait(timeout=10)
         finally:
             parent.kill()

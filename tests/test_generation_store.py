@@ -5,6 +5,7 @@ Faults are real: killed processes, locked and damaged files, a disk that is full
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import subprocess
 import sys
@@ -12,10 +13,13 @@ import threading
 import time
 import traceback
 import tracemalloc
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from conftest import file_size_limit
@@ -200,6 +204,40 @@ def test_answers_of_another_store_are_taken_over_and_cost_nothing(store: Store, 
     assert store.spent() == SAID.cost + FAILED.cost
 
 
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """Let permissions of files count for root, too."""
+    before = os.geteuid()
+    os.seteuid(before or 65534)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
+
+
+@pytest.mark.parametrize("in_use", [False, True])
+def test_another_store_is_taken_over_where_nothing_can_be_written(in_use: bool) -> None:
+    keys = [f"{number}" for number in range(CHUNK + 7)]
+    with TemporaryDirectory() as folder:  # pytest's own folders are closed to others
+        Path(folder).chmod(0o755)
+        path = Path(folder) / "a run? 50%" / "answers.sqlite"
+        with Store(path) as other:
+            other.write([entry(key) for key in keys])
+        writing = sqlite3.connect(path, isolation_level=None)
+        if in_use:
+            writing.execute("BEGIN IMMEDIATE")
+        before = sorted(path.parent.iterdir())
+        path.chmod(0o444)
+        path.parent.chmod(0o555)
+        with unprivileged(), warnings.catch_warnings(action="error"), Store(Path(":memory:")) as store:
+            store.adopt(keys, path)
+            found = stored(store, *keys)
+        assert sorted(path.parent.iterdir()) == before
+        path.parent.chmod(0o755)
+        writing.close()
+    assert found == [replace(SAID, cost=0.0)] * len(keys)
+
+
 def test_a_lock_file_that_cannot_be_made_is_one_sentence(store: Store, path: Path) -> None:
     with store.asking(["a"]):
         (lock,) = path.parent.glob(".*.lock")
@@ -333,12 +371,29 @@ def test_a_file_that_is_no_store_is_named_and_left_as_it_is(path: Path, damage: 
         path.write_bytes(content[:damage] + b"\xff" * (len(content) - damage))
     before = path.read_bytes()
     assert says in refusal(path)
+    with Store(Path(":memory:")) as store, warnings.catch_warnings(record=True, action="always") as told:
+        store.adopt(map(str, range(2 * CHUNK)), path)
+    readable = damage == "DROP TABLE reservations"  # the answers are there
+    assert ["may be paid for again" in str(one.message) and says in str(one.message) for one in told] == [True] * (
+        not readable
+    )
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(("place", "put"), [(b"TABLE answers (", b"\xff"), (None, b"\0\0\0\x09")])
+def test_a_damaged_layout_is_one_sentence(path: Path, place: bytes | None, put: bytes) -> None:
+    """SQLite quotes what it cannot read, and has its own words for a layout of a number that it does not know."""
+    with Store(path) as store:
+        store.write([entry("a")])
+    content = path.read_bytes()
+    start = content.index(place) if place else 44
+    path.write_bytes(content[:start] + put + content[start + len(put) :])
+    assert "are damaged" in refusal(path)
 
 
 def test_a_folder_in_its_place(path: Path) -> None:
     path.mkdir(parents=True)
-    assert "cannot be opened for writing; make the file and its folder writable" in refusal(path)
+    assert "cannot be opened or written; make the file and its folder readable and writable" in refusal(path)
     path.rmdir()
     path.parent.rmdir()
     path.parent.write_text("a file")

@@ -32,7 +32,9 @@ from persodpo.generation.requests import Answer, Backend, ModelStopped, Request,
 
 #: Prompts sorted by length together, for each one of a batch.
 POOL = 8
-WARM_UP = Request("warm-up", "warm up", 8, 0.0, None, "")
+#: A text that every model can go on from; where one cannot, the fault is not with its prompts.
+HARMLESS = "warm up"
+WARM_UP = Request("warm-up", HARMLESS, 8, 0.0, None, "")
 #: Loads a model and its tokenizer: name or folder; ``dtype`` and ``revision`` by keyword.
 Loader = Callable[..., tuple[Any, Any]]
 
@@ -69,6 +71,11 @@ class TransformersBackend(Backend):
             decoder = await asyncio.to_thread(Decoder, self.settings, self.weights, self._load)
         except PersodpoError as error:
             raise ModelStopped(str(error)) from error
+        except Exception as error:
+            raise ModelStopped(
+                f"Model {self.model} cannot be loaded ({_said(error)}); check its files, or use a smaller model or a larger "
+                "GPU."
+            ) from error
         try:
             while pool := await work.take(self.concurrency):
                 pool.sort(key=lambda item: -item[1].prompt_bytes)
@@ -105,35 +112,42 @@ class Decoder:
         self._limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
         self.hardware = _hardware(dtype)
         if settings.mode == "latency":
-            self._decode([self._ids(WARM_UP.prompt)], [WARM_UP])
+            self._decode([self._ids(HARMLESS)], [WARM_UP])
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer a batch under the temperature and seed of its first request.
 
         Raises:
-            ModelStopped: Not even a single prompt fits the memory, or the tokenizer cannot write chats.
+            ModelStopped: Not even a single prompt fits the memory, or no prompt at all can be answered.
         """
-        ids = [self._ids(request.prompt) for request in requests]
-        fits = [n for n, request in enumerate(requests) if len(ids[n]) + request.max_new_tokens <= self._limit]
-        answers = dict(zip(fits, self._halving([ids[n] for n in fits], [requests[n] for n in fits]), strict=True))
-        for n in set(range(len(ids))) - set(fits):
+        ids: dict[int, list[int]] = {}
+        answers: dict[int, Answer] = {}
+        for n, request in enumerate(requests):
+            try:
+                size = len(made := self._ids(request.prompt))
+            except Exception as error:
+                answers[n] = self._rejected(request, error)
+                continue
+            if size + request.max_new_tokens <= self._limit:
+                ids[n] = made
+                continue
             said = (
-                f"The prompt of {len(ids[n])} tokens and an answer of {requests[n].max_new_tokens} do not fit the "
+                f"The prompt of {size} tokens and an answer of {request.max_new_tokens} do not fit the "
                 f"{self._limit} tokens that {self._settings.model} takes."
             )
-            answers[n] = Answer("failed", failure="context_too_long", error=said, prompt_tokens=len(ids[n]))
-        return [replace(answers[n], hardware=self.hardware) for n in range(len(ids))]
+            answers[n] = Answer("failed", failure="context_too_long", error=said, prompt_tokens=size)
+        answers |= zip(ids, self._halving(list(ids.values()), [requests[n] for n in ids]), strict=True)
+        return [replace(answers[n], hardware=self.hardware) for n in range(len(requests))]
 
     def _halving(self, ids: list[list[int]], requests: list[Request]) -> list[Answer]:
-        """Answer a batch, or its halves where it does not fit the memory."""
+        """Answer a batch, or its halves where it does not fit the memory or the model fails on one of its prompts."""
         if not ids:
             return []
         try:
             return self._decode(ids, requests)
-        except RuntimeError as error:
-            if not should_reduce_batch_size(error):
-                said = str(error).partition("\n")[0][:200]
-                raise ModelStopped(f"Model {self._settings.model} cannot go on from its prompts ({said}).") from error
+        except Exception as error:
+            if len(ids) == 1 and not should_reduce_batch_size(error):
+                return [self._rejected(requests[0], error)]
             if len(ids) == 1:
                 raise ModelStopped(
                     f"Model {self._settings.model} runs out of memory on a single prompt of {len(ids[0])} tokens; use a "
@@ -142,6 +156,27 @@ class Decoder:
         clear_device_cache(garbage_collection=True)  # after the error is gone, which holds the tensors
         half = len(ids) // 2
         return self._halving(ids[:half], requests[:half]) + self._halving(ids[half:], requests[half:])
+
+    def _rejected(self, request: Request, error: Exception) -> Answer:
+        """Return the failure of a prompt that cannot be answered, where a harmless one in its place can.
+
+        Raises:
+            ModelStopped: That one cannot be answered either.
+        """
+        name, form, chat = self._settings.model, self._settings.format, request.prompt
+        prompt = HARMLESS if isinstance(chat, str) else tuple(turn | {"content": HARMLESS} for turn in chat)
+        try:
+            ids = self._ids(prompt)
+        except Exception as again:
+            raise ModelStopped(
+                f"The tokenizer of model {name} cannot write format {form} ({_said(again)}); "
+                "choose chat (no system message) or raw for it."
+            ) from again
+        try:
+            self._decode([ids], [replace(request, prompt=prompt)])
+        except Exception as again:
+            raise ModelStopped(f"Model {name} cannot go on from its prompts ({_said(again)}).") from again
+        return Answer("failed", failure="rejected", error=_said(error))
 
     def _decode(self, ids: list[list[int]], requests: list[Request]) -> list[Answer]:
         """Let the model go on from prompts that are padded on the left to one length."""
@@ -189,16 +224,9 @@ class Decoder:
         if isinstance(prompt, str):
             ids = list(self._tokenizer(prompt)["input_ids"])
             return ids[:-1] if len(ids) > 1 and ids[-1] == self._tokenizer.eos_token_id else ids
-        try:
-            text = self._tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
-            if not text:
-                raise ValueError("its template writes nothing")
-        except Exception as error:
-            said = " ".join(str(error).split())[:200]
-            raise ModelStopped(
-                f"The tokenizer of model {self._settings.model} cannot write format {self._settings.format} ({said}); "
-                "choose chat (no system message) or raw for it."
-            ) from error
+        text = self._tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
+        if not text:
+            raise ValueError("its template writes nothing")
         # The template writes the special tokens itself.
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -241,6 +269,11 @@ def _with_adapter(model: Any, folder: Path) -> Any:
         raise PersodpoError(
             f"The adapter in {folder} does not fit its model ({type(error).__name__}); name the weights it was trained on."
         ) from error
+
+
+def _said(error: Exception) -> str:
+    """Return what an error says, in one short line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _hardware(dtype: torch.dtype) -> str:

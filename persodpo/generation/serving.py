@@ -24,10 +24,16 @@ from persodpo.generation.endpoint import OpenAIBackend
 from persodpo.generation.requests import ModelStopped, folder_digest
 
 HOST = "127.0.0.1"
-#: Runs a program until it ends or its standard input does, which is when the parent dies or lets go of it.
+#: Runs a program until it ends or its standard input does, which is when the parent dies or lets go of it. Where there is
+#: Linux's prctl, the program is killed when this one is.
 _LEASH = """
-import signal, subprocess, sys, threading
-server = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+import ctypes, os, signal, subprocess, sys, threading
+leash, prctl = os.getpid(), getattr(ctypes.CDLL(None), "prctl", None)
+def tie():
+    prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != leash:
+        os._exit(1)
+server = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, preexec_fn=tie if prctl else None)
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
     signal.signal(number, signal.SIG_IGN)
 def watch():

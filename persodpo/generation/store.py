@@ -13,6 +13,7 @@ import sqlite3
 import sys
 import threading
 import uuid
+import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, fields, replace
@@ -25,7 +26,7 @@ from filelock import FileLock, Timeout
 
 from persodpo.errors import PersodpoError
 from persodpo.generation.requests import Answer
-from persodpo.sqlite import Content, connect, transaction
+from persodpo.sqlite import Content, connect, connect_to_read, transaction
 
 CHUNK = 500
 
@@ -90,12 +91,18 @@ class Experience(NamedTuple):
 class Store:
     """The answers of all models, in one file; a PersodpoError says that it is locked or damaged, or the disk is full."""
 
-    def __init__(self, path: Path, wait_seconds: float = 30.0) -> None:
-        """Open a store, or make one where there is none; ``wait_seconds`` is for another process that is writing."""
+    def __init__(self, path: Path, wait_seconds: float = 30.0, *, only_read: bool = False) -> None:
+        """Open a store, or make one where there is none; ``wait_seconds`` is for another process that is writing.
+
+        One that is ``only_read`` is there already, is left as it is, and may lie where nothing can be written.
+        """
         self.path = path
         self.run = uuid.uuid4().hex
         self._lock = threading.Lock()
-        self._connection = connect(path, wait_seconds, _CONTENT, check_same_thread=False)
+        self._connection = (
+            connect_to_read(path, _CONTENT) if only_read
+            else connect(path, wait_seconds, _CONTENT, check_same_thread=False)
+        )  # fmt: skip
         self._place = _place(path)
 
     def __enter__(self) -> Self:
@@ -194,12 +201,21 @@ class Store:
             connection.executemany("DELETE FROM reservations WHERE key = ?", [(one.key,) for one in entries])
 
     def adopt(self, keys: Iterable[str], path: Path) -> None:
-        """Take over answers from another store; they cost nothing here, for that store has paid for them."""
+        """Take over answers from another store; they cost nothing here, for that store has paid for them.
+
+        That store is only read, and a warning says where it cannot be.
+        """
         remaining = self.missing(keys, retry_failed=True)
-        with Store(path) as other:
-            while chunk := list(islice(remaining, CHUNK)):
-                found = [entry for _, entry in other.entries(chunk) if entry and entry.answer.failure is None]
-                self.write([entry._replace(answer=replace(entry.answer, cost=0.0)) for entry in found])
+        while chunk := list(islice(remaining, CHUNK)):
+            try:
+                with Store(path, only_read=True) as other:  # anew for each chunk, as somebody may begin to write
+                    found = [entry for _, entry in other.entries(chunk) if entry and entry.answer.outcome == "answered"]
+            except PersodpoError as error:
+                warnings.warn(
+                    f"Answers of another run are not taken over and may be paid for again: {error}", stacklevel=2
+                )
+                return
+            self.write([entry._replace(answer=replace(entry.answer, cost=0.0)) for entry in found])
 
     def entries(self, keys: Iterable[str]) -> Iterator[tuple[str, Entry | None]]:
         """Yield each key with its entry, None where there is none; a few hundred are read at a time, in flat memory."""

@@ -226,12 +226,13 @@ def _store(run: RunFolder) -> Iterator[Store]:
 
 def _adopt(run: RunFolder, store: Store, scope: Scope) -> None:
     """Take over what other runs have asked the same models in the same way."""
-    others = [path for path in sorted(run.root.parent.glob(f"*/{run.answers.name}")) if path != run.answers]
+    found = sorted(run.root.parent.glob(f"*/{run.answers.name}"))
+    # An empty one is just being made.
+    others = [path for path in found if path != run.answers and path.is_file() and path.stat().st_size]
     jobs = jobs_of(run, scope, make_policy=False) if others else []
     keys = [request_key(request, job.backend) for job, _ in jobs for request in job.requests]
     for path in others:
-        with suppress(PersodpoError):  # it is damaged or of another version; what it holds is asked again
-            store.adopt(keys, path)
+        store.adopt(keys, path)
 
 
 def _write_answers(run: RunFolder) -> StageReport:
