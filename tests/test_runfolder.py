@@ -152,6 +152,7 @@ def test_a_killed_stage_leaves_the_last_table_and_a_rerun_mends(profile, tmp_pat
     run = RunFolder(profile)
     make(run)
     process = child(tmp_path, """
+        from persodpo import runfolder
         def write_table(path, *_):
             path.write_bytes(b"PAR1")
             print("writing", flush=True)

@@ -80,13 +80,14 @@ def _differences(axes: Axes, table: pd.DataFrame, metric: str) -> None:
     """Draw one metric, and the corrected p-values at the panel's right."""
     axes.axvline(0, color="black", linewidth=0.6, zorder=0)
     values = table[["difference", "low", "high", "p_holm"]].to_numpy(dtype=float)
-    for row, (difference, low, high, p_value) in enumerate(values):
+    at_floor = table["p_at_floor"].eq(True)
+    for row, ((difference, low, high, p_value), bound) in enumerate(zip(values, at_floor, strict=True)):
         significant, better = p_value < _LEVEL, (difference > 0) ^ (metric in LOWER_IS_BETTER)
         colour = (BLUE if better else VERMILLION) if significant else GREY
         marker = "s" if significant and not better else "o"
         face = colour if significant else "white"
         _interval(axes, row, (difference, low, high), colour=colour, marker=marker, face=face)
-        beside(axes, row, "–" if np.isnan(p_value) else p_text(p_value))
+        beside(axes, row, "–" if np.isnan(p_value) else p_text(p_value, "≤" if bound else ""))
     beside(axes, -0.85, "p (Holm)")
     _metric_axis(axes, metric, ticks=3)
 
