@@ -28,7 +28,15 @@ def unwrapped(model: Any) -> Any:
     return model
 
 
-def check_models(model: Any, reference: Any, *, max_length: int | None, token_budget: int, aux_loss: bool) -> Verdict:
+def check_models(
+    model: Any,
+    reference: Any,
+    *,
+    max_length: int | None,
+    token_budget: int,
+    aux_loss: bool,
+    widest: int | None = None,
+) -> Verdict:
     """Find out how a policy and its reference are trained together.
 
     Args:
@@ -37,6 +45,7 @@ def check_models(model: Any, reference: Any, *, max_length: int | None, token_bu
         max_length: See `check_packing`.
         token_budget: See `check_packing`.
         aux_loss: Whether the policy's load-balancing loss is trained, too.
+        widest: See `check_packing`.
 
     Returns:
         The verdict that holds for both.
@@ -61,7 +70,11 @@ def check_models(model: Any, reference: Any, *, max_length: int | None, token_bu
         )
     # TRL has put the reference under mixed precision already, which the trainer does around each pass of its own.
     reference = unwrapped(reference)
-    verdicts = [check_packing(one, max_length, token_budget) for one in (model, reference) if one is not None]
+    verdicts = [
+        check_packing(one, max_length, token_budget, widest=widest, trained=one is model)
+        for one in (model, reference)
+        if one is not None
+    ]
     verdict = next((one for one in verdicts if not one.grouped), verdicts[0])
     # The reference's own probe is the last: active adapters and the like show in no weight.
     verdict = replace(verdict, probe=verdicts[-1].probe)
@@ -69,6 +82,12 @@ def check_models(model: Any, reference: Any, *, max_length: int | None, token_bu
         warnings.warn(
             f"{name} draws noise in training that disable_dropout does not switch off, such as attention dropout or router "
             "jitter of its config: the pairs of a prompt share it, where TRL draws it for each side of each pair.",
+            stacklevel=2,
+        )
+    if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters()):
+        warnings.warn(
+            f"Weights of {name} have gradient hooks: they see the gradients of each micro-batch, which are others than "
+            "those of TRL; with a token_budget that holds a whole step they see the step's.",
             stacklevel=2,
         )
     if aux_loss:

@@ -17,10 +17,11 @@ from persodpo.training.loss import LossSettings, Weighting
 
 #: Arguments that look at a response's partner, change the reference, split a row or draw noise per row, with the only value
 #: that can be grouped.
-UNGROUPED = {
+UNGROUPED: dict[str, object] = {
     "ld_alpha": None, "use_weighting": False, "sync_ref_model": False, "truncation_mode": "keep_start",
     "f_divergence_type": "reverse_kl", "torch_compile": False, "parallelism_config": None, "deepspeed": None,
     "deepspeed_plugin": None, "neftune_noise_alpha": None, "ddp_static_graph": None,
+    "include_for_metrics": [],
 }  # fmt: skip
 #: Arguments that say what is done otherwise here, with the value that needs no warning.
 OTHERWISE = {

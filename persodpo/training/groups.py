@@ -118,6 +118,12 @@ def split_pairs(group: Group, token_budget: int, layout: Layout) -> list[Group]:
     return [group.part(pairs) for pairs in parts]
 
 
+def widest_row(groups: Sequence[Group], token_budget: int, layout: Layout) -> int:
+    """Return the columns of the widest row that training makes of groups."""
+    parts = (part for group in groups for part in split_pairs(group, token_budget, layout))
+    return max(max(layout.row_lengths(part.prompt, part.responses)) for part in parts)
+
+
 def split_responses(group: Group, token_budget: int, layout: Layout) -> list[Group]:
     """Split a group's responses, without its pairs, into groups that fit the budget; a single response is never split."""
     parts: list[Group] = []

@@ -8,39 +8,36 @@ log-probabilities differ by more than rounding, one response per row is tried, a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import PeftMixedModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from persodpo.errors import PersodpoError
 from persodpo.training.forward import PACKED_ATTENTION, attention_of, base_model, install_packed_forward
 from persodpo.training.packing import Group
 from persodpo.training.probe import (
     FAULTS,
+    LEAK,
     RESPONSES,
     ROUNDING,
     as_it_was,
-    buffers_put_back,
     first_line,
+    moved_by_others,
     packed_log_probs,
     plain_log_probs,
     precision,
     random_groups,
 )
+from persodpo.training.training_mode import check_training
 
-#: Share of it by which a response may move others of its row beyond what those of another row do.
-LEAK = 1e-3
-#: The same as a share of what another prompt does to the log-probabilities.
+#: Share of what another prompt does to log-probabilities that a right row may differ from plain passes by at most.
 SHARE = 0.01
-#: Length of the texts that are tried in training mode, tokens.
-SHORT = 64
-#: Share of a gradient that rounding may explain, by the bytes of a weight; quantised weights show gross faults alone.
-GRADIENT = {8: 0.01, 4: 0.01, 2: 0.5}
+#: How many times as far as by one response per row log-probabilities may be from plain ones in grouped rows.
+MARGIN = 20
 #: Adapters whose router takes means over a sequence or a batch, or that draw noise.
 WHOLE_BATCH = ("XLORA", "LILY", "PVERA")
 
@@ -67,35 +64,48 @@ class Verdict:
     probe: str = ""
 
 
-def check_packing(model: Any, max_length: int | None = 1024, token_budget: int = 4096) -> Verdict:
+def check_packing(
+    model: Any,
+    max_length: int | None = 1024,
+    token_budget: int = 4096,
+    *,
+    widest: int | None = None,
+    trained: bool = True,
+) -> Verdict:
     """Find out how a model may be trained, and install its packed forward pass.
 
     The random group has three or more responses of unequal length and stands beside shorter rows. It is as long as a
-    sequence can be in training, and its row as long as a row, up to `WHOLE` tokens; beyond that, longer than every window
-    that any config inside the model's config names and that a row can reach. It holds the tokens that begin and end texts.
+    sequence can be in training up to `WHOLE` tokens; beyond that, longer than every window that any config inside the
+    model's config names and that a row can reach. Another row is as wide as rows are. Texts hold the tokens that begin, end
+    and pad texts.
 
     Args:
         model: A causal language model of transformers, PEFT-wrapped or not.
         max_length: Longest prompt and response together in training; None for no limit.
         token_budget: Most positions of a micro-batch in training.
+        widest: Columns of the widest row in training, which may hold a pair that is larger than the budget; None where it
+            is not known.
+        trained: Also hold training mode and gradients against plain passes.
 
     Returns:
         The verdict. The model's parameters, mode and random state are as before.
 
     Raises:
         PersodpoError: Packed rows, one response per row and the model's own head all give other log-probabilities than
-            plain forward passes, or those fail.
+            plain forward passes, or those fail; or it trains otherwise than in plain passes.
     """
     refuse_prompt_learning(model)
+    sizes = (max_length, token_budget, widest)
     try:
-        verdict = _verdict(model, max_length, token_budget, exact=True)
+        verdict = _verdict(model, *sizes, exact=True)
     except torch.OutOfMemoryError:
-        verdict = _verdict(model, max_length, token_budget, exact=False)
-    _check_training(model, verdict, min(max_length or SHORT, SHORT), min(token_budget, SHORT))
+        verdict = _verdict(model, *sizes, exact=False)
+    if trained:
+        check_training(model, max_length, token_budget, grouped=verdict.grouped)
     return verdict
 
 
-def _verdict(model: Any, max_length: int | None, token_budget: int, *, exact: bool) -> Verdict:
+def _verdict(model: Any, max_length: int | None, token_budget: int, widest: int | None, *, exact: bool) -> Verdict:
     """Return the fastest layout that gives what plain passes give; ``exact`` computes half precision in float32."""
     name, attention = type(base_model(model)).__name__, attention_of(model)
     grouped = attention in PACKED_ATTENTION and exact
@@ -105,8 +115,8 @@ def _verdict(model: Any, max_length: int | None, token_budget: int, *, exact: bo
     worst = math.inf
     with as_it_was(model, exact=exact), torch.no_grad():
         install_packed_forward(model, grouped=False)
-        groups, wide, plain = _probe(model, max_length, token_budget)
-        tolerance = _tolerance(model, *plain)
+        groups, wide, plain = _probe(model, max_length, token_budget, widest)
+        tolerance = _tolerance(model, groups, plain)
         for layout in [True, False][not grouped :]:
             for own_head in (False, True):
                 install_packed_forward(model, grouped=layout, own_head=own_head)
@@ -125,7 +135,9 @@ def _verdict(model: Any, max_length: int | None, token_budget: int, *, exact: bo
     )
 
 
-def _probe(model: Any, max_length: int | None, token_budget: int) -> tuple[list[Group], Group, list[Tensor]]:
+def _probe(
+    model: Any, max_length: int | None, token_budget: int, widest: int | None
+) -> tuple[list[Group], Group, list[Tensor]]:
     """Return the random groups, the wide one, and what plain passes make of the former.
 
     A model may end before the length that its config names, or name it otherwise: where a text fails, a shorter one is
@@ -136,7 +148,7 @@ def _probe(model: Any, max_length: int | None, token_budget: int) -> tuple[list[
     """
     longest = max_length
     while True:
-        groups, wide = random_groups(model, longest, token_budget)
+        groups, wide = random_groups(model, longest, token_budget, widest)
         try:
             return groups, wide, [plain_log_probs(model, group) for group in groups]
         except torch.OutOfMemoryError:
@@ -176,12 +188,12 @@ def _difference(model: Any, groups: list[Group], plain: list[Tensor], *, grouped
         packed = packed_log_probs(model, groups, grouped=grouped)
         # Attention is another now; whoever generates with it must not notice.
         again = plain_log_probs(model, groups[0]) - plain[0] if grouped else plain[0].new_zeros(1)
-        moved, by_rows = _moved(model, groups, packed, grouped=grouped)
+        moved, by_rows = moved_by_others(model, groups, packed, grouped=grouped)
         # Half precision may take another kernel, or fail, which training in it would do aloud.
         in_half, rows_in_half = 0.0, 0.0
         with suppress(*FAULTS), torch.autocast(model.device.type, torch.bfloat16, enabled=grouped):
             half = packed_log_probs(model, groups[-2:], grouped=grouped)
-            in_half, rows_in_half = _moved(model, groups[-2:], half, grouped=grouped)
+            in_half, rows_in_half = moved_by_others(model, groups[-2:], half, grouped=grouped)
     except torch.OutOfMemoryError:
         raise
     except FAULTS as error:
@@ -210,120 +222,18 @@ def _difference_in_wide_row(model: Any, wide: Group, plain: Tensor) -> tuple[flo
     return difference, f"log-probabilities in a wide row differ by {difference:.2g} nats per token"
 
 
-def _moved(model: Any, groups: list[Group], packed: Tensor, *, grouped: bool) -> tuple[float, float]:
-    """Return how far other tokens in a response move the rest of its row, and those in other rows; nats per token.
+def _tolerance(model: Any, groups: list[Group], plain: list[Tensor]) -> float:
+    """Return what rounding explains, nats per token: never more than a small share of what the prompt does.
 
-    Right rows move by nothing, or no more than by other rows: experts compute tokens together, so that even other rows
-    move by rounding.
+    Nor much more than it does to the same texts in rows of a batch, one response each.
     """
-    *rest, last = (replace(group, responses=_other_first(group)) for group in groups)
-    in_row, in_others = (
-        float((packed_log_probs(model, changed, grouped=grouped) - packed)[-2:].abs().max())
-        for changed in ([*groups[:-1], last], [*rest, groups[-1]])
-    )
-    return in_row, in_others
-
-
-def _other_first(group: Group) -> list[list[int]]:
-    """Return the responses with other tokens in the first."""
-    first, last = group.responses[0], group.responses[-1][::-1]
-    return [(last * len(first))[: len(first)], *group.responses[1:]]
-
-
-def _tolerance(model: Any, long: Tensor, short: Tensor, *_: Tensor) -> float:
-    """Return what rounding explains, nats per token: never more than a small share of what the prompt does."""
     kind = precision(model)
     least, most = ROUNDING[kind] / 100, ROUNDING[kind]
-    effect = float((long - short).square().mean().sqrt())
-    return most if kind.itemsize == 2 else min(most, max(least, SHARE * effect))
-
-
-class _Pass(NamedTuple):
-    """Log-probabilities, nats per token; and token ids, [positions], with the gradients of their embeddings."""
-
-    values: Tensor
-    ids: Tensor
-    gradients: Tensor
-
-
-def _check_training(model: Any, verdict: Verdict, max_length: int, token_budget: int) -> None:
-    """Refuse a model that trains otherwise in rows of ours than in plain passes, though evaluation shows the same values.
-
-    Some code mixes tokens in training alone; some changes gradients alone, as hooks do, detached tokens, or a loss that is
-    added in the backward pass. Models that draw noise cannot be held against themselves, and those that fail say so later.
-
-    Raises:
-        PersodpoError: Log-probabilities or the gradients of all tokens differ.
-    """
-    (*groups, _), _ = random_groups(model, max_length, token_budget)
-
-    def plain() -> Tensor:
-        return torch.cat([plain_log_probs(model, group) for group in groups])
-
-    def packed() -> Tensor:
-        return packed_log_probs(model, groups, grouped=verdict.grouped)
-
-    noise = apart = gap = math.nan
-    kind, name = torch.float32, type(base_model(model)).__name__
-    with suppress(*FAULTS), as_it_was(model, exact=True):
-        kind = precision(model)
-        with torch.no_grad():
-            plain()
-        with buffers_put_back(model):
-            try:
-                model.train()
-                torch.manual_seed(0)
-                expected = _with_gradients(model, plain)
-                torch.manual_seed(0)
-                apart, gap = _apart(expected, _with_gradients(model, packed))
-                torch.manual_seed(1)
-                with torch.no_grad():
-                    noise = float((plain() - expected.values).abs().max())
-            finally:
-                model.train(mode=False)
-                with torch.no_grad():
-                    plain()  # models that scale weights for evaluation scale them again, as those are that are put back
-    if not noise <= ROUNDING[kind] / 10:
-        return
-    if not apart <= ROUNDING[kind]:
-        raise PersodpoError(
-            f"{name} gives other log-probabilities in rows of ours than in plain passes while it trains ({apart:.2g} nats "
-            "per token apart), not in evaluation; `trl dpo` trains it on the same pairs."
-        )
-    if not gap <= GRADIENT[kind.itemsize]:
-        raise PersodpoError(
-            f"{name} has other gradients in rows of ours than in plain passes ({gap:.0%} apart), though its "
-            "log-probabilities are the same; `trl dpo` trains it on the same pairs."
-        )
-
-
-def _with_gradients(model: Any, compute: Callable[[], Tensor]) -> _Pass:
-    """Compute log-probabilities and the gradient of a sum of them, in which each counts otherwise."""
-    calls: list[tuple[Tensor, Tensor]] = []
-
-    def hold(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        output = output if output.requires_grad else output.requires_grad_()
-        calls.append((inputs[0], output))
-        return output.clone()  # may be changed in place
-
-    hook = base_model(model).get_input_embeddings().register_forward_hook(hold)
-    try:
-        with torch.enable_grad():
-            values = compute()
-            shares = torch.linspace(1, -2, len(values), device=values.device)
-            gradients = torch.autograd.grad((values * shares).sum(), [output for _, output in calls])
-    finally:
-        hook.remove()
-    flat = [gradient.flatten(0, -2).to(torch.promote_types(gradient.dtype, torch.float32)) for gradient in gradients]
-    return _Pass(values.detach(), torch.cat([ids.flatten() for ids, _ in calls]), torch.cat(flat))
-
-
-def _apart(one: _Pass, other: _Pass) -> tuple[float, float]:
-    """Return how far two passes are apart: in nats per token, and in the gradients of each token id as a share."""
-    tokens, places = torch.unique(torch.cat([one.ids, other.ids]), return_inverse=True)
-    sums = []
-    for part, of_part in zip((one, other), places.split([len(one.ids), len(other.ids)]), strict=True):
-        zeros = part.gradients.new_zeros(len(tokens), part.gradients.shape[1])
-        sums.append(zeros.index_add(0, of_part, part.gradients))
-    share = (sums[0] - sums[1]).norm() / sums[0].norm().clamp(min=1e-12)
-    return float((one.values - other.values).abs().max()), float(share)
+    if kind.itemsize == 2:
+        return most
+    single = math.inf
+    with suppress(*FAULTS):
+        single = float((packed_log_probs(model, groups, grouped=False) - torch.cat(plain)).abs().max())
+    effect = float((plain[0] - plain[1]).square().mean().sqrt())
+    rounding = MARGIN * single if math.isfinite(single) else most
+    return min(most, max(least, min(SHARE * effect, rounding)))

@@ -53,7 +53,7 @@ class Group:
             [place[self.rejected[pair]] for pair in pairs],
             [self.weights[pair] for pair in pairs],
             [self.pair_ids[pair] for pair in pairs],
-            [self.reference[index] for index in kept],
+            [self.reference[index] for index in kept if self.reference],
         )
 
 

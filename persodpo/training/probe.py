@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,11 +19,13 @@ from persodpo.training.packing import Group, Layout, pack
 
 #: Nats per token that rounding may explain, by the type of the weights.
 ROUNDING = {torch.float64: 2e-6, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.2}
+#: Share of it by which a response may move others of its row beyond what those of another row do.
+LEAK = 1e-3
 #: What a packed pass through an architecture that cannot be packed may raise.
 FAULTS = (
     TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError, NotImplementedError, AssertionError,
 )  # fmt: skip
-#: Standard deviation of the noise that weights get for the random group, and elements of the largest one that is moved.
+#: Standard deviation of the noise that weights get for the random group, and about how many elements of each are moved.
 NOISE, SMALL = 0.02, 2**20
 #: Up to this length of training the random group is as long as a row may be, whatever the config names.
 WHOLE = 1024
@@ -57,8 +60,13 @@ def longest_window(model: Any, limit: int) -> int:
     return max(window for window in windows if window < limit)
 
 
-def random_groups(model: Any, max_length: int | None, token_budget: int) -> tuple[list[Group], Group]:
-    """Return a group longer than the model's windows with shorter ones beside it, and the first filled up to a wide row."""
+def random_groups(
+    model: Any, max_length: int | None, token_budget: int, widest: int | None = None
+) -> tuple[list[Group], Group]:
+    """Return a group longer than the model's windows with shorter ones beside it, and the first filled up to a wide row.
+
+    Arguments as `persodpo.training.guard.check_packing`.
+    """
     config = text_config(model)
     positions = getattr(config, "max_position_embeddings", None) or token_budget
     # RoBERTa's positions begin after that of the padding, and an index beyond the table ends a GPU's process.
@@ -67,7 +75,8 @@ def random_groups(model: Any, max_length: int | None, token_budget: int) -> tupl
     rope = getattr(config, "rope_parameters", None)
     # A model with rope goes on beyond its positions, with other angles under some; others cannot go there.
     longest = (max_length or positions + token_budget) if rope else min(max_length or most, most)
-    limit = max(longest, token_budget)
+    row = widest or token_budget
+    limit = max(longest, row)
     changing = positions if "dynamic" in str(rope) or "longrope" in str(rope) else 0
     window = max(longest_window(model, limit), changing if changing < limit else 0)
     room = int(max(2, min(longest, max(window + sum(RESPONSES), WHOLE))))
@@ -83,8 +92,8 @@ def random_groups(model: Any, max_length: int | None, token_budget: int) -> tupl
     # A response that begins as another shows a leak most clearly in a model that has learned to repeat.
     responses[2][: min(lengths)] = responses[0][: min(lengths)]
     short = [Group(draw(count), responses) for count in (max(1, min(prompt // 2, PROMPT)), 1)]
-    # A window or a table of positions that no sequence reaches may still be shorter than a row: fill it up in the middle.
-    wide = min(token_budget, max(window + sum(RESPONSES), WHOLE, positions + 1 if positions < token_budget else 0))
+    # A window or a table of columns that no sequence reaches may still be shorter than a row: fill it up in the middle.
+    wide = widest or min(token_budget, max(window + sum(RESPONSES), WHOLE))
     lacking, each = wide - (prompt - 1) - sum(lengths), max(1, room - prompt)
     filler = [draw(min(each, lacking - start)) for start in range(0, lacking, each)]
     first, start = responses[0].copy(), draw(prompt)
@@ -161,6 +170,26 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [""])[0][:160]
 
 
+def moved_by_others(model: Any, groups: list[Group], packed: Tensor, *, grouped: bool) -> tuple[float, float]:
+    """Return how far other tokens in a response move the rest of its row, and those in other rows; nats per token.
+
+    Right rows move by nothing, or no more than by other rows: experts compute tokens together, so that even other rows
+    move by rounding.
+    """
+    *rest, last = (replace(group, responses=_other_first(group)) for group in groups)
+    in_row, in_others = (
+        float((packed_log_probs(model, changed, grouped=grouped) - packed)[-2:].abs().max())
+        for changed in ([*groups[:-1], last], [*rest, groups[-1]])
+    )
+    return in_row, in_others
+
+
+def _other_first(group: Group) -> list[list[int]]:
+    """Return the responses with other tokens in the first."""
+    first, last = group.responses[0], group.responses[-1][::-1]
+    return [(last * len(first))[: len(first)], *group.responses[1:]]
+
+
 @contextmanager
 def as_it_was(model: Any, *, exact: bool) -> Iterator[None]:
     """Put back each module's mode, weights, half precision and the random state afterwards.
@@ -168,7 +197,7 @@ def as_it_was(model: Any, *, exact: bool) -> Iterator[None]:
     Meanwhile the model is in evaluation mode, outside mixed precision, and in float32 where it was in half precision and
     ``exact``: nothing else tells a leak from rounding. A first pass lets models scale weights for evaluation, as RWKV does,
     and training scale back what is put back here. New adapters and blocks begin at zero or as the identity and would
-    hide what they do, so weights are moved: those that are zero, and those that are small, as all are that mix tokens.
+    hide what they do, so weights are moved: those that are zero, those that are small, and the first rows of the others.
     """
     modes = [(module, module.training) for module in model.modules()]
     devices = [model.device] if model.device.type == "cuda" else []
@@ -182,22 +211,29 @@ def as_it_was(model: Any, *, exact: bool) -> Iterator[None]:
             storage = tensor.untyped_storage().data_ptr() if plain else id(tensor)
             halves.setdefault((storage, tensor.dtype), []).append(tensor)
     trained = [p for p in model.parameters() if p.requires_grad and p.is_floating_point()]
-    moved = [(p, p.data.clone() if p.any() else None) for p in trained if p.numel() <= SMALL or not p.any()]
+    moved = [(p, _moved_part(p)) for p in trained]
+    before = [p.data[part].clone() if p.any() else None for p, part in moved]
     try:
         with torch.random.fork_rng(devices=devices), torch.autocast(model.device.type, enabled=False):
             torch.manual_seed(0)
             for views in halves.values():
                 _convert(views, torch.float32)
-            for parameter, _ in moved:
-                parameter.data.add_(torch.randn_like(parameter.data), alpha=NOISE)
+            for parameter, part in moved:
+                parameter.data[part].add_(torch.randn_like(parameter.data[part]), alpha=NOISE)
             yield
     finally:
         for (_, dtype), views in halves.items():
             _convert(views, dtype)
-        for parameter, data in moved:
-            parameter.data.zero_() if data is None else parameter.data.copy_(data)
+        for (parameter, part), data in zip(moved, before, strict=True):
+            parameter.data.zero_() if data is None else parameter.data[part].copy_(data)
         for module, mode in modes:
             module.training = mode
+
+
+def _moved_part(parameter: Tensor) -> Any:
+    """Return the index of what is moved of a weight."""
+    whole = parameter.numel() <= SMALL or not parameter.any()
+    return ... if whole else slice(max(1, SMALL // parameter[0].numel()))
 
 
 def _convert(views: list[Tensor], dtype: torch.dtype) -> None:
@@ -232,3 +268,21 @@ def buffers_put_back(model: Any) -> Iterator[list[str]]:
             owner, _, name = path.rpartition(".")
             buffer, value = before[path]
             model.get_submodule(owner)._buffers[name] = buffer.copy_(value)
+
+
+@contextmanager
+def without_dropout(model: Any) -> Iterator[None]:
+    """Set every dropout to 0 meanwhile: modules of torch, and rates that modules keep as numbers."""
+    rates = [
+        (module, name, value)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if isinstance(value, float) and ("drop" in name or (name == "p" and "Dropout" in type(module).__name__))
+    ]
+    try:
+        for module, name, _ in rates:
+            setattr(module, name, 0.0)
+        yield
+    finally:
+        for module, name, value in rates:
+            setattr(module, name, value)

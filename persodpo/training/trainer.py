@@ -42,6 +42,7 @@ from persodpo.training.groups import (
     to_group,
     token_pairs,
     unformatted,
+    widest_row,
     without_filling,
 )
 from persodpo.training.guard import Verdict, refuse_prompt_learning
@@ -104,6 +105,7 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         model, ref_model = unwrapped(model), unwrapped(ref_model)
         self.skipped: dict[str, Skipped] = {}
         self.packing: Verdict | None = None
+        self._widest = self._checked = 0
         self._mean_weight: float | None = None
         self._sums: dict[str, Tensor] = {}
         self._evaluated: list[tuple[Tensor, Tensor]] = []
@@ -149,6 +151,8 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
             raise PersodpoError(f"The {dataset_name} dataset has no pair to train on; {skipped}.")
         if skipped:
             warnings.warn(f"{dataset_name} dataset, {skipped}; {len(weights)} stay.", stacklevel=2)
+        layout = Layout(closed=True, multiple_of=args.pad_to_multiple_of or 1)
+        self._widest = max(self._widest, widest_row(groups, option(args, "token_budget"), layout))
         if option(args, "scale_weights"):
             if self._mean_weight is None:
                 self._mean_weight = sum(weights) / len(weights) or 1.0
@@ -161,7 +165,8 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         """Add the reference log-probability of each distinct response, from the cache or computed once."""
         budget = option(self.args, "token_budget")
-        if self.packing is None:
+        if self.packing is None or (self.packing.grouped and self._widest > self._checked):
+            first, self._checked = self.packing, self._widest
             with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
                 self.packing = check_models(
                     self.model,
@@ -169,10 +174,17 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
                     max_length=self.args.max_length,
                     token_budget=budget,
                     aux_loss=self.aux_loss_enabled,
+                    widest=self._widest,
+                )
+            if first is not None and not self.packing.grouped:
+                raise PersodpoError(
+                    f"Rows of the {name} dataset have up to {self._widest} columns, which the model cannot be given; name "
+                    "the dataset as eval_dataset from the start."
                 )
         model = self.ref_model or self.model
         groups = [to_group(example) for example in dataset]
-        check_vocabulary(model, groups)
+        for one in {id(one): one for one in (self.model, model)}.values():
+            check_vocabulary(one, groups)
         described = describe(model, self.packing) | {
             "weights": self._precompute_model_hash, "autocast": self.accelerator.mixed_precision,
             "max_length": self.args.max_length,
@@ -300,6 +312,11 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
             raise PersodpoError("predict takes a dataset of this trainer, such as trainer.eval_dataset; use evaluate.")
         self._evaluated = []
         output = super().evaluation_loop(dataloader, *args, **kwargs)
+        if not any(gather_object([bool(self._evaluated)])):
+            raise PersodpoError(
+                "No pair was evaluated, as dataloader_drop_last leaves out a batch that is not full; lower "
+                "per_device_eval_batch_size or unset it."
+            )
         ids, values = (torch.cat(parts) for parts in zip(*gather_object(self._evaluated), strict=True))
         kept = without_filling(ids.numpy(), dataloader.dataset["pair_ids"])
         means = dict(zip(self._eval_names, values[kept].double().mean(0).tolist(), strict=True))

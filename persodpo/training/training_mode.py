@@ -1,0 +1,146 @@
+"""Does a model train in packed rows as in plain passes? Log-probabilities and gradients in training mode decide."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from persodpo.errors import PersodpoError
+from persodpo.training.forward import base_model
+from persodpo.training.probe import (
+    FAULTS,
+    LEAK,
+    ROUNDING,
+    SMALL,
+    as_it_was,
+    buffers_put_back,
+    first_line,
+    moved_by_others,
+    packed_log_probs,
+    plain_log_probs,
+    precision,
+    random_groups,
+    without_dropout,
+)
+
+#: Length of the texts that are tried in training mode, tokens.
+SHORT = 64
+#: Share of a gradient that rounding may explain, by the bytes of a weight; quantised weights show gross faults alone.
+GRADIENT = {8: 1e-3, 4: 1e-3, 2: 0.5}
+
+
+class _Pass(NamedTuple):
+    """Log-probabilities, nats per token; and token ids, [positions], with the gradients of their embeddings."""
+
+    values: Tensor
+    ids: Tensor
+    gradients: Tensor
+
+
+def check_training(model: Any, max_length: int | None, token_budget: int, *, grouped: bool) -> None:
+    """Refuse a model that trains otherwise in rows of ours than in plain passes, though evaluation shows the same values.
+
+    Some code mixes tokens in training alone; some changes gradients alone, as hooks do, detached tokens, or a loss that is
+    added in the backward pass. Dropout is off meanwhile; a model that draws other noise cannot be held against itself.
+
+    Raises:
+        PersodpoError: Log-probabilities or the gradients of all tokens differ, or there are gradients that are no loss's.
+    """
+    (*groups, _), _ = random_groups(model, min(max_length or SHORT, SHORT), min(token_budget, SHORT))
+
+    def plain() -> Tensor:
+        return torch.cat([plain_log_probs(model, group) for group in groups])
+
+    def packed() -> Tensor:
+        return packed_log_probs(model, groups, grouped=grouped)
+
+    noise = apart = gap = moved = added = 0.0
+    by_rows, kind, name = 0.0, torch.float32, type(base_model(model)).__name__
+    try:
+        with as_it_was(model, exact=True), without_dropout(model):
+            kind = precision(model)
+            with torch.no_grad():
+                plain()
+            with buffers_put_back(model):
+                try:
+                    model.train()
+                    torch.manual_seed(0)
+                    expected = _with_gradients(model, plain)
+                    torch.manual_seed(0)
+                    apart, gap = _apart(expected, _with_gradients(model, packed))
+                    torch.manual_seed(1)
+                    with torch.no_grad():
+                        noise = float((plain() - expected.values).abs().max())
+                        moved, by_rows = moved_by_others(model, groups, packed(), grouped=grouped)
+                    added = float(_with_gradients(model, packed, loss=0.0).gradients.abs().nan_to_num().max())
+                finally:
+                    model.train(mode=False)
+                    with torch.no_grad():
+                        plain()  # models that scale weights for evaluation scale them again, as those put back are
+    except FAULTS as error:
+        warnings.warn(
+            f"{name} could not be held against plain passes in training mode, only in evaluation "
+            f"({type(error).__name__}: {first_line(error)}).",
+            stacklevel=2,
+        )
+        return
+    if noise > ROUNDING[kind] / 10:
+        return
+    if not apart <= ROUNDING[kind] / 10 or moved > LEAK * ROUNDING[kind] + 10 * by_rows:
+        raise PersodpoError(
+            f"{name} gives other log-probabilities in rows of ours than in plain passes while it trains "
+            f"({max(apart, moved):.2g} nats per token apart), not in evaluation; `trl dpo` trains it on the same pairs."
+        )
+    if not gap <= GRADIENT[kind.itemsize]:
+        raise PersodpoError(
+            f"{name} has other gradients in rows of ours than in plain passes ({gap:.1%} apart), though its "
+            "log-probabilities are the same; `trl dpo` trains it on the same pairs."
+        )
+    if added > 0:
+        raise PersodpoError(
+            f"{name} has gradients where the loss is 0, such as those of a loss that is added in the backward pass: it "
+            "counts forward passes, which are others here; `trl dpo` trains it on the same pairs."
+        )
+
+
+def _with_gradients(model: Any, compute: Callable[[], Tensor], loss: float = 1.0) -> _Pass:
+    """Compute log-probabilities and the gradient of a sum of them, in which each counts otherwise.
+
+    Where ``loss``, the factor of the sum, is 0, gradients of small weights are there, too, which should be 0 as all are.
+    """
+    calls: list[tuple[Tensor, Tensor]] = []
+
+    def hold(_: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> Tensor:
+        output = output if output.requires_grad else output.requires_grad_()
+        calls.append((inputs[0] if inputs else named["input"], output))
+        return output.clone()  # may be changed in place
+
+    hook = base_model(model).get_input_embeddings().register_forward_hook(hold, with_kwargs=True)
+    try:
+        with torch.enable_grad():
+            values = compute()
+            shares = torch.linspace(1, -2, len(values), device=values.device) * loss
+            embeddings = [output for _, output in calls]
+            weights = [p for p in model.parameters() if p.requires_grad and p.numel() <= SMALL and not loss]
+            gradients = torch.autograd.grad((values * shares).sum(), [*embeddings, *weights], allow_unused=not loss)
+    finally:
+        hook.remove()
+    width = embeddings[0].shape[-1] if loss else 1
+    kept = [gradient for gradient in gradients if gradient is not None]
+    flat = [one.reshape(-1, width).to(torch.promote_types(one.dtype, torch.float32)) for one in kept]
+    return _Pass(values.detach(), torch.cat([ids.flatten() for ids, _ in calls]), torch.cat(flat))
+
+
+def _apart(one: _Pass, other: _Pass) -> tuple[float, float]:
+    """Return how far two passes are apart: in nats per token, and in the gradients of each token id as a share."""
+    tokens, places = torch.unique(torch.cat([one.ids, other.ids]), return_inverse=True)
+    sums = []
+    for part, of_part in zip((one, other), places.split([len(one.ids), len(other.ids)]), strict=True):
+        zeros = part.gradients.new_zeros(len(tokens), part.gradients.shape[1])
+        sums.append(zeros.index_add(0, of_part, part.gradients))
+    share = (sums[0] - sums[1]).norm() / sums[0].norm().clamp(min=1e-12)
+    return float((one.values - other.values).abs().max()), float(share)
