@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 import types
 from contextlib import suppress
+from functools import partial
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
-from tiny import grouped, logs, plain_log_probs, stock, tiny_model, trained
+from tiny import WORDS, grouped, logs, plain_log_probs, stock, tiny_model, trained
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2Model, apply_rotary_pos_emb
@@ -260,8 +263,18 @@ NEO = {"max_position_embeddings": 64, "num_layers": 2, "num_heads": 4, "attentio
 def test_rows_beyond_a_table_of_columns_are_reached():
     """GPT-Neo holds its mask by columns: rows that are longer than it are not grouped, and are where rows are shorter."""
     model = architecture("gpt_neo", "eager", NEO)
-    assert not check_packing(model, max_length=40, token_budget=65).grouped
     assert check_packing(model, max_length=40, token_budget=64).grouped
+    assert not check_packing(model, max_length=40, token_budget=64, widest=65).grouped
+
+
+def test_the_widest_row_of_the_data_is_tried(tmp_path):
+    """One pair is never split, so that its row may be wider than both limits."""
+    neo = partial(architecture, "gpt_neo", "eager", NEO)
+    for words, fits in ((36, False), (10, True)):
+        texts = [" ".join(random.Random(number).choices(WORDS, k=words)) for number in range(4)]
+        pairs = [{"prompt": "w1 w2\n", "chosen": texts[n], "rejected": texts[n + 1]} for n in (0, 2)]
+        trainer = grouped(tmp_path, Dataset.from_list(pairs), model=neo(), max_length=48, token_budget=16)
+        assert trainer.packing.grouped is fits
 
 
 def test_the_part_of_attention_without_a_mask_is_tried(monkeypatch):
@@ -514,10 +527,57 @@ def documents():
     return model
 
 
+class Large(torch.nn.Module):
+    """A causal convolution over all channels, of more weights than are moved of one."""
+
+    def __init__(self, inner):
+        """Put it before a module."""
+        super().__init__()
+        self.inner, self.conv = inner, torch.nn.Conv1d(640, 640, 3)
+        self.conv.weight.data.zero_()
+        self.conv.weight.data[:, :, -1] = torch.eye(640)
+
+    def forward(self, states):
+        padded = torch.nn.functional.pad(states.transpose(1, 2), (2, 0))
+        return self.inner(self.conv(padded).transpose(1, 2))
+
+
+def large_identity():
+    model = tiny_model(hidden_size=640, num_hidden_layers=1)
+    model.model.layers[0].mlp = Large(model.model.layers[0].mlp)
+    return model
+
+
+class Columns(torch.nn.Module):
+    """Adds a little that depends on the column."""
+
+    def __init__(self, inner):
+        """Put it before a module."""
+        super().__init__()
+        self.inner, self.gate = inner, torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, states):
+        places = torch.arange(states.shape[1], device=states.device)[:, None] / 100
+        return self.inner(states + self.gate * torch.sin(places + torch.arange(states.shape[2])))
+
+
+def columns():
+    model = tiny_model(initializer_range=0.05)
+    model.model.layers[0].mlp = Columns(model.model.layers[0].mlp)
+    return model
+
+
 @pytest.mark.parametrize(
     "make",
-    [canon, lambda: with_attention(FastInHalf), lambda: with_attention(Near), documents],
-    ids=["begins as the identity", "another kernel in half precision", "columns that no config names", "ends of texts"],
+    [canon, large_identity, columns, lambda: with_attention(FastInHalf), lambda: with_attention(Near), documents],
+    ids=[
+        "begins as the identity",
+        "a large block that does",
+        "columns behind a gate of 0",
+        "another kernel in half precision",
+        "columns that no config names",
+        "ends of texts",
+    ],
 )
 def test_what_shows_only_later_is_seen_at_once(make):
     """Each is right on a plain random group in float32, and wrong in packed rows of training."""
@@ -612,8 +672,17 @@ class Shifted(Balanced):
         return self.inner(states + states.roll(2, 1) if self.training else states)
 
 
+class Faint(Balanced):
+    """Its own loss is small, as routers' are."""
+
+    def forward(self, states):
+        """Change no value."""
+        return self.inner(_OwnLoss.apply(states, 1e-6 * states.mean((0, 1)).square().sum()))
+
+
 @pytest.mark.parametrize(("wrapper", "fault"), [
-    (Balanced, "other gradients"), (Detached, "other gradients"), (Shifted, "while it trains"),
+    (Balanced, "other gradients"), (Faint, "where the loss is 0"), (Detached, "other gradients"),
+    (Shifted, "while it trains"),
 ])  # fmt: skip
 def test_what_shows_in_training_alone_is_refused(tmp_path, wrapper, fault):
     adapted = get_peft_model(tiny_model().bfloat16(), LoraConfig(target_modules=["q_proj"]))
@@ -622,6 +691,57 @@ def test_what_shows_in_training_alone_is_refused(tmp_path, wrapper, fault):
         layer.mlp = wrapper(layer.mlp)
         with pytest.raises(PersodpoError, match=fault):
             grouped(tmp_path, model=model)
+
+
+class Penalised(Balanced):
+    """Adds a penalty of its weights in each backward pass."""
+
+    def forward(self, states):
+        """Change no value."""
+        return self.inner(_OwnLoss.apply(states, self.inner.gate_proj.weight.square().sum()))
+
+
+class Gated(Balanced):
+    """Mixes tokens in training alone, behind a gate that begins at zero."""
+
+    def __init__(self, inner):
+        """Wrap it."""
+        super().__init__(inner)
+        self.gate = torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, states):
+        """Mix tokens."""
+        return self.inner(states + self.gate * states.roll(1, 1) if self.training else states)
+
+
+@pytest.mark.parametrize(("wrapper", "fault", "dropout"), [
+    (Penalised, "where the loss is 0", 0.0), (Gated, "while it trains", 0.0), (Shifted, "while it trains", 1e-3),
+])  # fmt: skip
+def test_what_hides_in_training_is_refused(tmp_path, wrapper, fault, dropout):
+    """A penalty that no embedding shows, a gate near zero, and noise that hides what it stands beside."""
+    model = tiny_model(initializer_range=0.05)
+    for layer in model.model.layers:
+        layer.mlp, layer.self_attn.attention_dropout = wrapper(layer.mlp), dropout
+    with pytest.raises(PersodpoError, match=fault):
+        grouped(tmp_path, model=model)
+
+
+def test_a_reference_is_held_in_evaluation_alone(tmp_path):
+    reference = tiny_model()
+    reference.model.layers[0].mlp = Shifted(reference.model.layers[0].mlp)
+    assert grouped(tmp_path, ref_model=reference).packing.grouped
+
+
+def test_what_cannot_be_held_is_said(tmp_path):
+    """Hooks on weights see micro-batches; embeddings that are not those of the model show no gradient."""
+    model = tiny_model()
+    model.lm_head.weight.register_hook(lambda gradient: gradient.clamp(-1, 1))
+    with pytest.warns(UserWarning, match="have gradient hooks"):
+        grouped(tmp_path, model=model)
+    model = tiny_model()
+    model.get_input_embeddings = lambda: torch.nn.Embedding(64, 32)
+    with pytest.warns(UserWarning, match="could not be held against plain passes in training mode"):
+        check_packing(model, max_length=64)
 
 
 class Swapped(torch.nn.Module):
