@@ -194,8 +194,8 @@ def _log_probs_and_outputs(base: Any, rows: PackedRows, **inputs: Any) -> tuple[
         if base.config._attn_implementation in PACKED_ATTENTION.values():
             inputs["packed_rows"] = rows
     else:
-        # Some models take a token of the text for padding where no mask tells them otherwise.
-        inputs["attention_mask"] = (rows.branch >= 0).long()
+        # Some models take a token of the text for padding where no mask tells them otherwise; what fills rows comes last.
+        inputs["attention_mask"] = torch.ones_like(rows.input_ids)
     labelled = rows.owner >= 0
     if getattr(base, "packed_own_head", False):
         outputs = type(base).forward(base, **inputs)

@@ -228,7 +228,7 @@ def _tolerance(model: Any, groups: list[Group], plain: list[Tensor]) -> float:
     Nor much more than it does to the same texts in rows of a batch, one response each.
     """
     kind = precision(model)
-    least, most = ROUNDING[kind] / 100, ROUNDING[kind]
+    least, most = max(ROUNDING[kind] / 100, ROUNDING[torch.float64]), ROUNDING[kind]
     if kind.itemsize == 2:
         return most
     single = math.inf
