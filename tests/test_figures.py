@@ -240,7 +240,8 @@ def comparisons():
     ]  # fmt: skip
     table.append(("simple", "base", "quality", "successes alone", -0.3, -0.4, -0.2, 0.01))
     table.append(("perso", "base", "quality", "successes alone", np.nan, np.nan, np.nan, np.nan))
-    return pd.DataFrame(table, columns=["arm", "baseline", "metric", "reading", "difference", "low", "high", "p_holm"])
+    columns = ["arm", "baseline", "metric", "reading", "difference", "low", "high", "p_holm"]
+    return pd.DataFrame(table, columns=columns).assign(p_at_floor=lambda rows: rows["p_holm"] == 0.01)
 
 
 def drawn_rows(axes):
@@ -272,7 +273,7 @@ def test_forests_differ_in_title_and_show_what_is_worse_or_missing(comparisons):
     imputed, successes = draw("forest", comparisons), draw("forest_successes", comparisons)
     assert imputed.get_suptitle() != successes.get_suptitle()
     assert drawn_rows(successes.axes[0])[0] == {0: (pytest.approx(-0.3), style.VERMILLION)}
-    assert texts(successes.axes[0]) == ["0.010", "–", "p (Holm)"]
+    assert texts(successes.axes[0]) == ["≤0.010", "–", "p (Holm)"]
     with pytest.raises(NothingToShowError):
         draw("forest", comparisons.assign(difference=np.nan))
 

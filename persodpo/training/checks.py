@@ -78,28 +78,35 @@ def check_models(
     verdict = next((one for one in verdicts if not one.grouped), verdicts[0])
     # The reference's own probe is the last: active adapters and the like show in no weight.
     verdict = replace(verdict, probe=verdicts[-1].probe)
-    if _draws_noise(model, verdict) and verdict.grouped:
+    noisy = _draws_noise(model, verdict)
+    if aux_loss:
+        _check_auxiliary_loss(model, verdict)
+    _warn(model, verdict, noisy=noisy)
+    return verdict
+
+
+def _warn(model: Any, verdict: Verdict, *, noisy: bool) -> None:
+    """Say in which way a model is trained otherwise than by TRL, or at more cost."""
+    name = type(base_model(model)).__name__
+    if noisy and verdict.grouped:
         warnings.warn(
             f"{name} draws noise in training that disable_dropout does not switch off, such as attention dropout or router "
             "jitter of its config: the pairs of a prompt share it, where TRL draws it for each side of each pair.",
-            stacklevel=2,
+            stacklevel=3,
         )
     if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters()):
         warnings.warn(
             f"Weights of {name} have gradient hooks: they see the gradients of each micro-batch, which are others than "
             "those of TRL; with a token_budget that holds a whole step they see the step's.",
-            stacklevel=2,
+            stacklevel=3,
         )
-    if aux_loss:
-        _check_auxiliary_loss(model, verdict)
     if verdict.reason:
         layout = "grouped rows, with the logits of all positions" if verdict.grouped else "one response per row"
         warnings.warn(
             f"{name} under attention '{attention_of(model)}' is trained on {layout} ({verdict.reason}): the same losses, "
             "but slower and with more memory.",
-            stacklevel=2,
+            stacklevel=3,
         )
-    return verdict
 
 
 def _check_auxiliary_loss(model: Any, verdict: Verdict) -> None:

@@ -91,7 +91,10 @@ def check_training(model: Any, max_length: int | None, token_budget: int, *, gro
     if noise > ROUNDING[kind] / 10:
         return
     # Models in float64 compute parts in float32; of float32 it is known how little rounding does to short texts.
-    if not apart <= ROUNDING[kind] * (0.1 if kind is torch.float32 else 1) or moved > LEAK * ROUNDING[kind] + 10 * by_rows:
+    if (
+        not apart <= ROUNDING[kind] * (0.1 if kind is torch.float32 else 1)
+        or moved > LEAK * ROUNDING[kind] + 10 * by_rows
+    ):
         raise PersodpoError(
             f"{name} gives other log-probabilities in rows of ours than in plain passes while it trains "
             f"({max(apart, moved):.2g} nats per token apart), not in evaluation; `trl dpo` trains it on the same pairs."
