@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from persodpo.errors import PersodpoError
 from persodpo.training.forward import base_model
+from persodpo.training.packing import Group
 from persodpo.training.probe import (
     FAULTS,
     LEAK,
@@ -41,6 +42,26 @@ class _Pass(NamedTuple):
     gradients: Tensor
 
 
+class _Gaps(NamedTuple):
+    """How far packed passes are from plain ones in training mode.
+
+    Attributes:
+        values: Largest difference of log-probabilities, nats per token.
+        gradients: Difference of the gradients of all tokens' embeddings, as a share.
+        noise: What another random state changes, nats per token.
+        moved: What other tokens in a response do to others of its row, nats per token.
+        by_rows: What those of another row do.
+        added: Largest gradient of a loss that is 0.
+    """
+
+    values: float
+    gradients: float
+    noise: float
+    moved: float
+    by_rows: float
+    added: float
+
+
 def check_training(model: Any, max_length: int | None, token_budget: int, *, grouped: bool) -> None:
     """Refuse a model that trains otherwise in rows of ours than in plain passes, though evaluation shows the same values.
 
@@ -51,36 +72,11 @@ def check_training(model: Any, max_length: int | None, token_budget: int, *, gro
         PersodpoError: Log-probabilities or the gradients of all tokens differ, or there are gradients that are no loss's.
     """
     (*groups, _), _ = random_groups(model, min(max_length or SHORT, SHORT), min(token_budget, SHORT))
-
-    def plain() -> Tensor:
-        return torch.cat([plain_log_probs(model, group) for group in groups])
-
-    def packed() -> Tensor:
-        return packed_log_probs(model, groups, grouped=grouped)
-
-    noise = apart = gap = moved = added = 0.0
-    by_rows, kind, name = 0.0, torch.float32, type(base_model(model)).__name__
+    name = type(base_model(model)).__name__
     try:
         with as_it_was(model, exact=True), without_dropout(model):
             kind = precision(model)
-            with torch.no_grad():
-                plain()
-            with buffers_put_back(model):
-                try:
-                    model.train()
-                    torch.manual_seed(0)
-                    expected = _with_gradients(model, plain)
-                    torch.manual_seed(0)
-                    apart, gap = _apart(expected, _with_gradients(model, packed))
-                    torch.manual_seed(1)
-                    with torch.no_grad():
-                        noise = float((plain() - expected.values).abs().max())
-                        moved, by_rows = moved_by_others(model, groups, packed(), grouped=grouped)
-                    added = float(_with_gradients(model, packed, loss=0.0).gradients.abs().nan_to_num().max())
-                finally:
-                    model.train(mode=False)
-                    with torch.no_grad():
-                        plain()  # models that scale weights for evaluation scale them again, as those put back are
+            gaps = _compare(model, groups, grouped=grouped)
     except FAULTS as error:
         warnings.warn(
             f"{name} could not be held against plain passes in training mode, only in evaluation "
@@ -88,27 +84,56 @@ def check_training(model: Any, max_length: int | None, token_budget: int, *, gro
             stacklevel=2,
         )
         return
-    if noise > ROUNDING[kind] / 10:
+    if gaps.noise > ROUNDING[kind] / 10:
         return
     # Models in float64 compute parts in float32; of float32 it is known how little rounding does to short texts.
-    if (
-        not apart <= ROUNDING[kind] * (0.1 if kind is torch.float32 else 1)
-        or moved > LEAK * ROUNDING[kind] + 10 * by_rows
-    ):
+    allowed = ROUNDING[kind] * (0.1 if kind is torch.float32 else 1)
+    if not gaps.values <= allowed or gaps.moved > LEAK * ROUNDING[kind] + 10 * gaps.by_rows:
         raise PersodpoError(
             f"{name} gives other log-probabilities in rows of ours than in plain passes while it trains "
-            f"({max(apart, moved):.2g} nats per token apart), not in evaluation; `trl dpo` trains it on the same pairs."
+            f"({max(gaps.values, gaps.moved):.2g} nats per token apart), not in evaluation; `trl dpo` trains it on the same "
+            "pairs."
         )
-    if not gap <= GRADIENT[kind.itemsize]:
+    if not gaps.gradients <= GRADIENT[kind.itemsize]:
         raise PersodpoError(
-            f"{name} has other gradients in rows of ours than in plain passes ({gap:.1%} apart), though its "
+            f"{name} has other gradients in rows of ours than in plain passes ({gaps.gradients:.1%} apart), though its "
             "log-probabilities are the same; `trl dpo` trains it on the same pairs."
         )
-    if added > 0:
+    if gaps.added > 0:
         raise PersodpoError(
             f"{name} has gradients where the loss is 0, such as those of a loss that is added in the backward pass: it "
             "counts forward passes, which are others here; `trl dpo` trains it on the same pairs."
         )
+
+
+def _compare(model: Any, groups: list[Group], *, grouped: bool) -> _Gaps:
+    """Compare passes of both kinds in training mode, and put the model's mode and buffers back."""
+
+    def plain() -> Tensor:
+        return torch.cat([plain_log_probs(model, group) for group in groups])
+
+    def packed() -> Tensor:
+        return packed_log_probs(model, groups, grouped=grouped)
+
+    with torch.no_grad():
+        plain()
+    with buffers_put_back(model):
+        try:
+            model.train()
+            torch.manual_seed(0)
+            expected = _with_gradients(model, plain)
+            torch.manual_seed(0)
+            values, gradients = _apart(expected, _with_gradients(model, packed))
+            torch.manual_seed(1)
+            with torch.no_grad():
+                noise = float((plain() - expected.values).abs().max())
+                moved, by_rows = moved_by_others(model, groups, packed(), grouped=grouped)
+            added = float(_with_gradients(model, packed, loss=0.0).gradients.abs().nan_to_num().max())
+        finally:
+            model.train(mode=False)
+            with torch.no_grad():
+                plain()  # models that scale weights for evaluation scale them again, as those put back are
+    return _Gaps(values, gradients, noise, moved, by_rows, added)
 
 
 def _with_gradients(model: Any, compute: Callable[[], Tensor], loss: float = 1.0) -> _Pass:
