@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterable
@@ -37,6 +38,8 @@ def main() -> None:
     """Run the command; what the user can mend is one sentence on stderr and exit status 1."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell sets it for what runs in its background
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Threads that wait for each other sleep: where they spin, a busy machine takes many times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except PersodpoError as error:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import groupby
 
 import pandas as pd
+from IPython.core.getipython import get_ipython
+from IPython.display import clear_output
 from pandas.io.formats.style import Styler
 
 from persodpo.runfolder import StageReport
@@ -53,8 +56,31 @@ def verdict_table(shown: pd.DataFrame, verdicts: pd.DataFrame) -> Styler:
 
 
 def stage_log(reports: Sequence[object]) -> str:
-    """Return what `persodpo.Run.make` did: a line for all that was unchanged, and what each stage that ran reports."""
+    """Return what `persodpo.Run.make` did, and take what it wrote meanwhile off a notebook's page.
+
+    There is a line for all that was unchanged, one for steps of a kind (trainings, the tables of another run), and what each
+    other stage reports; warnings stay.
+    """
+    if get_ipython() is not None:
+        clear_output(wait=True)  # type: ignore[no-untyped-call]
     unchanged = [one for one in reports if isinstance(one, StageReport) and one.skipped]
-    first = [f"unchanged: {', '.join(one.stage for one in unchanged)}"] if unchanged else []
-    warnings = [warning for one in unchanged for warning in one.warnings]
-    return "\n".join([*first, *warnings, *(str(one) for one in reports if one not in unchanged)])
+    lines = [f"unchanged: {', '.join(one.stage for one in unchanged)}"] if unchanged else []
+    lines += [warning for one in unchanged for warning in one.warnings]
+    ran = [one for one in reports if one not in unchanged]
+    for kind, group in groupby(ran, _kind):
+        alike = list(group)
+        steps = [one for one in alike if isinstance(one, StageReport)]
+        if kind is None or len(steps) < 2:
+            lines += map(str, alike)
+            continue
+        names = ", ".join(one.stage.removeprefix(kind).lstrip(", ") for one in steps)
+        lines.append(f"{kind}: {names} - written in {sum(one.seconds for one in steps):.1f} s")
+        lines += [warning for one in steps for warning in one.warnings]
+    return "\n".join(lines)
+
+
+def _kind(report: object) -> str | None:
+    """Return what steps of a kind have in common: their run, where it is another one, or the word train."""
+    stage = report.stage if isinstance(report, StageReport) else ""
+    run, comma, _ = stage.partition(", ")
+    return run if comma else ("train" if stage.startswith("train ") else None)

@@ -21,6 +21,8 @@ from persodpo.runfolder import RunFolder
 # Two processes on two cores: more threads each would wait for one another.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+# As the command sets it: kernels that tests start have threads of their own.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # A shell that starts the tests in its background has interrupts ignored, in them and in what they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from IPython.core.interactiveshell import InteractiveShell
 
 from persodpo.errors import PersodpoError
 from persodpo.evaluation.exports import (
@@ -182,3 +183,32 @@ def test_a_log_says_in_one_line_what_was_unchanged():
     assert first == "unchanged: score, pairs"
     assert second == "warning: probes failed"
     assert third.startswith("train simple: ")
+
+
+def test_the_log_has_a_line_for_steps_of_a_kind_and_keeps_their_warnings():
+    def made(stage, *notes):
+        return StageReport(stage, False, {}, 2.0, notes)
+
+    reports = [
+        StageReport("pairs", True, {}, 0.0), made("train simple", "80 pairs"), made("train perso", "warning: one row"),
+        made("mini-corrected, score", "a tally"), made("mini-corrected, pairs"), made("evaluate", "what it says"),
+    ]  # fmt: skip
+    assert stage_log(reports).splitlines() == [
+        "unchanged: pairs",
+        "train: simple, perso - written in 4.0 s",
+        "warning: one row",
+        "mini-corrected: score, pairs - written in 4.0 s",
+        "evaluate: written in 2.0 s",
+        "  what it says",
+    ]
+    assert "80 pairs" in stage_log(reports[:2])  # a step by itself says all
+
+
+def test_a_notebook_shows_the_log_in_place_of_what_was_written_meanwhile(capsys):
+    shell = InteractiveShell.instance()
+    try:
+        shell.run_cell("from persodpo.show import stage_log\nprint('on the way')\nprint(stage_log([]), 'end')")
+        shown = capsys.readouterr().out
+    finally:
+        InteractiveShell.clear_instance()
+    assert shown.index("on the way") < shown.index("\033[2K\r") < shown.index("end")  # how a terminal clears its line

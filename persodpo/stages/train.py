@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
@@ -105,15 +105,18 @@ def train_on(
     folder = arm_folder(run, label)
     key = digest_of({"settings": settings, "inputs": {name: sha256(path) for name, path in files.items()}})
 
+    notes: list[str] = []
+
     def build() -> Tables:
         result = training.train_arm(pairs(), arm, start, folder, profile=profile, key=key)
+        notes.extend(result.notes)
         return dict(zip(outputs, (result.log, result.health, result.generations), strict=True))
 
     anew = overwrite or not training.is_trained(folder, key)
     report = run.stage(f"train {label}", build, files=files, settings=settings, outputs=outputs, overwrite=anew)
     # The card is written anew when the arm is evaluated.
     run.files |= {path for path in folder.iterdir() if path.is_file() and path.name != "README.md"}
-    return report
+    return replace(report, notes=tuple(notes))
 
 
 def weights_of(policy: str | Path) -> list[Path]:

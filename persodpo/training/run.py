@@ -43,11 +43,13 @@ class Trained(NamedTuple):
         log: A row a logged step (kind train), evaluation (eval) and health check (health).
         health: The last verdicts.
         generations: What the policy wrote to held-out prompts at each health check of this process.
+        notes: A line that says what was trained on and how it ended, and what was warned of meanwhile.
     """
 
     log: pd.DataFrame
     health: pd.DataFrame
     generations: pd.DataFrame
+    notes: tuple[str, ...]
 
 
 def is_trained(folder: Path, key: str) -> bool:
@@ -87,7 +89,7 @@ def train_arm(
         reading=profile.reading,
         stop=settings.stop_when_collapsed,
     )
-    with _without_chatter(), disk_errors(folder):
+    with _without_chatter() as warned, disk_errors(folder):
         trainer = GroupedDPOTrainer(
             model=model,
             args=arguments(arm, folder, profile),
@@ -99,13 +101,10 @@ def train_arm(
         )
         trainer.remove_callback(PrinterCallback)
         left_out = {name: str(skipped) for name, skipped in trainer.skipped.items()}
-        said = "; ".join(f"{name}: {text}" for name, text in left_out.items())
-        tqdm.write(f"{arm}: {described}; {len(train):,} pairs, {len(held_out):,} held out; {said}")
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         history: list[dict[str, Any]] = trainer.state.log_history
         if not any(log.get("step") == trainer.state.global_step and "eval_loss" in log for log in history):
             trainer.evaluate()
-        tqdm.write(_summary(trainer, settings.warmup_steps))
         _save(trainer, folder)
         record = {
             "key": key, "arm": arm, "policy": described, "parameters": model.num_parameters(),
@@ -118,20 +117,29 @@ def train_arm(
             "threads": torch.get_num_threads(), "device": str(trainer.args.device),
         }  # fmt: skip
         write_json(folder / ARM_RECORD, record)
+    said = f"{described}, {len(train):,} pairs, {len(held_out):,} held out; {_summary(trainer, settings.warmup_steps)}"
     generations = health.generations.assign(prompt=lambda frame: [health.prompts[number] for number in frame["prompt"]])
-    return Trained(log_table(history, described), health.summary(), generations)
+    notes = (said, *(f"warning: {text}" for text in dict.fromkeys(warned)))
+    return Trained(log_table(history, described), health.summary(), generations, notes)
 
 
 @contextmanager
-def _without_chatter() -> Iterator[None]:
-    """Leave out progress bars where nobody watches, and warnings that TRL's code is to heed or `train_arm` prints."""
+def _without_chatter() -> Iterator[list[str]]:
+    """Leave out progress bars where nobody watches, and warnings that TRL's code is to heed; give those that were shown."""
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     with warnings.catch_warnings():
         # TRL 1.16 reads attributes that transformers 5 is renaming.
         warnings.filterwarnings("ignore", r"`\w*gradient_checkpointing\w*` is deprecated", FutureWarning)
-        warnings.filterwarnings("ignore", r".* dataset, left out pairs")
-        yield
+        shown: list[str] = []
+        show = warnings.showwarning
+
+        def note(message: Warning | str, *where: Any, **more: Any) -> None:
+            shown.append(" ".join(str(message).split())[:300])
+            show(message, *where, **more)
+
+        warnings.showwarning = note
+        yield shown
 
 
 def _described(policy: str | Path, parameters: int) -> str:
@@ -149,12 +157,12 @@ class _CheckpointRecord(TrainerCallback):
 
 
 def _summary(trainer: GroupedDPOTrainer, warmup: int) -> str:
-    """Say in a line how a training ended."""
+    """Say how a training ended."""
     last = next(log for log in reversed(trainer.state.log_history) if "eval_loss" in log)
     steps = trainer.state.global_step
     said = (
-        f"  held out after {steps:,} steps: loss {last['eval_loss']:.3f}, accuracy {last['eval_rewards/accuracies']:.3f}, "
-        f"margin {last['eval_rewards/margins']:.3f} -> {trainer.args.output_dir}"
+        f"after {steps:,} steps there loss {last['eval_loss']:.3f}, accuracy {last['eval_rewards/accuracies']:.3f}, "
+        f"margin {last['eval_rewards/margins']:.3f}"
     )
     short = f"; the warm-up of {warmup} steps left it no full learning rate: lower training.warmup_steps"
     return said + (short if steps <= warmup else "")
