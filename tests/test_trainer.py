@@ -17,12 +17,13 @@ from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tiny import PAIRS_A_PROMPT, TINY, grouped, logs, stock, tiny_model, tiny_pairs, tiny_tokenizer, trained
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM, TrainerCallback
 from trl import DPOConfig
 from trl.trainer.callbacks import SyncRefModelCallback
 
 from persodpo.errors import PersodpoError
 from persodpo.files import versions
+from persodpo.training.guard import check_packing
 from persodpo.training.trainer import GroupedDPOTrainer
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
@@ -592,3 +593,79 @@ def test_a_beta_that_a_callback_changes_reaches_the_loss(tmp_path):
         trainer.add_callback(rising)
         trainer.train()
     assert logs(trainers[0]) == pytest.approx(logs(trainers[1]), abs=1e-5)
+
+
+def in_bf16(folder, **changes):
+    return grouped(folder, bf16=True, per_device_train_batch_size=24, token_budget=4096, **changes)
+
+
+@pytest.mark.parametrize("first", [stock, grouped])
+def test_a_second_trainer_of_adapters_is_under_mixed_precision_as_the_first_was(tmp_path, first):
+    model = trained(first(tmp_path / "a", peft_config=LORA, bf16=True)).model
+    entry = trained(in_bf16(tmp_path / "b", model=model, weighting="none")).state.log_history[0]
+    assert entry["loss"] == pytest.approx(math.log(2), abs=1e-6)  # policy and reference in one number type
+    assert entry["rewards/accuracies"] == entry["rewards/chosen"] == 0
+
+
+def test_adapters_go_on_a_model_that_was_trained_under_mixed_precision(tmp_path):
+    base = trained(stock(tmp_path / "a", model=tiny_model(), ref_model=tiny_model(), bf16=True)).model
+    plain, loaded = copy.deepcopy(base.state_dict()), tiny_model()
+    loaded.load_state_dict(plain)
+    torch.manual_seed(0)
+    theirs = trained(stock(tmp_path / "b", model=get_peft_model(loaded, LORA)))
+    torch.manual_seed(0)
+    ours = trained(grouped(tmp_path / "c", model=get_peft_model(base, LORA)))
+    assert logs(ours) == pytest.approx(logs(theirs), abs=2e-5)
+
+
+def phi() -> torch.nn.Module:
+    torch.manual_seed(0)
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    return Phi3ForCausalLM(Phi3Config(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, pad_token_id=2,
+        num_key_value_heads=2, attn_implementation="sdpa", initializer_range=0.2, eos_token_id=1, bos_token_id=1,
+        sliding_window=6, max_position_embeddings=2048, original_max_position_embeddings=128,
+        rope_parameters=rope | {"original_max_position_embeddings": 128, "factor": 16.0},
+    ))  # fmt: skip
+
+
+def test_a_question_to_the_guard_does_not_change_how_a_trainer_computes(tmp_path):
+    """Rows up to 64 tokens are grouped; asked about longer ones, the guard refuses, and once left other attention behind."""
+    ours = grouped(tmp_path / "a", model=phi())
+    assert ours.packing.grouped
+    with pytest.raises(PersodpoError, match="log-probabilities"):
+        check_packing(ours.model)
+    theirs = trained(stock(tmp_path / "b", model=phi(), ref_model=phi()))
+    assert logs(trained(ours)) == pytest.approx(logs(theirs), abs=2e-5)
+
+
+def test_a_new_wider_dataset_is_evaluated_under_mixed_precision(tmp_path):
+    small, wide = tiny_pairs(prompts=4), tiny_pairs(prompts=4, chosen=4, rejected=6, seed=1)
+    ours, theirs = (
+        make(tmp_path / make.__name__, small, bf16=True, ref_model=tiny_model(1), per_device_eval_batch_size=100)
+        for make in (grouped, stock)
+    )
+    found, expected = (trained(trainer).evaluate(wide)["eval_loss"] for trainer in (ours, theirs))
+    assert found == pytest.approx(expected, abs=5e-3)
+    trainer = grouped(tmp_path / "c", small, peft_config=LORA, eval_dataset=small)
+    both = trainer.evaluate({"own": trainer.eval_dataset, "new": wide})
+    assert both["eval_own_loss"] == pytest.approx(both["eval_new_loss"]) == pytest.approx(math.log(2), abs=1e-5)
+
+
+@pytest.mark.parametrize("wide", ["lm_head", "norm"])
+@pytest.mark.parametrize("bf16", [True, False])
+def test_weights_of_several_number_types_train_where_trl_trains_them(tmp_path, wide, bf16):
+    if wide == "norm" and not bf16:
+        pytest.skip("such a model runs under mixed precision alone")
+
+    def mixed():
+        model = tiny_model(tie_word_embeddings=False).to(torch.bfloat16)
+        for name, weight in model.named_parameters():
+            if wide in name:
+                weight.data = weight.data.float()
+        return model
+
+    changes = {"bf16": bf16, "learning_rate": 1e-2}
+    ours = trained(grouped(tmp_path / "a", model=mixed(), token_budget=4096, **changes))
+    theirs = trained(stock(tmp_path / "b", model=mixed(), ref_model=mixed(), **changes))
+    assert logs(ours) == pytest.approx(logs(theirs), abs=2e-2)

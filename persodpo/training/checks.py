@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -21,10 +22,15 @@ from persodpo.training.probe import FAULTS, buffers_put_back, first_line
 
 
 def unwrapped(model: Any) -> Any:
-    """Return a model without the mixed precision that an earlier trainer of this process left around it."""
-    own = vars(model).pop("_original_forward", None) if isinstance(model, nn.Module) else None
-    if own is not None:
-        model.forward = own
+    """Return a model without the mixed precision that an earlier trainer of this process left around it.
+
+    Accelerate puts it around a model once; one that it takes for prepared would be trained without.
+    """
+    for one in (model, base_model(model)) if isinstance(model, nn.Module) else ():
+        vars(one).pop("_is_accelerate_prepared", None)
+        own = vars(one).pop("_original_forward", None)
+        if own is not None:
+            one.forward = own
     return model
 
 
@@ -36,6 +42,7 @@ def check_models(
     token_budget: int,
     aux_loss: bool,
     widest: int | None = None,
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Verdict:
     """Find out how a policy and its reference are trained together.
 
@@ -46,6 +53,7 @@ def check_models(
         token_budget: See `check_packing`.
         aux_loss: Whether the policy's load-balancing loss is trained, too.
         widest: See `check_packing`.
+        autocast: Gives the mixed precision of the training; without it a model of several number types may not run.
 
     Returns:
         The verdict that holds for both.
@@ -71,22 +79,23 @@ def check_models(
     # TRL has put the reference under mixed precision already, which the trainer does around each pass of its own.
     reference = unwrapped(reference)
     verdicts = [
-        check_packing(one, max_length, token_budget, widest=widest, trained=one is model)
+        (one, check_packing(one, max_length, token_budget, widest=widest, trained=one is model))
         for one in (model, reference)
         if one is not None
     ]
-    verdict = next((one for one in verdicts if not one.grouped), verdicts[0])
+    decisive, verdict = next((both for both in verdicts if not both[1].grouped), verdicts[0])
     # The reference's own probe is the last: active adapters and the like show in no weight.
-    verdict = replace(verdict, probe=verdicts[-1].probe)
-    noisy = _draws_noise(model, verdict)
-    if aux_loss:
-        _check_auxiliary_loss(model, verdict)
-    _warn(model, verdict, noisy=noisy)
+    verdict = replace(verdict, probe=verdicts[-1][1].probe)
+    with autocast():
+        noisy = _draws_noise(model, verdict)
+        if aux_loss:
+            _check_auxiliary_loss(model, verdict)
+    _warn(model, verdict, decisive, noisy=noisy)
     return verdict
 
 
-def _warn(model: Any, verdict: Verdict, *, noisy: bool) -> None:
-    """Say in which way a model is trained otherwise than by TRL, or at more cost."""
+def _warn(model: Any, verdict: Verdict, decisive: Any, *, noisy: bool) -> None:
+    """Say in which way a model is trained otherwise than by TRL, or at more cost; ``decisive`` is what the verdict is of."""
     name = type(base_model(model)).__name__
     if noisy and verdict.grouped:
         warnings.warn(
@@ -101,10 +110,11 @@ def _warn(model: Any, verdict: Verdict, *, noisy: bool) -> None:
             stacklevel=3,
         )
     if verdict.reason:
+        whose = f"{name}, as its reference {type(base_model(decisive)).__name__}," if decisive is not model else name
         layout = "grouped rows, with the logits of all positions" if verdict.grouped else "one response per row"
         warnings.warn(
-            f"{name} under attention '{attention_of(model)}' is trained on {layout} ({verdict.reason}): the same losses, "
-            "but slower and with more memory.",
+            f"{whose} under attention '{attention_of(decisive)}' is trained on {layout} ({verdict.reason}): the same "
+            "losses, but slower and with more memory.",
             stacklevel=3,
         )
 

@@ -117,13 +117,14 @@ def install_packed_forward(model: Any, *, grouped: bool = True, own_head: bool =
             scale and a cap; costs memory.
     """
     base = base_model(model)
-    base.packed_own_head = own_head
+    base.packed_own_head, base.packed_grouped = own_head, grouped
     plain_name = attention_of(base)
     name = PACKED_ATTENTION.get(plain_name, plain_name) if grouped else plain_name
     if name != base.config._attn_implementation and _hands_arguments_down(base):
         base.set_attn_implementation(name)
     base.packed_attention = base.config._attn_implementation
-    plain = base.forward
+    # Accelerate puts its mixed precision around the forward pass, and keeps what was there by this name.
+    plain = vars(base).get("_original_forward", base.forward)
     if hasattr(plain, "packs_for"):
         if plain.packs_for is not base:
             raise PersodpoError(
@@ -131,6 +132,7 @@ def install_packed_forward(model: Any, *, grouped: bool = True, own_head: bool =
                 "anew instead."
             )
         return
+    plain = base.forward
 
     @wraps(plain)
     def forward(*args: Any, packed: PackedRows | None = None, aux_loss: bool = False, **kwargs: Any) -> Any:
@@ -141,6 +143,13 @@ def install_packed_forward(model: Any, *, grouped: bool = True, own_head: bool =
 
     forward.packs_for = base  # type: ignore[attr-defined]
     base.forward = forward
+
+
+def layout_of(model: Any) -> dict[str, bool]:
+    """Return the options of `install_packed_forward` that hold for a model now; none where it was not called."""
+    base = base_model(model)
+    names = {"grouped": "packed_grouped", "own_head": "packed_own_head"}
+    return {option: getattr(base, name) for option, name in names.items() if hasattr(base, name)}
 
 
 @contextmanager
@@ -261,6 +270,9 @@ def token_log_probs(
     Returns:
         Log-probabilities, float32 or wider, [tokens].
     """
+    weight = getattr(head, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_floating_point() and not torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(weight.dtype)
 
     def project(states: Tensor, targets: Tensor) -> Tensor:
         logits = head(states)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from persodpo.training.forward import base_model, text_config
+from persodpo.training.forward import base_model, layout_of, text_config
 from persodpo.training.packing import Group, Layout, pack
 
 #: Nats per token that rounding may explain, by the type of the weights.
@@ -200,6 +200,13 @@ def as_it_was(model: Any, *, exact: bool) -> Iterator[None]:
     hide what they do, so weights are moved: those that are zero, those that are small, and the first rows of the others.
     """
     modes = [(module, module.training) for module in model.modules()]
+    # Accelerate puts mixed precision around a model that is trained already, and inside what is put around it here.
+    own = {
+        one: vars(one)["_original_forward"] for one in (model, base_model(model)) if "_original_forward" in vars(one)
+    }
+    wrapped = {one: one.forward for one in own} if layout_of(model) else {}
+    for one in wrapped:
+        one.forward = own[one]
     devices = [model.device] if model.device.type == "cuda" else []
     model.train(mode=False)
     with suppress(*FAULTS), torch.no_grad(), torch.random.fork_rng(devices=devices):
@@ -228,6 +235,8 @@ def as_it_was(model: Any, *, exact: bool) -> Iterator[None]:
             parameter.data.zero_() if data is None else parameter.data[part].copy_(data)
         for module, mode in modes:
             module.training = mode
+        for one, forward in wrapped.items():
+            one.forward = forward
 
 
 def _moved_part(parameter: Tensor) -> Any:

@@ -30,6 +30,7 @@ from trl.trainer.utils import hash_module
 from persodpo.errors import PersodpoError
 from persodpo.training.checks import check_models, check_vocabulary, trains_adapters_alone, unwrapped
 from persodpo.training.config import GroupedDPOConfig, check_arguments, check_callback, described, option
+from persodpo.training.forward import install_packed_forward, layout_of
 from persodpo.training.groups import (
     GROUP_COLUMNS,
     LONG_PROMPT,
@@ -105,6 +106,7 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         model, ref_model = unwrapped(model), unwrapped(ref_model)
         self.skipped: dict[str, Skipped] = {}
         self.packing: Verdict | None = None
+        self._layouts: dict[int, dict[str, bool]] = {}
         self._widest = self._checked = 0
         self._mean_weight: float | None = None
         self._sums: dict[str, Tensor] = {}
@@ -166,22 +168,25 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         """Add the reference log-probability of each distinct response, from the cache or computed once."""
         budget = option(self.args, "token_budget")
         if self.packing is None or (self.packing.grouped and self._widest > self._checked):
-            first, self._checked = self.packing, self._widest
             with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-                self.packing = check_models(
+                verdict = check_models(
                     self.model,
                     self.ref_model,
                     max_length=self.args.max_length,
                     token_budget=budget,
                     aux_loss=self.aux_loss_enabled,
                     widest=self._widest,
+                    autocast=self.accelerator.autocast,
                 )
-            if first is not None and not self.packing.grouped:
+            if self.packing is not None and not verdict.grouped:
                 raise PersodpoError(
                     f"Rows of the {name} dataset have up to {self._widest} columns, which the model cannot be given; name "
                     "the dataset as eval_dataset from the start."
                 )
+            self.packing, self._checked = verdict, self._widest
+            self._layouts = {id(one): layout_of(one) for one in (self.model, self.ref_model) if one is not None}
         model = self.ref_model or self.model
+        self._use_layout(model)
         groups = [to_group(example) for example in dataset]
         for one in {id(one): one for one in (self.model, model)}.values():
             check_vocabulary(one, groups)
@@ -212,6 +217,12 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
                 save_reference(path, values, **described)
         of_responses = iter(values)
         return dataset.add_column("reference", [[next(of_responses) for _ in group.responses] for group in groups])
+
+    def _use_layout(self, model: Any) -> None:
+        """Give a model the layout that was found for it again, where another trainer or a question to the guard took it."""
+        layout = self._layouts.get(id(model))  # none where FSDP has put another object around it
+        if layout and layout != layout_of(model):
+            install_packed_forward(model, **layout)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Batch]], device: torch.device) -> Tensor:
         """Count the pairs of the optimiser step over all ranks."""
@@ -274,6 +285,7 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
 
     def _pair_values(self, model: nn.Module, rows: PackedRows) -> dict[str, Tensor]:
         """Return the loss of each pair of a micro-batch, and what is logged of it, [pairs] each."""
+        self._use_layout(self.model)
         log_probs, *aux = model(packed=rows, aux_loss=True) if self.aux_loss_enabled else (model(packed=rows),)
         ratio = log_probs - rows.reference
         pairs = Pairs(ratio[rows.chosen], ratio[rows.rejected], rows.lengths[rows.chosen], rows.lengths[rows.rejected])
@@ -333,7 +345,9 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         parts = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
         sets = list(self.eval_dataset.values()) if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         own = {id(one) for one in (self.train_dataset, *sets)}
-        if all(id(part) in own or not isinstance(part, Dataset | IterableDataset) for part in parts):
+        known = [id(part) in own or not isinstance(part, Dataset | IterableDataset) for part in parts]
+        # Of several, transformers gives each back by itself.
+        if all(known) or (any(known) and isinstance(eval_dataset, dict)):
             return super(DPOTrainer, self).evaluate(eval_dataset, *args, **kwargs)  # type: ignore[no-any-return]
         if self.ref_model is None and not trains_adapters_alone(self.model) and self._has_changed():
             raise PersodpoError(
