@@ -37,7 +37,7 @@ from persodpo.training.training_mode import check_training
 #: Share of what another prompt does to log-probabilities that a right row may differ from plain passes by at most.
 SHARE = 0.01
 #: How many times as far as by one response per row log-probabilities may be from plain ones in grouped rows.
-MARGIN = 20
+MARGIN = 10
 #: Adapters whose router takes means over a sequence or a batch, or that draw noise.
 WHOLE_BATCH = ("XLORA", "LILY", "PVERA")
 
