@@ -1,7 +1,9 @@
 """The miniature from nothing: how long, how much memory, and what it finds.
 
 Run by `make bench-mini`: `persodpo reproduce` in a folder of its own, then once more with nothing changed, then the arms
-in a second world, for which nothing was chosen. That two runs find the same is shown by a test (`tests/test_mini_run.py`).
+in a second world, for which nothing was chosen. That two runs find the same is shown by a test (`tests/test_mini_run.py`);
+on another processor sums are rounded otherwise, and the same seeds train other models. ``--other-processor`` runs nothing:
+it writes down what ``runs/mini`` of such a machine found.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from measuring import RESULTS, machine, most_memory, pipes
 
 from persodpo import stages
@@ -106,12 +109,26 @@ def write_tables(profile: Profile, other: Profile) -> None:
     texts = {"mini": findings(profile), "mini-second": findings(other), "mini-ablations": ablations(profile)}
     for name, text in texts.items():
         (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
-    worlds = {one.name: judged(one) for one in (profile, other)}
+    kept = read_json(RESULTS / "mini-worlds.json").get("worlds", {})
+    worlds = kept | {one.name: judged(one) for one in (profile, other)}
     write_json(RESULTS / "mini-worlds.json", {"commit": git_commit(), "versions": versions(), "worlds": worlds})
+
+
+def write_other_processor() -> None:
+    """Write what the run of the miniature on this machine found, beside what was measured on another one."""
+    profile, kept = load_profile("mini"), read_json(RESULTS / "mini-worlds.json")
+    text = f"{findings(profile)}\n{ablations(profile)}"
+    (RESULTS / "mini-processor.md").write_text(text, encoding="utf-8")
+    kernels = torch.backends.cpu.get_cpu_capability()
+    worlds = kept["worlds"] | {"other processor": judged(profile) | {"kernels": kernels, "commit": git_commit()}}
+    write_json(RESULTS / "mini-worlds.json", kept | {"worlds": worlds})
 
 
 def main() -> None:
     """Run the miniature and write the results."""
+    if "--other-processor" in sys.argv:
+        write_other_processor()
+        return
     with tempfile.TemporaryDirectory() as folder:
         profile = load_profile("mini", [f"paths.{name}={folder}/{name}" for name in ("runs", "figures", "release")])
         source = Path(folder) / "profile.yaml"

@@ -119,11 +119,11 @@ def result(name: str) -> dict[str, Any]:
     return json.loads((PROJECT / "benchmarks" / "results" / f"{name}.json").read_text())
 
 
-def test_the_measured_miniature_keeps_its_bounds_and_an_arm_wins_by_the_judge_in_both_worlds():
+def test_the_measured_miniature_keeps_its_bounds_and_an_arm_wins_by_the_judge_wherever_it_was_measured():
     measured, worlds = result("mini"), result("mini-worlds")["worlds"]
     assert measured["second seconds"] <= measured["first seconds"] / 8
     assert measured["peak GiB"] <= 1.5
-    assert set(worlds) == {"mini", "second"}
+    assert set(worlds) == {"mini", "second", "other processor"}
     for world in worlds.values():
         won = [row for row in world["grounded"] if row["arm"] == "corrected" and row["difference"] > 0]
         assert {"base", "simple"} <= {row["baseline"] for row in won if row["p_holm"] < 0.05}
