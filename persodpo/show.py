@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 import pandas as pd
@@ -64,19 +64,24 @@ def stage_log(reports: Sequence[object]) -> str:
     if get_ipython() is not None:
         clear_output(wait=True)  # type: ignore[no-untyped-call]
     unchanged = [one for one in reports if isinstance(one, StageReport) and one.skipped]
-    lines = [f"unchanged: {', '.join(one.stage for one in unchanged)}"] if unchanged else []
+    names = [_names(kind, group) for kind, group in groupby(unchanged, _kind)]
+    lines = [f"unchanged: {', '.join(names)}"] if names else []
     lines += [warning for one in unchanged for warning in one.warnings]
-    ran = [one for one in reports if one not in unchanged]
-    for kind, group in groupby(ran, _kind):
+    for kind, group in groupby([one for one in reports if one not in unchanged], _kind):
         alike = list(group)
         steps = [one for one in alike if isinstance(one, StageReport)]
         if kind is None or len(steps) < 2:
             lines += map(str, alike)
             continue
-        names = ", ".join(one.stage.removeprefix(kind).lstrip(", ") for one in steps)
-        lines.append(f"{kind}: {names} - written in {sum(one.seconds for one in steps):.1f} s")
+        lines.append(f"{_names(kind, steps)}: written in {sum(one.seconds for one in steps):.1f} s")
         lines += [warning for one in steps for warning in one.warnings]
     return "\n".join(lines)
+
+
+def _names(kind: str | None, steps: Iterable[StageReport]) -> str:
+    """Name steps, those of a kind after it in brackets."""
+    names = [one.stage.removeprefix(kind or "").lstrip(", ") for one in steps]
+    return f"{kind} ({', '.join(names)})" if kind else ", ".join(names)
 
 
 def _kind(report: object) -> str | None:

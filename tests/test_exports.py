@@ -190,18 +190,19 @@ def test_the_log_has_a_line_for_steps_of_a_kind_and_keeps_their_warnings():
         return StageReport(stage, False, {}, 2.0, notes)
 
     reports = [
-        StageReport("pairs", True, {}, 0.0), made("train simple", "80 pairs"), made("train perso", "warning: one row"),
+        StageReport("pairs", True, {}, 0.0), StageReport("train base", True, {}, 0.0),
+        made("train simple", "80 pairs"), made("train perso", "warning: one row"),
         made("mini-corrected, score", "a tally"), made("mini-corrected, pairs"), made("evaluate", "what it says"),
     ]  # fmt: skip
     assert stage_log(reports).splitlines() == [
-        "unchanged: pairs",
-        "train: simple, perso - written in 4.0 s",
+        "unchanged: pairs, train (base)",
+        "train (simple, perso): written in 4.0 s",
         "warning: one row",
-        "mini-corrected: score, pairs - written in 4.0 s",
+        "mini-corrected (score, pairs): written in 4.0 s",
         "evaluate: written in 2.0 s",
         "  what it says",
     ]
-    assert "80 pairs" in stage_log(reports[:2])  # a step by itself says all
+    assert "80 pairs" in stage_log(reports[:3])  # a step by itself says all
 
 
 def test_a_notebook_shows_the_log_in_place_of_what_was_written_meanwhile(capsys):

@@ -306,6 +306,9 @@ def test_ablations_stand_beside_what_they_change():
     assert intervals[1] == pytest.approx([0.18, 0.23])
     (band,) = quality.patches
     assert (band.get_x(), band.get_x() + band.get_width()) == pytest.approx((0.58, 0.63))
+    judged = pd.concat([estimates, estimates.query("metric == 'failure_ratio'").assign(metric="grounded")])
+    first, *_ = draw("ablations", judged, pd.DataFrame({"ablation": ["b", "a"]})).axes
+    assert texts(first) == ["0.050", "0.200", "0.100"]
 
 
 # --- all figures -----------------------------------------------------------------------------------------------------

@@ -116,10 +116,10 @@ def _metric_axis(axes: Axes, metric: str, ticks: int) -> None:
 
 @figure(
     "ablations", ["ablations/estimates", "ablations/pairs"],
-    "One thing done otherwise: quality and failures on held-out dialogues.", "arms",
+    "One thing done otherwise: judge, quality and failures on held-out dialogues.", "arms",
 )  # fmt: skip
 def ablations(estimates: pd.DataFrame, pairs: pd.DataFrame) -> Figure:
-    """Draw quality and failures of each ablation.
+    """Draw how often each ablation is grounded, where there is a judge, its quality and its failures.
 
     The arm that every ablation changes one setting of stands on top, its interval as a band through all rows. Intervals
     are of each arm by itself; whether two arms differ is what paired comparisons say.
@@ -127,9 +127,11 @@ def ablations(estimates: pd.DataFrame, pairs: pd.DataFrame) -> Figure:
     rows = estimates[estimates["reading"].isin(["failures imputed", "all responses"])]
     changed = pairs["ablation"].tolist()
     names = [next(arm for arm in rows["arm"] if arm not in changed), *changed]
+    known = set(rows.loc[rows["mean"].notna(), "metric"])
+    metrics = [metric for metric in ("grounded", "quality", "failure_ratio") if metric in known]
     drawn = new_figure(0.75 + 0.19 * len(names), DOUBLE)
-    panels = drawn.subplots(1, 2, sharey=True)
-    for axes, metric in zip(panels, ("quality", "failure_ratio"), strict=True):
+    panels = drawn.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
+    for axes, metric in zip(panels, metrics, strict=True):
         table = rows[rows["metric"] == metric].set_index("arm").reindex(names)
         values = table[["mean", "low", "high"]].to_numpy(dtype=float)
         axes.axvspan(values[0, 1], values[0, 2], color=FAINT, linewidth=0, zorder=0)
