@@ -3,7 +3,7 @@
 Run by `make bench-mini`: `persodpo reproduce` in a folder of its own, then once more with nothing changed, then the arms
 in a second world, for which nothing was chosen. That two runs find the same is shown by a test (`tests/test_mini_run.py`);
 on another processor sums are rounded otherwise, and the same seeds train other models. ``--other-processor`` runs nothing:
-it writes down what ``runs/mini`` of such a machine found.
+it writes down what the runs `mini` and `second` of such a machine found.
 """
 
 from __future__ import annotations
@@ -115,13 +115,14 @@ def write_tables(profile: Profile, other: Profile) -> None:
 
 
 def write_other_processor() -> None:
-    """Write what the run of the miniature on this machine found, beside what was measured on another one."""
+    """Write what both worlds' runs on this machine found, beside what was measured on another one."""
     profile, kept = load_profile("mini"), read_json(RESULTS / "mini-worlds.json")
-    text = f"{findings(profile)}\n{ablations(profile)}"
+    other = with_overrides(profile, ["name=second", f"seed={OTHER_WORLD}"])
+    text = f"{findings(profile)}\n{ablations(profile)}\n{findings(other)}"
     (RESULTS / "mini-processor.md").write_text(text, encoding="utf-8")
-    kernels = torch.backends.cpu.get_cpu_capability()
-    worlds = kept["worlds"] | {"other processor": judged(profile) | {"kernels": kernels, "commit": git_commit()}}
-    write_json(RESULTS / "mini-worlds.json", kept | {"worlds": worlds})
+    place = {"kernels": torch.backends.cpu.get_cpu_capability(), "commit": git_commit()}
+    here = {f"{one.name}, other processor": judged(one) | place for one in (profile, other)}
+    write_json(RESULTS / "mini-worlds.json", kept | {"worlds": kept["worlds"] | here})
 
 
 def main() -> None:
