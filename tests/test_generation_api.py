@@ -649,9 +649,12 @@ def test_answers_that_wait_for_the_disk_survive_an_interrupt(slow: Server, tmp_p
 class Failing(Store):
     """Cannot be written at first."""
 
+    fails = 1
+
     def write(self, entries, run=None):
-        self.writes = getattr(self, "writes", 0) + 1
-        if self.writes == 1:
+        self.fails -= 1
+        if self.fails >= 0:
+            time.sleep(0.02)
             raise PersodpoError("The answers are locked.")
         super().write(entries, run)
 
@@ -666,6 +669,17 @@ def test_answers_in_hand_outlive_a_write_that_fails_and_nobody_waits_for_its_mon
         with pytest.raises(PersodpoError, match="locked"):
             generate_all([Job(asked, one), Job(asked, two)], store, budget_usd=budget)
         assert answers(store, asked, one)[0].completion == completion("hello")
+
+
+def test_answers_in_hand_outlive_a_write_that_fails_after_its_worker_is_gone(slow: Server, tmp_path: Path) -> None:
+    asked, via = chats(f"gone {number}" for number in range(8)), backend(slow.url)
+    with Failing(tmp_path / "answers.sqlite") as store:
+        store.fails = 2
+        with pytest.raises(PersodpoError, match="locked"):
+            generate(asked, via, store)
+        delivered = [event["prompt"] for event in slow.events("delivered")]
+        assert len(delivered) > 1
+        assert all(answers(store, chats(delivered), via))
 
 
 def test_a_disk_that_fails_in_the_middle_loses_nothing(server: Server, store: Store) -> None:
