@@ -132,7 +132,10 @@ def test_what_is_missing_is_said_and_asked_by_the_next_run(server: Server, tmp_p
 def test_another_name_asks_nothing_that_a_run_beside_it_has(server: Server, tmp_path: Path) -> None:
     stages.make(profile_of(tmp_path, endpoint(server)), "generate")
     other = profile_of(tmp_path, endpoint(server), endpoint(server, "new"), name="other")
+    run(other, tmp_path, "generate", "--models", "api", "--split", "train", "--limit", "1")
+    files = {path: path.read_bytes() for path in RunFolder(other).root.glob("answers.sqlite*")}
     forecast = run(other, tmp_path, "generate", "--split", "train", "--dry-run").stdout
+    assert files == {path: path.read_bytes() for path in RunFolder(other).root.glob("answers.sqlite*")}
     assert "api: 0 of 12 requests to ask" in forecast
     assert "new: 12 of 12 requests to ask" in forecast
     stages.make(other, "generate")
