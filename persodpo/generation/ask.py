@@ -137,7 +137,7 @@ class Work:
     def __init__(self, job: Job, run: _Run, bar: tqdm[NoReturn]) -> None:
         """Take a job, and what it shares with others."""
         self.backend = job.backend
-        self.store = run.store
+        self.store, self.retry_failed = run.store, run.retry_failed
         self.summary = Summary(job.backend.model, cost=None if job.backend.prices is None else 0.0)
         self._requests = iter(job.requests)
         self._run, self._bar = run, bar
