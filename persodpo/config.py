@@ -10,10 +10,11 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, AnyHttpUrl, Field, model_validator
 
 from persodpo.corrections import MENDED, Correction, Corrections, Reranking, in_order
 from persodpo.profile_text import (
@@ -98,8 +99,8 @@ class Prompts(Section):
 class Prices(Section):
     """Prices of a model's tokens, US dollars a million; 0 for a server of one's own."""
 
-    input_per_million: float = setting("of the prompt, USD", ge=0)
-    output_per_million: float = setting("of the answer, USD", ge=0)
+    input_per_million: float = setting("of the prompt, USD", ge=0, le=1e6)
+    output_per_million: float = setting("of the answer, USD", ge=0, le=1e6)
 
     def cost(self, prompt_tokens: int, completion_tokens: int) -> float:
         """Return the price in US dollars of one answered request."""
@@ -128,7 +129,11 @@ class OpenAIModel(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if not re.fullmatch(r"https?://([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,5})?(/[^\s@?#]*)?", self.base_url, re.ASCII):
+        form = r"https?://([\w.-]+|\[[\da-fA-F:.]+\])(:\d{1,5})?(/[^\s\0-\x1f\x7f@?#]*)?"
+        address = None
+        with suppress(ValueError):
+            address = re.fullmatch(form, self.base_url, re.ASCII) and AnyHttpUrl(self.base_url)
+        if not address:
             raise ValueError(f"base_url of model {self.model} must read like http://localhost:8000/v1, without a query")
         if not self.batch and self.concurrency > 500:
             raise ValueError(f"concurrency may be 500 at most without batch, it is {self.concurrency}")

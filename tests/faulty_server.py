@@ -76,11 +76,15 @@ class FaultyServer:
         else:
             return  # its sender was killed between two packets, so nothing was asked
         headers = {name.decode(): value.decode() for name, value in scope["headers"]}
-        key, path = headers.get("authorization", ""), scope["path"].removeprefix("/v1")
+        key = " ".join(filter(None, map(headers.get, ("authorization", "proxy-authorization"))))
+        path = scope["path"].removeprefix("/v1")
         if path.startswith(("/files", "/batches")):
             self.note("call", "", call=f"{scope['method']} {path}", key=key)
+            if path.startswith("/batches/") and self.batches.fault == "drip":
+                await self.go_on(send, pause=0.1, count=30)
+                return
             status, body = await self.batches.reply(scope["method"], path, raw, headers)
-            await self.answer(send, "", body, status)
+            await self.answer(send, "", body, status, content_type="application/json; charset=bogus")
             return
         asked = json.loads(raw)
         prompt = asked["prompt"] if "prompt" in asked else asked["messages"][-1]["content"]
@@ -152,17 +156,19 @@ class FaultyServer:
             )
 
     @staticmethod
-    async def go_on(send: Send) -> None:
+    async def go_on(send: Send, pause: float = 0.0, count: int = 100_000) -> None:
         """Send a body without end, until nobody listens."""
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/json")]})
         with contextlib.suppress(Exception):
-            for _ in range(100_000):
+            for _ in range(count):
+                await asyncio.sleep(pause)
                 await send({"type": "http.response.body", "body": b" " * 100_000, "more_body": True})
 
     @staticmethod
     def odd_body(fault: str, asked: dict[str, Any], prompt: str, key: str) -> Any:
         """Return a body that is sent with status 200 and yet is no plain answer."""
         say = {"role": "assistant", "content": None, "refusal": None}
+        thought = {"prompt_tokens": 9, "completion_tokens": 9, "completion_tokens_details": {"reasoning_tokens": 9982}}
         bodies: dict[str, Any] = {
             "invalid": b'{"choices": [{"message": ',
             "wrong_shape": {"hello": [1, 2]},
@@ -179,6 +185,11 @@ class FaultyServer:
                 **body_of(asked, prompt),
                 "usage": {"prompt_tokens": 9, "completion_tokens": 9, "total_tokens": 10_000},
             },
+            "error_body": {"error": {"message": "Slow down.", "code": 429}},
+            "order": {
+                "choices": [{"index": 1, "finish_reason": "stop", "text": "x"}, *body_of(asked, prompt)["choices"]]
+            },
+            "thought": body_of(asked, prompt) | {"usage": thought},
             "surrogate": body_of(asked, prompt, message={**say, "content": "half \ud83d and \x00"}),
             "huge_usage": {**body_of(asked, prompt), "usage": {"prompt_tokens": 10**30, "completion_tokens": -1}},
             "deep": b'{"choices": ' + b"[" * 100_000,
@@ -226,15 +237,17 @@ class Batches:
         """Call a batch done after so many looks.
 
         Faults: ``none`` knows no batches; ``create`` never says that it made one, ``unmade`` makes none and lists one page
-        for ever; ``gone`` forgets a batch; ``failed`` ends it in the middle; ``times`` says no times; ``no_output``,
-        ``half_file``, ``html_file`` and ``html_state`` show it wrongly at first.
+        for ever; ``same`` makes none either and names files by content; ``no_list`` makes none at first and lists none;
+        ``named`` puts the key into its name; ``drip`` sends it slowly; ``gone`` forgets a batch, ``no_errors`` its errors;
+        ``failed`` ends it in the middle; ``times`` says no times; ``no_output``, ``no_file``, ``half_file``, ``html_file``
+        and ``html_state`` show it wrongly at first. A batch is known to the key that it was made with.
         """
         self.looks, self.fault = looks, fault
-        self.first = fault in {"no_output", "half_file", "html_file", "html_state"}
+        self.first = fault in {"no_output", "no_file", "half_file", "html_file", "html_state", "no_list"}
         self.files: dict[str, bytes] = {}
         self.batches: list[dict[str, Any]] = []
 
-    async def reply(  # noqa: PLR0911
+    async def reply(  # noqa: PLR0911, PLR0912
         self, method: str, path: str, raw: bytes, headers: dict[str, str]
     ) -> tuple[int, Any]:
         if self.fault == "none":
@@ -246,25 +259,31 @@ class Batches:
                 "id": f"batch-{len(self.batches)}", "object": "batch", "created_at": int(time.time()), "looks": 0,
                 "status": "validating", "errors": None, "key": headers.get("authorization"), **json.loads(raw),
             }  # fmt: skip
-            if self.fault == "unmade":
+            if self.fault in {"unmade", "same"} or (self.fault == "no_list" and self.first):
+                self.first = False
                 return 504, {"error": {"message": "no answer in time"}}
             self.batches.insert(0, batch)
             if self.fault == "create":
                 await asyncio.sleep(600)
-            return 200, batch
+            return 200, batch | ({"id": batch["key"]} if self.fault == "named" else {})
+        if path == "/batches" and self.fault == "no_list":
+            return 405, {"error": {"message": "Method Not Allowed"}}
         if path == "/batches":
             other = [{"id": "other", "metadata": "x"}] if self.fault == "unmade" else []
             return 200, {"object": "list", "data": [*other, *self.batches], "has_more": bool(other)}
         name = path.split("/")[2]
         if path.startswith("/files"):
-            content = self.files[name]
+            content = self.files.get(name)
+            if content is None or (self.first and self.fault == "no_file"):
+                self.first = False
+                return 404, {"error": {"message": "No such file"}}
             if self.first and self.fault in {"half_file", "html_file"}:
                 self.first = False
                 content = b"<html>Sign in</html>" if self.fault == "html_file" else content[: len(content) // 2]
             return 200, content
-        if self.fault == "gone":
-            return 404, {"error": {"message": "No such batch"}}
         batch = next(batch for batch in self.batches if batch["id"] == name)
+        if self.fault == "gone" or batch["key"] != headers.get("authorization"):
+            return 404, {"error": {"message": "No such batch"}}
         batch["looks"] += 1
         batch["status"] = "in_progress"
         if batch["looks"] > self.looks:
@@ -275,7 +294,7 @@ class Batches:
         return 200, batch
 
     def file(self, content: bytes) -> dict[str, Any]:
-        name = f"file-{len(self.files)}"
+        name = f"file-{hashlib.sha256(content).hexdigest() if self.fault == 'same' else len(self.files)}"
         self.files[name] = content
         return {
             "id": name, "object": "file", "bytes": len(content), "created_at": 1, "filename": "x", "purpose": "batch",
@@ -300,6 +319,8 @@ class Batches:
             batch |= {"status": "failed", "errors": ["the node died"]}
         batch["output_file_id"] = self.file("\n".join(filter(None, good)).encode())["id"]
         batch["error_file_id"] = self.file("\n".join(bad).encode())["id"] if bad else None
+        if self.fault == "no_errors":
+            batch["error_file_id"] = "forgotten"
 
     @staticmethod
     def bad(line: dict[str, Any], text: str) -> str:

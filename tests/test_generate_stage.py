@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,7 +132,10 @@ def test_what_is_missing_is_said_and_asked_by_the_next_run(server: Server, tmp_p
 def test_another_name_asks_nothing_that_a_run_beside_it_has(server: Server, tmp_path: Path) -> None:
     stages.make(profile_of(tmp_path, endpoint(server)), "generate")
     other = profile_of(tmp_path, endpoint(server), endpoint(server, "new"), name="other")
+    run(other, tmp_path, "generate", "--models", "api", "--split", "train", "--limit", "1")
+    files = {path: path.read_bytes() for path in RunFolder(other).root.glob("answers.sqlite*")}
     forecast = run(other, tmp_path, "generate", "--split", "train", "--dry-run").stdout
+    assert files == {path: path.read_bytes() for path in RunFolder(other).root.glob("answers.sqlite*")}
     assert "api: 0 of 12 requests to ask" in forecast
     assert "new: 12 of 12 requests to ask" in forecast
     stages.make(other, "generate")
@@ -203,6 +209,22 @@ def test_the_budget_stops_before_it_is_passed_and_says_what_is_left(server: Serv
     assert left > 0
     assert f"{left} left to do: The budget of $0.002 is used up" in done.stdout
     assert "raise generation.budget_usd" in done.stdout
+
+
+def test_ctrl_c_stops_the_command_and_what_was_answered_is_kept(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # not ignored, as it is in the background
+    with serving(tmp_path / "log.jsonl", "--latency", "0.4") as server:
+        profile = profile_of(tmp_path, endpoint(server, concurrency=1))
+        (tmp_path / "profile.yaml").write_text(profile.to_yaml())
+        command = [COMMAND, "generate", "--models", "api", "--profile", str(tmp_path / "profile.yaml")]
+        with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            while len(server.events("delivered")) < 2:
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(5) != 0
+        assert len(prompts_at(server)) < 6
+        assert re.search(r"1[1-4] of 16 requests", run(profile, tmp_path, "generate", "--dry-run").stdout)
+    signal.signal(signal.SIGINT, before)
 
 
 def test_failed_prompts_are_retried_on_request(server: Server, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Everything goes through the public doors: `generate`, `generate_all`, `forecast`
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import html
 import json
 import logging
@@ -41,7 +42,7 @@ from persodpo.generation.ask import generate, generate_all
 from persodpo.generation.client import Mask
 from persodpo.generation.endpoint import FAILURES_IN_A_ROW, OpenAIBackend, Pace
 from persodpo.generation.requests import Answer, Job, Request, request_key
-from persodpo.generation.store import Store
+from persodpo.generation.store import CHUNK, Store
 from persodpo.generation.summary import Summary, forecast
 
 TESTS = Path(__file__).parent
@@ -237,6 +238,7 @@ def test_retry_after_is_waited_for_unless_it_is_too_long(server: Server, store: 
     [
         ("refusal", ("answered", "I will not say that.", "refusal", None)),
         ("filter", ("answered", "", "content_filter", None)),
+        ("order", ("answered", completion("odd <<fault=order>>"), "stop", None)),
         ("length", ("answered", completion("odd <<fault=length>>"), "length", None)),
         ("surrogate", ("answered", "half \ufffd and \x00", "stop", None)),
         ("parts", ("answered", "one two", "stop", None)),
@@ -259,6 +261,18 @@ def test_odd_answers_are_outcomes_and_asked_once(server: Server, store: Store, f
     assert bool(found.error) == (expected[0] == "failed")
     assert generate([chat(text)], backend(server.url), store).skipped == 1
     assert len(server.received(text)) == 1
+
+
+def test_an_error_that_comes_as_an_answer_is_tried_again(server: Server, store: Store) -> None:
+    found = ask_one("says 200 <<fault=error_body times=1>>", backend(server.url), store)
+    assert (found.outcome, found.attempts) == ("answered", 2)
+    found = ask_one("says 200 <<fault=error_body>>", backend(server.url, attempts=2), store)
+    assert (found.failure, found.error, found.cost) == ("rate_limited", "429: Slow down.", 0)
+
+
+def test_a_prompt_that_no_server_can_be_sent_fails_alone(server: Server, store: Store) -> None:
+    found = generate(chats(["half \ud83d", "whole"]), backend(server.url), store)
+    assert (found.answered, found.failed, found.stopped) == (1, {"rejected": 1}, None)
 
 
 def test_redirects_are_not_followed(server: Server, store: Store) -> None:
@@ -374,6 +388,30 @@ def test_a_server_of_this_machine_is_asked_past_any_proxy(server: Server, store:
     assert generate([chat("near")], backend(server.url), store).answered == 1
     monkeypatch.setenv("ALL_PROXY", "strange://host")
     assert "ALL_PROXY" in generate([chat("far")], backend("http://far.invalid/v1"), store).stopped
+    monkeypatch.setenv("ALL_PROXY", "http://host:port")
+    assert "ALL_PROXY" in generate([chat("far")], backend("http://far.invalid/v1"), store).stopped
+    monkeypatch.delenv("ALL_PROXY")
+    monkeypatch.setenv("SSL_CERT_FILE", "/nonexistent")
+    assert "SSL_CERT_FILE" in generate([chat("far")], backend("https://far.invalid/v1"), store).stopped
+
+
+def test_what_a_proxy_says_shows_no_password_of_it(server: Server, store: Store, monkeypatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", server.url.replace("http://", f"http://me:{CANARY.replace('/', '%2F')}@"))
+    found = ask_one("far <<fault=status_400>>", backend("http://far.invalid/v1"), store)
+    assert found.error == "400: words that hold a key or password"
+    assert "Basic" in server.received("far <<fault=status_400>>")[0]["key"]
+
+
+def test_an_address_that_swallows_all_is_unreachable_and_costs_nothing(store: Store) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, contextlib.ExitStack() as held:
+        for _ in range(3):
+            waiting = held.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        url = f"http://127.0.0.1:{full.getsockname()[1]}/v1"
+        found = generate([chat("x")], backend(url, timeout_seconds=1.0), store)
+    assert "cannot be reached" in found.stopped
+    assert (found.left, store.spent()) == (1, 0.0)
 
 
 def test_the_key_is_sent_to_its_own_endpoint_only(
@@ -382,7 +420,7 @@ def test_the_key_is_sent_to_its_own_endpoint_only(
     """Whatever variables of the environment the client reads by itself."""
     for variable in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
         monkeypatch.setenv(variable, CANARY)
-    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", f"Authorization: Bearer {CANARY}\nX-Api-Key: {CANARY}")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", f"Authorization: {CANARY}\nX-Key: {CANARY}\nHost: {CANARY}\né: x")
     monkeypatch.setenv("LAB_KEY", " lab-key \n")
     generate([chat("with a key")], backend(server.url, api_key_env="LAB_KEY"), store)
     generate([chat("without a key")], backend(server.url), store)
@@ -399,6 +437,10 @@ def test_the_key_is_sent_to_its_own_endpoint_only(
         "http://",
         "http://[::1/v1",
         "http://host:abc/v1",
+        "http://host:99999/v1",
+        "http://999.1.1.1/v1",
+        "http://[::::]/v1",
+        "http://host/\x7f",
         "http://☃.invalid/v1",
         f"http://user:{CANARY}@host/v1",
         f"https://host/v1?key={CANARY}",
@@ -407,6 +449,8 @@ def test_the_key_is_sent_to_its_own_endpoint_only(
 def test_addresses_that_are_none_or_hold_a_secret(url: str) -> None:
     with pytest.raises(ValidationError, match=r"base_url of model small must read like") as caught:
         backend(url)
+    with pytest.raises(ValidationError, match="1000000"):
+        backend("http://host/v1", prices={"input_per_million": 1e308, "output_per_million": 1})
     assert CANARY not in str(caught.value)
 
 
@@ -435,8 +479,8 @@ def test_the_key_appears_nowhere(
         found = generate(texts, asked, store)
         assert (found.answered, sum(found.failed.values())) == (0, 8)
         rows = [repr(answer) for answer in answers(store, texts, asked)]
-    assert "error='500: words that hold the API key'" in rows[0]
-    assert "401: words that hold the API key" in found.stopped
+    assert "error='500: words that hold a key or password'" in rows[0]
+    assert "401: words that hold a key or password" in found.stopped
     written = b"".join(path.read_bytes() for path in tmp_path.iterdir())
     said = [*rows, repr(found), str(found), repr(asked), repr(asked.settings), caplog.text, *capfd.readouterr()]
     assert server.received("key <<fault=cut>>")[0]["key"] == f"Bearer {CANARY}"
@@ -482,7 +526,7 @@ def test_no_form_of_a_secret_passes_the_mask(secret: str, before: str, after: st
     mask = Mask(secret)
     assert Mask("EMPTY").line("The glass is EMPTY.") == "The glass is EMPTY."
     for number, form in enumerate(FORMS):
-        assert mask.line(f"400: {before[:40]} {form(secret)}") == "400: words that hold the API key", number
+        assert mask.line(f"400: {before[:40]} {form(secret)}") == "400: words that hold a key or password", number
         assert secret[:8] not in mask.line(f"{before} {'x' * 280} {form(secret)} {after}"), number
     plain = Mask(None).line(f"{before}\x1b[31m")
     assert len(plain) <= 300
@@ -517,6 +561,24 @@ def test_requests_keep_to_the_pace(server: Server, store: Store, limits: dict[st
     assert times[-1] - times[0] > 19 * 0.05 * 0.9
 
 
+def test_requests_are_not_sent_together_after_a_standstill() -> None:
+    async def send() -> list[float]:
+        pace, sent = Pace(600, None), list[float]()
+
+        async def one() -> None:
+            await pace.wait(1)
+            sent.append(time.monotonic())
+
+        asking = asyncio.gather(*(one() for _ in range(8)))
+        await asyncio.sleep(0.15)
+        time.sleep(0.6)
+        await asking
+        return sent
+
+    sent = asyncio.run(send())
+    assert sent[7] - sent[2] > 0.4
+
+
 def test_a_forecast_before_and_after_a_sample(server: Server, store: Store) -> None:
     texts = [f"forecast {number:03d}" for number in range(100)]
     asked = backend(server.url, concurrency=10)
@@ -525,6 +587,7 @@ def test_a_forecast_before_and_after_a_sample(server: Server, store: Store) -> N
     assert blind.cost == pytest.approx((blind.prompt_tokens + 2 * 3000) / 1e6)
     assert blind.highest_cost == pytest.approx(sum(asked.highest_cost(chat(text)) for text in texts))
     assert blind.seconds is None
+    assert forecast(chats(["same"] * 2 * CHUNK), asked, store).to_ask == 1
     generate(chats(texts[:40]), asked, store)
     known = forecast(chats(texts), asked, store)
     assert (known.requests, known.to_ask, known.sample) == (100, 60, 40)
@@ -628,6 +691,14 @@ def test_an_interrupt_of_a_notebook_ends_the_asking(slow: Server, store: Store) 
     loop.close()
 
 
+def test_what_was_not_sent_before_an_interrupt_costs_nothing(server: Server, store: Store) -> None:
+    interrupt_after(server, len(server.events("delivered")) + 1)
+    with pytest.raises(KeyboardInterrupt):
+        generate(chats(f"unsent {number}" for number in range(8)), backend(server.url, requests_per_minute=1), store)
+    assert len([event for event in server.received() if "unsent" in event["prompt"]]) == 1
+    assert store.spent() == sum(answer.cost for answer in answers(store, chats(["unsent 0"]), backend(server.url)))
+
+
 def test_answers_that_wait_for_the_disk_survive_an_interrupt(slow: Server, tmp_path: Path) -> None:
     texts = [f"waiting {number}" for number in range(8)]
 
@@ -649,9 +720,12 @@ def test_answers_that_wait_for_the_disk_survive_an_interrupt(slow: Server, tmp_p
 class Failing(Store):
     """Cannot be written at first."""
 
+    fails = 1
+
     def write(self, entries, run=None):
-        self.writes = getattr(self, "writes", 0) + 1
-        if self.writes == 1:
+        self.fails -= 1
+        if self.fails >= 0:
+            time.sleep(0.02)
             raise PersodpoError("The answers are locked.")
         super().write(entries, run)
 
@@ -666,6 +740,17 @@ def test_answers_in_hand_outlive_a_write_that_fails_and_nobody_waits_for_its_mon
         with pytest.raises(PersodpoError, match="locked"):
             generate_all([Job(asked, one), Job(asked, two)], store, budget_usd=budget)
         assert answers(store, asked, one)[0].completion == completion("hello")
+
+
+def test_answers_in_hand_outlive_a_write_that_fails_after_its_worker_is_gone(slow: Server, tmp_path: Path) -> None:
+    asked, via = chats(f"gone {number}" for number in range(8)), backend(slow.url)
+    with Failing(tmp_path / "answers.sqlite") as store:
+        store.fails = 2
+        with pytest.raises(PersodpoError, match="locked"):
+            generate(asked, via, store)
+        delivered = [event["prompt"] for event in slow.events("delivered")]
+        assert len(delivered) > 1
+        assert all(answers(store, chats(delivered), via))
 
 
 def test_a_disk_that_fails_in_the_middle_loses_nothing(server: Server, store: Store) -> None:

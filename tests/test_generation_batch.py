@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -59,11 +60,11 @@ def test_each_line_of_a_result_is_read_by_itself_and_failures_are_retried(server
     assert server.calls()["POST /batches"] == 2
 
 
-@pytest.mark.parametrize("fault", ["no_output", "half_file", "html_file", "html_state"])
+@pytest.mark.parametrize("fault", ["no_output", "no_file", "half_file", "html_file", "html_state"])
 def test_a_batch_that_is_shown_wrongly_is_kept_for_the_next_run(tmp_path: Path, store: Store, fault: str) -> None:
     with serving(tmp_path / "calls.jsonl", "--batch-fault", fault) as server:
         stopped = generate(ASKED, backend(server.url), store)
-        assert "failed on a batch" in stopped.stopped
+        assert re.search("failed on a batch|does not find .*No such file.*run again", stopped.stopped)
         assert (stopped.left, store.spent() > 0) == (30, True)
         assert generate(ASKED, backend(server.url), store).skipped == 30
         assert all(answer.completion for answer in answers(store, ASKED, backend(server.url)))
@@ -76,19 +77,59 @@ def test_an_answer_is_kept_whatever_its_batch_says_of_itself(tmp_path: Path, sto
         assert generate(ASKED, backend(server.url), store).answered == 30
 
 
-def test_a_batch_that_the_endpoint_has_forgotten_is_paid_for_and_others_go_on(tmp_path: Path, store: Store) -> None:
+def test_a_batch_that_the_endpoint_has_forgotten_is_paid_for_once_it_is_given_up(tmp_path: Path, store: Store) -> None:
     with serving(tmp_path / "calls.jsonl", "--batch-fault", "gone") as server:
         assert generate(ASKED[:20], backend(server.url), store).left == 20
         spent = store.spent()
-        assert generate(ASKED, backend(server.url), store).skipped == 20
+        assert "does not find a batch" in generate(ASKED, backend(server.url), store).stopped
+        assert store.spent() == spent
+        assert generate(ASKED[20:], backend(server.url), store, retry_failed=True).left == 10
         assert store.spent() > spent
         assert {answer.failure for answer in answers(store, ASKED[:20], backend(server.url))} == {"timeout"}
         assert server.calls()["POST /batches"] == 2
 
 
-def test_money_of_a_batch_that_may_have_been_made_stays_set_aside(tmp_path: Path, store: Store) -> None:
-    """The list of batches goes on for ever, and does not show it."""
-    with serving(tmp_path / "calls.jsonl", "--batch-fault", "unmade") as server:
+def test_a_batch_that_another_key_does_not_find_waits_for_its_own(tmp_path: Path, store: Store, monkeypatch) -> None:
+    with serving(tmp_path / "calls.jsonl", "--batch-fault", "html_state") as server:
+        via = backend(server.url, api_key_env="BATCH_KEY")
+        for key, words in ((SECRET, "failed on a batch"), ("sk-another", "with the key in BATCH_KEY .*No such batch")):
+            monkeypatch.setenv("BATCH_KEY", key)
+            assert re.search(words, generate(ASKED, via, store).stopped)
+        monkeypatch.setenv("BATCH_KEY", SECRET)
+        assert generate(ASKED, via, store).skipped == 30
+        assert all(answer.completion for answer in answers(store, ASKED, via))
+
+
+def test_a_file_of_errors_that_is_gone_costs_no_answer(tmp_path: Path, store: Store) -> None:
+    with serving(tmp_path / "calls.jsonl", "--batch-fault", "no_errors") as server:
+        summary = generate(chats(["good", "<<error>>"]), backend(server.url), store)
+        assert (summary.answered, summary.failed, summary.stopped) == (1, {"timeout": 1}, None)
+
+
+def test_a_lost_batch_does_not_stop_a_model_whose_endpoint_lists_none(tmp_path: Path, store: Store) -> None:
+    with serving(tmp_path / "calls.jsonl", "--batch-fault", "no_list") as server:
+        assert generate(ASKED, backend(server.url), store).left == 30
+        assert generate(ASKED, backend(server.url), store).answered == 30
+
+
+def test_a_batch_of_a_time_without_prices_is_booked(tmp_path: Path, store: Store) -> None:
+    with serving(tmp_path / "calls.jsonl", "--batch-fault", "html_state") as server:
+        assert generate(ASKED[1:], backend(server.url, prices=None), store).left == 29
+        summary = generate(ASKED, backend(server.url), store, budget_usd=1.0)
+        assert (summary.skipped, summary.answered, summary.stopped) == (29, 1, None)
+        assert store.spent() > 20 * summary.cost
+
+
+def test_a_reply_that_comes_slowly_is_not_waited_for(tmp_path: Path, store: Store) -> None:
+    with serving(tmp_path / "calls.jsonl", "--batch-fault", "drip") as server:
+        stopped = generate(ASKED, backend(server.url, timeout_seconds=0.5, attempts=1), store).stopped
+        assert "cannot be reached (no answer in time)" in stopped
+
+
+@pytest.mark.parametrize("fault", ["unmade", "same"])
+def test_money_of_a_batch_that_may_have_been_made_stays_set_aside(tmp_path: Path, store: Store, fault: str) -> None:
+    """The list of batches goes on for ever, or is empty, and does not show it."""
+    with serving(tmp_path / "calls.jsonl", "--batch-fault", fault) as server:
         for runs in (1, 2):
             assert generate(ASKED, backend(server.url), store).left == 30
             assert store.spent() == pytest.approx(runs * sum(backend(server.url).highest_cost(one) for one in ASKED))
@@ -158,6 +199,9 @@ def test_the_key_appears_nowhere(server: Server, tmp_path: Path, monkeypatch) ->
     with Store(tmp_path / "answers.sqlite") as store:
         generate(asked, via, store)
         withheld = answers(store, asked, via)[2]
+        with serving(tmp_path / "named.jsonl", "--batch-fault", "named") as other:
+            named = backend(other.url, model="named", api_key_env="BATCH_KEY")
+            assert "names no id that can be kept" in generate(asked, named, store).stopped
     assert withheld.failure == "invalid_body"
     assert withheld.cost > 0
     assert {event["key"] for event in server.events("call")} == {f"Bearer {SECRET}"}

@@ -162,6 +162,16 @@ def test_completions_stop_at_their_closed_object(talker: Path, store: Store, mon
         assert short.completion_tokens < long.completion_tokens == 30
 
 
+def test_what_a_model_says_of_beams_and_time_cuts_no_answer(talker: Path, store: Store, tmp_path: Path) -> None:
+    other = copied(talker, tmp_path / "beams")
+    path = other / "generation_config.json"
+    odd = {"num_beams": 3, "num_return_sequences": 2, "return_dict_in_generate": True, "max_time": 0.001}
+    path.write_text(json.dumps(json.loads(path.read_text()) | odd))
+    asked, via = questions(8), backend(other, stop_at_json=True)
+    assert generate(asked, via, store).answered == 8
+    assert [one.completion for one in answers(store, asked, via)] == [reply(PLACES[n]) for n in range(8)]
+
+
 # Sampling
 
 

@@ -109,8 +109,9 @@ def test_usage_above_what_was_set_aside_is_booked_and_stops_the_model(server: Se
     assert generate(asked, backend(server.url, model="other"), store, budget_usd=0.01).left == 3
 
 
-def test_what_a_model_thinks_is_counted_where_only_the_total_holds_it(server: Server, store: Store) -> None:
-    asked = [chat("thought over <<fault=total_usage>>")]
+@pytest.mark.parametrize("where", ["total_usage", "thought"])
+def test_what_a_model_thinks_is_counted_where_its_tokens_leave_it_out(server: Server, store: Store, where: str) -> None:
+    asked = [chat(f"thought over <<fault={where}>>")]
     generate(asked, backend(server.url), store)
     (found,) = answers(store, asked, backend(server.url))
     assert found.prompt_tokens + found.completion_tokens == 10_000

@@ -380,6 +380,21 @@ def test_a_file_that_is_no_store_is_named_and_left_as_it_is(path: Path, damage: 
     assert path.read_bytes() == before
 
 
+def test_a_copy_that_is_restored_beside_the_log_of_a_killed_run_is_damaged(path: Path, tmp_path: Path) -> None:
+    with Store(path) as store:
+        store.write([entry("a")])
+        content = path.read_bytes()
+    with Store(path) as store:
+        for number in range(300):
+            store.write([entry(f"{number}", Answer("answered", "x" * 1500))])
+        log = path.with_name(f"{path.name}-wal")
+        left = log.read_bytes()
+    path.write_bytes(content)
+    log.write_bytes(left)
+    assert "delete FILE-wal and FILE-shm and restore a copy" in refusal(path)
+    assert (path.read_bytes(), log.read_bytes()) == (content, left)
+
+
 @pytest.mark.parametrize(("place", "put"), [(b"TABLE answers (", b"\xff"), (None, b"\0\0\0\x09")])
 def test_a_damaged_layout_is_one_sentence(path: Path, place: bytes | None, put: bytes) -> None:
     """SQLite quotes what it cannot read, and has its own words for a layout of a number that it does not know."""

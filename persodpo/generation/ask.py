@@ -10,10 +10,11 @@ those of a busy machine. A model that has nothing to answer is not even loaded.
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from itertools import islice
@@ -82,6 +83,9 @@ def _in_thread(coroutine: Coroutine[Any, Any, None]) -> None:
     with ThreadPoolExecutor(1, "generate") as thread:
         ended = thread.submit(asyncio.run, run())
         try:
+            # A wait without an end is not interrupted where a library (polars) has the system restart its calls.
+            while not wait([ended], timeout=0.2).done:
+                pass
             ended.result()
         except KeyboardInterrupt:
             cancel = started.result()
@@ -133,7 +137,7 @@ class Work:
     def __init__(self, job: Job, run: _Run, bar: tqdm[NoReturn]) -> None:
         """Take a job, and what it shares with others."""
         self.backend = job.backend
-        self.store = run.store
+        self.store, self.retry_failed = run.store, run.retry_failed
         self.summary = Summary(job.backend.model, cost=None if job.backend.prices is None else 0.0)
         self._requests = iter(job.requests)
         self._run, self._bar = run, bar
@@ -141,7 +145,7 @@ class Work:
         self._ready: deque[Item] = deque()  # money is set aside
         self._open: set[str] = set()  # keys of all that was found and is not done
         self._waiting: list[Entry] = []
-        self._writing = asyncio.Lock()
+        self._turn, self._writing = asyncio.Lock(), threading.Lock()
 
     async def run(self) -> None:
         """Answer all requests, or stop and count what is left."""
@@ -161,8 +165,8 @@ class Work:
             raise errors.exceptions[0] from None
         finally:
             try:
-                if self._waiting:  # the run was interrupted, or the disk failed for a while
-                    self.store.write(self._waiting)
+                if error := self._write():  # the run was interrupted, or the disk failed for a while
+                    raise error
                 self.store.release([key for key, _ in self._ready])
             finally:
                 self._run.settle(self._open)
@@ -211,16 +215,23 @@ class Work:
 
     async def done(self, key: str, request: Request, answer: Answer) -> None:
         """Take an answer in; it is on the disk when this returns, together with others that waited."""
-        self._waiting.append(Entry(key, self.backend.model, request.template, request.prompt_bytes, answer))
-        async with self._writing:
-            entries, self._waiting = self._waiting, []
-            try:
-                if entries:
-                    await asyncio.shield(asyncio.to_thread(self.store.write, entries))
-            except PersodpoError:
-                self._waiting = entries + self._waiting  # for another try at the end
-                raise
+        entry = Entry(key, self.backend.model, request.template, request.prompt_bytes, answer)
+        self._waiting.append(entry)
+        async with self._turn:
+            if entry in self._waiting and (error := await asyncio.shield(asyncio.to_thread(self._write))):
+                raise error
         self.count(key, answer)
+
+    def _write(self) -> Exception | None:
+        """Write the answers that wait, or return why they go on waiting; a write may outlive the one that asked for it."""
+        with self._writing:
+            try:
+                if entries := self._waiting[:]:
+                    self.store.write(entries)
+                    del self._waiting[: len(entries)]
+            except Exception as error:
+                return error
+        return None
 
     def count(self, key: str, answer: Answer) -> None:
         """Count a request whose answer is on the disk."""

@@ -115,19 +115,25 @@ class BatchBackend(OpenAIBackend):
     def _name(self, reply: Mapping[str, Any]) -> str:
         """Return the name that the endpoint gave to a file or batch."""
         name = reply.get("id")
-        if not isinstance(name, str):
-            raise ModelStopped(self.sentence("batch", "its reply names no id"))
+        if not isinstance(name, str) or self.mask.line(name) != name:
+            raise ModelStopped(self.sentence("batch", "its reply names no id that can be kept"))
         return name
 
     async def _name_of(self, client: openai.AsyncOpenAI, file: str) -> str | None:
-        """Find a batch in the endpoint's list by its file."""
+        """Find a batch in the endpoint's list by its file, if there is a list."""
         for look in range(LOOKS):
             await asyncio.sleep(self.settings.poll_seconds if look else 0)
             names: list[object] = []
             more = True
             while more:
                 params = {"limit": 100} | ({"after": names[-1]} if names else {})
-                page = self._object(await client.get("/batches", cast_to=httpx2.Response, options={"params": params}))
+                try:
+                    reply = await client.get("/batches", cast_to=httpx2.Response, options={"params": params})
+                except openai.APIStatusError as error:
+                    if error.status_code in {404, 405, 501}:
+                        return None
+                    raise
+                page = self._object(reply)
                 listed = page.get("data")
                 batches = [as_object(one) for one in listed] if isinstance(listed, list) else []
                 for batch in batches:
@@ -142,13 +148,8 @@ class BatchBackend(OpenAIBackend):
         self, client: openai.AsyncOpenAI, work: Work, holder: str, name: str, requests: dict[str, Request]
     ) -> None:
         """Wait for a batch's end and store an answer or a failure for all of it; only what this run asked is counted."""
-        prices = work.store.reservations(holder)[holder]
-        try:
-            state, lines = await self._ended(client, name)
-        except openai.NotFoundError:
-            if requests:  # it was made a moment ago
-                raise
-            state, lines = {"status": "completed"}, []  # as far as anybody can tell
+        prices = work.store.reservations(holder).get(holder, {})
+        state, lines = await self._ended(client, name, given_up=work.retry_failed and not requests)
         if state["status"] == "failed" and not lines:
             work.store.release(prices, holder)
             raise ModelStopped(self.sentence("refused", self.mask.line(as_text(state.get("errors")))))
@@ -176,26 +177,40 @@ class BatchBackend(OpenAIBackend):
             if entry.key in requests:
                 work.count(entry.key, entry.answer)
 
-    async def _ended(self, client: openai.AsyncOpenAI, name: str) -> tuple[dict[str, Any], list[bytes]]:
+    async def _ended(
+        self, client: openai.AsyncOpenAI, name: str, *, given_up: bool
+    ) -> tuple[dict[str, Any], list[bytes]]:
         """Wait for a batch's end; return what the endpoint says of it, and the lines of its files."""
         while True:
-            state = self._object(await client.get(f"/batches/{quote(name, safe='')}", cast_to=httpx2.Response))
+            found = await self._found(client, f"/batches/{quote(name, safe='')}", given_up)
+            if found is None:  # as far as anybody can tell
+                return {"status": "completed"}, []
+            state = self._object(found)
             if not isinstance(state.get("status"), str):
                 raise ModelStopped(self.sentence("batch", "its reply names no status"))
             if state["status"] in ENDED:
                 break
             await asyncio.sleep(self.settings.poll_seconds)
-        output, errors = [await self._lines(client, state.get(kind)) for kind in ("output_file_id", "error_file_id")]
-        if len(output) < (as_count(as_object(state.get("request_counts")).get("completed")) or 0):
+        output = await self._lines(client, state.get("output_file_id"), given_up=given_up)
+        errors = await self._lines(client, state.get("error_file_id"), given_up=True)
+        if not given_up and len(output) < (as_count(as_object(state.get("request_counts")).get("completed")) or 0):
             raise ModelStopped(self.sentence("batch", "its file of answers is not whole"))
         return state, [*output, *errors]
 
-    async def _lines(self, client: openai.AsyncOpenAI, file: object) -> list[bytes]:
+    async def _found(self, client: openai.AsyncOpenAI, path: str, given_up: bool) -> httpx2.Response | None:
+        """Get a batch or a file; one that is not known stops the model, or is None if it is given up."""
+        try:
+            return await client.get(path, cast_to=httpx2.Response)
+        except openai.NotFoundError as error:
+            if given_up:
+                return None
+            raise ModelStopped(self.sentence("lost", self.mask.line(f"{path}: {error.message}"))) from None
+
+    async def _lines(self, client: openai.AsyncOpenAI, file: object, *, given_up: bool) -> list[bytes]:
         """Return the lines of a result file; a page of another kind in its place stops the model."""
-        if not isinstance(file, str):
-            return []
-        response = await client.get(f"/files/{quote(file, safe='')}/content", cast_to=httpx2.Response)
-        lines = [line for line in response.content.split(b"\n") if line.strip()]
+        name = quote(file, safe="") if isinstance(file, str) else ""
+        response = await self._found(client, f"/files/{name}/content", given_up) if name else None
+        lines = [line for line in (response.content if response else b"").split(b"\n") if line.strip()]
         if lines and not any(line.lstrip().startswith(b"{") for line in lines):
             raise ModelStopped(self.sentence("batch", "its file is none of JSON lines"))
         return lines
@@ -234,4 +249,5 @@ class BatchBackend(OpenAIBackend):
             kind = "no_batches" if kind == "unknown_model" else kind
             raise ModelStopped(self.sentence(kind, self.mask.line(fault.detail))) from None
         except openai.OpenAIError as error:
-            raise ModelStopped(self.sentence("unreachable", self.mask.line(str(error.__cause__ or error)))) from None
+            said = str(error.__cause__ or "") or str(error)
+            raise ModelStopped(self.sentence("unreachable", self.mask.line(said))) from None

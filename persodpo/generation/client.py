@@ -5,6 +5,7 @@ What came is an answer, or a fault that says whose it is and whether the same re
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import html
 import json
@@ -13,11 +14,12 @@ import os
 import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from typing import Any
 from urllib.parse import unquote, urlsplit
+from urllib.request import getproxies
 
 import httpx2
 
@@ -25,6 +27,8 @@ from persodpo.config import OpenAIModel
 from persodpo.generation.requests import Answer, ModelStopped, Request
 
 CONNECT_SECONDS = 10.0
+#: How many times the longest wait a file of a batch may take.
+FILE_TIMES = 60
 #: Letters of a secret in a row that are not shown, and that stand in no answer by chance; shorter ones are placeholders.
 _PIECE, _NO_CHANCE = 8, 16
 #: Letters of a message that are shown.
@@ -35,7 +39,7 @@ _SENT = {
     b"transfer-encoding", b"user-agent",
 }  # fmt: skip
 #: Headers that are read; nobody knows how the others are coded.
-_READ = (b"content-type", b"location", b"retry-after", b"retry-after-ms")
+_READ = (b"location", b"retry-after", b"retry-after-ms")
 #: Finish reasons that end an answer, in the words of OpenAI, Anthropic's and text-generation-inference's endpoints.
 _ENDS = ("stop", "length", "content_filter", "end_turn", "max_tokens", "stop_sequence", "eos", "eos_token")
 _QUOTA = {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}
@@ -53,14 +57,14 @@ _PASSING = {
 class Mask:
     """Keeps words that hold a part of a secret, however they write it, out of what is said and stored."""
 
-    def __init__(self, secret: str | None) -> None:
-        """Remember the secret; shorter ones are placeholders such as EMPTY."""
+    def __init__(self, *secrets: str | None) -> None:
+        """Remember the secrets; shorter ones are placeholders such as EMPTY."""
         forms: list[str] = []
-        if secret and len(secret) >= _PIECE:
+        for secret in (one for one in secrets if one and len(one) >= _PIECE):
             coded = [base64.b64encode(b"?" * shift + secret.encode()).decode() for shift in range(3)]
             # Letters that hold bits of what stands before or after are left out.
             inner = [text[-(-shift * 8 // 6) : (shift + len(secret)) * 8 // 6] for shift, text in enumerate(coded)]
-            forms = [_folded(form) for form in (secret, secret.encode().hex(), *inner)]
+            forms += [_folded(form) for form in (secret, secret.encode().hex(), *inner)]
         self._pieces = {
             size: {form[start : start + size] for form in forms for start in range(len(form) - size + 1)}
             for size in (_PIECE, _NO_CHANCE)
@@ -75,7 +79,7 @@ class Mask:
         """Return an answer, or a failure in place of one that holds a secret too long to stand there by chance."""
         if not self._holds(answer.completion or "", _NO_CHANCE):
             return answer
-        said = "the answer holds the API key, so it is not stored"
+        said = "the answer holds a key or password, so it is not stored"
         return replace(
             answer, outcome="failed", completion=None, finish_reason=None, failure="invalid_body", error=said
         )
@@ -86,7 +90,7 @@ class Mask:
         line = line if len(line) <= _SHOWN else line[: _SHOWN - 1] + "…"
         if self._holds(line, _PIECE):
             status = line[:5] if re.match(r"\d{3}: ", line) else ""
-            return f"{status}words that hold the API key"
+            return f"{status}words that hold a key or password"
         return "".join(char if char.isprintable() else "\ufffd" for char in line)
 
 
@@ -118,40 +122,47 @@ def api_key(settings: OpenAIModel) -> str | None:
     return key
 
 
+def proxy_logins() -> list[str]:
+    """Return user names and passwords of the environment's proxies."""
+    return [unquote(login) for login in re.findall(r"//(\S*)@", "\n".join(getproxies().values()))]
+
+
 class BoundedClient(httpx2.AsyncClient):
     """An HTTP client that follows no redirect and reads no body beyond a length."""
 
     def __init__(self, settings: OpenAIModel, longest_body: int) -> None:
         """Take timeouts and connections from the settings of an endpoint; bodies are bounded as decoded, bytes."""
         limits = httpx2.Limits(max_connections=settings.concurrency, max_keepalive_connections=settings.concurrency)
-        connect = min(CONNECT_SECONDS, settings.timeout_seconds)
+        # Shorter than the whole, so that what was never connected is known from what may have been billed.
+        connect = min(CONNECT_SECONDS, 0.4 * settings.timeout_seconds)
         timeout = httpx2.Timeout(settings.timeout_seconds, connect=connect)
         # A server of this machine is not asked through a proxy.
         trusts = urlsplit(settings.base_url).hostname not in {"127.0.0.1", "localhost", "::1"}
         try:
             super().__init__(timeout=timeout, limits=limits, follow_redirects=False, trust_env=trusts)
-        except (ValueError, ImportError) as error:
+        except (ValueError, ImportError, OSError, httpx2.InvalidURL) as error:
             raise ModelStopped(
-                f"Model {settings.model} cannot be asked through the proxy of the environment ({type(error).__name__}); "
-                "correct HTTP_PROXY, HTTPS_PROXY or ALL_PROXY."
+                f"Model {settings.model} cannot be asked with the proxies and certificates of the environment "
+                f"({type(error).__name__}); correct HTTP_PROXY, HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE or SSL_CERT_DIR."
             ) from None
-        self._longest_body = longest_body
+        self._longest_body, self._seconds = longest_body, settings.timeout_seconds
 
     async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
-        """Send a request and read its body; raises httpx2.DecodingError for one that is too long."""
+        """Send a request and read its body, or raise: httpx2.DecodingError for one that is too long."""
         sent = httpx2.Request(
             request.method, request.url, stream=request.stream, extensions=request.extensions,
             headers=[(name, value) for name, value in request.headers.raw if name.lower() in _SENT],
         )  # fmt: skip
-        response = await super().send(sent, **{**options, "stream": True})
-        body = bytearray()
+        longest = self._seconds * (FILE_TIMES if request.url.path.endswith(("/files", "/content")) else 1)
+        body, options["stream"] = bytearray(), True
         try:
-            async for part in response.aiter_bytes():
-                body += part
-                if len(body) > self._longest_body:
-                    raise httpx2.DecodingError(f"a body of more than {self._longest_body:,} bytes", request=request)
-        finally:
-            await response.aclose()
+            async with asyncio.timeout(longest), aclosing(await super().send(sent, **options)) as response:
+                async for part in response.aiter_bytes():
+                    body += part
+                    if len(body) > self._longest_body:
+                        raise httpx2.DecodingError(f"a body of more than {self._longest_body:,} bytes", request=request)
+        except TimeoutError:
+            raise httpx2.ReadTimeout("no answer in time", request=request) from None
         headers = [(name, value) for name, value in response.headers.raw if name.lower() in _READ]
         return httpx2.Response(response.status_code, headers=headers, content=bytes(body), request=request)
 
@@ -215,10 +226,16 @@ def read_reply(body: object) -> Answer:
     content = as_object(reply)
     choices = content.get("choices")
     asked, written = _usage(as_object(content.get("usage")))
+    if choices is None and (told := content.get("error")):  # some gateways say 200 to everything
+        status = as_count(as_object(told).get("code")) or 0
+        fault = fault_of(status if status >= 400 else None, {}, content)
+        fault.billed |= status < 400
+        raise fault
     if choices == []:
         empty = "the server answered with an empty list of choices"
         return Answer("failed", None, None, "no_choice", empty, asked, written)
-    choice = as_object(choices[0] if isinstance(choices, list) else None)
+    listed = [as_object(one) for one in choices] if isinstance(choices, list) else [{}]
+    choice = next((one for one in listed if one.get("index") == 0), listed[0])
     said = as_object(choice.get("message")) or choice
     refusal, reason = said.get("refusal"), choice.get("finish_reason")
     text = refusal or _text(said.get("content", said.get("text", 0)))
@@ -233,12 +250,15 @@ def read_reply(body: object) -> Answer:
 def _usage(usage: Mapping[str, object]) -> tuple[int | None, int | None]:
     """Return tokens of the prompt and of the answer, None where they are not counted.
 
-    Some endpoints leave what a model thinks out of its answer's tokens, but not out of the total.
+    Some endpoints leave what a model thinks out of its answer's tokens, but not out of the total or what they say of it.
     """
     asked, written = as_count(usage.get("prompt_tokens")) or None, as_count(usage.get("completion_tokens"))
     total = as_count(usage.get("total_tokens"))
+    thought = as_count(as_object(usage.get("completion_tokens_details")).get("reasoning_tokens")) or 0
     if asked is not None and written is not None and total is not None:
         written = max(written, total - asked)
+    elif written is not None and thought > written:
+        written += thought
     return asked, written
 
 
@@ -264,7 +284,7 @@ def fault_of(status: object, headers: Mapping[str, str], body: object) -> CallFa
     code = as_text(found.get("code") or found.get("type") or "")
     number = status if isinstance(status, int) else 0
     billed = number in {408, 499} or (number >= 500 and number not in _UNDONE)
-    fault = CallFault("rejected", f"{number or code}: {said}", billed=billed)
+    fault = CallFault("rejected", f"{number or code or 'error'}: {said}", billed=billed)
     if 300 <= number < 400:
         fault.kind, fault.detail = "redirect", f"{number} to {headers.get('location', 'nowhere')}"
     elif number in _LASTING or (number == 429 and code in _QUOTA):

@@ -24,6 +24,7 @@ from persodpo.generation.client import (
     Mask,
     api_key,
     fault_of,
+    proxy_logins,
     read_reply,
     request_body,
     shape_faults,
@@ -35,6 +36,8 @@ from persodpo.generation.summary import BYTES_PER_TOKEN
 LONGEST_BODY = 16 * 2**20
 #: Longest wait that the client takes from a server, seconds; one that asks for more stops its model.
 LONGEST_WAIT = 120.0
+#: Seconds by which a request may be late and yet not delay those after it; after a stall nothing is made up for.
+LATE = 0.05
 #: Attempts at an endpoint that has never answered; a wrong address is no matter for patience.
 FIRST_ATTEMPTS = 2
 #: Tokens that servers add around each message of a chat, at most.
@@ -54,6 +57,7 @@ LASTING = {
     "row": (f"failed for {FAILURES_IN_A_ROW} prompts in a row", "mend that and run again, with failures retried"),
     "elsewhere": ("has a batch under way at another address", "set base_url back until it is collected"),
     "batch": ("failed on a batch", "run again later"),
+    "lost": ("does not find a batch with {key}", "run again with its own key, or give it up as paid: --retry-failed"),
     "no_batches": ("has no Batch API", "set batch: false"),
     "refused": ("refused a batch", "correct what it names and run again"),
 }
@@ -89,12 +93,14 @@ class OpenAIBackend(Backend):
     def client(self, http: BoundedClient, retries: int) -> openai.AsyncOpenAI:
         """Read the key, which is handed to nothing but the client, and return one that is to be closed."""
         key = api_key(self.settings)
-        self.mask = Mask(key)
-        # Left to itself the client would send keys of the environment to whatever server base_url names.
-        return openai.AsyncOpenAI(
-            api_key=key or "none", default_headers={"Authorization": f"Bearer {key or 'none'}"}, http_client=http,
-            base_url=self.settings.base_url, max_retries=retries, timeout=http.timeout,
+        self.mask = Mask(key, *proxy_logins())
+        client = openai.AsyncOpenAI(
+            api_key=key or "none", http_client=http, base_url=self.settings.base_url, max_retries=retries,
+            timeout=http.timeout,
         )  # fmt: skip
+        # Left to itself the client would send keys and headers of the environment to whatever server base_url names.
+        client._custom_headers = {"Authorization": f"Bearer {key or 'none'}"}
+        return client
 
     def sentence(self, kind: str, detail: str) -> str:
         """Return why the model is stopped: by a kind of `LASTING`, with what was said, without secrets."""
@@ -108,7 +114,7 @@ class OpenAIBackend(Backend):
         cost = price
         if self.prices and answer.prompt_tokens is not None and answer.completion_tokens is not None:
             cost = self.prices.cost(answer.prompt_tokens, answer.completion_tokens)
-            if cost > price:
+            if cost > price > 0:  # not where the prices came after the request
                 detail = f"{answer.prompt_tokens:,} + {answer.completion_tokens:,} tokens, ${cost:,.4f}"
                 work.stop(self.sentence("usage", f"{detail} where ${price:,.4f} was the most"))
         return self.mask.withheld(replace(answer, cost=cost))
@@ -129,7 +135,7 @@ class _Call:
     price: float  # the most that one attempt can cost, US dollars
     tokens: int  # of prompt and longest answer, as the pace counts them
     attempts: int = 0
-    billed: int = 0  # attempts that may have been billed without an answer
+    billed: int = 0  # attempts that may have been billed, the one under way included
     latency: float = 0.0  # seconds of the last one
     answer: Answer | None = None
     fault: CallFault | None = None  # what the last attempt lacked
@@ -154,10 +160,13 @@ class _Wire(BoundedClient):
             ((key, request),) = item
             tokens = request.prompt_bytes // BYTES_PER_TOKEN + request.max_new_tokens
             call = _Call(key, self._backend.highest_cost(request), tokens)
-            answer = await self._ask(client, call, request)
-            if answer is None:
-                self._work.give_back([key])
-            else:
+            answer = None
+            try:
+                answer = await self._ask(client, call, request)
+            finally:  # also where it is interrupted
+                if answer is None and not call.billed:
+                    self._work.give_back([key])
+            if answer is not None:
                 await self._work.done(key, request, answer)
 
     async def _ask(self, client: openai.AsyncOpenAI, call: _Call, request: Request) -> Answer | None:
@@ -169,9 +178,11 @@ class _Wire(BoundedClient):
             await client.post(path.removeprefix("/v1"), body=body, cast_to=object)
         except CallFault as error:
             call.fault = error
+        except UnicodeEncodeError:
+            call.fault = CallFault("rejected", "the prompt holds half a character", billed=False)
         except openai.APIStatusError:
             pass  # the last attempt's fault may pass, but there was no further attempt
-        lost = call.billed * call.price
+        lost = (call.billed - (call.answer is not None)) * call.price
         if call.answer is not None:
             self._answered, self._failures_in_a_row = True, 0
             answer = self._backend.booked(self._work, call.answer, call.price)
@@ -200,19 +211,20 @@ class _Wire(BoundedClient):
     async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
         """Make one attempt; the client is told whether it gave an answer or another one can help, and nothing else."""
         call = _CALL.get()
-        if call.fault and call.billed and not self._work.pay_again(call.key, call.price):
-            raise call.fault
         await self._pace.wait(call.tokens)
         if self._work.summary.stopped:
             raise call.fault or CallFault("unreachable", "not sent", transient=True, billed=False)
+        if call.fault and call.billed and not self._work.pay_again(call.key, call.price):
+            raise call.fault
         started = time.perf_counter()
         call.attempts += 1
+        call.billed += 1
         try:
             call.answer = await self._attempt(call, request, options)
         except CallFault as fault:
             fault.detail = self._backend.mask.line(fault.detail)
             call.fault = fault
-            call.billed += fault.billed
+            call.billed -= not fault.billed
             if not fault.transient:
                 raise
             wait = {} if fault.retry_after is None else {"retry-after": str(fault.retry_after)}
@@ -224,14 +236,13 @@ class _Wire(BoundedClient):
     async def _attempt(self, call: _Call, request: httpx2.Request, options: dict[str, Any]) -> Answer:
         """Return an answer; whatever comes in its place is a fault."""
         try:
-            async with asyncio.timeout(self._settings.timeout_seconds):
-                response = await super().send(request, **options)
+            response = await super().send(request, **options)
         except (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.UnsupportedProtocol, httpx2.ProxyError) as error:
             patient = self._reached or call.attempts < FIRST_ATTEMPTS
             raise CallFault(
                 "unreachable", str(error) or type(error).__name__, transient=patient, billed=False
             ) from None
-        except (TimeoutError, httpx2.TimeoutException):
+        except httpx2.TimeoutException:
             raise CallFault("timeout", "no answer in time", transient=True) from None
         except httpx2.DecodingError as error:
             raise CallFault("invalid_body", str(error)) from None
@@ -255,6 +266,7 @@ class Pace:
         self._request_seconds = 60 / requests_per_minute if requests_per_minute else 0.0
         self._token_seconds = 60 / tokens_per_minute if tokens_per_minute else 0.0
         self._free_at = float("-inf")
+        self._turn = asyncio.Lock()
 
     def slot(self, tokens: int, now: float) -> float:
         """Return the time at which a request of this many tokens may be sent, and keep that time for it."""
@@ -264,5 +276,8 @@ class Pace:
 
     async def wait(self, tokens: int) -> None:
         """Wait until a request of this many tokens may be sent."""
-        now = time.monotonic()
-        await asyncio.sleep(self.slot(tokens, now) - now)
+        async with self._turn:
+            due = self._free_at
+            await asyncio.sleep(due - time.monotonic())
+            now = time.monotonic()
+            self.slot(tokens, due if now - due < LATE else now)

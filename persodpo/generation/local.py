@@ -1,7 +1,7 @@
 """A model of this machine: transformers' ``generate``, many prompts of like length together, or one on a warm model.
 
-Greedy by default: the model's own generation settings without their sampling, as the authors ran it. On CUDA weights are
-bfloat16, elsewhere float32. A batch that does not fit the memory is halved.
+Greedy by default: the model's own generation settings without their sampling and beams, as the authors ran it. On CUDA
+weights are bfloat16, elsewhere float32. A batch that does not fit the memory is halved.
 """
 
 from __future__ import annotations
@@ -210,12 +210,13 @@ class Decoder:
         )  # fmt: skip
 
     def _config(self, temperature: float | None, max_new_tokens: int) -> Any:
-        """Return the model's own generation settings: greedy, or drawn from the whole softmax at a temperature."""
+        """Return the model's own generation settings, no beams: greedy, or drawn from the whole softmax at a temperature."""
         config = GenerationConfig.from_dict(self._model.generation_config.to_dict())
         config.update(  # type: ignore[no-untyped-call]
             do_sample=bool(temperature), temperature=temperature or None, top_p=1.0 if temperature else None,
             top_k=0 if temperature else None, max_length=None, max_new_tokens=max_new_tokens,
-            pad_token_id=self._tokenizer.pad_token_id, eos_token_id=self._ends,
+            pad_token_id=self._tokenizer.pad_token_id, eos_token_id=self._ends, num_beams=1, num_return_sequences=1,
+            return_dict_in_generate=False, max_time=float("inf"),
         )  # fmt: skip
         return config
 

@@ -43,8 +43,8 @@ CREATE TABLE reservations (key TEXT, run TEXT, cost REAL NOT NULL, PRIMARY KEY (
 """
 _CONTENT = Content(
     "answers",
-    "restore a copy, or save what can be read with `sqlite3 FILE .recover`, or move it away and run again, the file was not "
-    "changed",
+    "delete FILE-wal and FILE-shm and restore a copy, or save what can be read with `sqlite3 FILE .recover`, or move it "
+    "away and run again, the file was not changed",
     application=0x50445052,  # "PDPR"
     version=2,
     schema=_SCHEMA,
@@ -65,6 +65,7 @@ ON CONFLICT (key) DO UPDATE SET
 _LOST = """
 UPDATE answers SET cost = cost + (SELECT total(cost) FROM reservations WHERE key = ?1 AND run <> ?2) WHERE key = ?1
 """
+_SET_ASIDE = "INSERT INTO reservations VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET cost = cost + excluded.cost"
 _SPENT = "SELECT (SELECT total(cost) FROM answers WHERE cost > 0) + (SELECT total(cost) FROM reservations)"
 
 
@@ -114,6 +115,11 @@ class Store:
         with self._lock:
             self._connection.close()
 
+    def copy(self, to: Store) -> None:
+        """Make another store, in memory, the same as this one."""
+        with _CONTENT.faults(self.path), self._lock:
+            self._connection.backup(to._connection)
+
     @contextmanager
     def asking(self, models: Iterable[str]) -> Iterator[None]:
         """Keep other processes from asking these models, waiting for one that does; it is said on a terminal.
@@ -159,10 +165,7 @@ class Store:
                 if usd and budget is not None and total > budget:
                     break
                 granted += 1
-            connection.executemany(
-                "INSERT INTO reservations VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET cost = cost + excluded.cost",
-                [(key, self.run, usd) for key, usd in prices[:granted] if usd],
-            )
+            connection.executemany(_SET_ASIDE, [(key, self.run, usd) for key, usd in prices[:granted] if usd])
         return granted
 
     def release(self, keys: Collection[str], run: str | None = None) -> None:
@@ -175,9 +178,11 @@ class Store:
     def hand_over(self, prices: Mapping[str, float], run: str, heir: str) -> None:
         """Let another run bear what a run has set aside: a batch, which outlives this process, by a name of its own."""
         with self._exclusive() as connection:
+            own = dict(connection.execute("SELECT key, cost FROM reservations WHERE run = ?", [run]))
             connection.executemany("DELETE FROM reservations WHERE key = ? AND run = ?", [(key, run) for key in prices])
-            rows = [(key, heir, usd) for key, usd in prices.items()]
-            connection.executemany("INSERT INTO reservations VALUES (?, ?, ?)", rows)
+            # Where the endpoint names files by their content, the heir may bear an earlier batch of that name.
+            rows = [(key, heir, max(usd, own.get(key, 0.0))) for key, usd in prices.items()]
+            connection.executemany(_SET_ASIDE, rows)
 
     def reservations(self, start: str) -> dict[str, dict[str, float]]:
         """Return what runs whose names start so have set aside: for each its keys and US dollars."""

@@ -101,15 +101,16 @@ def forecast(requests: Iterable[Request], backend: Backend, store: Store, *, ret
     """Forecast what `persodpo.generation.ask.generate` would do; nothing is sent and nothing written.
 
     Stored answers are not asked again, and those of this model to the same template say how many tokens and seconds an
-    answer takes. Requests are gone through once, in flat memory.
+    answer takes. Requests are gone through once, and only their keys are kept.
     """
     total = to_ask = prompt_bytes = longest = 0
-    most = 0.0
+    most, seen = 0.0, set[str]()
     template, remaining = "", iter(requests)
     while chunk := list(islice(remaining, CHUNK)):
         by_key = {request_key(request, backend): request for request in chunk}
         template, total = template or chunk[0].template, total + len(chunk)
-        missing = [by_key[key] for key in store.missing(by_key, retry_failed)]
+        missing = [by_key[key] for key in store.missing(by_key, retry_failed) if key not in seen]
+        seen |= by_key.keys()
         to_ask += len(missing)
         prompt_bytes += sum(request.prompt_bytes for request in missing)
         longest += sum(request.max_new_tokens for request in missing)

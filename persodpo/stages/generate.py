@@ -193,7 +193,7 @@ def _ask(run: RunFolder, scope: Scope, *, retry_failed: bool = False, progress: 
 
 
 def forecasts(run: RunFolder, scope: Scope, retry_failed: bool = False) -> list[Forecast]:
-    """Say what `ask` would take in a run with dialogues; nothing is sent or loaded."""
+    """Say what `ask` would take in a run with dialogues; nothing is sent, loaded or stored."""
     with _store(run) as store:
         _adopt(run, store, scope)
         jobs = [job for job, _ in jobs_of(run, scope, make_policy=False)]
@@ -219,9 +219,12 @@ def forecast_report(run: RunFolder, scope: Scope, retry_failed: bool = False) ->
 
 @contextmanager
 def _store(run: RunFolder) -> Iterator[Store]:
-    """Open the store to look things up; where there is none, an empty one that leaves no file."""
-    with Store(run.answers if run.answers.exists() else Path(":memory:")) as store:
-        yield store
+    """Give the store, or an empty one, as a copy in memory: what is written there is written nowhere else."""
+    with Store(Path(":memory:")) as copy:
+        if run.answers.exists():
+            with Store(run.answers) as store:
+                store.copy(copy)
+        yield copy
 
 
 def _adopt(run: RunFolder, store: Store, scope: Scope) -> None:
