@@ -30,6 +30,9 @@ FEWEST = 10
 Z95 = float(norm.ppf(0.975))
 #: Counts held in memory at a time, about 32 MB.
 _CHUNK = 4_000_000
+#: Decimals of the mean of a resample, one less of a standard error: processors round sums otherwise, and are to write the
+#: same table.
+_DECIMALS = 10
 #: Differences smaller than this, or than this share of a statistic's largest value, are roundings of zero.
 _ROUNDING = 1e-12
 
@@ -118,7 +121,8 @@ def _resampled_means(columns: Floats, sampling: Resampling) -> Floats:
         drawn = generator.integers(dialogues, size=(rows, dialogues)) + dialogues * np.arange(rows)[:, None]
         counts = np.bincount(drawn.ravel(), minlength=rows * dialogues).reshape(rows, dialogues).astype(float)
         with np.errstate(invalid="ignore"):
-            parts.append(counts @ values / (counts @ masks)[:, which.ravel()] + origin)
+            means = counts @ values / (counts @ masks)[:, which.ravel()]
+        parts.append(means.round(_DECIMALS) + origin)
     return np.concatenate(parts)
 
 
@@ -169,7 +173,7 @@ def _standard_error(parts: Sequence[tuple[float, int]]) -> tuple[float, float]:
     total = sum(variance for variance, _ in parts)
     if total == 0:
         return 0.0, float(parts[0][1])
-    return float(np.sqrt(total)), total**2 / sum(variance**2 / freedom for variance, freedom in parts)
+    return float(np.sqrt(total).round(_DECIMALS - 1)), total**2 / sum(variance**2 / freedom for variance, freedom in parts)
 
 
 def sign_test(differences: Floats) -> dict[str, float]:
