@@ -40,6 +40,7 @@ def cells(result: str) -> list[list[str]]:
 def facts() -> dict[str, str]:
     """Return what is no table of a result."""
     mini, grouped, measured = content("mini"), content("train-cpu")["rungs"]["grouped"], content("generate")["measured"]
+    faster = content("train-cpu-avx512")["rungs"]["grouped"]
     types = {name: count for name, count, _ in cells("architectures")[1:]}
     head, *arms = cells("mini")
     seconds = {
@@ -52,6 +53,8 @@ def facts() -> dict[str, str]:
         "mini minutes": f"{mini['first seconds'] / 60:.0f}",
         "times trl": f"{grouped['against_trl']:.0f}",
         "times pairs": f"{grouped['against_pairs']:.1f}",
+        "times trl faster": f"{faster['against_trl']:.0f}",
+        "times pairs faster": f"{faster['against_pairs']:.1f}",
         "types": ", ".join(f"{count} {name}" for name, count in types.items()),
         "throughput": f"{measured['throughput']['share of the ideal']:.2f}",
         "arms": block(pipes(ARMS, ([line[head.index(name)] for name in ARMS] for line in arms))),

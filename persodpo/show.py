@@ -35,8 +35,8 @@ def text_table(frame: pd.DataFrame, decimals: int = 3) -> Styler:
         frame[column] = frame[column].map(
             lambda cell: _UNBROKEN.sub("\\g<0>\u200b", cell) if isinstance(cell, str) else cell
         )
-    styler = frame.style.format(escape="html", precision=decimals, thousands=",").format_index(escape="html", axis=0)
-    styler = styler.set_properties(subset=text, **_LEFT)
+    styler = frame.style.format(escape="html", precision=decimals, thousands=",", na_rep="–")
+    styler = styler.format_index(escape="html", axis=0).set_properties(subset=text, **_LEFT)
     styler = styler.set_table_styles({column: [{"selector": "th", "props": "text-align: left"}] for column in text})
     return styler.hide() if frame.index.name is None else styler
 

@@ -173,7 +173,9 @@ def _standard_error(parts: Sequence[tuple[float, int]]) -> tuple[float, float]:
     total = sum(variance for variance, _ in parts)
     if total == 0:
         return 0.0, float(parts[0][1])
-    return float(np.sqrt(total).round(_DECIMALS - 1)), total**2 / sum(variance**2 / freedom for variance, freedom in parts)
+    return float(np.sqrt(total).round(_DECIMALS - 1)), total**2 / sum(
+        variance**2 / freedom for variance, freedom in parts
+    )
 
 
 def sign_test(differences: Floats) -> dict[str, float]:
