@@ -474,6 +474,7 @@ if way == "early":
 trainer.train()
 after = trainer.evaluate()
 trainer.save_model(folder)
+trainer.accelerator.end_training()
 history = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
 if trainer.accelerator.is_main_process:
     print("RESULT" + json.dumps({{
