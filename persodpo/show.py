@@ -20,7 +20,7 @@ VERDICTS = {
     "not derivable": ("?", "#99999933"),
 }
 
-#: What a line cannot be broken in, the second of signs that browsers draw as wide boxes; a zero-width space goes behind it.
+#: What a line cannot be broken in, the first of signs that browsers draw as wide boxes; a zero-width space goes behind it.
 _UNBROKEN = (re.compile(r"[\x00-\x1f\x7f-\x9f\ufffd]{8}(?=\S)"), re.compile(r"\S{30}(?=\S)"))
 _LEFT = {"text-align": "left", "vertical-align": "top", "white-space": "pre-wrap"}
 
