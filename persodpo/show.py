@@ -20,8 +20,11 @@ VERDICTS = {
     "not derivable": ("?", "#99999933"),
 }
 
-#: What a line cannot be broken in, the first of signs that browsers draw as wide boxes; a zero-width space goes behind it.
-_UNBROKEN = (re.compile(r"[\x00-\x1f\x7f-\x9f\ufffd]{8}(?=\S)"), re.compile(r"\S{30}(?=\S)"))
+#: Control signs as pictures, for browsers draw them as wide boxes in which no line can be broken.
+_PICTURES = {number: chr(0x2400 + number) for number in range(32) if chr(number) not in "\t\n\r"}
+_PICTURES |= {0x7F: "\u2421"} | dict.fromkeys(range(0x80, 0xA0), "\ufffd")
+#: What a line cannot be broken in; a zero-width space goes behind it.
+_UNBROKEN = re.compile(r"[\u2400-\u2421\ufffd]{8}(?=\S)|\S{30}(?=\S)")
 _LEFT = {"text-align": "left", "vertical-align": "top", "white-space": "pre-wrap"}
 
 
@@ -32,17 +35,13 @@ def text_table(frame: pd.DataFrame, decimals: int = 3) -> Styler:
     text = frame.select_dtypes(["object", "string"]).columns
     frame = frame.copy()
     for column in text:
-        frame[column] = frame[column].map(lambda cell: _breakable(cell) if isinstance(cell, str) else cell)
+        frame[column] = frame[column].map(
+            lambda cell: _UNBROKEN.sub("\\g<0>\u200b", cell.translate(_PICTURES)) if isinstance(cell, str) else cell
+        )
     styler = frame.style.format(escape="html", precision=decimals, thousands=",", na_rep="–")
     styler = styler.format_index(escape="html", axis=0).set_properties(subset=text, **_LEFT)
     styler = styler.set_table_styles({column: [{"selector": "th", "props": "text-align: left"}] for column in text})
     return styler.hide() if frame.index.name is None else styler
-
-
-def _breakable(text: str) -> str:
-    for unbroken in _UNBROKEN:
-        text = unbroken.sub("\\g<0>\u200b", text)
-    return text
 
 
 def verdict_table(shown: pd.DataFrame, verdicts: pd.DataFrame) -> Styler:
