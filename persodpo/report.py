@@ -27,14 +27,11 @@ _NO_TEXT = re.compile(r"<(style|script)\b.*?</\1\s*>", re.DOTALL | re.IGNORECASE
 _PAGE = """<!DOCTYPE html><html lang="en"><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width"><title>{title}</title><style>
-body {{ max-width: 66rem; margin: 1.5rem auto; padding: 0 1rem; font: 1rem/1.5 system-ui, sans-serif; color: #1b1f24; }}
-pre {{ padding: .6rem; overflow-x: auto; background: #f4f6f8; }}
-.output_subarea pre {{ background: none; white-space: pre-wrap; overflow-wrap: anywhere; }}
+html {{ color-scheme: light dark; font: 1rem/1.5 system-ui; }} body {{ max-width: 66rem; margin: auto; padding: 1.5rem; }}
+pre {{ padding: 1ex; overflow: auto; background: #8881; }} .output_subarea pre {{ background: none; white-space: pre-wrap; }}
 pre, code, table {{ font-size: .85rem; }} .prompt {{ font-size: .75rem; }} img {{ max-width: 100%; height: auto; }}
-.output_subarea {{ overflow-x: auto; }} table {{ border-collapse: collapse; }} tr {{ border-bottom: 1px solid #d5dae0; }}
+.output_subarea {{ overflow-x: auto; }} table {{ border-collapse: collapse; }} tr {{ border-bottom: 1px solid #8884; }}
 th, td {{ padding: .3rem .7rem; text-align: left; vertical-align: top; white-space: pre-wrap; }}
-@media (prefers-color-scheme: dark) {{ body {{ color: #dfe3e8; background: #15181c; }} a {{ color: #8ab8ff; }}
- pre {{ background: #20252b; }} tr {{ border-color: #3a424b; }} img {{ background: white; }} }}
 </style><p><a href="index.html">Run {run}</a></p>{body}</html>
 """
 
