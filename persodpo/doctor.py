@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -23,8 +23,6 @@ from persodpo.runfolder import RunFolder, StageReport
 from persodpo.scoring.models import FILES, device_name, encoder_folder
 from persodpo.stages.generate import Scope, forecast_report
 from persodpo.stages.policy import PREFIX, miniature_folder, model_folder
-
-PUBLISHED = {"published", "published_focus"}
 
 
 class Finding(NamedTuple):
@@ -58,15 +56,15 @@ def diagnose(profile: Profile) -> Iterator[Finding]:
         if name not in {"small", "policy"} and not name.startswith(PREFIX):  # those are made by the run
             yield _model(use, name, revision)
     if profile.scoring.source == "compute" and profile.engine.ray_workers:
-        state = "ok" if importlib.util.find_spec("ray") else "missing"
-        yield Finding(state, "Package ray: pip install 'persodpo[ray]'")
+        yield Finding("ok" if find_spec("ray") else "missing", "Package ray: pip install 'persodpo[ray]'")
     yield from _machine(profile)
 
 
 def _files(profile: Profile) -> Iterator[Finding]:
     """Run the stages that read files in a scratch folder that sees the run's stored answers and its models."""
     run, source = RunFolder(profile), profile.generation.source
-    if PUBLISHED & {profile.dialogues.source, source, profile.scoring.source, profile.evaluation.source}:
+    used = {profile.dialogues.source, source, profile.scoring.source, profile.evaluation.source}
+    if used & {"published", "published_focus"}:
         count = len(release_files(run.release))
         yield Finding("ok", f"Files: all {count} published ones are in {run.release}.")
     with TemporaryDirectory(prefix="persodpo-doctor-") as scratch:

@@ -65,7 +65,7 @@ def test_a_machine_that_has_nothing(tmp_path, monkeypatch):
 
 
 def test_a_machine_that_has_everything(tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(doctor, "find_spec", lambda name: name)
     profile, before = equipped(tmp_path), sorted(tmp_path.rglob("*"))
     done = command(profile, tmp_path / "profile.yaml")
     assert done.exit_code == 0, done.stdout
@@ -96,7 +96,7 @@ def test_models_in_folders_and_in_the_cache_of_the_hub(tmp_path):
 
 
 def test_packages_gpu_and_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(doctor, "find_spec", lambda _: None)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 2**29))
     found = missing(equipped(tmp_path, engine__ray_workers=2, training__bf16=True))
     wanted = ["Package ray", "GPU", "Disk", "Disk"]
