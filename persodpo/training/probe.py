@@ -201,12 +201,10 @@ def as_it_was(model: Any, *, exact: bool) -> Iterator[None]:
     """
     modes = [(module, module.training) for module in model.modules()]
     # Accelerate puts mixed precision around a model that is trained already, and inside what is put around it here.
-    own = {
-        one: vars(one)["_original_forward"] for one in (model, base_model(model)) if "_original_forward" in vars(one)
-    }
-    wrapped = {one: one.forward for one in own} if layout_of(model) else {}
+    ours = (model, base_model(model)) if layout_of(model) else ()
+    wrapped = {one: one.forward for one in ours if "_original_forward" in vars(one)}
     for one in wrapped:
-        one.forward = own[one]
+        one.forward = vars(one)["_original_forward"]
     devices = [model.device] if model.device.type == "cuda" else []
     model.train(mode=False)
     with suppress(*FAULTS), torch.no_grad(), torch.random.fork_rng(devices=devices):

@@ -117,7 +117,7 @@ def train_arm(
             "threads": torch.get_num_threads(), "device": str(trainer.args.device),
         }  # fmt: skip
         write_json(folder / ARM_RECORD, record)
-    said = f"{described}, {len(train):,} pairs, {len(held_out):,} held out; {_summary(trainer, settings.warmup_steps)}"
+    said = f"{described}, {len(train):,} pairs, {_summary(trainer, len(held_out), settings.warmup_steps)}"
     generations = health.generations.assign(prompt=lambda frame: [health.prompts[number] for number in frame["prompt"]])
     notes = (said, *(f"warning: {text}" for text in dict.fromkeys(warned)))
     return Trained(log_table(history, described), health.summary(), generations, notes)
@@ -156,13 +156,13 @@ class _CheckpointRecord(TrainerCallback):
         write_json(folder / CHECKPOINT_RECORD, _digests(folder, "*"))
 
 
-def _summary(trainer: GroupedDPOTrainer, warmup: int) -> str:
-    """Say how a training ended."""
+def _summary(trainer: GroupedDPOTrainer, held_out: int, warmup: int) -> str:
+    """Say how long a training went, and how it ended on the pairs that were held out."""
     last = next(log for log in reversed(trainer.state.log_history) if "eval_loss" in log)
     steps = trainer.state.global_step
     said = (
-        f"after {steps:,} steps there loss {last['eval_loss']:.3f}, accuracy {last['eval_rewards/accuracies']:.3f}, "
-        f"margin {last['eval_rewards/margins']:.3f}"
+        f"{steps:,} steps; on {held_out:,} held out: loss {last['eval_loss']:.3f}, accuracy "
+        f"{last['eval_rewards/accuracies']:.3f}, margin {last['eval_rewards/margins']:.3f}"
     )
     short = f"; the warm-up of {warmup} steps left it no full learning rate: lower training.warmup_steps"
     return said + (short if steps <= warmup else "")
