@@ -52,7 +52,7 @@ def measure(way: str, seed: int, train: pd.DataFrame, held_out: pd.DataFrame, pr
     run = RunFolder(profile)
     model, tokenizer = load_policy(run.root / "policy")
     with tempfile.TemporaryDirectory() as folder:
-        args = arguments("perso", Path(folder), profile)
+        args = arguments("perso", Path(folder), profile, train["prompt"].nunique())
         args.seed = args.data_seed = seed
         args.eval_strategy = args.save_strategy = args.logging_strategy = "no"
         args.reference_cache = str(run.root / "training" / "reference")

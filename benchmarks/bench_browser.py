@@ -64,8 +64,7 @@ def main() -> None:
     if not os.environ.get(RELEASE_VARIABLE):
         raise SystemExit(f"{RELEASE_VARIABLE} is not set: name the folder of the published files.")
     with tempfile.TemporaryDirectory() as folder:
-        places = [f"paths.{name}={folder}/{name}" for name in ("runs", "figures", "release")]
-        published = load_profile("release", places)
+        published = load_profile("release", [f"home={folder}"])
         source = Path(folder) / "published.yaml"
         source.write_text(published.to_yaml(), encoding="utf-8")
         stages.make(published, "score")

@@ -78,8 +78,8 @@ def released_way(weights: Path, requests: list[Request]) -> Callable[[], list[st
 
 def our_way(weights: Path, requests: list[Request], batch_size: int) -> Callable[[], list[str]]:
     """Return our way, into a fresh store every time; loading the model counts."""
-    fields = {"kind": "transformers", "model": "bench", "weights": str(weights), "batch_size": batch_size}
-    backend = TransformersBackend(TransformersModel(**fields), weights, load_policy)
+    settings = TransformersModel(model="bench", weights=str(weights), batch_size=batch_size)
+    backend = TransformersBackend(settings, weights, load_policy)
 
     def run() -> list[str]:
         with Store(Path(":memory:")) as store:

@@ -131,7 +131,7 @@ def main() -> None:
         write_other_processor()
         return
     with tempfile.TemporaryDirectory() as folder:
-        profile = load_profile("mini", [f"paths.{name}={folder}/{name}" for name in ("runs", "figures", "release")])
+        profile = load_profile("mini", [f"home={folder}"])
         source = Path(folder) / "profile.yaml"
         source.write_text(profile.to_yaml(), encoding="utf-8")
         first, memory = reproduce(source)

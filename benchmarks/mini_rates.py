@@ -65,9 +65,7 @@ def pairs_of(run: RunFolder, arm: ArmName) -> pd.DataFrame:
 
 def judged(run: RunFolder, weights: str | Path, dialogues: pd.DataFrame, folder: Path) -> list[str]:
     """Return the shares of answers that are grounded, that repeat a sentence and that cannot be read."""
-    entry = TransformersModel.model_validate({
-        "kind": "transformers", "model": "tried", "weights": str(weights), "batch_size": DIALOGUES,
-    })  # fmt: skip
+    entry = TransformersModel(model="tried", weights=str(weights), batch_size=DIALOGUES)
     with Store(folder / "answers.sqlite") as store:
         jobs = [job_for(dialogues, entry, run.profile, weights) for _ in "ab"]
         generate_all(jobs[:1], store, reading=run.profile.reading)

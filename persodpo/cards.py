@@ -15,7 +15,7 @@ import pandas as pd
 from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardData
 
 from persodpo.corrections import CORRECTIONS
-from persodpo.files import read_json, read_text, write_text
+from persodpo.files import name_and_revision, read_json, read_text, write_text
 from persodpo.runfolder import RunFolder
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -62,7 +62,8 @@ def write_model_card(run: RunFolder, label: str, source: RunFolder, estimates: p
     on_hub = "/" in policy and not policy.startswith("miniature/") and not Path(policy).exists()
     data = ModelCardData(
         language=["en"], library_name="peft" if adapter else "transformers", pipeline_tag="text-generation",
-        base_model=policy if on_hub else None, model_name=f"persodpo {arm}", tags=["dpo", "trl", "persona", "persodpo"],
+        base_model=name_and_revision(policy)[0] if on_hub else None,
+        model_name=f"persodpo {arm}", tags=["dpo", "trl", "persona", "persodpo"],
     )  # fmt: skip
     last = log.groupby("kind", sort=False).tail(1).set_index("kind")[list(_LOGGED)].dropna(axis="columns", how="all")
     scored = {} if estimates is None else run.provenance("evaluation/scores")["settings"]
@@ -71,7 +72,7 @@ def write_model_card(run: RunFolder, label: str, source: RunFolder, estimates: p
         source=source.profile.name, record=record, settings=settings, pairs=settings["arm"]["pairs"],
         pairs_sha256=source.provenance(f"pairs/{settings['arm']['pairs']}")["sha256"], made=made, last=last,
         health=run.read(f"{folder}/health").to_dict("records"), judges=scored.get("scorers", {}),
-        models=run.profile.scoring.compute.models.model_dump(),
+        models=run.profile.scoring.models.model_dump(),
         results=[] if estimates is None else estimates[estimates["arm"] == arm].to_dict("records"),
     ).content  # fmt: skip
     return _write(run.path(f"{folder}/log").parent, text)

@@ -12,9 +12,9 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, AnyHttpUrl, Field, model_validator
+from pydantic import AnyHttpUrl, Discriminator, Field, Tag, model_validator
 
 from persodpo.corrections import MENDED, Correction, Corrections, Reranking, in_order
 from persodpo.profile_text import (
@@ -36,49 +36,24 @@ DEFAULT_PROFILE = "mini"
 
 ArmName = Literal["simple", "perso", "perso_weighted", "corrected"]
 ScorerName = Literal["coherence", "c_score", "ue_score", "persona_distance"]
-ClassName = Literal["contradiction", "neutral", "entailment"]
-Labels = Annotated[tuple[ClassName, ClassName, ClassName], AfterValidator(distinct)]
-DialogueSource = Literal["miniature", "published_focus", "focus_json", "csv"]
 PairSet = Literal["simple", "perso"]
 ARMS: tuple[ArmName, ...] = ("simple", "perso", "perso_weighted", "corrected")
 ENCODER, HUB_ENCODER = "encoder", "sentence-transformers/all-MiniLM-L6-v2"  # as a scorer's model; what is fetched
 Variable = Annotated[str, Field(pattern=r"^[A-Z_][A-Z0-9_]{0,63}$")]
-TokenLimit = Literal["max_tokens", "max_completion_tokens"]
 Format = Literal["raw", "chat", "chat_with_system"]
+#: Settings that change where and how fast results come, never which.
+NOT_OF_RESULTS: dict[str, Any] = {"home": True, "scoring": {"ray_workers"}}
 #: Settings that an ablation may change: none that shapes answers and scores, or that it names by itself.
-_RERANKING = re.compile(r"(scoring|pairs|training)\.(?!(source|encoder|compute|weights|arms|sets)\b)")
-
-
-class Paths(Section):
-    """Folders; relative ones start at the project's root."""
-
-    runs: Place = setting("run folders", Path("runs"))
-    figures: Place = setting("drawn figures", Path("figures"))
-    release: Place = setting("where `persodpo fetch release` puts the published files", Path("data/release"))
-
-
-class Engine(Section):
-    """Where scorers run: this changes speed and memory, never results."""
-
-    ray_workers: Count | None = setting("on Ray, each with a scorer's model; null: in this process, without Ray", None)
+_RERANKING = re.compile(r"(scoring\.(normalisation|target_words)|pairs\.\w+_quantile|training\.(?!arms\b)\w+)\b")
 
 
 class Dialogues(Section):
     """Which persona-grounded dialogues are answered."""
 
-    source: DialogueSource = setting("miniature (generated) | published_focus | focus_json | csv", "miniature")
-    train_file: Place | None = setting("FoCus train JSON", None)
-    valid_file: Place | None = setting("FoCus valid JSON", None)
-    csv_file: Place | None = setting("your own dialogues (docs/your-data.md)", None)
-    train_size: Count | None = setting("train dialogues of focus_json that are drawn, under `seed`; null: all", 1500)
-
-    @model_validator(mode="after")
-    def _files_where_needed(self) -> Self:
-        if self.source == "focus_json" and not (self.train_file or self.valid_file):
-            raise ValueError("source focus_json needs train_file or valid_file")
-        if self.source == "csv" and not self.csv_file:
-            raise ValueError("source csv needs csv_file, the file of your dialogues")
-        return self
+    source: Text = setting(
+        "miniature (generated) | published | your CSV file | the folder of FoCus's files", "miniature"
+    )
+    train_size: Count | None = setting("of FoCus's train dialogues, drawn under `seed`; null: all", 1500)
 
 
 class Miniature(Section):
@@ -86,7 +61,6 @@ class Miniature(Section):
 
     train: Count = setting("dialogues to answer and rank", 300)
     valid: Count = setting("held-out dialogues", 150)
-    model_dialogues: Count = setting("dialogues that its models learn from; none of them is in the two above", 1500)
 
 
 class Prompts(Section):
@@ -108,10 +82,10 @@ class Prices(Section):
 
 
 class OpenAIModel(Section):
-    """A model behind an OpenAI-compatible endpoint; holds no secret, only the name of the variable that does."""
+    """A model behind an OpenAI-compatible endpoint: OpenAI, vLLM, Ollama, llama.cpp. Its key is named, never held."""
 
+    kind: ClassVar[str] = "openai"
     model: Text = setting("the name in all tables")
-    kind: Literal["openai"] = setting("any OpenAI-compatible endpoint: OpenAI, vLLM, Ollama, llama.cpp")
     base_url: Text = setting("address up to /v1, without user name, password or query")
     api_key_env: Variable | None = setting("NAME of the environment variable that holds the key; null: none", None)
     served_as: Text | None = setting("the name at the endpoint; null: the same", None)
@@ -120,11 +94,8 @@ class OpenAIModel(Section):
     requests_per_minute: Count | None = setting("the account's limit; null for none", None)
     tokens_per_minute: Count | None = setting("the same, prompts and longest answers together", None)
     timeout_seconds: Positive = setting("longest wait for one attempt, to the last byte", 60.0)
-    attempts: Count = setting("how often a prompt is sent at most", 6)
-    token_limit: TokenLimit = setting("max_tokens | max_completion_tokens (newer OpenAI models)", "max_tokens")
     structured_output: bool = setting("hold the model to a JSON schema of the template's keys", False)
     batch: bool = setting("the Batch API: a day at most, usually at half the price, no response times", False)
-    poll_seconds: Positive = setting("between two looks at a batch", 60.0)
     prices: Prices | None = setting("null if unknown, then no budget can be kept", None)
 
     @model_validator(mode="after")
@@ -143,39 +114,39 @@ class OpenAIModel(Section):
 
 
 class TransformersModel(Section):
-    """A model that runs on this machine."""
+    """A model that runs on this machine, in this process or behind a server."""
 
+    kind: ClassVar[str] = "transformers"
     model: Text = setting("the name in all tables")
-    kind: Literal["transformers"] = setting("runs in this process")
-    weights: Text = setting("a folder, a Hub name, miniature/<name>, or policy: that of `policy.model`")
-    revision: Text | None = setting("commit, tag or branch on the Hub; null: the newest", None)
+    weights: Text = setting("a folder, a Hub name (@revision), miniature/<name>, or policy: that of `policy.model`")
     adapter: Place | None = setting("folder of a LoRA adapter", None)
     format: Format = setting("raw | chat (its own template) | chat_with_system", "raw")
-    mode: Literal["latency", "throughput"] = setting("latency: one at a time | throughput", "throughput")
-    batch_size: Count = setting("prompts answered together, in throughput mode", 32)
+    batch_size: Count = setting("prompts answered together; 1: one at a time, for response times", 32)
     stop_at_json: bool = setting("stop when the JSON object with the response is closed", False)
+    served: bool = setting("asked over HTTP: `transformers serve` is started for it, and ended", False)
+
+    @model_validator(mode="after")
+    def _servable(self) -> Self:
+        if self.served and (self.adapter or self.stop_at_json):
+            raise ValueError(f"model {self.model} is served, which knows neither adapter nor stop_at_json")
+        return self
 
 
-class ServedModel(Section):
-    """A model that ``transformers serve`` serves on this machine while it is asked, through the ``openai`` client."""
-
-    model: Text = setting("the name in all tables")
-    kind: Literal["served"] = setting("behind `transformers serve`, which is started for it")
-    weights: Text = setting("as of kind transformers")
-    format: Format = setting("as of kind transformers", "raw")
-    concurrency: int = setting("requests under way at a time", 8, ge=1, le=500)
-    timeout_seconds: Positive = setting("longest wait for one attempt", 60.0)
-    startup_seconds: Positive = setting("longest wait for the server", 120.0)
+def _kind(entry: Any) -> str:
+    """Tell an endpoint, which has an address, from a model of this machine, which has weights."""
+    at_address = isinstance(entry, OpenAIModel) or (isinstance(entry, dict) and "base_url" in entry)
+    return "openai" if at_address else "transformers"
 
 
-AskedModel = Annotated[OpenAIModel | TransformersModel | ServedModel, Field(discriminator="kind")]
+AskedModel = Annotated[
+    Annotated[OpenAIModel, Tag("openai")] | Annotated[TransformersModel, Tag("transformers")], Discriminator(_kind)
+]
 
 
 class Generation(Section):
     """Where responses come from."""
 
-    source: Literal["published", "models", "csv"] = setting("published | models (asked as in backends) | csv", "models")
-    csv_file: Place | None = setting("your own completions, for csv; all its models are ranked", None)
+    source: Text = setting("models (asked as in backends) | published | your CSV file, all of its models", "models")
     models: Several[Text] = setting("the models whose responses are ranked", ())
     temperature: float | None = setting("0: greedy; above 0 drawn under `seed`; null: as the server likes", 0.0, ge=0)
     budget_usd: float | None = setting("USD, never passed in a run folder; null: no limit", None, ge=0)
@@ -187,29 +158,25 @@ class Generation(Section):
         unknown = [model for model in self.models if model not in names]
         if self.source == "models" and unknown:
             raise ValueError(f"'{unknown[0]}' has no entry in backends; there are {', '.join(names) or 'none'}")
-        if self.source == "csv" and not self.csv_file:
-            raise ValueError("source csv needs csv_file, the file of your completions")
-        if self.source != "csv" and not self.models:
+        if self.source not in {"models", "published"} and not is_csv(self.source):
+            raise ValueError("source must be models, published, or a file of your completions that ends in .csv")
+        if not is_csv(self.source) and not self.models:
             raise ValueError(f"source {self.source} needs the name of at least one model in models")
         return self
 
 
+def is_csv(source: str) -> bool:
+    """Tell whether the source of dialogues or responses is a file of the user's own."""
+    return source.lower().endswith(".csv")
+
+
 class Models(Section):
-    """The model of each scorer: encoder (heads on `scoring.encoder`, its cosine), a folder, or a name on the Hub."""
+    """The model of each scorer: encoder (heads on `scoring.encoder`, its cosine), a folder, or a Hub name (@revision)."""
 
     coherence: Text = setting("T5 that answers Yes or No; the authors: MingZhong/unieval-dialog", ENCODER)
     c_score: Text = setting("three-way NLI classifier; the authors: BERT fine-tuned on Dialogue NLI", ENCODER)
     ue_score: Text = setting("three-way NLI classifier; the authors: BERT fine-tuned on SNLI", ENCODER)
     persona_distance: Text = setting("word2vec or GloVe file, or a sentence encoder", ENCODER)
-
-
-class Compute(Section):
-    """How scores are computed, for scoring.source compute."""
-
-    models: Models = Models()
-    labels: dict[Literal["c_score", "ue_score"], Labels] = setting("outputs of a checkpoint that names none", {})
-    batch_tokens: Count = setting("tokens of a batch, padding included; changes speed, never scores", 8192)
-    accept_failed_probes: Several[ScorerName] = setting("scorers that count although they fail their probes", ())
 
 
 class Weights(Section):
@@ -236,7 +203,9 @@ class Scoring(Section):
 
     source: Literal["published", "compute"] = setting("published (the released metric files) | compute", "compute")
     encoder: Text = setting("frozen sentence encoder: the one of `persodpo fetch encoder`, or a folder", HUB_ENCODER)
-    compute: Compute = Compute()
+    models: Models = Models()
+    accept_failed_probes: Several[ScorerName] = setting("scorers that count although they fail their probes", ())
+    ray_workers: Count | None = setting("scorers run on Ray, each with its model; null: in this process", None)
     weights: Weights = Weights()
     normalisation: Literal["observed", "declared"] = setting("min and max | own range of each metric", "observed")
     target_words: Count | None = setting("length that compliance rewards; null: mean of scored responses", None)
@@ -261,7 +230,6 @@ class PolicySize(Section):
 
     vocabulary: int = setting("entries of its byte-level BPE", 8192, ge=300)
     hidden_size: Count = setting("width", 160, multiple_of=4)
-    intermediate_size: Count = setting("width of the feed-forward part", 512)
     steps: Count = setting("warm-up: causal-LM steps on parsed responses given their prompts", 1000)
     batch_tokens: Count = setting("positions of a warm-up step", 1024)
 
@@ -269,7 +237,7 @@ class PolicySize(Section):
 class Policy(Section):
     """The model that is trained."""
 
-    model: Text = setting("small (made on the spot) | miniature/<name> | a folder | a Hub name", "miniature/base")
+    model: Text = setting("small (made here) | miniature/<name> | a folder | a Hub name (@revision)", "miniature/base")
     small: PolicySize = PolicySize()
 
 
@@ -285,12 +253,9 @@ class Training(Section):
     scale_weights: bool = setting("weights of mean 1, so that weighting is no hidden learning rate", True)
     max_length: int = setting("longest prompt and response together, tokens; the response loses its end", 1024, ge=2)
     token_budget: Count = setting("positions of a micro-batch; 12,000 and more fill a GPU", 1024)
-    bf16: bool = setting("mixed precision, for a GPU", False)
     lora_rank: Count | None = setting("LoRA adapters of this rank on every linear layer; null: all weights", None)
     held_out: float = setting("share of the prompts whose pairs are evaluated and never trained on", 0.05, gt=0, lt=1)
-    evaluation_steps: Count = setting("between two evaluations, health checks and checkpoints", 20)
-    health_prompts: Count = setting("held-out prompts that are answered greedily at each evaluation", 8)
-    health_tokens: Count = setting("longest such answer, tokens", 110)
+    health_tokens: Count = setting("longest answer of a health check, tokens", 110)
     stop_when_collapsed: bool = setting("stop when the parse rate has fallen or answers loop", False)
     report_to: tuple[Text, ...] = setting("trackers that follow: tensorboard, wandb, trackio", ())
 
@@ -336,8 +301,9 @@ class Profile(Section):
     name: str = setting("names runs/<name> and figures/<name>", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     seed: Seed = setting("of everything random but the arms' trainings, which have `evaluation.seeds`", 44)
     corrections: Corrections = setting(MENDED, ("A10b", "A10c"))
-    paths: Paths = Paths()
-    engine: Engine = Engine()
+    home: Place = setting(
+        "where runs/, figures/ and data/release/ lie; relative paths start at the project's root", Path()
+    )
     dialogues: Dialogues = Dialogues()
     miniature: Miniature = Miniature()
     prompts: Prompts = Prompts()
@@ -366,8 +332,8 @@ class Profile(Section):
         return self.model_copy(update={"corrections": in_order((*self.corrections, *more))})
 
     def digest(self) -> str:
-        """Return the sha256 of all settings that can change a result: folders and the scorers' engine are left out."""
-        text = json.dumps(self.model_dump(mode="json", exclude={"paths", "engine"}), sort_keys=True)
+        """Return the sha256 of all settings that can change a result: folders and Ray are left out."""
+        text = json.dumps(self.model_dump(mode="json", exclude=NOT_OF_RESULTS), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 

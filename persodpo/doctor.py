@@ -13,9 +13,9 @@ from typing import NamedTuple
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-from persodpo.config import ENCODER, HUB_ENCODER, OpenAIModel, Profile, ServedModel, TransformersModel, with_overrides
+from persodpo.config import ENCODER, HUB_ENCODER, OpenAIModel, Profile, is_csv, with_overrides
 from persodpo.errors import PersodpoError
-from persodpo.files import PROJECT
+from persodpo.files import PROJECT, name_and_revision
 from persodpo.generation.client import api_key
 from persodpo.release.fetch import release_files
 from persodpo.run import Run
@@ -39,23 +39,22 @@ def diagnose(profile: Profile) -> Iterator[Finding]:
     except PersodpoError as error:
         yield Finding("missing", str(error))
     asked = profile.generation.models if profile.generation.source == "models" else ()
-    models: list[tuple[str, str, str | None]] = [("the policy", profile.policy.model, None)]
+    models = [("the policy", profile.policy.model)]
     for entry in profile.generation.backends:
         if entry.model in asked and isinstance(entry, OpenAIModel):
             yield _key(entry, profile.generation.budget_usd is not None)
-        elif entry.model in asked and isinstance(entry, TransformersModel | ServedModel):
+        elif entry.model in asked and not isinstance(entry, OpenAIModel):
             name = str(PROJECT / entry.weights) if (PROJECT / entry.weights).is_dir() else entry.weights
-            models.append((entry.model, name, getattr(entry, "revision", None)))
-            if adapter := getattr(entry, "adapter", None):
-                models.append((f"{entry.model}'s adapter", str(adapter), None))
+            models.append((entry.model, name))
+            models += [(f"{entry.model}'s adapter", str(entry.adapter))] if entry.adapter else []
     if profile.scoring.source == "compute":
-        scorers = profile.scoring.compute.models.model_dump()
-        models += [(scorer, name, None) for scorer, name in scorers.items() if name != ENCODER]
-        models += [("the sentence encoder", profile.scoring.encoder, None)] if ENCODER in scorers.values() else []
-    for use, name, revision in models:
+        scorers = profile.scoring.models.model_dump()
+        models += [(scorer, name) for scorer, name in scorers.items() if name != ENCODER]
+        models += [("the sentence encoder", profile.scoring.encoder)] if ENCODER in scorers.values() else []
+    for use, name in models:
         if name not in {"small", "policy"} and not name.startswith(PREFIX):  # those are made by the run
-            yield _model(use, name, revision)
-    if profile.scoring.source == "compute" and profile.engine.ray_workers:
+            yield _model(use, name)
+    if profile.scoring.source == "compute" and profile.scoring.ray_workers:
         yield Finding("ok" if find_spec("ray") else "missing", "Package ray: pip install 'persodpo[ray]'")
     yield from _machine(profile)
 
@@ -63,17 +62,16 @@ def diagnose(profile: Profile) -> Iterator[Finding]:
 def _files(profile: Profile) -> Iterator[Finding]:
     """Run the stages that read files in a scratch folder that sees the run's stored answers and its models."""
     run, source = RunFolder(profile), profile.generation.source
-    used = {profile.dialogues.source, source, profile.scoring.source, profile.evaluation.source}
-    if used & {"published", "published_focus"}:
+    if "published" in {profile.dialogues.source, source, profile.scoring.source, profile.evaluation.source}:
         count = len(release_files(run.release))
         yield Finding("ok", f"Files: all {count} published ones are in {run.release}.")
     with TemporaryDirectory(prefix="persodpo-doctor-") as scratch:
-        shadow = with_overrides(profile, [f"paths.runs={scratch}"])
-        copy = Run(shadow)
-        copy.root.mkdir()
-        for path in filter(Path.exists, (run.answers, model_folder(run, "small"), miniature_folder(run))):
-            (Path(scratch) / path.relative_to(run.root.parent)).symlink_to(path)
-        for report in copy.make("generate" if source == "csv" else "dialogues"):
+        copy = Run(with_overrides(profile, [f"home={scratch}"]))
+        copy.root.mkdir(parents=True)
+        copy.release.parent.mkdir()
+        for path in filter(Path.exists, (run.release, run.answers, model_folder(run, "small"), miniature_folder(run))):
+            (Path(scratch) / path.relative_to(PROJECT / profile.home)).symlink_to(path)
+        for report in copy.make("generate" if is_csv(source) else "dialogues"):
             if isinstance(report, StageReport):
                 yield Finding("ok", "Files: " + ", ".join(f"{rows:,} {table}" for table, rows in report.rows.items()))
         if source == "models":
@@ -91,14 +89,14 @@ def _key(entry: OpenAIModel, has_budget: bool) -> Finding:
     return Finding("ok", f"Key of {entry.model}: {key}; `persodpo generate --limit 1 -m {entry.model}` tries it.")
 
 
-def _model(use: str, name: str, revision: str | None) -> Finding:
+def _model(use: str, name: str) -> Finding:
     """Look for the fetched encoder, a file of word vectors, or weights in a folder or in the Hub's cache."""
     if name == HUB_ENCODER:
         there = all((encoder_folder() / file).is_file() for file in FILES)
         return Finding("ok" if there else "missing", f"Model of {use}: {name}; `persodpo fetch encoder` fetches it.")
-    place = Path(name)
+    place, (model, revision) = Path(name), name_and_revision(name)
     with suppress(HFValidationError, LocalEntryNotFoundError):
-        place = place if place.exists() else Path(snapshot_download(name, revision=revision, local_files_only=True))
+        place = place if place.exists() else Path(snapshot_download(model, revision=revision, local_files_only=True))
     if place.is_file() or any(place.glob("*.safetensors")):
         return Finding("ok", f"Model of {use}: {name} is on this machine.")
     return Finding("missing", f"Model of {use}: {name} is not here or not in safetensors; make it or `hf download` it.")
@@ -111,8 +109,7 @@ def _machine(profile: Profile) -> Iterator[Finding]:
         gpu = torch.cuda.get_device_properties(0)
         yield Finding("ok", f"GPU: {gpu.name} with {gpu.total_memory / 2**30:,.0f} GiB.")
     else:
-        state = "missing" if profile.training.bf16 else "note"
-        yield Finding(state, "GPU: there is none; a CPU takes long with large models, and training.bf16 must be false.")
+        yield Finding("note", "GPU: there is none; a CPU takes long with models of more than some million parameters.")
     for place in (RunFolder(profile).root, Path(constants.HF_HUB_CACHE)):
         there = next(folder for folder in (place.absolute(), *place.absolute().parents) if folder.exists())
         free = shutil.disk_usage(there).free / 2**30

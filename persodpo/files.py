@@ -107,6 +107,12 @@ def as_json(value: Mapping[str, Any]) -> dict[str, Any]:
     return dict(json.loads(json.dumps(value)))
 
 
+def name_and_revision(model: str) -> tuple[str, str | None]:
+    """Split ``name@revision`` of a model on the Hub; a folder, and a name without one, have no revision."""
+    name, _, revision = ("" if Path(model).exists() else model).partition("@")
+    return (name, revision) if name and revision else (model, None)
+
+
 def sha256(path: Path) -> str:
     """Return the hex sha256 of a file's bytes."""
     with path.open("rb") as file:

@@ -138,8 +138,8 @@ def names_of(section: type[BaseModel], before: str = "") -> Iterator[str]:
     for name, field in section.model_fields.items():
         yield before + name
         for inner in _sections_in(field.annotation):
-            kinds = get_args(inner.model_fields["kind"].annotation) if "kind" in inner.model_fields else ()
-            yield from names_of(inner, ".".join([before + name, *kinds, ""]))
+            kind = [inner.kind] if hasattr(inner, "kind") else []
+            yield from names_of(inner, ".".join([before + name, *kind, ""]))
 
 
 def _sections_in(annotation: Any) -> list[type[BaseModel]]:

@@ -86,7 +86,7 @@ class RunFolder:
     def __init__(self, profile: Profile) -> None:
         """Name the run folder of ``profile``."""
         self.profile = profile
-        self.root = PROJECT / profile.paths.runs / profile.name
+        self.root = PROJECT / profile.home / "runs" / profile.name
         self.files: set[Path] = set()
         self.read_as: dict[Path, str] = {}
         self.asked: set[str] = set()
@@ -94,12 +94,12 @@ class RunFolder:
     @property
     def release(self) -> Path:
         """Folder of the published files."""
-        return PROJECT / self.profile.paths.release
+        return PROJECT / self.profile.home / "data" / "release"
 
     @property
     def figures(self) -> Path:
         """Folder of this profile's figures."""
-        return PROJECT / self.profile.paths.figures / self.profile.name
+        return PROJECT / self.profile.home / "figures" / self.profile.name
 
     @property
     def answers(self) -> Path:

@@ -28,12 +28,13 @@ openai._base_client.INITIAL_RETRY_DELAY = 0.02
 PRICES = Prices(input_per_million=1.0, output_per_million=2.0)
 
 
-def backend(url: str, json_keys: tuple[str, ...] = (), **changes: Any) -> OpenAIBackend:
+def backend(url: str, json_keys: tuple[str, ...] = (), attempts: int = 4, **changes: Any) -> OpenAIBackend:
     settings = {
-        "kind": "openai", "model": "small", "base_url": url, "concurrency": 8, "timeout_seconds": 5.0, "attempts": 4,
-        "prices": PRICES, "poll_seconds": 0.05, **changes,
+        "model": "small", "base_url": url, "concurrency": 8, "timeout_seconds": 5.0, "prices": PRICES, **changes,
     }  # fmt: skip
-    return (BatchBackend if changes.get("batch") else OpenAIBackend)(OpenAIModel(**settings), json_keys)
+    made = (BatchBackend if changes.get("batch") else OpenAIBackend)(OpenAIModel(**settings), json_keys)
+    made.attempts, made.poll_seconds = attempts, 0.05
+    return made
 
 
 def chat(text: str) -> Request:

@@ -33,15 +33,14 @@ settings.load_profile("persodpo")
 
 #: Training of seconds: a policy that learns nothing, a few steps.
 QUICK_TRAINING = [
-    "policy.small.vocabulary=2000", "policy.small.hidden_size=32", "policy.small.intermediate_size=64",
-    "policy.small.steps=20", "training.epochs=0.05", "training.health_tokens=4",
-    "training.health_prompts=2",
+    "policy.small.vocabulary=2000", "policy.small.hidden_size=32", "policy.small.steps=20", "training.epochs=0.05",
+    "training.health_tokens=4",
 ]  # fmt: skip
 
 
 def profile_in(folder: Path, *overrides: str) -> Profile:
     """Return the release profile with its folders under ``folder``."""
-    places = [f"paths.{name}={folder / name}" for name in ("runs", "figures", "release")]
+    places = [f"home={folder}"]
     return load_profile("release", [*places, *overrides])
 
 

@@ -12,10 +12,10 @@ from persodpo.config import Profile, load_profile
 
 #: What makes the training of hundreds of steps on a GPU one of seconds on a CPU.
 SMALL_TRAINING = {
-    "dialogues.train_size": 10, "training.bf16": False, "training.epochs": 1, "training.warmup_steps": 1,
-    "training.token_budget": 4096, "training.held_out": 0.2, "training.evaluation_steps": 2,
-    "training.health_prompts": 2, "training.health_tokens": 8, "training.stop_when_collapsed": False,
-    "scoring.compute.accept_failed_probes": "[coherence, c_score, ue_score, persona_distance]",
+    "dialogues.train_size": 10, "training.epochs": 1, "training.warmup_steps": 1,
+    "training.token_budget": 4096, "training.held_out": 0.2,
+    "training.health_tokens": 8, "training.stop_when_collapsed": False,
+    "scoring.accept_failed_probes": "[coherence, c_score, ue_score, persona_distance]",
 }  # fmt: skip
 
 
@@ -47,11 +47,10 @@ def swapped(
         known = entry.model_dump(mode="json")
         swaps = {"weights": str(weights[entry.model])} if entry.kind == "transformers" else {"base_url": url}
         backends.append({**known, **swaps})
-    files = write_focus(folder)
+    write_focus(folder)
     settings = {
-        **{f"paths.{name}": folder / name for name in ("runs", "figures", "release")},
-        **{f"dialogues.{split}_file": path for split, path in files.items()},
-        **{f"scoring.compute.models.{metric}": path for metric, path in scorers.items()},
+        "home": folder, "dialogues.source": folder,
+        **{f"scoring.models.{metric}": path for metric, path in scorers.items()},
         "generation.backends": json.dumps(backends), "policy.model": policy, **SMALL_TRAINING,
         **{name.replace("__", "."): value for name, value in changes.items()},
     }  # fmt: skip

@@ -9,7 +9,7 @@ from persodpo.training.policy import SmallPolicy, make_small_policy
 
 PLACES = ["Rome", "Paris", "Oslo", "Lima", "Cairo", "Delhi", "Quito", "Tunis"]
 SETTINGS = SmallPolicy(
-    vocabulary=400, hidden_size=48, intermediate_size=96, max_length=256, steps=300, batch_tokens=512, learning_rate=5e-3,
+    vocabulary=400, hidden_size=48, max_length=256, steps=300, batch_tokens=512, learning_rate=5e-3,
     seed=44,
 )  # fmt: skip
 

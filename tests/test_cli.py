@@ -30,9 +30,9 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def test_profile_shows_what_overrides_resolve_to():
-    done = run("profile", "--set", "pairs.low_quantile=0.25", "-s", "engine.ray_workers=3")
+    done = run("profile", "--set", "pairs.low_quantile=0.25", "-s", "scoring.ray_workers=3")
     shown = yaml.safe_load(done.stdout)
-    assert (done.returncode, shown["pairs"]["low_quantile"], shown["engine"]["ray_workers"]) == (0, 0.25, 3)
+    assert (done.returncode, shown["pairs"]["low_quantile"], shown["scoring"]["ray_workers"]) == (0, 0.25, 3)
 
 
 @pytest.mark.parametrize(
@@ -42,19 +42,17 @@ def test_profile_shows_what_overrides_resolve_to():
         (["pairs", "--profile", "nonesuch"], "nonesuch"),
         (["fetch", "release"], "/nonexistent/folder"),
         (["score", "-p", "release", "--set", "generation.models=[gpt-9]"], "gpt-9"),
-        (["generate", "-p", "release", "--set", "dialogues.source=miniature"], "set dialogues.source=published_focus"),
+        (["generate", "-p", "release", "--set", "dialogues.source=miniature"], "set dialogues.source=published"),
     ],
 )
 def test_errors_are_one_sentence_without_a_traceback(arguments, words, tmp_path):
-    places = [f"paths.{name}={tmp_path / name}" for name in ("runs", "figures")]
+    places = [f"home={tmp_path}"]
     source = os.environ.get(RELEASE_VARIABLE)
     if arguments[0] in {"score", "generate"}:
         if not source:
             pytest.skip(f"{RELEASE_VARIABLE} is not set: the published files are not at hand")
-        places.append(f"paths.release={tmp_path / 'release'}")
     elif arguments[0] == "fetch":
         source = "/nonexistent/folder"
-        places.append(f"paths.release={tmp_path / 'release'}")
     given = [part for place in places for part in ("--set", place)]
     done = run(*arguments, *given, **({RELEASE_VARIABLE: source} if source else {}))
     assert done.returncode == 1

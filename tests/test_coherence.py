@@ -161,10 +161,14 @@ def test_a_model_on_the_hub_is_known_by_its_commit(monkeypatch, tmp_path):
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file: str(tmp_path / name / "abc" / file))
-    assert Checkpoint("someone/model").digest == "someone/model@abc"
+    def download(name, file, revision):
+        return str(tmp_path / name / (revision or "abc") / file)
 
-    def offline(*_):
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert Checkpoint("someone/model").digest == "someone/model@abc"
+    assert Checkpoint("someone/model@def").digest == "someone/model@def"
+
+    def offline(*_, **__):
         raise LocalEntryNotFoundError("offline")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)

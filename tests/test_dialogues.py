@@ -51,9 +51,8 @@ def test_the_stage_filters_train_dialogues_then_samples_as_pandas_does(tmp_path,
     """No published file is needed: FoCus's own JSON, sampled as the authors did."""
     for split, count in (("train", 30), ("valid", 4)):
         entries = [focus_entry(n, words=111 if n % 3 == 0 else 110) for n in range(count)]
-        (tmp_path / f"{split}.json").write_text(json.dumps({"data": entries}))
-    files = [f"dialogues.{split}_file={tmp_path / split}.json" for split in ("train", "valid")]
-    focus = with_overrides(profile, ["dialogues.source=focus_json", *files, "dialogues.train_size=7"])
+        (tmp_path / f"{split}_focus.json").write_text(json.dumps({"data": entries}))
+    focus = with_overrides(profile, [f"dialogues.source={tmp_path}", "dialogues.train_size=7"])
     stages.make(focus, "dialogues")
     table = RunFolder(focus).read("dialogues")
     kept = pd.Series([f"D{n}" for n in range(30) if n % 3])

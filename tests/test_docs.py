@@ -182,7 +182,7 @@ def test_an_answer_can_be_forecast(tmp_path, monkeypatch):
     (profile,) = blocks("models.md", "yaml")
     assert set(yaml.safe_load(profile)) == {"dialogues", "generation"}
     path = tmp_path / "ask.yaml"
-    path.write_text(f"{profile}paths: {{runs: {tmp_path}}}\n")
+    path.write_text(f"{profile}home: {tmp_path}\n")
     (dry,) = (one for one in commands("models.md") if "--dry-run" in one)
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     words = [str(path) if word == "ask.yaml" else word for word in shlex.split(dry)[1:]]
@@ -199,7 +199,7 @@ def test_a_scorer_of_ones_own_scores(tmp_path, monkeypatch, capsys):
 
 def test_a_run_is_read_from_python(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    run_script("run-folder.md", tmp_path, ("overrides=[", f'overrides=["paths.runs={tmp_path}", '))
+    run_script("run-folder.md", tmp_path, ("overrides=[", f'overrides=["home={tmp_path}", '))
     assert capsys.readouterr().out.splitlines()[-1] == "190 190 miniature 40"
 
 

@@ -55,10 +55,10 @@ def command(profile, path):
 
 def test_a_machine_that_has_nothing(tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
-    places = [f"paths.{name}={tmp_path / name}" for name in ("runs", "figures", "release")]
+    places = [f"home={tmp_path}"]
     done = command(load_profile("paper", places), tmp_path / "profile.yaml")
     assert done.exit_code == 1
-    for thing in ("train_focus.json", "OPENAI_API_KEY", "Qwen/Qwen2-7B-Instruct", "scorers/snli", "GoogleNews", "GPU"):
+    for thing in ("train_focus.json", "OPENAI_API_KEY", "Qwen/Qwen2-7B-Instruct", "scorers/snli", "GoogleNews"):
         assert any(line.startswith("missing") and thing in line for line in done.stdout.splitlines()), thing
     assert missing(load_profile("mini", places)) == []
     assert list(tmp_path.iterdir()) == [tmp_path / "profile.yaml"]
@@ -83,7 +83,7 @@ def test_a_price_that_a_budget_needs(tmp_path):
 
 
 def test_models_in_folders_and_in_the_cache_of_the_hub(tmp_path):
-    profile = equipped(tmp_path, policy__model="someone/model", scoring__compute__models__persona_distance="encoder")
+    profile = equipped(tmp_path, policy__model="someone/model", scoring__models__persona_distance="encoder")
     (tmp_path / "c_score" / "model.safetensors").rename(tmp_path / "c_score" / "pytorch_model.bin")
     shutil.rmtree(tmp_path / "ue_score")
     lost = missing(profile)
@@ -98,17 +98,17 @@ def test_models_in_folders_and_in_the_cache_of_the_hub(tmp_path):
 def test_packages_gpu_and_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "find_spec", lambda _: None)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 2**29))
-    found = missing(equipped(tmp_path, engine__ray_workers=2, training__bf16=True))
-    wanted = ["Package ray", "GPU", "Disk", "Disk"]
+    found = missing(equipped(tmp_path, scoring__ray_workers=2))
+    wanted = ["Package ray", "Disk", "Disk"]
     assert [sentence.split(":")[0] for sentence in found] == wanted
 
 
 @pytest.mark.skipif(not RELEASE, reason=f"{RELEASE_VARIABLE} is not set: the published files are not at hand")
 def test_published_files_that_are_there_and_one_that_was_edited(tmp_path):
     assert "persodpo fetch release" in missing(profile_in(tmp_path))[0]
-    shutil.copytree(RELEASE, tmp_path / "release")
+    shutil.copytree(RELEASE, tmp_path / "data" / "release")
     assert missing(profile_in(tmp_path)) == []
-    edited = max((tmp_path / "release").rglob("*.csv"), key=lambda path: path.stat().st_size)
+    edited = max((tmp_path / "data" / "release").rglob("*.csv"), key=lambda path: path.stat().st_size)
     edited.chmod(0o644)
     edited.write_bytes(edited.read_bytes()[:-1] + b"?")
     assert edited.name in missing(profile_in(tmp_path))[0]

@@ -102,8 +102,7 @@ def text_of(panel: explore.Panel) -> str:
 @pytest.mark.parametrize("change", ["seed=44", "corrections=[A4]", "scoring.normalisation=declared", "corrections=[A3]",
                                     "corrections=[A1]"])  # fmt: skip
 def test_pairs_under_any_weights_are_those_of_the_package(change, tables, tmp_path_factory):
-    folders = [f"paths.runs={tmp_path_factory.mktemp('runs')}"]
-    profile = load_profile("release", [*folders, change])
+    profile = load_profile("release", [f"home={tmp_path_factory.mktemp('home')}", change])
     responses, dialogues = tables["responses"], tables["dialogues"]
     scores = rebuild(responses, measured(responses, tables["scores"]), dialogues, profile).ranking.scores
     run = RunFolder(profile)
@@ -234,7 +233,7 @@ def test_a_run_without_tables_gets_a_sentence(panel, profile):
 @pytest.mark.slow
 @pytest.mark.parametrize("filled", [True, False], ids=["evaluated", "nothing yet"])
 def test_the_notebook_shows_pictures_and_tables_when_executed_headlessly(filled, run, tmp_path):
-    profile = with_overrides(run.profile, [] if filled else [f"paths.runs={tmp_path / 'none'}"])
+    profile = with_overrides(run.profile, [] if filled else [f"home={tmp_path / 'none'}"])
     source = tmp_path / "profile.yaml"
     source.write_text(profile.to_yaml())
     before = sorted(path for path in tmp_path.rglob("*") if path.is_file())

@@ -27,6 +27,7 @@ from persodpo.cli import app
 from persodpo.config import Profile, load_profile, with_overrides
 from persodpo.errors import PersodpoError
 from persodpo.files import PROJECT
+from persodpo.generation.endpoint import OpenAIBackend
 from persodpo.runfolder import RunFolder
 from persodpo.stages.generate import Scope, forecasts
 
@@ -42,8 +43,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 def endpoint(server: Server, model: str = "api", **changes: Any) -> dict[str, Any]:
-    fields = {"attempts": 2, "timeout_seconds": 5.0, "prices": PRICES}
-    return {"model": model, "kind": "openai", "base_url": server.url, **fields, **changes}
+    return {"model": model, "base_url": server.url, "timeout_seconds": 5.0, "prices": PRICES, **changes}
 
 
 def profile_of(
@@ -54,13 +54,12 @@ def profile_of(
         entries = [focus_entry(number + (100 if split == "valid" else 0)) for number in range(count)]
         for number, mark in (faults or {}).items() if split == "train" else ():
             entries[number]["persona"][0] += mark
-        (folder / f"{split}.json").write_text(json.dumps({"data": entries}))
+        (folder / f"{split}_focus.json").write_text(json.dumps({"data": entries}))
     plain = {
-        "name": "asked", "dialogues.source": "focus_json", "dialogues.train_size": "null",
-        "dialogues.train_file": folder / "train.json", "dialogues.valid_file": folder / "valid.json",
+        "name": "asked", "dialogues.source": folder, "dialogues.train_size": "null", "home": folder,
         "generation.source": "models", "generation.models": json.dumps([entry["model"] for entry in backends]),
         "generation.backends": json.dumps(backends, default=str),
-        **{f"paths.{name}": folder / name for name in ("runs", "figures", "release")}, **settings,
+        **settings,
     }  # fmt: skip
     return load_profile("release", [f"{key}={value}" for key, value in plain.items()])
 
@@ -88,8 +87,8 @@ def prompts_at(server: Server) -> list[str]:
 
 def test_all_kinds_of_models_become_one_table(server: Server, tmp_path: Path, one_thread: None) -> None:
     talker = make_talker(tmp_path / "talker")
-    local = {"model": "local", "kind": "transformers", "weights": str(talker), "mode": "latency"}
-    fast = {**local, "model": "fast", "mode": "throughput"}
+    local = {"model": "local", "weights": str(talker), "batch_size": 1}
+    fast = {**local, "model": "fast", "batch_size": 32}
     faults = {3: "<<fault=status_400>>", 5: "<<fault=length>>"}
     profile = profile_of(tmp_path, endpoint(server), local, fast, faults=faults)
     reports = stages.make(profile, "generate")
@@ -227,8 +226,9 @@ def test_ctrl_c_stops_the_command_and_what_was_answered_is_kept(tmp_path: Path) 
     signal.signal(signal.SIGINT, before)
 
 
-def test_failed_prompts_are_retried_on_request(server: Server, tmp_path: Path) -> None:
-    profile = profile_of(tmp_path, endpoint(server, attempts=1), faults={1: "<<fault=status_500 times=1>>"})
+def test_failed_prompts_are_retried_on_request(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OpenAIBackend, "attempts", 1)
+    profile = profile_of(tmp_path, endpoint(server), faults={1: "<<fault=status_500 times=1>>"})
     assert "1 failed (1 server_error)" in run(profile, tmp_path, "generate", "--models", "api").stdout
     assert "16 stored before" in run(profile, tmp_path, "generate", "--models", "api").stdout
     assert "1 answered, 0 failed, 15 stored before" in run(
@@ -290,7 +290,7 @@ def test_the_key_is_in_no_file_and_no_output(server: Server, tmp_path: Path) -> 
         ),
         (["--set", "generation.models=[nobody]"], "'nobody' has no entry in backends; there are api"),
         (
-            ["--set", "generation.backends=[{model: x, kind: openai, base_url: y, concurency: 3}]"],
+            ["--set", "generation.backends=[{model: x, base_url: y, concurency: 3}]"],
             "did you mean generation.backends.openai.concurrency?",
         ),
         (["--models", "api", "--limit", "0"], "greater than or equal to 1"),
@@ -306,16 +306,16 @@ def test_bad_input_is_one_sentence(server: Server, tmp_path: Path, arguments: li
 
 def test_a_dialogue_without_a_context_is_named(server: Server, tmp_path: Path) -> None:
     profile = profile_of(tmp_path, endpoint(server))
-    table = yaml.safe_load((tmp_path / "train.json").read_text())
+    table = yaml.safe_load((tmp_path / "train_focus.json").read_text())
     table["data"][4]["utterance"][-1]["dialogue2"] = ["", "an answer"]
-    (tmp_path / "train.json").write_text(json.dumps(table))
+    (tmp_path / "train_focus.json").write_text(json.dumps(table))
     done = run(profile, tmp_path, "generate")
     assert "Dialogue 'D4' has no context to answer (1 such dialogues)" in done.stderr, done.stderr
     assert server.received() == []
 
 
 def test_the_small_policy_needs_responses_first(tmp_path: Path, server: Server) -> None:
-    small = {"model": "small", "kind": "transformers", "weights": "policy"}
+    small = {"model": "small", "weights": "policy"}
     with pytest.raises(PersodpoError, match=r"is made from responses that are there already"):
         stages.make(profile_of(tmp_path, small), "generate")
 

@@ -40,7 +40,7 @@ def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def backend(weights: Path | str, **changes) -> TransformersBackend:
-    settings = {"kind": "transformers", "model": "talker", "weights": str(weights), "batch_size": 8, **changes}
+    settings = {"model": "talker", "weights": str(weights), "batch_size": 8, **changes}
     return TransformersBackend(TransformersModel(**settings), weights, load_policy)
 
 
@@ -85,7 +85,7 @@ def test_batches_say_what_one_at_a_time_says(talker: Path, store: Store) -> None
 
 def test_modes_are_different_measurements(talker: Path, store: Store) -> None:
     asked = questions(20)
-    together, alone = backend(talker), backend(talker, mode="latency")
+    together, alone = backend(talker), backend(talker, batch_size=1)
     generate(asked, together, store)
     assert generate(asked, alone, store).answered == 20
     assert {answer.batch_size for answer in answers(store, asked, alone)} == {1}
@@ -295,12 +295,12 @@ OF_OSLO = "{% if 'Oslo?' in messages[0].content %}{{ raise_exception('no Oslo') 
 NOT_OF_OSLO = "{% if 'Oslo?' not in messages[0].content %}" + TEMPLATE + "{% endif %}"
 
 
-@pytest.mark.parametrize("mode", ["throughput", "latency"])
+@pytest.mark.parametrize("batch_size", [8, 1])
 @pytest.mark.parametrize(("template", "says"), [(OF_OSLO, "no Oslo"), (NOT_OF_OSLO, "its template writes nothing")])
 def test_a_prompt_that_the_template_cannot_write_fails_alone(
-    talker: Path, store: Store, tmp_path: Path, mode: str, template: str, says: str
+    talker: Path, store: Store, tmp_path: Path, batch_size: int, template: str, says: str
 ) -> None:
-    via = backend(copied(talker, tmp_path / "m", template), format="chat", mode=mode)
+    via = backend(copied(talker, tmp_path / "m", template), format="chat", batch_size=batch_size)
     asked = [ask(({"role": "user", "content": question(place)},), name=place) for place in PLACES]
     summary = generate(asked, via, store)
     assert (summary.answered, summary.failed, summary.stopped) == (7, {"rejected": 1}, None)
@@ -339,7 +339,7 @@ def test_a_model_that_fails_on_any_prompt_stops_and_nothing_is_held_against_the_
     talker: Path, store: Store
 ) -> None:
     broken = changed(backend(talker, model="broken"), fails_on(""))
-    warming = changed(backend(talker, model="warming", mode="latency"), fails_on(""))
+    warming = changed(backend(talker, model="warming", batch_size=1), fails_on(""))
     large = changed(
         backend(talker, model="large"), lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory."))
     )

@@ -16,7 +16,7 @@ import pytest
 from asking import answers
 from talker import CHATML, PLACES, in_chatml, make_talker, question, reply
 
-from persodpo.config import ServedModel, TransformersModel
+from persodpo.config import TransformersModel
 from persodpo.files import is_running
 from persodpo.generation import serving
 from persodpo.generation.ask import generate
@@ -30,8 +30,8 @@ def chat(text: str, tokens: int = 30) -> Request:
     return Request(text, ({"role": "user", "content": text},), tokens, 0.0, None, "t")
 
 
-def served(model: Path, **changes: float) -> serving.ServedBackend:
-    return serving.ServedBackend(ServedModel(kind="served", model="served", weights=str(model), **changes), model)
+def served(model: Path) -> serving.ServedBackend:
+    return serving.ServedBackend(TransformersModel(model="served", weights=str(model), served=True), model)
 
 
 def servers_of(model: Path) -> list[int]:
@@ -63,7 +63,7 @@ def test_a_served_model_answers_raw_prompts_and_chats_and_its_server_ends(tmp_pa
     assert servers_of(model) == []
     found = answers(store, asked, via)
     assert generate(asked, served(model.rename(tmp_path / "moved")), store).skipped == 17
-    here = TransformersModel(kind="transformers", model="here", weights=str(tmp_path / "moved"))
+    here = TransformersModel(model="here", weights=str(tmp_path / "moved"))
     local = TransformersBackend(here, tmp_path / "moved", load_policy)
     generate(raw, local, store)
     texts = [answer.completion for answer in answers(store, raw, local)]
@@ -98,7 +98,9 @@ def test_a_server_that_does_not_come_up_is_one_sentence(
     if not script:
         (tmp_path / "transformers").unlink()
     monkeypatch.setattr(serving.sys, "executable", str(tmp_path / "python"))
-    summary = generate([chat("x")], served(tmp_path, startup_seconds=0.5 if "sleep" in script else 20), store)
+    asked = served(tmp_path)
+    asked.startup_seconds = 0.5 if "sleep" in script else 20
+    summary = generate([chat("x")], asked, store)
     assert summary.answered == 0
     assert re.search(says, summary.stopped)
 
@@ -106,14 +108,14 @@ def test_a_server_that_does_not_come_up_is_one_sentence(
 PARENT = """
 import sys
 from pathlib import Path
-from persodpo.config import ServedModel
+from persodpo.config import TransformersModel
 from persodpo.generation import serving
 from persodpo.generation.ask import generate
 from persodpo.generation.requests import Request
 from persodpo.generation.store import Store
 folder = Path(sys.argv[1])
 serving.sys.executable = str(folder / "python")
-settings = ServedModel(kind="served", model="served", weights=str(folder))
+settings = TransformersModel(model="served", weights=str(folder), served=True)
 with Store(folder / "answers.sqlite") as store:
     generate([Request("x", "x", 5, 0.0, None, "t")], serving.ServedBackend(settings, folder), store)
 """

@@ -20,11 +20,11 @@ from persodpo.stages.policy import made_model
 
 #: A world, models and trainings so small that all notebooks run in two or three minutes.
 SMALL = {
-    "miniature.train": 60, "miniature.valid": 24, "miniature.model_dialogues": 600,
-    "policy.small.hidden_size": 64, "policy.small.intermediate_size": 128, "policy.small.steps": 300,
+    "miniature.train": 60, "miniature.valid": 24,
+    "policy.small.hidden_size": 64, "policy.small.steps": 300,
     "policy.small.batch_tokens": 2048,
-    "scoring.compute.accept_failed_probes": "[coherence, c_score, ue_score]",
-    "training.arms": "[perso, corrected]", "training.epochs": 1, "training.health_prompts": 2,
+    "scoring.accept_failed_probes": "[coherence, c_score, ue_score]",
+    "training.arms": "[perso, corrected]", "training.epochs": 1,
     "evaluation.seeds": "[44, 45]", "evaluation.timed": 4, "evaluation.pairs": "[[perso, base], [corrected, perso]]",
     "pairs.sets": "[perso]", "evaluation.ablated": "perso",
     "evaluation.ablations": (
@@ -34,7 +34,7 @@ SMALL = {
 
 TINIER = {
     "generation.models": "[good, cut]",
-    "scoring.compute.accept_failed_probes": "[coherence, c_score, ue_score, persona_distance]",
+    "scoring.accept_failed_probes": "[coherence, c_score, ue_score, persona_distance]",
     "training.arms": "[perso]", "evaluation.seeds": "[44]", "training.health_tokens": 8, "miniature.valid": 20,
     "evaluation.pairs": "[[perso, base]]",
     "evaluation.ablations": "[]", "evaluation.timed": 1,
@@ -42,7 +42,7 @@ TINIER = {
 
 
 def mini(folder: Path, **settings: object) -> Profile:
-    places = [f"paths.{name}={folder / name}" for name in ("runs", "figures", "release")]
+    places = [f"home={folder}"]
     return load_profile("mini", [*places, *(f"{key}={value}" for key, value in (SMALL | settings).items())])
 
 
@@ -69,17 +69,14 @@ def test_habits_do_what_their_names_say(name):
             json.loads(made[long])
 
 
-def test_an_unknown_model_and_a_world_too_small_for_models_are_refused(tmp_path):
+def test_an_unknown_model_is_refused(tmp_path):
     with pytest.raises(PersodpoError, match=r"no miniature model 'bad'; there are base, good"):
         made_model(RunFolder(mini(tmp_path)), "miniature/bad")
-    run = RunFolder(mini(tmp_path, **{"miniature.model_dialogues": 3}))
-    with pytest.raises(PersodpoError, match=r"A world of 3 dialogues is too small"):
-        made_model(run, "miniature/base")
 
 
 def test_models_learn_from_no_dialogue_that_a_run_asks_about(tmp_path):
-    table = models.own_dialogues(tmp_path, mini(tmp_path).miniature, 44)
-    assert len(table) == SMALL["miniature.model_dialogues"]
+    table = models.own_dialogues(tmp_path, 44)
+    assert len(table) == models.DIALOGUES
     assert table["dialogue_id"].min() >= f"mini-{models.FIRST}"
 
 

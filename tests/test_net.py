@@ -75,9 +75,9 @@ def test_the_first_losses_of_each_arm_are_stock_trls(arm, tmp_path):
     """Where pairs are weighed, which TRL cannot, plain passes and a plain loop stand in for it."""
     changes = [
         f"training.prompts_per_step={PROMPTS}", "training.epochs=2", "training.warmup_steps=0",
-        "training.learning_rate=0.001", "training.bf16=false", "training.scale_weights=false",
+        "training.learning_rate=0.001", "training.scale_weights=false",
     ]  # fmt: skip
-    args = arguments(arm, tmp_path / "ours", profile_in(tmp_path, *changes))
+    args = arguments(arm, tmp_path / "ours", profile_in(tmp_path, *changes), 1)
     for name, value in {"eval_strategy": "no", "save_strategy": "no", "max_steps": STEPS, "disable_tqdm": True,
                         "train_sampling_strategy": "sequential", "lr_scheduler_type": "constant"}.items():  # fmt: skip
         setattr(args, name, value)

@@ -119,26 +119,17 @@ def test_classes_are_read_by_name_whatever_their_order(tmp_path, labels):
     assert one(CScorer(model(tmp_path)), item(["deny"]), item(["x"]), item(["agree"])) == [-1, 0, 1]
 
 
-def test_outputs_without_names_are_named_by_a_setting(tmp_path):
-    counting_bert(tmp_path, ("LABEL_0", "LABEL_1", "LABEL_2"))
-    with pytest.raises(PersodpoError, match=r"calls its outputs LABEL_0, LABEL_1, LABEL_2, not .* or set labels"):
-        one(CScorer(model(tmp_path)), item(["x"]))
-    named = model(tmp_path, labels=CLASSES)
-    assert one(CScorer(named), item(["agree"]), item(["deny"]), item(["x"])) == [1, -1, 0]
-    assert named.key != model(tmp_path).key
-
-
 @pytest.mark.parametrize(
-    ("own", "named", "message"),
+    ("own", "message"),
     [
-        (("a", "b"), None, "calls its outputs a, b, not contradiction, neutral, entailment"),
-        (("neutral", "neutral", "entailment"), None, "calls its outputs neutral, neutral, entailment, not"),
-        (("LABEL_0", "LABEL_1"), ("neutral", "entailment", "contradiction"), "calls its outputs LABEL_0, LABEL_1, not"),
+        (("a", "b"), "calls its outputs a, b, not contradiction, neutral, entailment"),
+        (("neutral", "neutral", "entailment"), "calls its outputs neutral, neutral, entailment, not"),
+        (("LABEL_0", "LABEL_1", "LABEL_2"), r"calls its outputs LABEL_0, LABEL_1, LABEL_2, not .* in id2label"),
     ],
 )
-def test_labels_that_do_not_fit_are_refused(own, named, message):
+def test_labels_that_do_not_fit_are_refused(own, message):
     with pytest.raises(PersodpoError, match=message):
-        label_order(dict(enumerate(own)), named, "some/model")
+        label_order(dict(enumerate(own)), "some/model")
 
 
 def logits(found: NliModel, inputs: list[tuple[str, ...]]) -> np.ndarray:

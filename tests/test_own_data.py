@@ -29,33 +29,32 @@ GOOD = 'd1,a,"{""response"": ""Hello, you like art.""}"\n'
 
 #: What makes the commands of docs/your-data.md quick.
 QUICK = {
-    "policy.small.vocabulary": 400, "policy.small.hidden_size": 32, "policy.small.intermediate_size": 64,
+    "policy.small.vocabulary": 400, "policy.small.hidden_size": 32,
     "policy.small.steps": 10, "training.epochs": 0.5, "training.health_tokens": 4,
-    "training.health_prompts": 2,
-    "scoring.compute.accept_failed_probes": "[coherence, c_score, ue_score, persona_distance]",
+    "scoring.accept_failed_probes": "[coherence, c_score, ue_score, persona_distance]",
 }  # fmt: skip
 
 
 def own(folder: Path, dialogues: str | bytes, completions: str | bytes, **changes: object) -> Profile:
     """Return the miniature on two files of these contents."""
-    settings: dict[str, object] = {f"paths.{name}": folder / name for name in ("runs", "figures", "release")}
+    settings: dict[str, object] = {"home": folder}
     for section, content in (("dialogues", dialogues), ("generation", completions)):
         path = folder / f"{section}.csv"
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        settings |= {f"{section}.source": "csv", f"{section}.csv_file": path}
+        settings[f"{section}.source"] = path
     settings |= {name.replace("__", "."): value for name, value in changes.items()}
     return load_profile("mini", [f"{key}={value}" for key, value in settings.items()])
 
 
 def test_the_examples_profile_can_be_read():
-    assert load_profile(DATA / "example" / "mine.yaml").dialogues.source == "csv"
+    assert load_profile(DATA / "example" / "mine.yaml").dialogues.source == "data/example/dialogues.csv"
 
 
 @pytest.mark.slow
 def test_the_commands_of_the_page_give_trained_models(tmp_path, monkeypatch):
     """docs/your-data.md, both blocks, on a copy of the example's profile that is quick."""
     monkeypatch.chdir(tmp_path)  # notebooks, too, run elsewhere than in the project's root
-    changes = QUICK | {"paths.runs": tmp_path / "runs", "paths.figures": tmp_path / "figures"}
+    changes = QUICK | {"home": tmp_path}
     profile = load_profile(DATA / "example" / "mine.yaml", [f"{key}={value}" for key, value in changes.items()])
     blocks = re.findall(r"```bash\n(.*?)```", (PROJECT / "docs" / "your-data.md").read_text(), re.DOTALL)
     first, then = ([shlex.split(line, comments=True) for line in block.splitlines()] for block in blocks)
@@ -105,7 +104,7 @@ def _against(shown: str, name: str) -> list[int]:
 def _plain_answers_have_no_simple_pairs(run: RunFolder, path: Path) -> None:
     read = run.read("responses").query("outcome == 'ok'")
     read[["dialogue_id", "model", "response"]].to_csv(path, index=False)
-    plain = [f"generation.csv_file={path}", "name=plain"]
+    plain = [f"generation.source={path}", "name=plain"]
     with pytest.raises(PersodpoError, match=r"where no model ever fails, leave simple out of pairs\.sets"):
         stages.make(with_overrides(run.profile, plain), "pairs")
     assert stages.make(with_overrides(run.profile, [*plain, "pairs.sets=[perso]"]), "pairs")[-1].rows["pairs/perso"]
@@ -176,7 +175,7 @@ def test_a_changed_file_is_read_again(tmp_path):
     profile = own(tmp_path, HEAD + TALK, ASKED + GOOD)
     assert not stages.make(profile, "generate")[-1].skipped
     assert all(report.skipped for report in stages.make(profile, "generate"))
-    with profile.generation.csv_file.open("a") as file:
+    with Path(profile.generation.source).open("a") as file:
         file.write(GOOD.replace("d1,a", "d1,b"))
     assert stages.make(profile, "generate")[-1].rows == {"responses": 2}
 
@@ -210,7 +209,7 @@ def test_what_is_wrong_with_dialogues_is_one_sentence(tmp_path, content, words):
     profile = own(tmp_path, content, ASKED + GOOD)
     with pytest.raises(PersodpoError, match=re.escape(words)) as caught:
         stages.make(profile, "dialogues")
-    assert str(profile.dialogues.csv_file) in str(caught.value)
+    assert profile.dialogues.source in str(caught.value)
     assert any(words in finding.sentence for finding in diagnose(profile) if finding.state == "missing")
 
 
@@ -231,16 +230,17 @@ def test_what_is_wrong_with_completions_is_one_sentence(tmp_path, content, words
     profile = own(tmp_path, HEAD + TALK + HELD, content)
     with pytest.raises(PersodpoError, match=re.escape(words)) as caught:
         stages.make(profile, "generate")
-    assert str(profile.generation.csv_file) in str(caught.value)
+    assert profile.generation.source in str(caught.value)
 
 
 def test_files_that_are_not_there_or_not_named(tmp_path):
-    profile = own(tmp_path, HEAD + TALK, ASKED + GOOD, generation__csv_file=tmp_path / "none.csv")
+    profile = own(tmp_path, HEAD + TALK, ASKED + GOOD, generation__source=tmp_path / "none.csv")
     with pytest.raises(PersodpoError, match=r"none\.csv"):
         stages.make(profile, "generate")
-    with pytest.raises(PersodpoError, match=r"source csv needs csv_file, the file of your dialogues"):
-        load_profile("mini", ["dialogues.source=csv"])
-    with pytest.raises(PersodpoError, match=r"source csv needs csv_file, the file of your completions"):
+    for name in ("minature", tmp_path):
+        with pytest.raises(PersodpoError, match=r"train_focus\.json is not there; dialogues\.source is miniature, "):
+            stages.make(own(tmp_path, HEAD + TALK, ASKED, dialogues__source=name), "dialogues")
+    with pytest.raises(PersodpoError, match=r"generation: source must be models, published, or a file"):
         load_profile("mini", ["generation.source=csv"])
     with pytest.raises(PersodpoError, match=r"asks no model"):
         asked_scope(own(tmp_path, HEAD, ASKED), (), (), 3)

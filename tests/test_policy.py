@@ -19,7 +19,7 @@ from persodpo.training import policy
 from persodpo.training.policy import END, RECORD, WEIGHTS, SmallPolicy, load_policy, make_small_policy
 
 SETTINGS = SmallPolicy(
-    vocabulary=320, hidden_size=16, intermediate_size=32, max_length=128, steps=30, batch_tokens=512, learning_rate=1e-2,
+    vocabulary=320, hidden_size=16, max_length=128, steps=30, batch_tokens=512, learning_rate=1e-2,
     seed=3,
 )  # fmt: skip
 WORDS = ["the", "a", "river", "castle", "museum", "likes", "visits", "old", "stone", "bridge", "garden", "near"]

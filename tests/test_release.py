@@ -95,15 +95,15 @@ def test_settings_named_by_findings_exist_and_act(release_run):
 
 
 def test_a_corrected_profile_is_audited_as_released(release_run):
-    corrected = with_overrides(release_run.profile, ["corrections=[A18]", "engine.ray_workers=1"])
+    corrected = with_overrides(release_run.profile, ["corrections=[A18]"])
     twin = as_released(corrected)
-    assert (twin.name, twin.reading, twin.engine.ray_workers) == ("release-as-released", "as_released", 1)
+    assert (twin.name, twin.reading) == ("release-as-released", "as_released")
     assert as_released(release_run.profile) is release_run.profile
 
 
 @pytest.mark.slow
 def test_corrected_pairs_keep_completions_and_a_set_that_is_no_longer_made_is_removed(release_run, tmp_path):
-    corrected = with_overrides(release_run.profile, [f"paths.runs={tmp_path}", "corrections=[A4]"])
+    corrected = with_overrides(release_run.profile, [f"home={tmp_path}", "corrections=[A4]"])
     run = RunFolder(corrected)
     make(corrected, "pairs")
     made, completions = run.read("pairs/perso"), set(release_run.read("responses")["completion"])
@@ -117,7 +117,7 @@ def test_corrected_pairs_keep_completions_and_a_set_that_is_no_longer_made_is_re
 def test_a_run_makes_stages_reads_tables_and_draws_figures(release_run, tmp_path):
     source = tmp_path / "profile.yaml"
     source.write_text(release_run.profile.to_yaml())
-    run = Run(source, [f"paths.runs={tmp_path}", "pairs.high_quantile=0.75"], seed=7)
+    run = Run(source, [f"home={tmp_path}", "pairs.high_quantile=0.75"], seed=7)
     assert (run.settings.seed, run.settings.pairs.high_quantile) == (7, 0.75)
     same = Run(release_run.profile)
     assert [report.skipped for report in same.make("audit")] == [True] * 6
@@ -146,7 +146,7 @@ def test_figures_are_skipped_when_nothing_changed_and_drawn_when_something_did(r
 
 @pytest.mark.slow
 def test_arms_train_on_the_published_pairs_and_are_skipped_when_nothing_changed(release_run, tmp_path):
-    places = [f"paths.{name}={tmp_path / name}" for name in ("runs", "figures")]
+    places = [f"home={tmp_path}"]
     fewer = ["generation.models=[Qwen2-0.5B-Instruct, gpt-4-turbo]", "training.arms=[simple, corrected]"]
     profile = with_overrides(release_run.profile, [*places, *QUICK_TRAINING, *fewer])
     run = RunFolder(profile)
@@ -168,14 +168,14 @@ def test_arms_train_on_the_published_pairs_and_are_skipped_when_nothing_changed(
 
 
 def test_an_arm_without_its_pairs_is_one_sentence(tmp_path):
-    profile = load_profile("release", [f"paths.runs={tmp_path}", "pairs.sets=[simple]"])
+    profile = load_profile("release", [f"home={tmp_path}", "pairs.sets=[simple]"])
     with pytest.raises(PersodpoError, match=r"Arm perso trains on perso pairs; add perso to pairs\.sets"):
         make(profile, "train")
 
 
 @pytest.mark.slow
 def test_scorers_on_the_encoder_pass_their_probes_and_score_the_published_responses(release_run, tmp_path):
-    changes = [f"paths.runs={tmp_path}", "scoring.source=compute", "generation.models=[Qwen2-7B-Instruct]"]
+    changes = [f"home={tmp_path}", "scoring.source=compute", "generation.models=[Qwen2-7B-Instruct]"]
     profile = with_overrides(release_run.profile, changes)
     run = RunFolder(profile)
     report = make(profile, "score")[-1]

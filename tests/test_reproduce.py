@@ -139,15 +139,14 @@ def test_notebooks_run_on_a_corrected_profile(release_run, tmp_path):
     source = tmp_path / "profile.yaml"
     source.write_text(release_run.profile.to_yaml())
     overrides = [
-        f"paths.runs={tmp_path}",
-        f"paths.figures={tmp_path}",
+        f"home={tmp_path}",
         "name=corrected",
         "corrections=all",
     ]
     chosen = [path for path in reproduce.notebook_files() if path.name[:2] in {"03", "07"}]
     assert len(list(reproduce.reproduce(str(source), overrides, notebooks=chosen))) == 2
-    assert (tmp_path / "corrected" / "pairs" / "perso.parquet").exists()
-    assert (tmp_path / "corrected-as-released" / "audit" / "findings.parquet").exists()
+    assert (tmp_path / "runs" / "corrected" / "pairs" / "perso.parquet").exists()
+    assert (tmp_path / "runs" / "corrected-as-released" / "audit" / "findings.parquet").exists()
 
 
 @pytest.mark.slow

@@ -235,8 +235,8 @@ def with_own_data(profile, folder):
         shutil.copy(DATA / "example" / name, folder / name)
     (folder / "mine.txt").write_text(load_template("plain"))
     return with_overrides(profile, [
-        "dialogues.source=csv", f"dialogues.csv_file={folder / 'dialogues.csv'}", "generation.source=csv",
-        f"generation.csv_file={folder / 'completions.csv'}", f"prompts.template={folder / 'mine.txt'}",
+        f"dialogues.source={folder / 'dialogues.csv'}", f"generation.source={folder / 'completions.csv'}",
+        f"prompts.template={folder / 'mine.txt'}",
     ])  # fmt: skip
 
 
@@ -287,9 +287,8 @@ def test_links_edits_and_damaged_records_skip_nothing(profile, tmp_path, runs, m
     assert [looked_into(), looked_into()] == [["dialogues"], []]
     csv.write_text(csv.read_text() + "\n")
     assert [looked_into(), looked_into()] == [["dialogues"], []]
-    assert looked_into(with_overrides(own, [f"paths.figures={tmp_path / 'other'}"])) == ["dialogues"]
-    shutil.copytree(elsewhere, tmp_path / "copy")
-    assert looked_into(with_overrides(own, [f"paths.runs={tmp_path / 'copy'}"])) == ["dialogues"]
+    shutil.copytree(elsewhere, tmp_path / "copy" / "runs")
+    assert looked_into(with_overrides(own, [f"home={tmp_path / 'copy'}"])) == ["dialogues"]
     looked_into()
 
     read = stages.dialogues.read_dialogues

@@ -164,8 +164,8 @@ def models(tmp_path_factory, one_thread):
 
 
 def computing(folder, models, *overrides):
-    chosen = [f"scoring.compute.models.{metric}={path}" for metric, path in models.items()]
-    accepted = f"scoring.compute.accept_failed_probes=[{', '.join(METRICS)}]"
+    chosen = [f"scoring.models.{metric}={path}" for metric, path in models.items()]
+    accepted = f"scoring.accept_failed_probes=[{', '.join(METRICS)}]"
     more = ["scoring.source=compute", accepted]
     return profile_in(folder, *chosen, *more, *overrides)
 
@@ -228,7 +228,7 @@ def test_an_unchanged_stage_is_skipped_with_its_warnings_and_a_changed_one_uses_
 
 
 def test_a_scorer_that_fails_its_probes_may_not_enter_the_quality_score(tmp_path, models):
-    run = RunFolder(computing(tmp_path, models, "scoring.compute.accept_failed_probes=[c_score, ue_score]"))
+    run = RunFolder(computing(tmp_path, models, "scoring.accept_failed_probes=[c_score, ue_score]"))
     write_run(run, *small_world())
     with pytest.raises(PersodpoError, match=r"\(coherence: .*accept_failed_probes=\[coherence, "):
         make_scores(run)
@@ -253,7 +253,7 @@ def test_extras_are_reported_beside_the_scores():
 
 def test_without_ray_there_is_one_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(PersodpoError, match=r"pip install 'persodpo\[ray\]', or set engine.ray_workers=null"):
+    with pytest.raises(PersodpoError, match=r"pip install 'persodpo\[ray\]', or set scoring.ray_workers=null"):
         score.ray_engine(Letters, 2)
 
 
@@ -262,7 +262,7 @@ def test_the_stage_gives_the_same_tables_over_ray(tmp_path, monkeypatch, models)
     ray = pytest.importorskip("ray", reason="ray is not installed (pip install 'persodpo[ray]')")
     runs = []
     for workers in ("null", "2"):
-        run = RunFolder(computing(tmp_path / workers, models, f"engine.ray_workers={workers}"))
+        run = RunFolder(computing(tmp_path / workers, models, f"scoring.ray_workers={workers}"))
         write_run(run, *small_world(12))
         make_scores(run)
         runs.append(run)

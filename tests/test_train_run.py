@@ -34,8 +34,8 @@ from persodpo.training.policy import load_policy, make_small_policy
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 OVERRIDES = [
-    "training.epochs=2", "training.prompts_per_step=2", "training.evaluation_steps=2", "training.health_tokens=8",
-    "training.health_prompts=2", "training.held_out=0.2", "training.max_length=128", "training.warmup_steps=1",
+    "training.epochs=2", "training.prompts_per_step=2", "training.health_tokens=8", "training.held_out=0.2",
+    "training.max_length=128", "training.warmup_steps=1",
     "training.learning_rate=0.001",
 ]  # fmt: skip
 
@@ -51,6 +51,13 @@ def pairs_table(prompts: int = 10) -> pd.DataFrame:
         for number in range(prompts) for c in range(2) for r in range(3)
     ]  # fmt: skip
     return pd.DataFrame(rows)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frequent_evaluations():
+    """Evaluate and write a checkpoint at every second step."""
+    with patch.object(run, "FEWEST_STEPS", 2):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +127,7 @@ sys.path.insert(0, tests)
 from pathlib import Path
 import test_train_run as t
 profile = t.load_profile("release", t.OVERRIDES)
+t.run.FEWEST_STEPS = 2
 t.run.train_arm(t.pairs_table(), "perso_weighted", policy, Path(folder), profile=profile, key="k")
 """
 
@@ -226,7 +234,7 @@ def test_a_folder_of_adapters_is_trained_on_from_where_they_were(tmp_path, polic
 
 
 def test_an_unknown_arm_is_one_sentence(tmp_path):
-    done = CliRunner().invoke(app, ["train", "--arm", "pers", "--set", f"paths.runs={tmp_path}"])
+    done = CliRunner().invoke(app, ["train", "--arm", "pers", "--set", f"home={tmp_path}"])
     assert isinstance(done.exception, PersodpoError)
     assert "no arm 'pers'; there are simple, perso, perso_weighted, corrected" in str(done.exception)
 

@@ -45,6 +45,8 @@ HARDWARE = "batch API"
 class BatchBackend(OpenAIBackend):
     """Answers of an endpoint that come by the batch."""
 
+    poll_seconds = 60.0  # between two looks at a batch
+
     def identity(self) -> Mapping[str, object]:
         """Name the served model, the schema and the way, for a batch's times are no response times."""
         return {**super().identity(), "batch": True}
@@ -122,7 +124,7 @@ class BatchBackend(OpenAIBackend):
     async def _name_of(self, client: openai.AsyncOpenAI, file: str) -> str | None:
         """Find a batch in the endpoint's list by its file, if there is a list."""
         for look in range(LOOKS):
-            await asyncio.sleep(self.settings.poll_seconds if look else 0)
+            await asyncio.sleep(self.poll_seconds if look else 0)
             names: list[object] = []
             more = True
             while more:
@@ -190,7 +192,7 @@ class BatchBackend(OpenAIBackend):
                 raise ModelStopped(self.sentence("batch", "its reply names no status"))
             if state["status"] in ENDED:
                 break
-            await asyncio.sleep(self.settings.poll_seconds)
+            await asyncio.sleep(self.poll_seconds)
         output = await self._lines(client, state.get("output_file_id"), given_up=given_up)
         errors = await self._lines(client, state.get("error_file_id"), given_up=True)
         if not given_up and len(output) < (as_count(as_object(state.get("request_counts")).get("completed")) or 0):
@@ -241,7 +243,7 @@ class BatchBackend(OpenAIBackend):
     async def _connected(self) -> AsyncIterator[openai.AsyncOpenAI]:
         """Give a client, and turn its errors into the sentence that stops the model; its own retries are over."""
         try:
-            async with self.client(BoundedClient(self.settings, LONGEST_FILE), self.settings.attempts - 1) as client:
+            async with self.client(BoundedClient(self.settings, LONGEST_FILE), self.attempts - 1) as client:
                 yield client
         except openai.APIStatusError as error:
             fault = fault_of(error.status_code, error.response.headers, error.response.content)

@@ -67,6 +67,7 @@ class OpenAIBackend(Backend):
     """Answers over the ``openai`` client."""
 
     local = False
+    attempts = 6  # how often a prompt is sent at most
 
     def __init__(self, settings: OpenAIModel, json_keys: tuple[str, ...] = ()) -> None:
         """Take the settings, and the keys of the JSON object that the endpoint must hold the model to; none: no schema."""
@@ -122,7 +123,7 @@ class OpenAIBackend(Backend):
     async def run(self, work: Work) -> None:
         """Read the key, make a client and keep as many requests under way as the settings say."""
         wire = _Wire(self, work)
-        async with self.client(wire, self.settings.attempts - 1) as client, asyncio.TaskGroup() as group:
+        async with self.client(wire, self.attempts - 1) as client, asyncio.TaskGroup() as group:
             for _ in range(self.concurrency):
                 group.create_task(wire.work(client))
 

@@ -35,7 +35,7 @@ POOL = 8
 #: A text that every model can go on from; where one cannot, the fault is not with its prompts.
 HARMLESS = "warm up"
 WARM_UP = Request("warm-up", HARMLESS, 8, 0.0, None, "")
-#: Loads a model and its tokenizer: name or folder; ``dtype`` and ``revision`` by keyword.
+#: Loads a model and its tokenizer: name or folder; ``dtype`` by keyword.
 Loader = Callable[..., tuple[Any, Any]]
 
 
@@ -47,20 +47,20 @@ class TransformersBackend(Backend):
         self.settings = settings
         self.weights = weights
         self.model = settings.model
-        self.batch_size = 1 if settings.mode == "latency" else settings.batch_size
-        self.concurrency = 1 if settings.mode == "latency" else settings.batch_size * POOL
+        self.batch_size = settings.batch_size
+        self.concurrency = 1 if settings.batch_size == 1 else settings.batch_size * POOL
         self._load = load
 
     def identity(self) -> Mapping[str, object]:
-        """Name the weights by their content, and the mode, for times of different modes are different measurements."""
-        shape = {"kind": "transformers", "mode": self.settings.mode, "stop": self.settings.stop_at_json}
+        """Name the weights by their content, and whether prompts are answered alone: other times are other measurements."""
+        shape = {"kind": "transformers", "alone": self.batch_size == 1, "stop": self.settings.stop_at_json}
         return {**shape, **self._contents}
 
     @cached_property
     def _contents(self) -> dict[str, object]:
         adapter = self.settings.adapter
         return {
-            "weights": folder_digest(Path(self.weights)) or [str(self.weights), self.settings.revision],
+            "weights": folder_digest(Path(self.weights)) or str(self.weights),
             "adapter": adapter and (folder_digest(adapter) or str(adapter)),
             "dtype": "bfloat16" if torch.cuda.is_available() else "float32",
         }
@@ -93,12 +93,12 @@ class Decoder:
     """A loaded model and its tokenizer."""
 
     def __init__(self, settings: TransformersModel, weights: str | Path, load: Loader) -> None:
-        """Load the model, and warm it up for latency mode; arguments as of `TransformersBackend`."""
+        """Load the model, and warm it up where prompts are answered one at a time; arguments as of `TransformersBackend`."""
         self.cancelled = threading.Event()
         self._settings = settings
         cuda = torch.cuda.is_available()
         dtype = torch.bfloat16 if cuda else torch.float32
-        model, tokenizer = load(weights, dtype=dtype, revision=settings.revision)
+        model, tokenizer = load(weights, dtype=dtype)
         model = _with_adapter(model, settings.adapter) if settings.adapter else model
         self._model: Any = model.to("cuda" if cuda else "cpu")
         self._tokenizer = tokenizer
@@ -111,7 +111,7 @@ class Decoder:
             tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(self._ends[0])
         self._limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
         self.hardware = _hardware(dtype)
-        if settings.mode == "latency":
+        if settings.batch_size == 1:
             self._decode([self._ids(HARMLESS)], [WARM_UP])
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:

@@ -18,12 +18,14 @@ from pathlib import Path
 
 import httpx2
 
-from persodpo.config import OpenAIModel, Prices, ServedModel
+from persodpo.config import OpenAIModel, Prices, TransformersModel
 from persodpo.generation.ask import Work
 from persodpo.generation.endpoint import OpenAIBackend
 from persodpo.generation.requests import ModelStopped, folder_digest
 
 HOST = "127.0.0.1"
+#: Longest wait for one answer, seconds.
+ANSWER_SECONDS = 600.0
 #: Runs a program until it ends or its standard input does, which is when the parent dies or lets go of it. Where there is
 #: Linux's prctl, the program is killed when this one is.
 _LEASH = """
@@ -49,15 +51,15 @@ class ServedBackend(OpenAIBackend):
     """Answers of an endpoint that is started for them."""
 
     local = True
+    startup_seconds = 120.0  # longest wait for the server
 
-    def __init__(self, settings: ServedModel, weights: str | Path) -> None:
+    def __init__(self, settings: TransformersModel, weights: str | Path) -> None:
         """Name the weights, a folder or a name on the Hub; nothing is started yet."""
         super().__init__(OpenAIModel(
-            kind="openai", model=settings.model, served_as=str(weights), base_url=f"http://{HOST}/v1",
-            format=settings.format, concurrency=settings.concurrency, timeout_seconds=settings.timeout_seconds,
+            model=settings.model, served_as=str(weights), base_url=f"http://{HOST}/v1", format=settings.format,
+            concurrency=min(settings.batch_size, 500), timeout_seconds=ANSWER_SECONDS,
             prices=Prices(input_per_million=0, output_per_million=0),
         ))  # fmt: skip
-        self._startup_seconds = settings.startup_seconds
         self._weights = str(weights)
         self._digest = folder_digest(Path(weights)) or str(weights)
 
@@ -85,7 +87,7 @@ class ServedBackend(OpenAIBackend):
 
     async def _wait(self, server: subprocess.Popen[bytes], health: str) -> None:
         """Wait until the server answers."""
-        deadline = time.monotonic() + self._startup_seconds
+        deadline = time.monotonic() + self.startup_seconds
         async with httpx2.AsyncClient(trust_env=False) as client:
             while server.poll() is None and time.monotonic() < deadline:
                 with suppress(httpx2.TransportError):
@@ -93,8 +95,7 @@ class ServedBackend(OpenAIBackend):
                         return
                 await asyncio.sleep(0.2)
         ended = server.poll()
-        did = f"did not answer within {self._startup_seconds:g} s" if ended is None else f"ended with status {ended}"
+        did = f"did not answer within {self.startup_seconds:g} s" if ended is None else f"ended with status {ended}"
         raise ModelStopped(
-            f"transformers serve {did} for model {self.model}; raise startup_seconds of its entry in generation.backends, "
-            f"or try it by hand: transformers serve {self._weights}."
+            f"transformers serve {did} for model {self.model}; try it by hand: transformers serve {self._weights}."
         )

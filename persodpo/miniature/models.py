@@ -18,7 +18,7 @@ from random import Random
 import pandas as pd
 
 from persodpo.completions import write_completion
-from persodpo.config import Miniature, Prompts
+from persodpo.config import Prompts
 from persodpo.dialogues import focus_json
 from persodpo.errors import PersodpoError
 from persodpo.files import make_folder, read_text, write_atomically, write_text
@@ -26,8 +26,8 @@ from persodpo.miniature.world import PHRASES, focus_world
 from persodpo.prompts import load_template, render
 
 BASE = "base"
-#: Numbers of the models' own dialogues start here, so that no run of reasonable size shares one with them.
-FIRST = 1_000_000
+#: Number of the first of the models' own dialogues, so that no run of reasonable size shares one with them; their count.
+FIRST, DIALOGUES = 1_000_000, 1_500
 #: How often the middling model fails where one of the habits has a cause, and forgets the person elsewhere.
 MIDDLING_FAILS, MIDDLING_FORGETS = 0.8, 0.5
 #: Where a cut answer ends, characters.
@@ -82,7 +82,7 @@ def _middling(answer: str, rng: Random) -> str:
     return _impersonal(answer) if rng.random() < MIDDLING_FORGETS else write_completion(answer)
 
 
-def lessons(name: str, folder: Path, miniature: Miniature, prompts: Prompts, seed: int) -> list[tuple[str, str]]:
+def lessons(name: str, folder: Path, prompts: Prompts, seed: int) -> list[tuple[str, str]]:
     """Return prompts and completions that a model, ``base`` or one of `FINISHES`, learns from.
 
     Persona sentences are joined and on lines in turns, so that models read either. The folder is that of the models and
@@ -90,7 +90,7 @@ def lessons(name: str, folder: Path, miniature: Miniature, prompts: Prompts, see
     """
     if name != BASE and name not in FINISHES:
         raise PersodpoError(f"There is no miniature model '{name}'; there are {', '.join((BASE, *FINISHES))}.")
-    table, template = own_dialogues(folder, miniature, seed), load_template(prompts.template)
+    table, template = own_dialogues(folder, seed), load_template(prompts.template)
     complete = FINISHES.get(name) or partial(_middling, rng=Random(f"{seed} {name}"))  # noqa: S311 - no secret
     rows = enumerate(zip(table["personas"], table["context"], table["reference"], strict=True))
     return [
@@ -100,11 +100,11 @@ def lessons(name: str, folder: Path, miniature: Miniature, prompts: Prompts, see
 
 
 @lru_cache(maxsize=2)
-def own_dialogues(folder: Path, miniature: Miniature, seed: int) -> pd.DataFrame:
+def own_dialogues(folder: Path, seed: int) -> pd.DataFrame:
     """Return the dialogues that the models learn from, none of which is in a run's own world; their file is written."""
     make_folder(folder)
     path = folder / "world.json"
-    text = json.dumps(focus_world(miniature.model_dialogues, seed, first=FIRST))
+    text = json.dumps(focus_world(DIALOGUES, seed, first=FIRST))
     if read_text(path) != text:
         write_atomically(path, partial(write_text, text=text))
     return focus_json(path, "train")

@@ -186,7 +186,7 @@ def _fit_all(dialogues: pd.DataFrame, encoder: Encoder, scratch: Path, seed: int
             if len({label for _, label in train[name]}) < (2 if name == "coherence" else 3) or not held_out[name]:
                 raise PersodpoError(
                     "No persona sentence says what heads can learn from, such as 'I like ...' or 'I live in ...', or there "
-                    "are no replies; name real checkpoints in scoring.compute.models."
+                    "are no replies; name real checkpoints in scoring.models."
                 )
             head = Head.fit(encoder, train[name], seed)
             weights |= {f"{name}.{place}": array for place, array in enumerate(head.layers)}

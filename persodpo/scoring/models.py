@@ -25,7 +25,7 @@ from filelock import FileLock
 
 from persodpo.config import HUB_ENCODER
 from persodpo.errors import PersodpoError
-from persodpo.files import digest_of, disk_errors, make_folder, sha256
+from persodpo.files import digest_of, disk_errors, make_folder, name_and_revision, sha256
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 #: One text, or a premise and a hypothesis.
 Input = tuple[str, ...]
+#: Tokens of a batch; they change speed and memory, never scores.
+BATCH_TOKENS = {"cpu": 8_192, "cuda": 65_536}
 #: Files of a folder that shape no score.
 _IRRELEVANT = ("*.md", "*.png", ".*", "training_args.bin", "trainer_state.json")
 
@@ -86,8 +88,11 @@ class Checkpoint:
     auto, kind = "AutoModel", "a model"
     dtype: str | None = None
 
-    def __init__(self, source: str, batch_tokens: int = 8192) -> None:
-        """Name the model, and the most tokens of a batch, padding included; a longer input is a batch of its own."""
+    def __init__(self, source: str, batch_tokens: int | None = None) -> None:
+        """Name the model, on the Hub perhaps with ``@revision``.
+
+        A batch has at most ``batch_tokens``, padding included, or as many as suit the device; a longer input is its own.
+        """
         self.source, self.batch_tokens = source, batch_tokens
 
     @cached_property
@@ -95,7 +100,7 @@ class Checkpoint:
         """Digest of all files of a folder that shape a score; for a name on the Hub, name and commit."""
         folder = Path(self.source)
         if not folder.is_dir():
-            return f"{self.source}@{self.commit}"
+            return f"{name_and_revision(self.source)[0]}@{self.commit}"
         if not (folder / "config.json").is_file():
             raise PersodpoError(f"Folder {folder} holds no model (there is no config.json); name a model's own folder.")
         paths = [path for path in sorted(folder.iterdir()) if path.is_file() and not any(map(path.match, _IRRELEVANT))]
@@ -103,7 +108,7 @@ class Checkpoint:
 
     @cached_property
     def commit(self) -> str | None:
-        """Newest commit on the Hub, None for a folder."""
+        """Commit on the Hub, the newest unless the name says which; None for a folder."""
         if Path(self.source).is_dir():
             return None
         config = self.file("config.json")
@@ -123,7 +128,8 @@ class Checkpoint:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError  # noqa: PLC0415
 
         try:
-            return Path(hf_hub_download(self.source, name))
+            model, revision = name_and_revision(self.source)
+            return Path(hf_hub_download(model, name, revision=revision))
         except (HfHubHTTPError, HFValidationError, OSError):
             return None
 
@@ -135,6 +141,7 @@ class Checkpoint:
         from safetensors import SafetensorError  # noqa: PLC0415
         from transformers.utils import logging  # noqa: PLC0415
 
+        name, _ = name_and_revision(self.source)
         place = {"revision": self.commit or "main", "trust_remote_code": False}
         weights = {"dtype": getattr(torch, self.dtype or dtype_name()), "use_safetensors": True}
         verbosity = logging.get_verbosity()
@@ -142,9 +149,9 @@ class Checkpoint:
         if not sys.stderr.isatty():
             logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(self.source, **place)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, **place)
             auto = getattr(transformers, self.auto)
-            model, report = auto.from_pretrained(self.source, output_loading_info=True, **weights, **place)
+            model, report = auto.from_pretrained(name, output_loading_info=True, **weights, **place)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             why = f"cannot be loaded ({type(error).__name__})"
             if isinstance(error, OSError) and ".safetensors" in str(error):
@@ -204,9 +211,10 @@ class Checkpoint:
 
         lengths = np.array([len(row["input_ids"]) for row in rows])
         order = np.argsort(-lengths, kind="stable")
+        size = self.batch_tokens or BATCH_TOKENS[device_name()]
         parts, start = [], 0
         while start < len(order):
-            places = order[start : start + max(1, self.batch_tokens // max(1, lengths[order[start]]))]
+            places = order[start : start + max(1, size // max(1, lengths[order[start]]))]
             batch = self.loaded.tokenizer.pad([dict(rows[place]) for place in places], return_tensors="pt")
             with torch.inference_mode():
                 parts.append(forward(dict(batch.to(self.loaded.model.device))).to(torch.float64).cpu().numpy())
@@ -282,7 +290,7 @@ class Encoder(Checkpoint):
 
     kind, dtype = "a sentence encoder", "float32"
 
-    def __init__(self, name: str = HUB_ENCODER, batch_tokens: int = 8192) -> None:
+    def __init__(self, name: str = HUB_ENCODER, batch_tokens: int | None = None) -> None:
         """Name a folder or a model on the Hub; the default is the pinned one, which is fetched if need be."""
         super().__init__(str(fetch_encoder()) if name == HUB_ENCODER else name, batch_tokens)
 

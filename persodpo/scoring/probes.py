@@ -179,7 +179,7 @@ def admit(verdicts: Sequence[Verdict], weights: Mapping[str, float], accepted: S
         raise PersodpoError(
             f"Scorers failed probes and may not enter the quality score ({reasons}). Use other models, or more dialogues "
             "with other personas where heads on the encoder learn from them, set their weights to 0, or accept them by name "
-            f"with scoring.compute.accept_failed_probes=[{', '.join(failed)}]."
+            f"with scoring.accept_failed_probes=[{', '.join(failed)}]."
         )
     return [
         f"{scorer} enters the quality score although it failed its probes: {', '.join(one.probe for one in verdicts)}"

@@ -114,7 +114,7 @@ def ray_engine(make: Callable[[str], Scorer], workers: int) -> Engine:
         import ray.data  # noqa: PLC0415 - optional, and slow to load
     except ImportError as error:
         raise PersodpoError(
-            "Ray is not installed; pip install 'persodpo[ray]', or set engine.ray_workers=null."
+            "Ray is not installed; pip install 'persodpo[ray]', or set scoring.ray_workers=null."
         ) from error
 
     def engine(scorer: Scorer, batches: Sequence[Sequence[Item]]) -> Iterator[tuple[int, Scored]]:

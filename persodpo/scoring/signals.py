@@ -125,40 +125,35 @@ class NliModel(Checkpoint):
 
     auto, kind = "AutoModelForSequenceClassification", "a fine-tuned sequence classifier"
 
-    def __init__(
-        self, source: str, *, labels: Sequence[str] | None = None, max_length: int = 210, batch_tokens: int = 8192
-    ) -> None:
-        """Name the model, the class of each output where its config names none, and its longest input in tokens."""
+    def __init__(self, source: str, *, max_length: int = 210, batch_tokens: int | None = None) -> None:
+        """Name the model and its longest input in tokens; the batch as of `Checkpoint`."""
         super().__init__(source, batch_tokens)
-        self.labels, self.max_length = tuple(labels) if labels else None, max_length
+        self.max_length = max_length
 
     @property
     def key(self) -> str:
-        """Digest of checkpoint, labels, longest input and number type."""
-        limits = {"labels": self.labels, "max_length": self.max_length, "dtype": dtype_name()}
-        return digest_of({"model": self.digest, **limits})
+        """Digest of checkpoint, longest input and number type."""
+        return digest_of({"model": self.digest, "max_length": self.max_length, "dtype": dtype_name()})
 
     def values(self, inputs: Sequence[Input]) -> tuple[np.ndarray, np.ndarray]:
         """Classify single texts or pairs, all of one kind; what is longer than the model takes is cut, too."""
         model, tokenizer = self.loaded
         room = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", self.max_length))
-        columns = label_order(model.config.id2label or {}, self.labels, self.source)
+        columns = label_order(model.config.id2label or {}, self.source)
         rows, cut = self.tokens(inputs, min(room, self.max_length))
         logits = self.run(rows, lambda batch: model(**batch).logits)
         return logits[:, columns].argmax(axis=1) - 1, cut
 
 
-def label_order(id2label: Mapping[Any, str], named: Sequence[str] | None, checkpoint: str) -> list[int]:
-    """Return which output of a classifier is each of `CLASSES`, by its config or, where that names none, by a setting."""
+def label_order(id2label: Mapping[Any, str], checkpoint: str) -> list[int]:
+    """Return which output of a classifier is each of `CLASSES`, by its config."""
     outputs = [str(name) for _, name in sorted(id2label.items())]
-    in_config = [SPELLINGS.get(name.strip().lower(), "") for name in outputs]
-    clear = sorted(in_config) == sorted(CLASSES)
-    if len(outputs) != len(CLASSES) or not (clear or named):
+    order = [SPELLINGS.get(name.strip().lower(), "") for name in outputs]
+    if sorted(order) != sorted(CLASSES):
         raise PersodpoError(
             f"Model '{checkpoint}' calls its outputs {', '.join(outputs)}, not {', '.join(CLASSES)}; name a classifier of "
-            "these three, or set labels to the class of each of its three outputs in their order."
+            "these three, or a folder whose config.json says in id2label which output is which."
         )
-    order = in_config if clear else list(named or ())
     return [order.index(name) for name in CLASSES]
 
 

@@ -153,7 +153,7 @@ def _record(
 ) -> dict[str, Any]:
     """Return what a step follows from, as it is now; that of a copied run folder holds for the original alone."""
     modules = [function.__module__ for function in (stage.run, stage.after) if function]
-    named = _named(run.profile.model_dump(exclude={"paths", "name", "evaluation"}))
+    named = _named(run.profile.model_dump(exclude={"home", "name", "evaluation"}))
     return {
         "profile": run.profile.digest(),
         "folders": [str(run.root), str(run.figures)],
@@ -195,7 +195,7 @@ def _named(value: Any) -> Iterator[Path]:
         for inner in value.values() if isinstance(value, Mapping) else value:
             yield from _named(inner)
     elif isinstance(value, str | Path) and str(value):
-        hub = Path(HF_HUB_CACHE) / f"models--{str(value).replace('/', '--')}" / "refs"
+        hub = Path(HF_HUB_CACHE) / f"models--{str(value).partition('@')[0].replace('/', '--')}" / "refs"
         for place in (PROJECT / value, Path(value).absolute(), hub):
             with suppress(OSError, ValueError):  # a text that can be no file's name
                 inside = [*place.glob("*"), *place.glob("*/config.json")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from persodpo.config import Profile, load_profile
+from persodpo.config import NOT_OF_RESULTS, Profile, load_profile
 from persodpo.release import audit, parity, published
 from persodpo.release.checks import Material
 from persodpo.release.fetch import fetch_release
@@ -24,10 +24,10 @@ def as_released(profile: Profile) -> Profile:
     # How models would be asked is no concern of the audit either: only what is ranked.
     ranked = {key: getattr(released.generation, key) for key in ("source", "models")}
     generation = profile.generation.model_copy(update=ranked)
-    kept = {key: getattr(profile, key) for key in ("paths", "engine", "seed", "miniature", *_NO_CONCERN)}
+    kept = {key: getattr(profile, key) for key in ("home", "seed", "miniature", *_NO_CONCERN)}
     twin = released.model_copy(update={**kept, "generation": generation})
-    same = twin.model_dump(exclude={"name"}) == profile.model_dump(exclude={"name"})
-    return profile if same else twin.model_copy(update={"name": f"{profile.name}-as-released"})
+    mine, its = (one.model_dump(exclude={"name": True, **NOT_OF_RESULTS}) for one in (profile, twin))
+    return profile if mine == its else twin.model_copy(update={"name": f"{profile.name}-as-released"})
 
 
 def judge(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
@@ -50,7 +50,9 @@ def judge(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
         build,
         reads=names,
         files=files | published.fact_files() | {"claims": audit.CLAIMS},
-        settings=profile.model_dump(mode="json", exclude={"paths", "engine", "miniature", *_NO_CONCERN}),
+        settings=profile.model_dump(
+            mode="json", exclude=NOT_OF_RESULTS | dict.fromkeys(("miniature", *_NO_CONCERN), True)
+        ),
         outputs=["audit/parity", "audit/findings", "audit/corrections"],
         overwrite=overwrite,
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from persodpo.config import Profile
+from persodpo.config import Profile, is_csv
 from persodpo.dialogues import Split, focus_json, published_focus
 from persodpo.errors import PersodpoError
 from persodpo.files import PROJECT
@@ -23,7 +23,8 @@ FOCUS = "https://github.com/pkchat-focus/FoCus"
 def make_dialogues(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
     """Make the dialogues table."""
     settings, files = run.profile.dialogues, _files(run)
-    seed = {"seed": run.profile.seed} if settings.source == "focus_json" else {}
+    drawn = settings.source not in {"miniature", "published"} and not is_csv(settings.source)
+    seed = {"seed": run.profile.seed} if drawn else {}
 
     def build() -> Tables:
         return {"dialogues": pd.concat([_read(run.profile, *file) for file in files.items()], ignore_index=True)}
@@ -38,11 +39,11 @@ def make_dialogues(run: RunFolder, overwrite: bool = False) -> list[StageReport]
 def _read(profile: Profile, name: str, path: Path) -> pd.DataFrame:
     settings = profile.dialogues
     split: Split = "train" if "train" in name else "valid"
-    if settings.source == "published_focus":
+    if settings.source == "published":
         return published_focus(path, split)
     if settings.source == "miniature":
         return focus_json(path, split).assign(dataset="miniature")
-    if settings.source == "csv":
+    if is_csv(settings.source):
         return read_dialogues(path)
     drawn: dict[str, Any] = {
         "size": settings.train_size,
@@ -59,16 +60,16 @@ def _files(run: RunFolder) -> dict[str, Path]:
         world = run.profile.miniature
         paths = write_world(run.root / "world", world.train, world.valid, run.profile.seed)
         return dict(zip(("train", "valid"), paths, strict=True))
-    if settings.source == "focus_json":
-        given = {"train": settings.train_file, "valid": settings.valid_file}
-        lost = [path for path in given.values() if path and not path.is_file()]
-        if lost:
+    if settings.source == "published":
+        files = fetch_release(run.release)
+        return {name: files[name] for name in (published.prompts_file("train"), published.prompts_file("valid"))}
+    if is_csv(settings.source):
+        return {"csv": PROJECT / settings.source}
+    focus = {split: PROJECT / settings.source / f"{split}_focus.json" for split in ("train", "valid")}
+    for path in focus.values():
+        if not path.is_file():
             raise PersodpoError(
-                f"{lost[0]} is not there; get the FoCus files from {FOCUS}, or name others in dialogues.train_file and "
-                "dialogues.valid_file."
+                f"{path} is not there; dialogues.source is miniature, published, a CSV file of yours, or the folder of the "
+                f"files of {FOCUS}."
             )
-        return {split: path for split, path in given.items() if path}
-    if settings.source == "csv" and settings.csv_file:
-        return {"csv": PROJECT / settings.csv_file}
-    files = fetch_release(run.release)
-    return {name: files[name] for name in (published.prompts_file("train"), published.prompts_file("valid"))}
+    return focus

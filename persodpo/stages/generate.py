@@ -12,7 +12,7 @@ import pandas as pd
 
 import persodpo.completions
 import persodpo.own_data
-from persodpo.config import AskedModel, Profile, ServedModel, TransformersModel
+from persodpo.config import AskedModel, Profile, TransformersModel, is_csv
 from persodpo.errors import PersodpoError
 from persodpo.files import PROJECT
 from persodpo.generation.ask import generate_all
@@ -48,10 +48,10 @@ def needs(profile: Profile) -> list[Need]:
     """
     if profile.generation.source == "published":
         published.ranked_sets(profile.generation.models)
-        if profile.dialogues.source != "published_focus":
+        if profile.dialogues.source != "published":
             raise PersodpoError(
                 "generation.source published has responses to the published FoCus prompts only; "
-                "set dialogues.source=published_focus."
+                "set dialogues.source=published."
             )
     return [Need("dialogues")]
 
@@ -59,13 +59,13 @@ def needs(profile: Profile) -> list[Need]:
 def make_responses(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
     """Make the responses tables: train responses to rank, and held-out ones where they are published.
 
-    With ``generation.source: models`` the profile's models are asked what is not stored yet; with ``csv`` the user's own
+    With ``generation.source: models`` the profile's models are asked what is not stored yet; with a CSV file the user's own
     completions are read.
     """
     profile = run.profile
     if profile.generation.source != "models":
         with run.locked(WAIT_SECONDS):
-            return [(_own if profile.generation.source == "csv" else _published)(run, overwrite)]
+            return [(_own if is_csv(profile.generation.source) else _published)(run, overwrite)]
     scope = Scope(profile.generation.models, ("train",))
     run.asked |= set(scope.models)
     check_finished(_ask(run, scope), profile, "generate")
@@ -88,7 +88,7 @@ def check_finished(summaries: Sequence[Summary], profile: Profile, command: str)
 
 def _own(run: RunFolder, overwrite: bool) -> StageReport:
     """Read the user's own completions, and say what became of them."""
-    profile, path = run.profile, PROJECT / (run.profile.generation.csv_file or "")
+    profile, path = run.profile, PROJECT / run.profile.generation.source
     report = run.stage(
         "generate",
         lambda: {"responses": persodpo.own_data.read_responses(path, run.read("dialogues"), profile.reading)},
@@ -298,15 +298,15 @@ def job_for(dialogues: pd.DataFrame, entry: AskedModel, profile: Profile, weight
 
 def _backend(entry: AskedModel, profile: Profile, weights: str | Path) -> Backend:
     """Return the backend that a model is asked through; each loads only what it needs."""
+    if isinstance(entry, TransformersModel) and entry.served:
+        from persodpo.generation.serving import ServedBackend
+
+        return ServedBackend(entry, weights)
     if isinstance(entry, TransformersModel):
         from persodpo.generation.local import TransformersBackend
         from persodpo.training.policy import load_policy
 
         return TransformersBackend(entry, weights, load_policy)
-    if isinstance(entry, ServedModel):
-        from persodpo.generation.serving import ServedBackend
-
-        return ServedBackend(entry, weights)
     from persodpo.generation.batch import BatchBackend
     from persodpo.generation.endpoint import OpenAIBackend
 
@@ -325,8 +325,8 @@ def _entry_of(profile: Profile, model: str) -> AskedModel:
 
 def _is_small_policy(entry: AskedModel, profile: Profile) -> bool:
     """Tell whether a model is the small policy, which is made from a run's responses; an error where these are its own."""
-    names_policy = isinstance(entry, (TransformersModel, ServedModel)) and entry.weights == "policy"
-    is_policy = names_policy and profile.policy.model == "small"
+    named = entry.weights if isinstance(entry, TransformersModel) else ""
+    is_policy = named == "policy" and profile.policy.model == "small"
     if is_policy and profile.generation.source == "models":
         raise PersodpoError(
             f"Model {entry.model} is the small policy, which is made from responses that are there already; with "
@@ -337,7 +337,7 @@ def _is_small_policy(entry: AskedModel, profile: Profile) -> bool:
 
 def _weights(run: RunFolder, entry: AskedModel, *, make_policy: bool) -> str | Path:
     """Return the weights of a model of this machine, as a folder or a name on the Hub."""
-    if not isinstance(entry, (TransformersModel, ServedModel)):
+    if not isinstance(entry, TransformersModel):
         return ""
     small = _is_small_policy(entry, run.profile)
     name = run.profile.policy.model if entry.weights == "policy" else entry.weights

@@ -97,10 +97,9 @@ def _jobs(
     """Yield what each model answers: the first dialogues one at a time, and the others together."""
     first = len(dialogues) if timed is None else timed
     for model, weights in models.items():
-        for mode, part in (("latency", dialogues.iloc[:first]), ("throughput", dialogues.iloc[first:])):
+        for size, part in ((1, dialogues.iloc[:first]), (BATCH_SIZE, dialogues.iloc[first:])):
             if len(part):
-                fields = {"kind": "transformers", "model": model, "weights": str(weights), "mode": mode}
-                entry = TransformersModel.model_validate(fields | {"batch_size": BATCH_SIZE})
+                entry = TransformersModel(model=model, weights=str(weights), batch_size=size)
                 yield job_for(part, entry, run.profile, weights), part["split"].tolist()
 
 

@@ -33,7 +33,7 @@ def made_model(run: RunFolder, name: str) -> str | Path:
     if not name.startswith(PREFIX):
         return name
     folder, name = miniature_folder(run), name.removeprefix(PREFIX)
-    learn = partial(lessons, folder=folder, miniature=profile.miniature, prompts=profile.prompts, seed=profile.seed)
+    learn = partial(lessons, folder=folder, prompts=profile.prompts, seed=profile.seed)
     examples = learn(name)  # an unknown name is refused before anything is made
     base = make_small_policy(learn(BASE), size, folder / BASE)
     if name == BASE:

@@ -36,6 +36,8 @@ from persodpo.stages.policy import miniature_folder
 
 #: Under the folder of all runs, for scores and heads do not depend on a run's name; no run can be called so.
 CACHE, HEADS = "_scores.sqlite", "_heads"
+#: Settings of scoring that published values do not depend on.
+NOT_COMPUTED = {"models", "encoder", "accept_failed_probes", "ray_workers"}
 
 
 def make_scores(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
@@ -59,7 +61,7 @@ def make_scores(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
 def score_settings(profile: Profile, scorers: Sequence[Scorer] = ()) -> dict[str, object]:
     """Return the settings that scores depend on, those that are not used left out, and the keys of computing scorers."""
     computes = profile.scoring.source == "compute"
-    kept = profile.scoring.model_dump(mode="json", exclude=set() if computes else {"compute", "encoder"})
+    kept = profile.scoring.model_dump(mode="json", exclude=NOT_COMPUTED if not computes else {"ray_workers"})
     settings: dict[str, object] = {
         "scoring": kept,
         "corrections": profile.switches(
@@ -121,7 +123,7 @@ def _published(run: RunFolder, answers: Mapping[str, str], overwrite: bool) -> S
 def _computed(run: RunFolder, answers: Mapping[str, str], overwrite: bool) -> StageReport:
     """Make scores, thresholds and the reports on scorers; `probes.admit` says which scorers may enter the quality score."""
     profile, scorers = run.profile, run_scorers(run)
-    weights, accepted = pairs.effective_weights(profile), profile.scoring.compute.accept_failed_probes
+    weights, accepted = pairs.effective_weights(profile), profile.scoring.accept_failed_probes
     notes: list[str] = []
 
     def build() -> Tables:
@@ -168,7 +170,7 @@ def run_scorers(run: RunFolder) -> list[Scorer]:
 
 def needs_heads(profile: Profile) -> bool:
     """Tell whether a profile scores with heads on the encoder."""
-    models = profile.scoring.compute.models
+    models = profile.scoring.models
     return ENCODER in (models.coherence, models.c_score, models.ue_score)
 
 
@@ -179,36 +181,29 @@ def _maker(run: RunFolder) -> Callable[[str], Scorer]:
 
 def make_scorer(name: str, profile: Profile, folder: Path | None) -> Scorer:
     """Return a profile's scorer of a metric; the folder is that of `heads.make_heads`, where `needs_heads`."""
-    settings = profile.scoring.compute
-    model, size = getattr(settings.models, name), settings.batch_tokens
+    model = getattr(profile.scoring.models, name)
     way: Way = "corrected" if profile.corrects("A10c" if name == "persona_distance" else "A10b") else "as_released"
     if name == "persona_distance":
         source = profile.scoring.encoder if model == ENCODER else model
-        return PersonaDistance(
-            WordMeans(Path(source), way) if Path(source).is_file() else open_encoder(source, size), way
-        )
+        return PersonaDistance(WordMeans(Path(source), way) if Path(source).is_file() else open_encoder(source), way)
     if name == "coherence":
         if model == ENCODER and folder:
             return CoherenceHead.load(name, encoder_of(profile), folder)
-        return CoherenceScorer(model, size)
-    labels = settings.labels.get("c_score" if name == "c_score" else "ue_score")
-    classifier: Classifier = (
-        Head.load(name, encoder_of(profile), folder)
-        if model == ENCODER and folder
-        else NliModel(model, labels=labels, batch_tokens=size)
-    )
+        return CoherenceScorer(model)
+    on_encoder = folder if model == ENCODER else None
+    classifier: Classifier = Head.load(name, encoder_of(profile), on_encoder) if on_encoder else NliModel(model)
     return (CScorer if name == "c_score" else UEScorer)(classifier, way)
 
 
 def encoder_of(profile: Profile) -> Encoder:
     """Return the frozen encoder of a profile, one for all its scorers."""
-    return open_encoder(profile.scoring.encoder, profile.scoring.compute.batch_tokens)
+    return open_encoder(profile.scoring.encoder)
 
 
 @lru_cache(maxsize=4)
-def open_encoder(name: str, batch_tokens: int) -> Encoder:
+def open_encoder(name: str) -> Encoder:
     """Return an encoder that is hashed and loaded once in this process."""
-    return Encoder(name, batch_tokens)
+    return Encoder(name)
 
 
 def heads_folder(run: RunFolder) -> Path:
@@ -218,19 +213,19 @@ def heads_folder(run: RunFolder) -> Path:
     """
     dialogues = run.read("dialogues")
     if run.profile.dialogues.source == "miniature":
-        dialogues = own_dialogues(miniature_folder(run), run.profile.miniature, run.profile.seed)
+        dialogues = own_dialogues(miniature_folder(run), run.profile.seed)
     return heads.make_heads(dialogues, encoder_of(run.profile), run.root.with_name(HEADS), run.profile.seed)
 
 
 def measure(
     run: RunFolder, responses: pd.DataFrame, scorers: Sequence[Scorer]
 ) -> tuple[pd.DataFrame, pd.DataFrame, list[Tally]]:
-    """Score responses to a run's dialogues, on a Ray cluster under ``engine.ray_workers``, from the cache of all runs.
+    """Score responses to a run's dialogues, on a Ray cluster under ``scoring.ray_workers``, from the cache of all runs.
 
     Returns:
         As `persodpo.scoring.score.computed_metrics`.
     """
-    workers = run.profile.engine.ray_workers
+    workers = run.profile.scoring.ray_workers
     engine: Engine = ray_engine(_maker(run), workers) if workers else one_by_one
     with ScoreCache(run.root.with_name(CACHE)) as cache, remembered():
         return computed_metrics(responses, run.read("dialogues"), scorers, cache, engine)

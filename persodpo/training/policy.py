@@ -36,7 +36,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from persodpo.config import PolicySize
 from persodpo.errors import PersodpoError
-from persodpo.files import made_once, sha256
+from persodpo.files import made_once, name_and_revision, sha256
 from persodpo.imports import code_of
 from persodpo.profile_text import Positive, Seed, setting
 from persodpo.training.forward import response_log_probs
@@ -89,7 +89,7 @@ def make_small_policy(examples: Examples, settings: SmallPolicy, folder: Path, *
 
 
 def load_policy(
-    name: str | Path, *, attention: str | None = None, dtype: torch.dtype = torch.float32, revision: str | None = None
+    name: str | Path, *, attention: str | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer.
 
@@ -97,16 +97,15 @@ def load_policy(
     and that is said.
 
     Args:
-        name: A local folder or a name on the Hugging Face Hub.
+        name: A local folder or a name on the Hugging Face Hub, perhaps with ``@revision``: a commit, tag or branch.
         attention: Implementation of attention; None for the fastest that the model has.
         dtype: Type of the weights.
-        revision: Commit, tag or branch on the Hub; None for the newest.
 
     Returns:
         The model, in evaluation mode on the CPU, and the tokenizer.
     """
     _no_bars_unwatched()
-    name = str(name)
+    name, revision = name_and_revision(str(name))
     model: Any
     found: Any
     try:
@@ -225,7 +224,8 @@ def _encode(examples: Examples, tokenizer: Any, max_length: int) -> tuple[list[G
 
 def _new_model(tokenizer: PreTrainedTokenizerFast, settings: SmallPolicy) -> Qwen2ForCausalLM:
     config = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=settings.hidden_size, intermediate_size=settings.intermediate_size,
+        vocab_size=len(tokenizer), hidden_size=settings.hidden_size,
+        intermediate_size=32 * max(1, settings.hidden_size // 10),
         num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=KEY_VALUE_HEADS,
         max_position_embeddings=settings.max_length,
         tie_word_embeddings=True, dtype=torch.float32, bos_token_id=None,

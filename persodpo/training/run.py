@@ -6,6 +6,7 @@ same. What the arm was trained from, and what it is, stands in ``arm.json`` besi
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 import warnings
@@ -34,6 +35,10 @@ from persodpo.training.trainer import GroupedDPOConfig, GroupedDPOTrainer
 ARM_RECORD = "arm.json"
 #: Names the sha256 of each file of a checkpoint; written last.
 CHECKPOINT_RECORD = "persodpo.json"
+#: Evaluations, health checks and checkpoints of a training, but no two within so many steps.
+EVALUATIONS, FEWEST_STEPS = 10, 20
+#: Held-out prompts that a health check has answered.
+HEALTH_PROMPTS = 16
 
 
 class Trained(NamedTuple):
@@ -84,7 +89,7 @@ def train_arm(
     described = _described(policy, model.num_parameters())
     health = Health(
         held_out["prompt"].tolist(),
-        count=settings.health_prompts,
+        count=HEALTH_PROMPTS,
         max_new_tokens=settings.health_tokens,
         reading=profile.reading,
         stop=settings.stop_when_collapsed,
@@ -92,7 +97,7 @@ def train_arm(
     with _without_chatter() as warned, disk_errors(folder):
         trainer = GroupedDPOTrainer(
             model=model,
-            args=arguments(arm, folder, profile),
+            args=arguments(arm, folder, profile, train["prompt"].nunique()),
             train_dataset=as_dataset(train),
             eval_dataset=as_dataset(held_out),
             processing_class=tokenizer,
@@ -188,9 +193,11 @@ def _prepare(folder: Path, key: str) -> Path | None:
     return None
 
 
-def arguments(arm: ArmName, folder: Path, profile: Profile) -> GroupedDPOConfig:
-    """Return the trainer's arguments for an arm under a profile."""
+def arguments(arm: ArmName, folder: Path, profile: Profile, prompts: int) -> GroupedDPOConfig:
+    """Return the trainer's arguments for an arm under a profile, on so many prompts."""
     settings = profile.training
+    steps = math.ceil(settings.epochs * math.ceil(prompts / settings.prompts_per_step))
+    between = max(FEWEST_STEPS, steps // EVALUATIONS)
     return GroupedDPOConfig(
         output_dir=str(folder),
         weighting=ARMS[arm].weighting,
@@ -204,13 +211,13 @@ def arguments(arm: ArmName, folder: Path, profile: Profile) -> GroupedDPOConfig:
         warmup_steps=settings.warmup_steps,
         beta=settings.beta,
         max_length=settings.max_length,
-        bf16=settings.bf16,
+        bf16=torch.cuda.is_available(),
         seed=profile.seed,
         logging_steps=1,
         eval_strategy="steps",
-        eval_steps=settings.evaluation_steps,
+        eval_steps=between,
         save_strategy="steps",
-        save_steps=settings.evaluation_steps,
+        save_steps=between,
         save_total_limit=2,
         report_to=list(settings.report_to),
         use_cpu=not torch.cuda.is_available(),
