@@ -23,7 +23,7 @@ from persodpo.training import forward
 from persodpo.training.checks import check_models
 from persodpo.training.guard import check_packing
 from persodpo.training.packing import Group, Layout, pack
-from persodpo.training.probe import longest_window
+from persodpo.training.probe import longest_window, random_groups
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -609,7 +609,7 @@ def test_statistics_of_the_batch_are_refused(tmp_path):
         assert torch.equal(model.model.norm.phi, torch.ones(32))
     model = tiny_model()
     model.model.norm = torch.nn.Sequential(model.model.norm, Swapped(torch.nn.BatchNorm1d(32)))
-    with pytest.raises(PersodpoError, match="normalises over the batch"):
+    with pytest.raises(PersodpoError, match="while it trains"):
         grouped(tmp_path, model=model)
 
 
@@ -786,3 +786,58 @@ def test_ends_beyond_the_vocabulary_are_left_out_of_the_random_text():
     model = tiny_model()
     model.config.bos_token_id, model.config.eos_token_id = 151_643, [1, 151_645]
     assert check_packing(model, max_length=64, token_budget=128).grouped
+
+
+def test_a_model_that_changes_itself_by_what_it_reads_is_refused(tmp_path):
+    """BigBird takes full attention for good once it has read a short text."""
+    sizes = {"attention_type": "block_sparse", "block_size": 2, "num_random_blocks": 1, "is_decoder": True}
+    model = architecture("big_bird", "eager", sizes | {"hidden_size": 32})
+    ids = torch.arange(5, 55)[None]
+    before = model(input_ids=ids).logits
+    with pytest.raises(PersodpoError, match=r"changes itself by the texts that it reads \(attention_type\)"):
+        check_packing(model, max_length=64)
+    assert torch.equal(model(input_ids=ids).logits, before)
+    full = architecture("big_bird", "eager", sizes | {"attention_type": "original_full"})
+    assert check_packing(full, max_length=64).difference < 1e-4
+
+
+def test_every_token_that_ends_texts_stands_in_the_random_text():
+    model = tiny_model()
+    model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id = 5, [1, 3, 4, 6], 2
+    (first, *_), _ = random_groups(model, 64, 128)
+    for tokens in (first.prompt, first.responses[0]):
+        assert {5, 1, 3, 4} <= set(tokens)
+
+
+class _Clamp(torch.autograd.Function):
+    """Clamps what goes back through it."""
+
+    @staticmethod
+    def forward(ctx, states):
+        return states.view_as(states)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.clamp(-2e-3, 2e-3)
+
+
+def test_gradients_that_are_clamped_inside_are_refused(tmp_path):
+    """A response of several pairs has one gradient here, of their sum."""
+    clamped, hooked = tiny_model(), tiny_model()
+    clamped.model.norm.register_forward_hook(lambda _, into, out: _Clamp.apply(out))
+    hooked.model.layers[1].mlp.up_proj.register_full_backward_hook(
+        lambda _, into, out: tuple(one if one is None else one.clamp(-1e-3, 1e-3) for one in into)
+    )
+    for model in (clamped, hooked):
+        with pytest.raises(PersodpoError, match="not in proportion to the loss"):
+            grouped(tmp_path, model=model)
+
+
+def test_a_vocabulary_of_six_and_statistics_that_text_never_reaches(tmp_path):
+    """Neither fails, nor is refused: a frozen tower of another medium may hold anything."""
+    tiny = tiny_model(vocab_size=6)
+    check_models(tiny, None, max_length=16, token_budget=64, aux_loss=False)
+    model = tiny_model()
+    model.tower = torch.nn.BatchNorm2d(3)
+    model.register_buffer("scale", torch.tensor([math.nan]))
+    assert grouped(tmp_path, model=model).packing.grouped

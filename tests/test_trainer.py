@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -347,6 +348,15 @@ def test_references_are_cached_under_all_that_they_depend_on(tmp_path):
         path.write_bytes(b"cut off")
     damaged = grouped(tmp_path / "damaged", dataset, reference_cache=str(folder))
     assert damaged.train_dataset["reference"][:] == values[0]
+    # A hook on a rare token shows in no key and not in what the model makes of a random text.
+    bare, hooked = (tiny_model(vocab_size=4000) for _ in range(2))
+    token = Counter(token for row in again.train_dataset["prompt_ids"] for token in row).most_common(1)[0][0]
+    hooked.model.embed_tokens.register_forward_hook(
+        lambda _, ids, vectors: torch.where((ids[0] == token)[..., None], 3 * vectors, vectors)
+    )
+    for model in (bare, hooked):
+        trainer = grouped(tmp_path / "hooked", dataset, model=model, reference_cache=str(folder), max_steps=1)
+        assert logs(trained(trainer))[0] == LOG_2
 
 
 def test_adapters_that_come_with_a_model(tmp_path):
@@ -369,7 +379,7 @@ def test_adapters_that_come_with_a_model(tmp_path):
     first.save_model(str(tmp_path / "adapters"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "adapters")
     for extra in ({}, {"peft_config": LORA}):
-        with pytest.raises(PersodpoError, match="merge them into their base first"):
+        with pytest.raises(PersodpoError, match="or merge them into their base"):
             grouped(tmp_path / "c", model=loaded, **extra)
 
 
@@ -568,7 +578,7 @@ def test_environments_datasets_and_models_that_do_not_fit_are_refused(tmp_path, 
     for name, datasets in {"train": (pictures, None), "eval": (bare, pictures)}.items():
         with pytest.raises(PersodpoError, match=f"The {name} dataset has images"):
             grouped(tmp_path, datasets[0], eval_dataset=datasets[1])
-    with pytest.raises(PersodpoError, match="grouped by another trainer"):
+    with pytest.raises(PersodpoError, match="grouped already"):
         grouped(tmp_path, trainer.train_dataset)
     small, quantised = tiny_model(), tiny_model()
     small.resize_token_embeddings(40)

@@ -20,6 +20,7 @@ from persodpo.training.groups import (
     EMPTY,
     IDENTICAL,
     LONG_PROMPT,
+    NO_PROMPT,
     TokenPair,
     group_pairs,
     micro_batches,
@@ -136,9 +137,9 @@ def test_grouping_loses_no_pair(pairs, limit):
     assert len({tuple(group.prompt) for group in groups}) == len(groups)
 
 
-def test_a_prompt_without_tokens_is_refused():
-    with pytest.raises(PersodpoError, match="Pair 0 has a prompt without tokens"):
-        group_pairs([TokenPair([], [1], [2])], None)
+def test_a_prompt_without_tokens_is_left_out():
+    groups, skipped = group_pairs([TokenPair([], [1], [2]), TokenPair([3], [1], [2])], None)
+    assert ([group.prompt for group in groups], skipped[NO_PROMPT]) == ([[3]], 1)
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=30), st.integers(1, 120))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,13 +13,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from persodpo.errors import PersodpoError
 from persodpo.training.forward import attention_of, base_model
 from persodpo.training.guard import Verdict, check_packing
 from persodpo.training.packing import Group, Layout, pack
-from persodpo.training.probe import FAULTS, buffers_put_back, first_line
+from persodpo.training.probe import FAULTS, buffers_put_back, first_line, plain_ids
 
 
 def unwrapped(model: Any) -> Any:
@@ -64,13 +64,12 @@ def check_models(
     name = type(base_model(model)).__name__
     if getattr(base_model(model), "_hf_peft_config_loaded", False):
         raise PersodpoError(
-            "The model was loaded from a folder of adapters; merge them into their base first (peft: "
-            "AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload()), or their training would be lost."
+            "The model has adapters of transformers' own, as one that is loaded from a folder of adapters: pass a PeftModel "
+            "or peft_config, or merge them into their base (peft: "
+            "AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload())."
         )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise PersodpoError(f"No weight of {name} can be trained; load adapters with is_trainable=True.")
-    if any(isinstance(module, _BatchNorm) for module in model.modules()):
-        raise PersodpoError(f"{name} normalises over the batch, so the loss of a pair depends on its neighbours.")
     if getattr(model, "is_loaded_in_4bit", False) and model.device.type == "cpu":
         raise PersodpoError(
             "4-bit weights on a CPU cannot be trained: bitsandbytes packs them at the first evaluation, and no gradient "
@@ -121,7 +120,8 @@ def _warn(model: Any, verdict: Verdict, decisive: Any, *, noisy: bool) -> None:
 
 def _check_auxiliary_loss(model: Any, verdict: Verdict) -> None:
     name = type(base_model(model)).__name__
-    group = Group([3, 4], [[5], [6]], [0], [1], [1.0], [0])
+    prompt, chosen, rejected = itertools.islice(itertools.cycle(plain_ids(model).tolist()), 3)
+    group = Group([prompt], [[chosen], [rejected, chosen]], [0], [1], [1.0], [0])
     rows = pack([group], Layout(grouped=verdict.grouped, closed=True)).to(model.device)
     try:
         with torch.no_grad():
@@ -142,7 +142,8 @@ def _draws_noise(model: Any, verdict: Verdict) -> bool:
         PersodpoError: Training changes a buffer, so rows of ours would leave other statistics behind than TRL's.
     """
     training, devices = model.training, [model.device] if model.device.type == "cuda" else []
-    rows = pack([Group([3, 4], [[5, 6], [6]])], Layout(grouped=verdict.grouped)).to(model.device)
+    text = list(itertools.islice(itertools.cycle(plain_ids(model).tolist()), 4))
+    rows = pack([Group(text[:2], [text[2:], text[3:]])], Layout(grouped=verdict.grouped)).to(model.device)
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
         model.eval()
         model(packed=rows)

@@ -26,8 +26,10 @@ GROUP_COLUMNS = {
     "pair_ids": "pair_ids",
 }  # fmt: skip
 SCORES = ("score_chosen", "score_rejected")
-#: Why a pair is left out: its prompt fills the whole length limit, a side has no token, or both are the same tokens.
+#: Why a pair is left out: its prompt fills the whole length limit or has no token, a side has none, or both are the same.
 LONG_PROMPT, EMPTY, IDENTICAL = "prompt as long as max_length", "empty response", "chosen equals rejected"
+NO_PROMPT = "prompt without tokens"
+REASONS = (LONG_PROMPT, NO_PROMPT, EMPTY, IDENTICAL)
 
 
 class Skipped(Counter[str]):
@@ -35,7 +37,7 @@ class Skipped(Counter[str]):
 
     def __str__(self) -> str:
         """Say how many were left out, and why."""
-        named = ", ".join(f"{self[reason]} ({reason})" for reason in (LONG_PROMPT, EMPTY, IDENTICAL) if self[reason])
+        named = ", ".join(f"{self[reason]} ({reason})" for reason in REASONS if self[reason])
         return f"left out pairs: {named or 'none'}"
 
 
@@ -59,21 +61,17 @@ def group_pairs(pairs: Sequence[TokenPair], max_length: int | None, first: int =
 
     Returns:
         Groups in the order of their first pair, and what was left out. Pairs are numbered as they stand in the groups.
-
-    Raises:
-        PersodpoError: A prompt has no token.
     """
     groups: dict[tuple[int, ...], Group] = {}
     places: dict[tuple[int, ...], dict[tuple[int, ...], int]] = {}
     skipped = Skipped()
-    for number, pair in enumerate(pairs):
+    for pair in pairs:
         prompt = tuple(pair.prompt)
-        if not prompt:
-            raise PersodpoError(f"Pair {number} has a prompt without tokens; every prompt needs at least one.")
         room = None if max_length is None else max(0, max_length - len(prompt))
         sides = tuple(pair.chosen[:room]), tuple(pair.rejected[:room])
-        if room == 0 or not all(sides) or sides[0] == sides[1]:
-            skipped[LONG_PROMPT if room == 0 else IDENTICAL if all(sides) else EMPTY] += 1
+        lacks = {LONG_PROMPT: room == 0, NO_PROMPT: not prompt, EMPTY: not all(sides), IDENTICAL: sides[0] == sides[1]}
+        if any(lacks.values()):
+            skipped[next(reason for reason in REASONS if lacks[reason])] += 1
             continue
         group = groups.setdefault(prompt, Group(list(prompt)))
         numbers = places.setdefault(prompt, {})
@@ -205,7 +203,7 @@ def unformatted(dataset: Any, name: str) -> Dataset:
     if isinstance(dataset, IterableDataset):
         raise PersodpoError(f"The {name} dataset is a stream; grouping needs all pairs of a prompt at hand.")
     if set(GROUP_COLUMNS) <= set(dataset.column_names):
-        raise PersodpoError(f"The {name} dataset was grouped by another trainer; pass the pairs themselves.")
+        raise PersodpoError(f"The {name} dataset is grouped already; pass the pairs themselves.")
     columns = dataset.format["columns"]
     if dataset.format["type"] == "custom":
         dataset = dataset.map(dict)

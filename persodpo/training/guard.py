@@ -31,6 +31,7 @@ from persodpo.training.probe import (
     plain_log_probs,
     precision,
     random_groups,
+    refusing_switches,
 )
 from persodpo.training.training_mode import check_training
 
@@ -113,7 +114,7 @@ def _verdict(model: Any, max_length: int | None, token_budget: int, widest: int 
     if attention not in PACKED_ATTENTION:
         reason = f"attention '{attention}' takes no mask of ours; load the model with 'sdpa' to group"
     worst = math.inf
-    with as_it_was(model, exact=exact), torch.no_grad():
+    with refusing_switches(model), as_it_was(model, exact=exact), torch.no_grad():
         install_packed_forward(model, grouped=False)
         groups, wide, plain = _probe(model, max_length, token_budget, widest)
         tolerance = _tolerance(model, groups, plain)

@@ -12,8 +12,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from persodpo.errors import PersodpoError
 from persodpo.training.forward import base_model, layout_of, text_config
 from persodpo.training.packing import Group, Layout, pack
 
@@ -83,7 +84,7 @@ def random_groups(
     lengths = [min(length, max(1, room // 2)) for length in RESPONSES]
     prompt = max(1, room - max(lengths))
     source = torch.Generator().manual_seed(0)
-    ids = _plain_ids(model)
+    ids = plain_ids(model)
 
     def draw(count: int) -> list[int]:
         return ids[torch.randint(len(ids), (count,), generator=source)].tolist()
@@ -99,9 +100,10 @@ def random_groups(
     first, start = responses[0].copy(), draw(prompt)
     # Texts of chats have ends inside, and pads where these are ends; a model may see no further back than to the last one.
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    ends = [end for name in names for end in _as_list(getattr(config, name, None))[-2:] if 0 <= end < config.vocab_size]
+    ends = dict.fromkeys(end for name in names for end in _as_list(getattr(config, name, None)))
     for tokens in (start, first):
-        for place, end in zip(range(len(tokens) // 2, len(tokens)), ends[-3:], strict=False):
+        inside = [end for end in ends if 0 <= end < config.vocab_size]
+        for place, end in zip(range(len(tokens) // 2, len(tokens)), inside, strict=False):
             tokens[place] = end
     return [Group(start, [first, *responses[1:]]), *short], Group(start, [first, *filler, *responses[1:]])
 
@@ -110,15 +112,16 @@ def _as_list(value: Any) -> list[int]:
     return value if isinstance(value, list) else [value] if isinstance(value, int) else []
 
 
-def _plain_ids(model: Any) -> Tensor:
-    """Return the token ids that stand for nothing but text, as far as the configs tell."""
+def plain_ids(model: Any) -> Tensor:
+    """Return the token ids that stand for nothing but text, as far as the configs tell; all where none does."""
     config = text_config(model)
     special: set[int] = set()
     for owner in (base_model(model).config, config):
         for name, value in vars(owner).items():
             if name.endswith(("token_id", "token_index")):
                 special.update(_as_list(value))
-    return torch.tensor([number for number in range(config.vocab_size) if number not in special])
+    every = range(config.vocab_size)
+    return torch.tensor([number for number in every if number not in special] or every)
 
 
 def _compared(group: Group) -> list[list[int]]:
@@ -191,6 +194,35 @@ def _other_first(group: Group) -> list[list[int]]:
 
 
 @contextmanager
+def refusing_switches(model: Any) -> Iterator[None]:
+    """Refuse a model that puts other modules in place of its own or changes an attribute that is a text; put them back.
+
+    BigBird takes full attention for good once it has read a short text.
+    """
+
+    def parts(module: nn.Module) -> dict[str, Any]:
+        texts = {name: value for name, value in vars(module).items() if isinstance(value, str)}
+        texts.pop("packed_attention", None)  # is set by `install_packed_forward`
+        return texts | dict(module._modules)
+
+    before = [(module, parts(module)) for module in model.modules()]
+    changed: list[str] = []
+    try:
+        yield
+    finally:
+        for module, made in before:
+            now = parts(module)
+            changed += [name for name, value in made.items() if now.get(name) is not value and now.get(name) != value]
+            for name, value in made.items():
+                (vars(module) if isinstance(value, str) else module._modules)[name] = value
+    if changed:
+        raise PersodpoError(
+            f"{type(base_model(model)).__name__} changes itself by the texts that it reads ({changed[0]}), so what it "
+            "computes depends on what came before; fix that in its config, or use `trl dpo`."
+        )
+
+
+@contextmanager
 def as_it_was(model: Any, *, exact: bool) -> Iterator[None]:
     """Put back each module's mode, weights, half precision and the random state afterwards.
 
@@ -208,7 +240,7 @@ def as_it_was(model: Any, *, exact: bool) -> Iterator[None]:
     devices = [model.device] if model.device.type == "cuda" else []
     model.train(mode=False)
     with suppress(*FAULTS), torch.no_grad(), torch.random.fork_rng(devices=devices):
-        model(input_ids=torch.tensor([[3, 4]], device=model.device), use_cache=False)
+        model(input_ids=plain_ids(model)[None, :2].to(model.device), use_cache=False)
     halves: dict[tuple[int, torch.dtype], list[Tensor]] = {}
     for tensor in (*model.parameters(), *model.buffers()) if exact else ():
         if tensor.dtype in {torch.float16, torch.bfloat16} and tensor.numel():
@@ -269,8 +301,9 @@ def buffers_put_back(model: Any) -> Iterator[list[str]]:
     finally:
         after = dict(model.named_buffers())  # a statistic may be another tensor now
         changed.extend(
-            path for path, (_, value) in before.items() if path in after and not torch.equal(after[path], value)
-        )
+            path for path, (_, value) in before.items()
+            if path in after and not torch.equal(after[path].nan_to_num(), value.nan_to_num())
+        )  # fmt: skip
         for path in changed:
             owner, _, name = path.rpartition(".")
             buffer, value = before[path]

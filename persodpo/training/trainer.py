@@ -49,13 +49,13 @@ from persodpo.training.groups import (
 from persodpo.training.guard import Verdict, refuse_prompt_learning
 from persodpo.training.loss import LossSettings, Pairs, pair_losses
 from persodpo.training.packing import Layout, PackedRows
+from persodpo.training.probe import ROUNDING
 from persodpo.training.reference import (
     adapters_off,
     describe,
-    load_reference,
+    known_or_computed,
     reference_key,
     reference_log_probs,
-    save_reference,
 )
 
 __all__ = ["GroupedDPOConfig", "GroupedDPOTrainer"]
@@ -196,25 +196,20 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         }  # fmt: skip
         folder = Path(option(self.args, "reference_cache") or Path(self.args.output_dir) / "reference")
         path = folder / f"{reference_key(groups, **described)}.safetensors"
-        # After training the model's hash is that of its start.
-        cached = self.state.global_step == 0
-        values = load_reference(path, sum(len(group.responses) for group in groups)) if cached else None
-        # One process may have read the file while another found none.
-        if any(gather_object([values is None])) or values is None:
-            training = model.training
-            model.eval()
-            adapters = adapters_off(self.model) if self.ref_model is None else nullcontext()
-            with disable_gradient_checkpointing(model, self.args.gradient_checkpointing_kwargs), adapters:
-                values = reference_log_probs(
-                    lambda rows: model(packed=rows),
-                    groups,
-                    token_budget=budget,
-                    layout=self._layout(),
-                    accelerator=self.accelerator,
-                )
-            model.train(training)
-            if self.accelerator.is_main_process and cached:
-                save_reference(path, values, **described)
+        adapters = adapters_off(self.model) if self.ref_model is None else nullcontext()
+        training = model.training
+        model.eval()
+        with disable_gradient_checkpointing(model, self.args.gradient_checkpointing_kwargs), adapters:
+            compute = partial(
+                reference_log_probs, lambda rows: model(packed=rows), token_budget=budget, layout=self._layout(),
+                accelerator=self.accelerator,
+            )  # fmt: skip
+            half = self.accelerator.mixed_precision != "no"
+            tolerance = ROUNDING[torch.bfloat16] if half else self.packing.tolerance
+            # After training the model's hash is that of its start.
+            cache = path if self.state.global_step == 0 else None
+            values = known_or_computed(cache, groups, compute, token_budget=budget, tolerance=tolerance, **described)
+        model.train(training)
         of_responses = iter(values)
         return dataset.add_column("reference", [[next(of_responses) for _ in group.responses] for group in groups])
 

@@ -25,11 +25,14 @@ from persodpo.training.probe import (
     plain_log_probs,
     precision,
     random_groups,
+    refusing_switches,
     without_dropout,
 )
 
 #: Length of the texts that are tried in training mode, tokens.
 SHORT = 64
+#: Factor of a loss that is small enough to pass any clipping.
+LITTLE = 1e-3
 #: Share of a gradient that rounding may explain, by the bytes of a weight; quantised weights show gross faults alone.
 GRADIENT = {8: 1e-3, 4: 1e-3, 2: 0.5}
 
@@ -52,6 +55,7 @@ class _Gaps(NamedTuple):
         moved: What other tokens in a response do to others of its row, nats per token.
         by_rows: What those of another row do.
         added: Largest gradient of a loss that is 0.
+        bent: How far a thousandth of the loss has other gradients than a thousandth of them, as a share.
     """
 
     values: float
@@ -60,6 +64,7 @@ class _Gaps(NamedTuple):
     moved: float
     by_rows: float
     added: float
+    bent: float
 
 
 def check_training(model: Any, max_length: int | None, token_budget: int, *, grouped: bool) -> None:
@@ -74,7 +79,7 @@ def check_training(model: Any, max_length: int | None, token_budget: int, *, gro
     (*groups, _), _ = random_groups(model, min(max_length or SHORT, SHORT), min(token_budget, SHORT))
     name = type(base_model(model)).__name__
     try:
-        with as_it_was(model, exact=True), without_dropout(model):
+        with refusing_switches(model), as_it_was(model, exact=True), without_dropout(model):
             kind = precision(model)
             gaps = _compare(model, groups, grouped=grouped)
     except FAULTS as error:
@@ -98,6 +103,11 @@ def check_training(model: Any, max_length: int | None, token_budget: int, *, gro
         raise PersodpoError(
             f"{name} has other gradients in rows of ours than in plain passes ({gaps.gradients:.1%} apart), though its "
             "log-probabilities are the same; `trl dpo` trains it on the same pairs."
+        )
+    if not gaps.bent <= GRADIENT[kind.itemsize]:
+        raise PersodpoError(
+            f"{name} has gradients that are not in proportion to the loss ({gaps.bent:.1%} off), as where they are clipped "
+            "inside the model: those of pairs cannot be added up before; `trl dpo` trains it on the same pairs."
         )
     if gaps.added > 0:
         raise PersodpoError(
@@ -123,7 +133,11 @@ def _compare(model: Any, groups: list[Group], *, grouped: bool) -> _Gaps:
             torch.manual_seed(0)
             expected = _with_gradients(model, plain)
             torch.manual_seed(0)
-            values, gradients = _apart(expected, _with_gradients(model, packed))
+            made = _with_gradients(model, packed)
+            values, gradients = _apart(expected, made)
+            torch.manual_seed(0)
+            small = _with_gradients(model, packed, loss=LITTLE).gradients / LITTLE
+            bent = float((small - made.gradients).norm() / made.gradients.norm().clamp(min=1e-12))
             torch.manual_seed(1)
             with torch.no_grad():
                 noise = float((plain() - expected.values).abs().max())
@@ -133,7 +147,7 @@ def _compare(model: Any, groups: list[Group], *, grouped: bool) -> _Gaps:
             model.train(mode=False)
             with torch.no_grad():
                 plain()  # models that scale weights for evaluation scale them again, as those put back are
-    return _Gaps(values, gradients, noise, moved, by_rows, added)
+    return _Gaps(values, gradients, noise, moved, by_rows, added, bent)
 
 
 def _with_gradients(model: Any, compute: Callable[[], Tensor], loss: float = 1.0) -> _Pass:
