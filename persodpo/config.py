@@ -19,6 +19,7 @@ from pydantic import AnyHttpUrl, Discriminator, Field, Tag, model_validator
 from persodpo.corrections import MENDED, Correction, Corrections, Reranking, in_order
 from persodpo.profile_text import (
     Count,
+    Name,
     Place,
     Positive,
     Section,
@@ -50,7 +51,7 @@ _RERANKING = re.compile(r"(scoring\.(normalisation|target_words)|pairs\.\w+_quan
 class Dialogues(Section):
     """Which persona-grounded dialogues are answered."""
 
-    source: Text = setting(
+    source: Name = setting(
         "miniature (generated) | published | your CSV file | the folder of FoCus's files", "miniature"
     )
     train_size: Count | None = setting("of FoCus's train dialogues, drawn under `seed`; null: all", 1500)
@@ -66,7 +67,7 @@ class Miniature(Section):
 class Prompts(Section):
     """How a dialogue becomes a prompt."""
 
-    template: Text = setting("plain | brief | chain_of_thought (reasons first) | the path of a file", "plain")
+    template: Name = setting("plain | brief | chain_of_thought (reasons first) | the path of a file", "plain")
     max_words: Count = setting("word limit told to the model", 110)
 
 
@@ -118,10 +119,10 @@ class TransformersModel(Section):
 
     kind: ClassVar[str] = "transformers"
     model: Text = setting("the name in all tables")
-    weights: Text = setting("a folder, a Hub name (@revision), miniature/<name>, or policy: that of `policy.model`")
+    weights: Name = setting("a folder, a Hub name (@revision), miniature/<name>, or policy: that of `policy.model`")
     adapter: Place | None = setting("folder of a LoRA adapter", None)
     format: Format = setting("raw | chat (its own template) | chat_with_system", "raw")
-    batch_size: Count = setting("prompts answered together; 1: one at a time, for response times", 32)
+    batch_size: int = setting("prompts answered together; 1: one at a time, for response times", 32, ge=1, le=50_000)
     stop_at_json: bool = setting("stop when the JSON object with the response is closed", False)
     served: bool = setting("asked over HTTP: `transformers serve` is started for it, and ended", False)
 
@@ -132,21 +133,28 @@ class TransformersModel(Section):
         return self
 
 
-def _kind(entry: Any) -> str:
+def _kind(entry: Any) -> str | None:
     """Tell an endpoint, which has an address, from a model of this machine, which has weights."""
-    at_address = isinstance(entry, OpenAIModel) or (isinstance(entry, dict) and "base_url" in entry)
-    return "openai" if at_address else "transformers"
+    if not isinstance(entry, dict):
+        return getattr(entry, "kind", None)
+    at_address, here = "base_url" in entry, "weights" in entry
+    return None if at_address == here else OpenAIModel.kind if at_address else TransformersModel.kind
 
 
 AskedModel = Annotated[
-    Annotated[OpenAIModel, Tag("openai")] | Annotated[TransformersModel, Tag("transformers")], Discriminator(_kind)
+    Annotated[OpenAIModel, Tag(OpenAIModel.kind)] | Annotated[TransformersModel, Tag(TransformersModel.kind)],
+    Discriminator(
+        _kind,
+        custom_error_type="kind",
+        custom_error_message="a model has either base_url, its endpoint's address, or weights, to run on this machine",
+    ),
 ]
 
 
 class Generation(Section):
     """Where responses come from."""
 
-    source: Text = setting("models (asked as in backends) | published | your CSV file, all of its models", "models")
+    source: Name = setting("models (asked as in backends) | published | your CSV file, all of its models", "models")
     models: Several[Text] = setting("the models whose responses are ranked", ())
     temperature: float | None = setting("0: greedy; above 0 drawn under `seed`; null: as the server likes", 0.0, ge=0)
     budget_usd: float | None = setting("USD, never passed in a run folder; null: no limit", None, ge=0)
@@ -173,10 +181,10 @@ def is_csv(source: str) -> bool:
 class Models(Section):
     """The model of each scorer: encoder (heads on `scoring.encoder`, its cosine), a folder, or a Hub name (@revision)."""
 
-    coherence: Text = setting("T5 that answers Yes or No; the authors: MingZhong/unieval-dialog", ENCODER)
-    c_score: Text = setting("three-way NLI classifier; the authors: BERT fine-tuned on Dialogue NLI", ENCODER)
-    ue_score: Text = setting("three-way NLI classifier; the authors: BERT fine-tuned on SNLI", ENCODER)
-    persona_distance: Text = setting("word2vec or GloVe file, or a sentence encoder", ENCODER)
+    coherence: Name = setting("T5 that answers Yes or No; the authors: MingZhong/unieval-dialog", ENCODER)
+    c_score: Name = setting("three-way NLI classifier; the authors: BERT fine-tuned on Dialogue NLI", ENCODER)
+    ue_score: Name = setting("three-way NLI classifier; the authors: BERT fine-tuned on SNLI", ENCODER)
+    persona_distance: Name = setting("word2vec or GloVe file, or a sentence encoder", ENCODER)
 
 
 class Weights(Section):
@@ -202,7 +210,7 @@ class Scoring(Section):
     """Metric values and the quality score made of them."""
 
     source: Literal["published", "compute"] = setting("published (the released metric files) | compute", "compute")
-    encoder: Text = setting("frozen sentence encoder: the one of `persodpo fetch encoder`, or a folder", HUB_ENCODER)
+    encoder: Name = setting("frozen sentence encoder: the one of `persodpo fetch encoder`, or a folder", HUB_ENCODER)
     models: Models = Models()
     accept_failed_probes: Several[ScorerName] = setting("scorers that count although they fail their probes", ())
     ray_workers: Count | None = setting("scorers run on Ray, each with its model; null: in this process", None)
@@ -237,7 +245,7 @@ class PolicySize(Section):
 class Policy(Section):
     """The model that is trained."""
 
-    model: Text = setting("small (made here) | miniature/<name> | a folder | a Hub name (@revision)", "miniature/base")
+    model: Name = setting("small (made here) | miniature/<name> | a folder | a Hub name (@revision)", "miniature/base")
     small: PolicySize = PolicySize()
 
 

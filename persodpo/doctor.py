@@ -15,7 +15,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from persodpo.config import ENCODER, HUB_ENCODER, OpenAIModel, Profile, is_csv, with_overrides
 from persodpo.errors import PersodpoError
-from persodpo.files import PROJECT, name_and_revision
+from persodpo.files import PROJECT, name_and_revision, place_of
 from persodpo.generation.client import api_key
 from persodpo.release.fetch import release_files
 from persodpo.run import Run
@@ -44,8 +44,7 @@ def diagnose(profile: Profile) -> Iterator[Finding]:
         if entry.model in asked and isinstance(entry, OpenAIModel):
             yield _key(entry, profile.generation.budget_usd is not None)
         elif entry.model in asked and not isinstance(entry, OpenAIModel):
-            name = str(PROJECT / entry.weights) if (PROJECT / entry.weights).is_dir() else entry.weights
-            models.append((entry.model, name))
+            models.append((entry.model, entry.weights))
             models += [(f"{entry.model}'s adapter", str(entry.adapter))] if entry.adapter else []
     if profile.scoring.source == "compute":
         scorers = profile.scoring.models.model_dump()
@@ -94,10 +93,10 @@ def _model(use: str, name: str) -> Finding:
     if name == HUB_ENCODER:
         there = all((encoder_folder() / file).is_file() for file in FILES)
         return Finding("ok" if there else "missing", f"Model of {use}: {name}; `persodpo fetch encoder` fetches it.")
-    place, (model, revision) = Path(name), name_and_revision(name)
+    place, (model, revision) = Path(place_of(name)), name_and_revision(place_of(name))
     with suppress(HFValidationError, LocalEntryNotFoundError):
         place = place if place.exists() else Path(snapshot_download(model, revision=revision, local_files_only=True))
-    if place.is_file() or any(place.glob("*.safetensors")):
+    if (use == "persona_distance" and place.is_file()) or any(place.glob("*.safetensors")):
         return Finding("ok", f"Model of {use}: {name} is on this machine.")
     return Finding("missing", f"Model of {use}: {name} is not here or not in safetensors; make it or `hf download` it.")
 

@@ -107,10 +107,28 @@ def as_json(value: Mapping[str, Any]) -> dict[str, Any]:
     return dict(json.loads(json.dumps(value)))
 
 
+def place_of(name: str | Path) -> str:
+    """Return the path of what lies below the project's root under a name; any other name as it is."""
+    with suppress(OSError):  # a name that no file can have
+        if (PROJECT / name).exists():
+            return str(PROJECT / name)
+    return str(name)
+
+
 def name_and_revision(model: str) -> tuple[str, str | None]:
-    """Split ``name@revision`` of a model on the Hub; a folder, and a name without one, have no revision."""
-    name, _, revision = ("" if Path(model).exists() else model).partition("@")
-    return (name, revision) if name and revision else (model, None)
+    """Split ``name@revision`` of a model on the Hub; a folder, and a name without one, have no revision.
+
+    Raises:
+        PersodpoError: It is the name of a folder that is not there, beside one whose name is its beginning.
+    """
+    name, _, revision = model.partition("@")
+    if not (name and revision) or Path(model).exists():
+        return model, None
+    if Path(name).exists() or name.startswith(("/", ".")):
+        raise PersodpoError(
+            f"Folder {model} is not there; what follows the @ is a revision of a model on the Hub alone."
+        )
+    return name, revision
 
 
 def sha256(path: Path) -> str:

@@ -24,6 +24,14 @@ def _filled(value: Any) -> Any:
     return value
 
 
+def _file_name(value: Any) -> Any:
+    """Refuse what no file can be called, and read a ~ as the shell does."""
+    parts = str(value).split("/")
+    if "\0" in str(value) or any(len(part.encode("utf-8", "surrogatepass")) > 255 for part in parts):
+        raise ValueError("no file can be called so; shorten it")
+    return str(Path(value).expanduser()) if str(value).startswith("~/") else value
+
+
 def distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     """Refuse a list that names something twice."""
     twice = [value for value in values if values.count(value) > 1]
@@ -36,7 +44,9 @@ Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Text = Annotated[str, BeforeValidator(_filled)]
-Place = Annotated[Path, BeforeValidator(_filled)]
+Place = Annotated[Path, BeforeValidator(_filled), BeforeValidator(_file_name)]
+#: A text that may be the path of a file or folder.
+Name = Annotated[str, BeforeValidator(_filled), BeforeValidator(_file_name)]
 _Entry = TypeVar("_Entry")
 Several = Annotated[tuple[_Entry, ...], AfterValidator(distinct)]
 Model = TypeVar("Model", bound=BaseModel)
@@ -127,8 +137,9 @@ def _commented(section: BaseModel, indent: str = "") -> Iterator[str]:
                 yield from (f"{indent}  - {first.strip()}", *others)
         else:
             style: Any = {"default_flow_style": True, "width": 10**9, "allow_unicode": True}
-            style["default_style"] = '"' if "\\n" in repr(values[name]) else None
-            text = yaml.safe_dump(values[name], **style).strip().removesuffix("...").strip()
+            odd = "\\n" in repr(values[name]) or not str(values[name]).isprintable()
+            text = yaml.safe_dump(values[name], **style, default_style='"' if odd else None)
+            text = text.strip(" \n").removesuffix("...").strip(" \n")
             yield f"{indent}{name}: {text}  # {comment}"
         yield from (f"{indent}# {line}" for line in more)
 
@@ -183,8 +194,9 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
         path = ".".join(str(part) for part in item["loc"])
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(re.sub(r"\.\d+", "", path), [*names_of(model)], n=1)
-            message += f"; did you mean {near[0]}?" if near else "; `persodpo profile` prints all settings"
+            known = {name.rpartition(".")[2]: name for name in reversed([*names_of(model)])}
+            near = difflib.get_close_matches(path.rpartition(".")[2], known, n=1, cutoff=0.85)
+            message += f"; did you mean {known[near[0]]}?" if near else "; `persodpo profile` prints all settings"
         sentences.append(f"{path or 'settings'}: {message}")
     text = "; ".join(sentences)
     return text if text.endswith("?") else f"{text}."
@@ -192,7 +204,7 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
 
 #: What keys of services look like, and addresses with a password or a key in them.
 _SECRET = re.compile(
-    r"(?<![\w-])(?:(?:sk|gsk|xai|glpat|xox[abp])-|hf_|gh[opsu]_|github_pat_|AKIA|AIza)[\w+/=.-]{8,}|(?i:bearer\s+\S{8,})"
+    r"(?<![\w-])(?:(?:sk|gsk|xai|glpat|xox[abp])-|AKIA|AIza)[\w+/=.-]{8,}|(?<!\w)(?:hf_|gh[opsu]_|github_pat_)\w{16,}|(?i:bearer\s+\S{8,})"
     r"|://[^/\s]*@|[?&][\w-]*(?i:key|token|secret|password)="
 )
 

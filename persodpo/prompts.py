@@ -16,6 +16,7 @@ from pathlib import Path
 from persodpo.completions import KEY
 from persodpo.config import Prompts
 from persodpo.errors import PersodpoError
+from persodpo.files import place_of
 
 TEMPLATES = Path(__file__).parent / "templates"
 FIELDS = frozenset({"personas", "context", "max_words"})
@@ -36,7 +37,7 @@ def load_template(name: str) -> str:
         PersodpoError: There is no such file, its fields are not exactly `FIELDS`, or it never names the key that is read.
     """
     shipped = TEMPLATES / f"{name}.txt"
-    path = shipped if shipped in TEMPLATES.iterdir() else Path(name)
+    path = shipped if shipped in TEMPLATES.iterdir() else Path(place_of(name))
     try:
         text = path.read_text(encoding="utf-8").rstrip()
     except UnicodeDecodeError as error:

@@ -128,6 +128,21 @@ def test_other_weights_are_another_model(talker: Path, store: Store, tmp_path: P
     assert generate(questions(4), backend(other), store).answered == 4
 
 
+def test_a_folder_of_adapters_is_known_by_its_base_too(talker: Path, store: Store, tmp_path: Path) -> None:
+    base, folder = copied(talker, tmp_path / "base"), tmp_path / "arm@45"
+    get_peft_model(load_policy(base)[0], LoraConfig(r=2, target_modules="all-linear")).save_pretrained(folder)
+    load_policy(base)[1].save_pretrained(folder)
+    generate(questions(2), backend(folder), store)
+    weights = load_file(base / "model.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in weights.items()}, base / "model.safetensors", {"format": "pt"})
+    assert generate(questions(2), backend(folder), store).answered == 2
+
+
+def test_a_folder_that_is_not_there_is_not_read_from_the_one_before_the_at(talker: Path, store: Store) -> None:
+    summary = generate(questions(2), backend(f"{talker}@45"), store)
+    assert "@45 is not there; what follows the @ is a revision" in summary.stopped
+
+
 @pytest.mark.parametrize("rest", ["", ' {"response": "b"}', "}"])
 @pytest.mark.parametrize("before", ["", "Sure: ", '<think>The object is {"response": "..."}.</think>'])
 def test_an_answer_is_open_until_its_last_brace(before: str, rest: str) -> None:

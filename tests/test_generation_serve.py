@@ -81,6 +81,7 @@ def program(folder: Path, script: str) -> None:
     (folder / "python").symlink_to(sys.executable)
     (folder / "transformers").write_text(f"#!/bin/sh\n{script}\n")
     (folder / "transformers").chmod(0o755)
+    (folder / "model.safetensors").write_bytes(b"weights")
 
 
 @pytest.mark.parametrize(
@@ -103,6 +104,17 @@ def test_a_server_that_does_not_come_up_is_one_sentence(
     summary = generate([chat("x")], asked, store)
     assert summary.answered == 0
     assert re.search(says, summary.stopped)
+
+
+@pytest.mark.parametrize("name", ["pickled", "perso@45"])
+def test_what_the_server_would_read_otherwise_is_not_served(tmp_path: Path, store: Store, name: str) -> None:
+    """A pickle, and a path of which it takes a part for a revision."""
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / ("pytorch_model.bin" if name == "pickled" else "model.safetensors")).write_bytes(b"weights")
+    assert (
+        "cannot be served: it must hold weights in safetensors" in generate([chat("x")], served(folder), store).stopped
+    )
 
 
 PARENT = """

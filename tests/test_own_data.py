@@ -235,8 +235,10 @@ def test_what_is_wrong_with_completions_is_one_sentence(tmp_path, content, words
 
 def test_files_that_are_not_there_or_not_named(tmp_path):
     profile = own(tmp_path, HEAD + TALK, ASKED + GOOD, generation__source=tmp_path / "none.csv")
-    with pytest.raises(PersodpoError, match=r"none\.csv"):
+    with pytest.raises(PersodpoError, match=r"none\.csv is not there; name the CSV file of your completions"):
         stages.make(profile, "generate")
+    with pytest.raises(PersodpoError, match=r"none\.csv is not there; name the CSV file of your dialogues"):
+        stages.make(own(tmp_path, HEAD + TALK, ASKED, dialogues__source=tmp_path / "none.csv"), "dialogues")
     for name in ("minature", tmp_path):
         with pytest.raises(PersodpoError, match=r"train_focus\.json is not there; dialogues\.source is miniature, "):
             stages.make(own(tmp_path, HEAD + TALK, ASKED, dialogues__source=name), "dialogues")

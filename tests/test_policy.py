@@ -180,6 +180,30 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     assert names(tmp_path) == ["notes.txt"]
 
 
+def test_an_arm_of_a_pinned_policy_is_loaded_on_its_revision(folder, tmp_path, monkeypatch):
+    """Two commits in a cache of the Hub: a LoRA arm of the older one is merged into that one."""
+    from peft import get_peft_model
+
+    from persodpo.training.run import _adapters
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    cache = tmp_path / "hub" / "models--org--tiny"
+    for commit, revision, factor in (("a" * 40, "v1", 1.0), ("b" * 40, "main", 2.0)):
+        place = shutil.copytree(folder, cache / "snapshots" / commit)
+        weights = {name: factor * value for name, value in load_file(place / "model.safetensors").items()}
+        save_file(weights, place / "model.safetensors", {"format": "pt"})
+        (cache / "refs").mkdir(exist_ok=True)
+        (cache / "refs" / revision).write_text(commit)
+    for module in ("huggingface_hub.constants", "huggingface_hub.file_download", "transformers.utils.hub"):
+        monkeypatch.setattr(f"{module}.HF_HUB_CACHE", str(tmp_path / "hub"), raising=False)
+    (old, tokenizer), (new, _) = load_policy("org/tiny@v1"), load_policy("org/tiny")
+    before, newest = (one.get_input_embeddings().weight.clone() for one in (old, new))
+    assert not torch.equal(before, newest)
+    get_peft_model(old, _adapters(2, "org/tiny@v1")).save_pretrained(tmp_path / "arm")
+    tokenizer.save_pretrained(tmp_path / "arm")
+    assert torch.equal(load_policy(tmp_path / "arm")[0].get_input_embeddings().weight, before)
+
+
 def test_a_policy_that_cannot_be_loaded_whole_is_one_sentence(folder, tmp_path, monkeypatch):
     """No folder, a tensor missing, damaged weights, no vocabulary, no network."""
     with pytest.raises(PersodpoError, match=r"Model '.*nowhere' cannot be loaded"):

@@ -177,7 +177,7 @@ def request_body(settings: OpenAIModel, json_keys: tuple[str, ...], request: Req
     if isinstance(request.prompt, str):
         return "/v1/completions", body | {"prompt": request.prompt, "max_tokens": request.max_new_tokens}
     # OpenAI's newer models know this name alone; many other servers know the old one alone.
-    newer = str(urlsplit(settings.base_url).hostname).endswith(("openai.com", "openai.azure.com"))
+    newer = f".{urlsplit(settings.base_url).hostname}".rstrip(".").endswith((".openai.com", ".openai.azure.com"))
     limit = "max_completion_tokens" if newer else "max_tokens"
     body |= {"messages": request.prompt, limit: request.max_new_tokens}
     if json_keys:

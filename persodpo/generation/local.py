@@ -27,6 +27,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from persodpo.completions import KEY, without_reasoning
 from persodpo.config import TransformersModel
 from persodpo.errors import PersodpoError
+from persodpo.files import place_of
 from persodpo.generation.ask import Work
 from persodpo.generation.requests import Answer, Backend, ModelStopped, Request, folder_digest
 
@@ -58,7 +59,7 @@ class TransformersBackend(Backend):
 
     @cached_property
     def _contents(self) -> dict[str, object]:
-        adapter = self.settings.adapter
+        adapter = self.settings.adapter and Path(place_of(self.settings.adapter))
         return {
             "weights": folder_digest(Path(self.weights)) or str(self.weights),
             "adapter": adapter and (folder_digest(adapter) or str(adapter)),
@@ -99,7 +100,7 @@ class Decoder:
         cuda = torch.cuda.is_available()
         dtype = torch.bfloat16 if cuda else torch.float32
         model, tokenizer = load(weights, dtype=dtype)
-        model = _with_adapter(model, settings.adapter) if settings.adapter else model
+        model = _with_adapter(model, Path(place_of(settings.adapter))) if settings.adapter else model
         self._model: Any = model.to("cuda" if cuda else "cpu")
         self._tokenizer = tokenizer
         ends = self._model.generation_config.eos_token_id

@@ -19,7 +19,7 @@ import pandas as pd
 
 from persodpo.config import AskedModel, Prices, Profile
 from persodpo.errors import PersodpoError
-from persodpo.files import sha256
+from persodpo.files import read_json, sha256
 from persodpo.prompts import load_system, load_template, render, template_digest, token_budget
 
 if TYPE_CHECKING:
@@ -161,8 +161,11 @@ def as_messages(prompt: str, system: str | None) -> tuple[Message, ...]:
 
 
 def folder_digest(folder: Path) -> str | None:
-    """Return the hex sha256 of the files of a model or adapter that shape its answers, None if there is no such folder."""
+    """Return the hex sha256 of the files that shape a model's answers, its base's too; None if there is no such folder."""
     names = {path.name for path in folder.glob("*") if path.suffix in _WEIGHTS} - _RECORDS
     if not any(name.endswith(".safetensors") for name in names):
         return None
-    return hashlib.sha256("".join(f"{name} {sha256(folder / name)}\n" for name in sorted(names)).encode()).hexdigest()
+    lines = [f"{name} {sha256(folder / name)}" for name in sorted(names)]
+    if base := read_json(folder / "adapter_config.json").get("base_model_name_or_path"):
+        lines.append(str(folder_digest(Path(base))))
+    return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()

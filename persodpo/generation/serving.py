@@ -64,22 +64,28 @@ class ServedBackend(OpenAIBackend):
         self._digest = folder_digest(Path(weights)) or str(weights)
 
     def identity(self) -> Mapping[str, object]:
-        """Name the weights by their content; the port is of no matter."""
-        return {"kind": "served", "weights": self._digest}
+        """Name the weights by their content, and whether one request is under way at a time; the port is of no matter."""
+        return {"kind": "served", "weights": self._digest, "alone": self.concurrency == 1}
 
     async def run(self, work: Work) -> None:
         """Start the server, ask it, and end it; a local folder is served without asking the Hub for anything."""
         program = Path(sys.executable).with_name("transformers")
         if not program.is_file():
             raise ModelStopped(f"{program} is not there; install transformers[serving] into this environment.")
+        if Path(self._weights).is_dir() and ("@" in self._weights or not folder_digest(Path(self._weights))):
+            raise ModelStopped(
+                f"{self._weights} cannot be served: it must hold weights in safetensors and have no @ in its path, of which "
+                "the server takes the rest for a revision."
+            )
         with socket.socket() as free:
             free.bind((HOST, 0))
             address = f"http://{HOST}:{free.getsockname()[1]}"
         self.settings = self.settings.model_copy(update={"base_url": f"{address}/v1"})
         command = [str(program), "serve", self._weights, "--host", HOST, "--port", address.rpartition(":")[2]]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}
         offline = {"HF_HUB_OFFLINE": "1"} if Path(self._weights).is_dir() else {}
         with subprocess.Popen(  # noqa: S603 - our own program, no shell
-            [sys.executable, "-c", _LEASH, *command], env=os.environ | offline | {"HF_HUB_DISABLE_TELEMETRY": "1"},
+            [sys.executable, "-c", _LEASH, *command], env=environment | offline | {"HF_HUB_DISABLE_TELEMETRY": "1"},
             stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         ) as server:  # fmt: skip
             await self._wait(server, f"{address}/health")

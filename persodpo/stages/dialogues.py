@@ -64,6 +64,8 @@ def _files(run: RunFolder) -> dict[str, Path]:
         files = fetch_release(run.release)
         return {name: files[name] for name in (published.prompts_file("train"), published.prompts_file("valid"))}
     if is_csv(settings.source):
+        if not (PROJECT / settings.source).is_file():
+            raise PersodpoError(f"{PROJECT / settings.source} is not there; name the CSV file of your dialogues.")
         return {"csv": PROJECT / settings.source}
     focus = {split: PROJECT / settings.source / f"{split}_focus.json" for split in ("train", "valid")}
     for path in focus.values():

@@ -14,7 +14,7 @@ import persodpo.completions
 import persodpo.own_data
 from persodpo.config import AskedModel, Profile, TransformersModel, is_csv
 from persodpo.errors import PersodpoError
-from persodpo.files import PROJECT
+from persodpo.files import PROJECT, place_of
 from persodpo.generation.ask import generate_all
 from persodpo.generation.requests import Backend, Job, request_key, requests_for
 from persodpo.generation.store import Store
@@ -68,7 +68,7 @@ def make_responses(run: RunFolder, overwrite: bool = False) -> list[StageReport]
             return [(_own if is_csv(profile.generation.source) else _published)(run, overwrite)]
     scope = Scope(profile.generation.models, ("train",))
     run.asked |= set(scope.models)
-    check_finished(_ask(run, scope), profile, "generate")
+    check_finished(_ask(run, scope), run, "generate")
     answers = _write_answers(run)
     with _store(run) as store:
         frame = stored_answers(store, jobs_of(run, scope, make_policy=False), profile.reading)
@@ -76,19 +76,21 @@ def make_responses(run: RunFolder, overwrite: bool = False) -> list[StageReport]
     return [answers, write_answers(run, "responses", frame, overwrite=overwrite)]
 
 
-def check_finished(summaries: Sequence[Summary], profile: Profile, command: str) -> None:
+def check_finished(summaries: Sequence[Summary], run: RunFolder, command: str) -> None:
     """Refuse to go on where a model has stopped before its end; the error says how to go on."""
     for summary in summaries:
         if summary.stopped:
             raise PersodpoError(
-                f"Not every prompt is answered yet ({summary}); run `persodpo {command} --profile {profile.name}` again, "
-                "what is stored is not asked again."
+                f"Not every prompt is answered yet ({summary}); run {run.command(command)} again, what is stored is not "
+                "asked again."
             )
 
 
 def _own(run: RunFolder, overwrite: bool) -> StageReport:
     """Read the user's own completions, and say what became of them."""
     profile, path = run.profile, PROJECT / run.profile.generation.source
+    if not path.is_file():
+        raise PersodpoError(f"{path} is not there; name the CSV file of your completions in generation.source.")
     report = run.stage(
         "generate",
         lambda: {"responses": persodpo.own_data.read_responses(path, run.read("dialogues"), profile.reading)},
@@ -346,5 +348,4 @@ def _weights(run: RunFolder, entry: AskedModel, *, make_policy: bool) -> str | P
     if small or name.startswith(policy.PREFIX):
         with run.locked(WAIT_SECONDS):
             return policy.made_model(run, name)
-    folder = PROJECT / name
-    return folder if folder.is_dir() else name
+    return place_of(name)

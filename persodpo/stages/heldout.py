@@ -84,7 +84,7 @@ def _answer(
     run.files |= {path for weights in models.values() for path in weights_of(weights)}
     with Store(run.answers) as store:
         jobs = [job for job, _ in _jobs(run, dialogues, models, timed)]
-        check_finished(generate_all(jobs, store, reading=profile.reading), profile, "evaluate")
+        check_finished(generate_all(jobs, store, reading=profile.reading), run, "evaluate")
         frame = stored_answers(store, list(_jobs(run, dialogues, models, timed)), profile.reading)
     # Answers of many at a time have no response time of their own.
     frame["response_time"] = frame["response_time"].where(frame["batch_size"] == 1)

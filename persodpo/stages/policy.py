@@ -7,6 +7,7 @@ from pathlib import Path
 
 import persodpo.pairs
 from persodpo.completions import write_completion
+from persodpo.files import place_of
 from persodpo.miniature.models import BASE, STEPS, lessons
 from persodpo.runfolder import RunFolder
 
@@ -31,7 +32,7 @@ def made_model(run: RunFolder, name: str) -> str | Path:
         texts = [write_completion(text) for text in parsed["response"]]
         return make_small_policy(list(zip(parsed["prompt"], texts, strict=True)), size, model_folder(run, name))
     if not name.startswith(PREFIX):
-        return name
+        return place_of(name)
     folder, name = miniature_folder(run), name.removeprefix(PREFIX)
     learn = partial(lessons, folder=folder, prompts=profile.prompts, seed=profile.seed)
     examples = learn(name)  # an unknown name is refused before anything is made

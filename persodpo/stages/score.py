@@ -11,6 +11,7 @@ import pandas as pd
 
 from persodpo import pairs
 from persodpo.config import ENCODER, Profile
+from persodpo.files import place_of
 from persodpo.method import METRICS
 from persodpo.miniature.models import own_dialogues
 from persodpo.release import published
@@ -181,10 +182,10 @@ def _maker(run: RunFolder) -> Callable[[str], Scorer]:
 
 def make_scorer(name: str, profile: Profile, folder: Path | None) -> Scorer:
     """Return a profile's scorer of a metric; the folder is that of `heads.make_heads`, where `needs_heads`."""
-    model = getattr(profile.scoring.models, name)
+    model = place_of(getattr(profile.scoring.models, name))
     way: Way = "corrected" if profile.corrects("A10c" if name == "persona_distance" else "A10b") else "as_released"
     if name == "persona_distance":
-        source = profile.scoring.encoder if model == ENCODER else model
+        source = place_of(profile.scoring.encoder) if model == ENCODER else model
         return PersonaDistance(WordMeans(Path(source), way) if Path(source).is_file() else open_encoder(source), way)
     if name == "coherence":
         if model == ENCODER and folder:
@@ -197,7 +198,7 @@ def make_scorer(name: str, profile: Profile, folder: Path | None) -> Scorer:
 
 def encoder_of(profile: Profile) -> Encoder:
     """Return the frozen encoder of a profile, one for all its scorers."""
-    return open_encoder(profile.scoring.encoder)
+    return open_encoder(place_of(profile.scoring.encoder))
 
 
 @lru_cache(maxsize=4)

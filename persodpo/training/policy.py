@@ -105,18 +105,20 @@ def load_policy(
         The model, in evaluation mode on the CPU, and the tokenizer.
     """
     _no_bars_unwatched()
-    name, revision = name_and_revision(str(name))
+    given = str(name)
+    name, revision = name_and_revision(given)
     model: Any
     found: Any
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
         adapter = find_adapter_config_file(name, revision=revision)
-        base = str(json.loads(Path(adapter).read_text())["base_model_name_or_path"]) if adapter else name
+        config = json.loads(Path(adapter).read_text()) if adapter else {}
+        base = str(config.get("base_model_name_or_path", name))
         model, found = cast(Any, AutoModelForCausalLM).from_pretrained(
             base,
             attn_implementation=attention,
             dtype=dtype,
-            revision=(revision if base == name else None) or "main",
+            revision=(revision if base == name else config.get("revision")) or "main",
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -129,7 +131,7 @@ def load_policy(
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         said = (str(error).strip().splitlines() or [""])[0][:200]
         raise PersodpoError(
-            f"Model '{name}' cannot be loaded ({type(error).__name__}: {said}); "
+            f"Model '{given}' cannot be loaded ({type(error).__name__}: {said}); "
             "name a folder that holds a causal language model with its tokenizer in safetensors, or a model on the Hugging "
             "Face Hub while the network is up."
         ) from error

@@ -25,7 +25,7 @@ from transformers import PrinterCallback, TrainerCallback
 from transformers.utils.import_utils import is_in_notebook
 
 from persodpo.config import ArmName, Profile
-from persodpo.files import disk_errors, make_folder, read_json, sha256, write_json
+from persodpo.files import disk_errors, make_folder, name_and_revision, read_json, sha256, write_json
 from persodpo.training.arms import ARMS, log_table, split_prompts
 from persodpo.training.guard import Verdict
 from persodpo.training.health import Health
@@ -101,7 +101,7 @@ def train_arm(
             train_dataset=as_dataset(train),
             eval_dataset=as_dataset(held_out),
             processing_class=tokenizer,
-            peft_config=_adapters(settings.lora_rank),
+            peft_config=_adapters(settings.lora_rank, str(policy)),
             callbacks=[health, _CheckpointRecord()],
         )
         trainer.remove_callback(PrinterCallback)
@@ -231,10 +231,13 @@ def as_dataset(pairs: pd.DataFrame) -> datasets.Dataset:
     return datasets.Dataset.from_dict({column: pairs[column].tolist() for column in columns})
 
 
-def _adapters(rank: int | None) -> LoraConfig | None:
+def _adapters(rank: int | None, policy: str) -> LoraConfig | None:
     if rank is None:
         return None
-    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    _, revision = name_and_revision(policy)
+    return LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM", revision=revision
+    )  # fmt: skip
 
 
 def _save(trainer: GroupedDPOTrainer, folder: Path) -> None:
