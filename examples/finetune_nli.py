@@ -1,7 +1,7 @@
 """Fine-tune a classifier of natural language inference for C score or UE score, on transformers' Trainer.
 
     python examples/finetune_nli.py snli_1.0_train.jsonl --base bert-base-uncased --output scorers/snli
-    persodpo score -p paper --set scoring.compute.models.ue_score=scorers/snli
+    persodpo score -p paper --set scoring.models.ue_score=scorers/snli
 
 Files are read as they are published: SNLI (``*.jsonl`` with sentence1, sentence2, gold_label), SICK (``*.txt``, tabs),
 Dialogue NLI (``*.json``, one list), or lines of JSON with premise, hypothesis and label. Rows without a label are skipped.
