@@ -24,7 +24,7 @@ sys.path.insert(0, str(PROJECT / "tests"))
 import lab
 
 #: The README's picture of sliders.
-PICTURE = PROJECT / "figures" / "mini" / "explore_quality.png"
+PICTURE = PROJECT / "docs" / "images" / "explore_quality.png"
 #: Milliseconds that the median move may take on the published responses.
 BOUND = 200
 #: What is moved: panel, which control of its kind, keys.

@@ -1,15 +1,14 @@
 """The miniature from nothing: how long, how much memory, and what it finds.
 
-Run by `make bench-mini`: `persodpo reproduce` in a folder of its own, then once more with nothing changed, then the arms
-in a second world, for which nothing was chosen. That two runs find the same is shown by a test (`tests/test_mini_run.py`);
-on another processor sums are rounded otherwise, and the same seeds train other models. ``--other-processor`` runs nothing:
-it writes down what the runs `mini` and `second` of such a machine found.
+Run by `make bench-mini`: `persodpo reproduce` in a folder of its own, then once more with nothing changed. ``--findings``
+runs nothing: it writes down what the runs `mini` and `second` of this checkout found, the latter of a world for which
+nothing was chosen. That two runs find the same is shown by a test (`tests/test_mini_run.py`). Each kind of processor has
+kernels of its own, which round otherwise, so that the same seeds train other models; `FIXED` names kernels that do not.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,18 +16,22 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from measuring import RESULTS, machine, most_memory, pipes
 
-from persodpo import stages
 from persodpo.config import Profile, load_profile, with_overrides
 from persodpo.evaluation.observations import EVERY, IMPUTED, SUCCESSES
-from persodpo.files import PROJECT, git_commit, read_json, versions, write_json
+from persodpo.files import PROJECT, git_commit, read_json, sha256, write_json
 from persodpo.metrics import number, p_text
 from persodpo.runfolder import RunFolder
+from persodpo.stages.policy import miniature_folder
 
 #: What a run from nothing and a second one may take, seconds, and the former's memory, GiB.
 LIMITS = {"first seconds": 300, "second seconds": 60, "peak GiB": 1.5}
+#: Kernels that compute the same on every processor, at less speed.
+FIXED = {"MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "avx2", "OPENBLAS_CORETYPE": "Haswell"}
+#: Arms that all worlds are compared in, and the shares of each that are shown.
+COMPARED = ("base", "simple", "perso", "corrected")
+JUDGED = ("grounded", "repeats", "failure_ratio")
 #: Seed of the second world: other people, places and models.
 OTHER_WORLD = 7
 #: What the README's table shows, its heads, and what ablations are compared in.
@@ -71,7 +74,7 @@ def findings(profile: Profile) -> str:
         rows.append([f"`{arm}`", cells["quality, failures imputed"]["responses"], *texts.values()])
     tests = [
         [
-            row["metric"], f"`{row['arm']}` less `{row['baseline']}`", interval(row, "difference"),
+            row["metric"], f"`{row['arm']}` minus `{row['baseline']}`", interval(row, "difference"),
             p_text(row["p_holm"], "≤" if row["p_at_floor"] else ""), p_text(row["p_exact_holm"]), row["family"],
         ]
         for metric in ("grounded", "quality")
@@ -82,13 +85,14 @@ def findings(profile: Profile) -> str:
 
 
 def judged(profile: Profile) -> dict[str, Any]:
-    """Return each arm's share of answers that repeat a sentence, and the tests on grounded answers."""
+    """Return each arm's shares by the judge, and the tests of them."""
     run = RunFolder(profile)
     estimates, comparisons = run.read("evaluation/estimates"), run.read("evaluation/comparisons")
+    shares = estimates[estimates["metric"].isin(JUDGED)].pivot(index="arm", columns="metric", values="mean")
     tests = comparisons[comparisons["metric"] == "grounded"]
     return {
-        "repeats": estimates[estimates["metric"] == "repeats"].set_index("arm")["mean"].to_dict(),
-        "grounded": tests[["arm", "baseline", "difference", "p_holm"]].to_dict("records"),
+        "arms": shares[list(JUDGED)].to_dict("index"),
+        "tests": tests[["arm", "baseline", "difference", "p_holm"]].to_dict("records"),
     }
 
 
@@ -104,31 +108,36 @@ def ablations(profile: Profile) -> str:
     return pipes(["ablation", *(f"{name.replace('_', ' ')}, difference" for name in ABLATED)], rows) + "\n"
 
 
-def write_tables(profile: Profile, other: Profile) -> None:
-    """Write what both worlds' runs found; the times of a run stay as they were noted."""
-    texts = {"mini": findings(profile), "mini-second": findings(other), "mini-ablations": ablations(profile)}
-    for name, text in texts.items():
-        (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
-    kept = read_json(RESULTS / "mini-worlds.json").get("worlds", {})
-    worlds = kept | {one.name: judged(one) for one in (profile, other)}
-    write_json(RESULTS / "mini-worlds.json", {"commit": git_commit(), "versions": versions(), "worlds": worlds})
-
-
-def write_other_processor() -> None:
-    """Write what both worlds' runs on this machine found, beside what was measured on another one."""
-    profile, kept = load_profile("mini"), read_json(RESULTS / "mini-worlds.json")
+def write_findings() -> None:
+    """Write what the runs `mini` and `second` of this checkout found, with fixed kernels as the tables of the documents."""
+    profile = load_profile("mini")
     other = with_overrides(profile, ["name=second", f"seed={OTHER_WORLD}"])
-    text = f"{findings(profile)}\n{ablations(profile)}\n{findings(other)}"
-    (RESULTS / "mini-processor.md").write_text(text, encoding="utf-8")
-    place = {"kernels": torch.backends.cpu.get_cpu_capability(), "commit": git_commit()}
-    here = {f"{one.name}, other processor": judged(one) | place for one in (profile, other)}
-    write_json(RESULTS / "mini-worlds.json", kept | {"worlds": kept["worlds"] | here})
+    fixed = all(os.environ.get(name) == value for name, value in FIXED.items())
+    if fixed:
+        texts = {"mini": findings(profile), "mini-second": findings(other), "mini-ablations": ablations(profile)}
+        for name, text in texts.items():
+            (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
+    worlds = read_json(RESULTS / "mini-worlds.json").get("worlds", {})
+    weights = sha256(miniature_folder(RunFolder(profile)) / "base" / "model.safetensors")
+    kernels = "fixed kernels" if fixed else f"base model {weights[:8]}"
+    for one in (profile, other):
+        worlds[f"{one.name}, {kernels}"] = judged(one) | {"commit": git_commit()}
+    kept = {"base with fixed kernels": weights} if fixed else {}
+    write_json(RESULTS / "mini-worlds.json", kept | {"worlds": worlds})
+    rows = []
+    for name, world in worlds.items():
+        tests = {row["baseline"]: row for row in world["tests"] if row["arm"] == "corrected"}
+        arms = [world["arms"][arm] for arm in COMPARED]
+        cells = [f"{arm['grounded']:.2f}, {arm['repeats']:.2f}, {arm['failure_ratio']:.2f}" for arm in arms]
+        rows.append([name, *cells, *(p_text(tests[other]["p_holm"]) for other in ("base", "simple"))])
+    head = ["world, kernels", *(f"`{arm}`" for arm in COMPARED), "p against `base`", "p against `simple`"]
+    (RESULTS / "mini-worlds.md").write_text(pipes(head, rows) + "\n", encoding="utf-8")
 
 
 def main() -> None:
     """Run the miniature and write the results."""
-    if "--other-processor" in sys.argv:
-        write_other_processor()
+    if "--findings" in sys.argv:
+        write_findings()
         return
     with tempfile.TemporaryDirectory() as folder:
         profile = load_profile("mini", [f"home={folder}"])
@@ -140,10 +149,6 @@ def main() -> None:
         second, _ = reproduce(source)
         measured = {"first seconds": first, "second seconds": second, "peak GiB": memory}
         write_json(RESULTS / "mini.json", measured | {"notebooks": notebooks, **machine()})
-        other = with_overrides(profile, ["name=second", f"seed={OTHER_WORLD}"])
-        stages.make(other, "evaluate")
-        write_tables(profile, other)
-        shutil.copy(RunFolder(profile).figures / "forest.png", PROJECT / "figures" / "mini" / "forest.png")
     for name, limit in LIMITS.items():
         print(f"{name}: {measured[name]:.1f}, at most {limit:g}: {'held' if measured[name] <= limit else 'MISSED'}")
 

@@ -28,7 +28,12 @@ ProfileName = Annotated[
 Settings = Annotated[
     list[str],
     typer.Option(
-        "--set", "-s", metavar="SECTION.KEY=VALUE", default_factory=list, help="Change one setting; repeatable."
+        "--set",
+        "-s",
+        metavar="SECTION.KEY=VALUE",
+        default_factory=list,
+        show_default=False,
+        help="Change one setting; repeatable.",
     ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Run even if nothing changed.")]

@@ -98,7 +98,10 @@ def _model(use: str, name: str) -> Finding:
         place = place if place.exists() else Path(snapshot_download(model, revision=revision, local_files_only=True))
     if (use == "persona_distance" and place.is_file()) or any(place.glob("*.safetensors")):
         return Finding("ok", f"Model of {use}: {name} is on this machine.")
-    return Finding("missing", f"Model of {use}: {name} is not here or not in safetensors; make it or `hf download` it.")
+    return Finding(
+        "missing",
+        f"Model of {use}: {name} is not here or not in safetensors; put it there, or `hf download` it.",
+    )
 
 
 def _machine(profile: Profile) -> Iterator[Finding]:

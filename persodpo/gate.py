@@ -51,7 +51,7 @@ def inspect_pairs(pairs: pd.DataFrame, dialogues: pd.DataFrame, seed: int) -> pd
     for name, feature in FEATURES.items():
         sides = [np.array([*map(feature, pairs[side], pairs[f"{side}_model"])]) for side in ("chosen", "rejected")]
         accuracy = label_accuracy(sides[0], sides[1], pairs["dialogue_id"].to_numpy(), seed)
-        meaning = f"share of pairs whose chosen side {name.replace('_', ' ')} alone predicts"
+        meaning = f"share of pairs whose chosen side is predicted by {name.replace('_', ' ')} alone"
         rows.append((f"{name}_alone", accuracy, meaning))
     return pd.DataFrame(rows, columns=["check", "value", "meaning"])
 

@@ -194,6 +194,7 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
         path = ".".join(str(part) for part in item["loc"])
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
+            message = "there is no such setting"
             known = {name.rpartition(".")[2]: name for name in reversed([*names_of(model)])}
             near = difflib.get_close_matches(path.rpartition(".")[2], known, n=1, cutoff=0.85)
             message += f"; did you mean {known[near[0]]}?" if near else "; `persodpo profile` prints all settings"

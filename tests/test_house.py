@@ -103,12 +103,10 @@ def test_the_light_commands_do_not_load_models():
 def test_committed_figures_are_those_of_the_committed_code():
     """`make figures PROFILE=release` draws them anew; otherwise `make reproduce` would leave a changed checkout."""
     folder = PROJECT / "figures" / "release"
-    assert sorted(figure_names(RunFolder(load_profile("release")))) == sorted(
-        path.stem for path in folder.glob("*.json")
-    )
-    for path in folder.glob("*.json"):
-        if path.stem.endswith("_arms"):
-            continue  # to draw these, the arms must be trained: `make reproduce PROFILE=release`
+    names = figure_names(RunFolder(load_profile("release")))
+    committed = sorted(name for name in names if not name.endswith("_arms"))  # these are of arms that are trained first
+    assert committed == sorted(path.stem for path in folder.glob("*.json") if not path.stem.endswith("_arms"))
+    for path in [folder / f"{name}.json" for name in committed]:
         record = json.loads(path.read_text())
         assert figure_code(path.stem).items() <= record["inputs"].items(), path.name
         assert record["files"] == {name: sha256(folder / name) for name in record["files"]}
@@ -123,11 +121,11 @@ def test_the_measured_miniature_keeps_its_bounds_and_an_arm_wins_by_the_judge_wh
     measured, worlds = result("mini"), result("mini-worlds")["worlds"]
     assert measured["second seconds"] <= measured["first seconds"] / 8
     assert measured["peak GiB"] <= 1.5
-    assert set(worlds) == {"mini", "second", "mini, other processor", "second, other processor"}
+    assert {"mini, fixed kernels", "second, fixed kernels"} < set(worlds)
     for world in worlds.values():
-        won = [row for row in world["grounded"] if row["arm"] == "corrected" and row["difference"] > 0]
+        won = [row for row in world["tests"] if row["arm"] == "corrected" and row["difference"] > 0]
         assert {"base", "simple"} <= {row["baseline"] for row in won if row["p_holm"] < 0.05}
-        assert world["repeats"]["corrected"] <= 0.1
+        assert world["arms"]["corrected"]["repeats"] <= 0.1
 
 
 def test_measured_pairs_and_asking_keep_their_bounds():

@@ -10,6 +10,7 @@ the same scores. The released coherence loop (audit A1) fails the second kind.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,8 +129,8 @@ def probe(scorer: Scorer) -> list[Verdict]:
                     f"Scorer {scorer.name} did not give one finite score a text to its probes; check its model."
                 )
             right = asked.holds(*np.split(values, len(asked.kinds)))
-            expected = f"{asked.expected}, in {asked.share:.0%} of cases"
-            found = f"{int(right.sum())} of {len(right)} cases"
+            expected = f"{asked.expected}, in {math.ceil(asked.share * len(right))} of {len(right)} cases or more"
+            found = f"{int(right.sum())} of {len(right)}"
             verdicts.append(Verdict(scorer.name, asked.name, expected, found, bool(right.mean() >= asked.share)))
     return [*verdicts, *order_verdicts(scorer)]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pandas as pd
 
 from persodpo.errors import PersodpoError
@@ -9,6 +11,8 @@ from persodpo.pairs import build_pairs
 from persodpo.prompts import load_template
 from persodpo.runfolder import RunFolder, StageReport, Tables
 
+#: Share of labels that one feature predicts by itself, from which on it is warned of.
+TELLING = 0.9
 #: What to do where a pair set is empty, for each that there is.
 _MENDS = {
     "simple": "where no model ever fails, leave simple out of pairs.sets",
@@ -51,7 +55,13 @@ def make_pairs(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
         outputs=[*(f"pairs/{name}" for name in profile.pairs.sets), "pairs/gate"],
         overwrite=overwrite,
     )
-    return [report]
+    gate = run.read("pairs/gate").set_index(["pair_set", "check"])["value"]
+    notes = []
+    for name in profile.pairs.sets:
+        length, model = (float(gate[name, f"{feature}_alone"]) for feature in ("length", "source_model"))
+        told = f"length alone predicts {length:.0%} of the chosen sides of {name}, the source model alone {model:.0%}"
+        notes.append(f"warning: {told}" if max(length, model) >= TELLING else told)
+    return [replace(report, notes=tuple(notes))]
 
 
 def limits(run: RunFolder) -> tuple[float, float]:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from persodpo.config import ArmName, Profile, with_overrides
+from persodpo.config import ArmName, Profile, Training, with_overrides
 from persodpo.corrections import WITHOUT_ASKING
 from persodpo.errors import PersodpoError
 from persodpo.files import digest_of, sha256
 from persodpo.runfolder import RunFolder, StageReport, Tables
 from persodpo.stages.base import Need
-from persodpo.stages.policy import start_policy
+from persodpo.stages.policy import PREFIX, start_policy
 from persodpo.training.arms import ARMS, arm_name, label_of
 
 
@@ -105,6 +105,11 @@ def train_on(
     folder = arm_folder(run, label)
     key = digest_of({"settings": settings, "inputs": {name: sha256(path) for name, path in files.items()}})
 
+    default = Training().learning_rate
+    made_here = profile.policy.model == "small" or profile.policy.model.startswith(PREFIX)
+    warned = () if made_here or profile.training.learning_rate != default else (
+        f"warning: training.learning_rate is {default:g}, which fits the small policy; the authors trained at 1e-6",
+    )  # fmt: skip
     notes: list[str] = []
 
     def build() -> Tables:
@@ -116,7 +121,7 @@ def train_on(
     report = run.stage(f"train {label}", build, files=files, settings=settings, outputs=outputs, overwrite=anew)
     # The card is written anew when the arm is evaluated.
     run.files |= {path for path in folder.iterdir() if path.is_file() and path.name != "README.md"}
-    return replace(report, notes=tuple(notes))
+    return replace(report, notes=(*warned, *notes))
 
 
 def weights_of(policy: str | Path) -> list[Path]:
