@@ -176,7 +176,7 @@ def test_a_scorer_that_gives_no_number_is_one_sentence():
 def test_who_may_enter_the_quality_score():
     found = probe(Rule("c_score", lambda *_: 0)) + probe(Rule("ue_score", echo))
     weights = {"c_score": 0.5, "ue_score": 0.5}
-    with pytest.raises(PersodpoError, match=r"c_score: copied persona found 0 of 16 cases"):
+    with pytest.raises(PersodpoError, match=r"c_score: copied persona found 0 of 16 where"):
         admit(found, weights, [])
     with pytest.raises(PersodpoError, match="c_score: copied"):
         admit(found, weights, ["ue_score"])

@@ -131,6 +131,8 @@ def test_a_run_makes_stages_reads_tables_and_draws_figures(release_run, tmp_path
 
 def test_committed_figures_show_the_data_of_this_run(release_run):
     for name in figures.figure_names(release_run):
+        if name.endswith("_arms"):  # drawn where arms are trained
+            continue
         record = json.loads((PROJECT / "figures" / "release" / f"{name}.json").read_text())
         for table, digest in record["inputs"].items():
             if table.startswith(("pairs/", "evaluation/")) or table in {"responses", "scores", "thresholds"}:
