@@ -60,8 +60,7 @@ def test_the_commands_of_the_page_give_trained_models(tmp_path, monkeypatch):
     first, then = ([shlex.split(line, comments=True) for line in block.splitlines()] for block in blocks)
     assert first[0] == ["cp", "data/example/mine.yaml", "mine.yaml"]
     Path("mine.yaml").write_text(profile.to_yaml())
-    for words in first[1:]:
-        _invoke(words)
+    shown = [_invoke(words) for words in first[1:]]
     run = RunFolder(profile)
     assert run.root == tmp_path / "runs" / "mine"
     completions = pd.read_csv(DATA / "example" / "completions.csv")
@@ -69,6 +68,7 @@ def test_the_commands_of_the_page_give_trained_models(tmp_path, monkeypatch):
     assert run.read("scores")["quality"].notna().all()
     pairs = run.read("pairs/perso")
     assert set(pairs["chosen_model"]) <= set(completions["model"])
+    assert "length alone predicts" in shown[2]
     assert (run.root / "training" / "perso" / "model.safetensors").is_file()
     shown = [_invoke(words) for words in then[:-1]]
     assert (run.root / "evaluation" / "paired_differences.md").is_file()

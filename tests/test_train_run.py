@@ -26,6 +26,7 @@ from persodpo.config import load_profile
 from persodpo.errors import PersodpoError
 from persodpo.figures.curves import PAPER_RUN, arm_curves
 from persodpo.release import published
+from persodpo.stages.train import rate_warning
 from persodpo.tables import check_table, write_table
 from persodpo.training import run
 from persodpo.training.arms import split_prompts
@@ -247,3 +248,10 @@ def test_curves_of_arms_stand_beside_the_papers_on_one_axis(trained):
     paper = curves[curves["run"] != "perso_weighted"]
     assert set(paper["run"]) == {PAPER_RUN}
     assert paper["epoch"].max() == pytest.approx(1700 * 16 / 9184)
+
+
+def test_a_real_policy_at_the_rate_of_the_small_one_is_warned_of():
+    real = ["policy.model=someone/model"]
+    assert rate_warning(load_profile("mini")) == rate_warning(load_profile("paper", real)) == []
+    (warning,) = rate_warning(load_profile("mini", real))
+    assert warning.startswith("warning: training.learning_rate is 0.0003")

@@ -105,11 +105,6 @@ def train_on(
     folder = arm_folder(run, label)
     key = digest_of({"settings": settings, "inputs": {name: sha256(path) for name, path in files.items()}})
 
-    default = Training().learning_rate
-    made_here = profile.policy.model == "small" or profile.policy.model.startswith(PREFIX)
-    warned = () if made_here or profile.training.learning_rate != default else (
-        f"warning: training.learning_rate is {default:g}, which fits the small policy; the authors trained at 1e-6",
-    )  # fmt: skip
     notes: list[str] = []
 
     def build() -> Tables:
@@ -121,7 +116,18 @@ def train_on(
     report = run.stage(f"train {label}", build, files=files, settings=settings, outputs=outputs, overwrite=anew)
     # The card is written anew when the arm is evaluated.
     run.files |= {path for path in folder.iterdir() if path.is_file() and path.name != "README.md"}
-    return replace(report, notes=(*warned, *notes))
+    return replace(report, notes=(*rate_warning(profile), *notes))
+
+
+def rate_warning(profile: Profile) -> list[str]:
+    """Warn where a policy that was not made here is trained at the default learning rate."""
+    made_here, rate = (
+        profile.policy.model == "small" or profile.policy.model.startswith(PREFIX),
+        Training().learning_rate,
+    )
+    if made_here or profile.training.learning_rate != rate:
+        return []
+    return [f"warning: training.learning_rate is {rate:g}, which fits the small policy; the authors trained at 1e-6"]
 
 
 def weights_of(policy: str | Path) -> list[Path]:
