@@ -11,8 +11,6 @@ from persodpo.pairs import build_pairs
 from persodpo.prompts import load_template
 from persodpo.runfolder import RunFolder, StageReport, Tables
 
-#: Share of labels that one feature predicts by itself, from which on it is warned of.
-TELLING = 0.9
 #: What to do where a pair set is empty, for each that there is.
 _MENDS = {
     "simple": "where no model ever fails, leave simple out of pairs.sets",
@@ -59,8 +57,9 @@ def make_pairs(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
     notes = []
     for name in profile.pairs.sets:
         length, model = (float(gate[name, f"{feature}_alone"]) for feature in ("length", "source_model"))
-        told = f"length alone predicts {length:.0%} of the chosen sides of {name}, the source model alone {model:.0%}"
-        notes.append(f"warning: {told}" if max(length, model) >= TELLING else told)
+        notes.append(
+            f"{name}: length alone predicts {length:.0%} of the chosen sides, the source model alone {model:.0%}"
+        )
     return [replace(report, notes=tuple(notes))]
 
 
