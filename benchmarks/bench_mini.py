@@ -28,7 +28,9 @@ from persodpo.stages.policy import miniature_folder
 #: What a run from nothing and a second one may take, seconds, and the former's memory, GiB.
 LIMITS = {"first seconds": 300, "second seconds": 60, "peak GiB": 1.5}
 #: Kernels that compute the same on every processor, at less speed.
-FIXED = {"MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "avx2", "OPENBLAS_CORETYPE": "Haswell"}
+FIXED = {
+    "OMP_NUM_THREADS": "2", "MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "avx2", "OPENBLAS_CORETYPE": "Haswell",
+}  # fmt: skip
 #: Arms that all worlds are compared in, and the shares of each that are shown.
 COMPARED = ("base", "simple", "perso", "corrected")
 JUDGED = ("grounded", "repeats", "failure_ratio")
