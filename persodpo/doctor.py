@@ -93,8 +93,9 @@ def _model(use: str, name: str) -> Finding:
     if name == HUB_ENCODER:
         there = all((encoder_folder() / file).is_file() for file in FILES)
         return Finding("ok" if there else "missing", f"Model of {use}: {name}; `persodpo fetch encoder` fetches it.")
-    place, (model, revision) = Path(place_of(name)), name_and_revision(place_of(name))
-    with suppress(HFValidationError, LocalEntryNotFoundError):
+    place = Path(place_of(name))
+    with suppress(HFValidationError, LocalEntryNotFoundError, PersodpoError):
+        model, revision = name_and_revision(str(place))
         place = place if place.exists() else Path(snapshot_download(model, revision=revision, local_files_only=True))
     if (use == "persona_distance" and place.is_file()) or any(place.glob("*.safetensors")):
         return Finding("ok", f"Model of {use}: {name} is on this machine.")

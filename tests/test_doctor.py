@@ -93,6 +93,9 @@ def test_models_in_folders_and_in_the_cache_of_the_hub(tmp_path):
         (place / path).parent.mkdir(parents=True)
         (place / path).write_text(content)
     assert missing(profile) == lost[1:]
+    (tmp_path / "arm").mkdir()
+    (found,) = missing(with_overrides(profile, [f"policy.model={tmp_path}/arm@45"]))[:1]
+    assert found.startswith(f"Model of the policy: {tmp_path}/arm@45 is not here")
 
 
 def test_packages_gpu_and_disk(tmp_path, monkeypatch):

@@ -121,11 +121,8 @@ def train_on(
 
 def rate_warning(profile: Profile) -> list[str]:
     """Warn where a policy that was not made here is trained at the default learning rate."""
-    made_here, rate = (
-        profile.policy.model == "small" or profile.policy.model.startswith(PREFIX),
-        Training().learning_rate,
-    )
-    if made_here or profile.training.learning_rate != rate:
+    policy, rate = profile.policy.model, Training().learning_rate
+    if policy == "small" or policy.startswith(PREFIX) or profile.training.learning_rate != rate:
         return []
     return [f"warning: training.learning_rate is {rate:g}, which fits the small policy; the authors trained at 1e-6"]
 
