@@ -134,6 +134,7 @@ def reproduce(
         check_parameters(notebook, parameters)
     from persodpo import stages  # noqa: PLC0415 - slow to load, and not needed to run one notebook
 
+    os.environ.setdefault("TQDM_DISABLE", "1")  # of the notebooks' kernels: nobody watches them
     executed = all((run.notebooks / notebook.name).is_file() for notebook in chosen)
     execute = functools.partial(_execute, run.notebooks, parameters)
     if overwrite or len(chosen) == 1 or not executed or not stages.nothing_to_do(run.profile):

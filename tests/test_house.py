@@ -27,7 +27,7 @@ MODULES = sorted(path.relative_to(PROJECT) for path in PACKAGE.rglob("*.py"))
 #: Levels from the bottom up; a module imports from its own level or below.
 MIDDLE = ["evaluation", "figures", "generation", "miniature", "release", "scoring", "training"]
 LEVELS = [
-    ["config", "corrections", "errors", "files", "imports", "profile_text", "sqlite", "tables"],
+    ["config", "corrections", "errors", "files", "imports", "profile_text", "progress", "sqlite", "tables"],
     ["completions", "dialogues", "gate", "method", "metrics", "own_data", "pairs", "prompts"],
     MIDDLE,
     ["cards", "run", "runfolder", "show", "stages"],  # the only ones that know run folders, with those above

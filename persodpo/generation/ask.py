@@ -18,14 +18,13 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, NoReturn
-
-from tqdm import tqdm
+from typing import Any
 
 from persodpo.errors import PersodpoError
 from persodpo.generation.requests import Answer, Backend, Job, ModelStopped, Request, request_key
 from persodpo.generation.store import Entry, Store
 from persodpo.generation.summary import Reading, Summary
+from persodpo.progress import bar
 
 #: Requests looked up at a time, at least.
 CHUNK = 64
@@ -55,7 +54,7 @@ def generate_all(
         budget_usd: What may be spent in US dollars, together with all that the store's answers have cost and all that is set
             aside for others, of whatever process; None for no limit. It is never passed: the run stops before.
         retry_failed: Ask again what has failed in earlier runs.
-        progress: Show a bar for each model if standard error is a terminal.
+        progress: Show a bar for each model where somebody watches.
         reading: How completions are read for the count of outcomes; the store keeps them as they were generated.
 
     Returns:
@@ -66,7 +65,12 @@ def generate_all(
     """
     run = _Run(store, budget_usd, retry_failed, reading)
     with store.asking(job.backend.model for job in jobs), ExitStack() as bars:
-        works = [Work(job, run, bars.enter_context(_bar(job, row, progress))) for row, job in enumerate(jobs)]
+        works = [
+            Work(job, run, bars.enter_context(
+                bar(what=job.backend.model, hidden=not progress, total=job.total, unit=" prompts", position=row, leave=True)
+            ))
+            for row, job in enumerate(jobs)
+        ]  # fmt: skip
         _in_thread(_ask_all(works))
     return [work.summary for work in works]
 
@@ -107,12 +111,6 @@ async def _ask_all(works: Sequence[Work]) -> None:
             raise error
 
 
-def _bar(job: Job, row: int, progress: bool) -> tqdm[NoReturn]:
-    """Make a bar that is shown on a terminal only."""
-    hidden = None if progress else True
-    return tqdm(total=job.total, desc=job.backend.model, unit=" prompts", position=row, disable=hidden)
-
-
 @dataclass
 class _Run:
     """What the models of a run share."""
@@ -134,13 +132,13 @@ class _Run:
 class Work:
     """One model's requests that are still to be answered, as its backend takes them, and what came of them."""
 
-    def __init__(self, job: Job, run: _Run, bar: tqdm[NoReturn]) -> None:
+    def __init__(self, job: Job, run: _Run, shown: Any) -> None:
         """Take a job, and what it shares with others."""
         self.backend = job.backend
         self.store, self.retry_failed = run.store, run.retry_failed
         self.summary = Summary(job.backend.model, cost=None if job.backend.prices is None else 0.0)
         self._requests = iter(job.requests)
-        self._run, self._bar = run, bar
+        self._run, self._bar = run, shown
         self._found: deque[Item] = deque()  # not stored, no money set aside yet
         self._ready: deque[Item] = deque()  # money is set aside
         self._open: set[str] = set()  # keys of all that was found and is not done

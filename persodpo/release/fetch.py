@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
-from tqdm import tqdm
-
 from persodpo.errors import PersodpoError
 from persodpo.files import DATA, RELEASE_VARIABLE, disk_errors, make_folder, sha256
+from persodpo.progress import bar
 
 _MANIFEST = DATA / "release_manifest.json"
 _REMEDY = f"or name a folder that holds a copy of the release with {RELEASE_VARIABLE}"
@@ -45,7 +43,7 @@ def fetch_release(target: Path, *, manifest: Path = _MANIFEST) -> dict[str, Path
         registry = {path: f"sha256:{hashes[path]}" for path in missing}
         files = pooch.create(target, base_url=address, registry=registry, urls=urls)
         pooch.get_logger().setLevel("WARNING")  # the bar below says enough
-        for path in tqdm(missing, "published files", leave=False, unit=" files", disable=not sys.stderr.isatty()):
+        for path in bar(missing, "published files", unit=" files"):
             make_folder((target / path).parent)
             with _errors_of(target / path, urls[path]):
                 files.fetch(path, downloader=_copy if copy else pooch.HTTPDownloader(allow_redirects=False))

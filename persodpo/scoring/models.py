@@ -26,6 +26,7 @@ from filelock import FileLock
 from persodpo.config import HUB_ENCODER
 from persodpo.errors import PersodpoError
 from persodpo.files import digest_of, disk_errors, make_folder, name_and_revision, sha256
+from persodpo.progress import bar, watched
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 Input = tuple[str, ...]
 #: Tokens of a batch; they change speed and memory, never scores.
 BATCH_TOKENS = {"cpu": 8_192, "cuda": 65_536}
+#: Texts from which on a pass has a progress bar of its own.
+WORTH_A_BAR = 1_000
 #: Files of a folder that shape no score.
 _IRRELEVANT = ("*.md", "*.png", ".*", "training_args.bin", "trainer_state.json")
 
@@ -146,7 +149,7 @@ class Checkpoint:
         weights = {"dtype": getattr(torch, self.dtype or dtype_name()), "use_safetensors": True}
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # type: ignore[no-untyped-call] # what matters of it is raised
-        if not sys.stderr.isatty():
+        if not watched():
             logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(name, **place)
@@ -213,12 +216,16 @@ class Checkpoint:
         order = np.argsort(-lengths, kind="stable")
         size = self.batch_tokens or BATCH_TOKENS[device_name()]
         parts, start = [], 0
-        while start < len(order):
-            places = order[start : start + max(1, size // max(1, lengths[order[start]]))]
-            batch = self.loaded.tokenizer.pad([dict(rows[place]) for place in places], return_tensors="pt")
-            with torch.inference_mode():
-                parts.append(forward(dict(batch.to(self.loaded.model.device))).to(torch.float64).cpu().numpy())
-            start += len(places)
+        with bar(
+            what=Path(self.source).name, total=len(order), unit=" texts", hidden=len(order) < WORTH_A_BAR
+        ) as shown:
+            while start < len(order):
+                places = order[start : start + max(1, size // max(1, lengths[order[start]]))]
+                batch = self.loaded.tokenizer.pad([dict(rows[place]) for place in places], return_tensors="pt")
+                with torch.inference_mode():
+                    parts.append(forward(dict(batch.to(self.loaded.model.device))).to(torch.float64).cpu().numpy())
+                start += len(places)
+                shown.update(len(places))
         outputs = np.concatenate(parts)[np.argsort(order)]
         if not np.isfinite(outputs).all():
             raise PersodpoError(f"Model '{self.source}' gives values that are not finite; it is damaged.")

@@ -15,12 +15,12 @@ from typing import Any, Literal, NamedTuple, Protocol, Self, TypeVar
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 from persodpo.completions import count_words
 from persodpo.errors import PersodpoError
 from persodpo.files import digest_of
 from persodpo.imports import code_of
+from persodpo.progress import bar
 from persodpo.sqlite import Content, connect, transaction
 
 #: Texts scored, and written to the cache, together.
@@ -203,12 +203,12 @@ def score_items(
     missing = sorted((key for key in by_key if key not in known), key=lambda key: -len(by_key[key].response))
     batches = [missing[start : start + BATCH] for start in range(0, len(missing), BATCH)]
     asked = [[by_key[key] for key in batch] for batch in batches]
-    with tqdm(total=len(missing), desc=scorer.name, unit=" texts", leave=False, disable=None) as bar:
+    with bar(what=scorer.name, total=len(missing), unit=" texts") as shown:
         for number, scored in engine(scorer, asked):
             _check(scorer.name, asked[number], scored)
             cache.store(batches[number], scored)
             known.update(zip(batches[number], np.column_stack(scored).tolist(), strict=True))
-            bar.update(len(batches[number]))
+            shown.update(len(batches[number]))
     if lost := len(by_key) - len(known):
         raise PersodpoError(f"Scorer {scorer.name} gave no score to {lost} texts; run again.")
     values = np.array([known[key][0] for key in keys], dtype=float)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 import pandas as pd
-from tqdm import tqdm
 
 from persodpo.config import PairSet
 from persodpo.errors import NothingToShowError, PersodpoError
 from persodpo.files import files_are_unchanged, read_json, sha256
 from persodpo.imports import code_of
+from persodpo.progress import bar
 from persodpo.release import published
 from persodpo.runfolder import RunFolder, StageReport
 
@@ -24,8 +23,8 @@ if TYPE_CHECKING:
 
 
 def draw(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
-    """Write every figure whose tables the profile makes, with a progress bar where someone watches."""
-    names = tqdm(figure_names(run), desc="figures", leave=False, disable=not sys.stderr.isatty())
+    """Write every figure whose tables the profile makes, with a progress bar."""
+    names = bar(figure_names(run), "figures")
     return [save_figure(run, name, overwrite=overwrite) for name in names]
 
 

@@ -171,7 +171,7 @@ def ask(
         overwrite: Not used: what is stored is never asked again.
         scope: Which models and dialogues.
         retry_failed: Ask again what has failed in earlier runs.
-        progress: Show a bar for each model on a terminal.
+        progress: Show a bar for each model where somebody watches.
 
     Returns:
         A summary for each model, and the report of the table.

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -39,6 +38,7 @@ from persodpo.errors import PersodpoError
 from persodpo.files import made_once, name_and_revision, sha256
 from persodpo.imports import code_of
 from persodpo.profile_text import Positive, Seed, setting
+from persodpo.progress import bar, watched
 from persodpo.training.forward import response_log_probs
 from persodpo.training.groups import micro_batches
 from persodpo.training.packing import Group, pack
@@ -146,7 +146,7 @@ def load_policy(
 
 
 def _no_bars_unwatched() -> None:
-    if not sys.stderr.isatty():
+    if not watched():
         disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
@@ -248,7 +248,9 @@ def _batches(groups: Sequence[Group], settings: SmallPolicy) -> Iterator[list[Gr
 
 def _train(model: PreTrainedModel, groups: Sequence[Group], settings: SmallPolicy) -> list[float]:
     """Run the warm-up; return the loss of each step, in nats a completion token."""
-    optimiser = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+    )
     ramp = max(1, round(RAMP * settings.steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimiser, lambda step: min((step + 1) / ramp, (settings.steps - step) / max(1, settings.steps - ramp))
@@ -256,7 +258,7 @@ def _train(model: PreTrainedModel, groups: Sequence[Group], settings: SmallPolic
     model.train()
     losses: list[float] = []
     batches = _batches(groups, settings)
-    for _ in tqdm(range(settings.steps), desc="small policy, warm-up", disable=not sys.stderr.isatty(), leave=False):
+    for _ in bar(range(settings.steps), "small policy, warm-up"):
         rows = pack(next(batches))
         loss = -response_log_probs(model, rows).sum() / rows.lengths.sum()
         optimiser.zero_grad()

@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,12 +20,12 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 from trl.trainer.utils import use_adapter
 
 from persodpo.errors import PersodpoError
 from persodpo.files import write_atomically
 from persodpo.imports import code_of
+from persodpo.progress import bar
 from persodpo.training.forward import attention_of, base_model
 from persodpo.training.groups import micro_batches, split_responses
 from persodpo.training.guard import Verdict
@@ -93,9 +92,8 @@ def reference_log_probs(
     # Sharded models gather weights in each pass, so every process makes as many.
     rounds = itertools.islice(itertools.cycle(batches), math.ceil(len(batches) / count) * count)
     mine = list(itertools.islice(rounds, accelerator.process_index, None, count))
-    quiet = not (accelerator.is_main_process and sys.stderr.isatty())
     values: dict[int, list[float]] = {}
-    for places in tqdm(mine, desc="reference log-probs", leave=False, disable=quiet):
+    for places in bar(mine, "reference log-probs", hidden=not accelerator.is_main_process):
         rows = pack([parts[place] for place in places], layout).to(accelerator.device)
         with torch.no_grad(), accelerator.autocast():
             log_probs = iter(compute(rows).float().tolist())
