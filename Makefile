@@ -4,13 +4,24 @@ PROFILE ?= mini
 SET     ?=
 LAB     ?=
 NLI     ?=
+KERNELS ?=
 VENV    := .venv
 BIN     := $(VENV)/bin
 LOCKED  := $(VENV)/.built-from-lock
 STAMP   := $(VENV)/.installed
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
-.PHONY: reproduce install test test-slow test-reproduced test-browser browser lint format figures docs lab bench-mini bench-browser bench-pairs bench-generate bench-train bench-batches check-architectures bench-score check-scorers lock clean
+# Kernels that round alike on every x86 processor with AVX2, at less speed: docs/miniature.md.
+ifeq ($(KERNELS),fixed)
+export OMP_NUM_THREADS := 2
+export MKL_CBWR := COMPATIBLE
+export ATEN_CPU_CAPABILITY := avx2
+export ONEDNN_MAX_CPU_ISA := AVX2
+export OPENBLAS_CORETYPE := Haswell
+export NPY_DISABLE_CPU_FEATURES := X86_V4 AVX512_ICL AVX512_SPR
+endif
+
+.PHONY: reproduce install test test-slow test-reproduced test-browser browser lint format figures docs lab bench-mini findings bench-browser bench-pairs bench-generate bench-train bench-batches check-architectures bench-score check-scorers lock clean
 
 reproduce: $(STAMP)  ## run every notebook in order under PROFILE
 	$(BIN)/persodpo reproduce --profile $(PROFILE) $(foreach s,$(SET),--set $(s))
@@ -58,6 +69,11 @@ lab: $(STAMP)  ## open the notebooks at explore.ipynb; make lab LAB="--allow-roo
 
 bench-mini: $(STAMP)  ## the miniature from nothing: time, memory, findings
 	$(BIN)/python benchmarks/bench_mini.py
+
+findings: $(STAMP)  ## both worlds of the miniature and their tables; those of the documents with KERNELS=fixed
+	$(BIN)/persodpo ablate --profile mini
+	$(BIN)/persodpo evaluate --profile mini --set name=second --set seed=7
+	$(BIN)/python benchmarks/bench_mini.py --findings
 
 bench-browser: $(STAMP) browser  ## latency of sliders and menus; needs the published files
 	$(BIN)/persodpo reproduce --profile mini

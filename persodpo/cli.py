@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -45,6 +46,9 @@ def main() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     # Threads that wait for each other sleep: where they spin, a busy machine takes many times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may lack the letters of a name
     try:
         app()
     except PersodpoError as error:

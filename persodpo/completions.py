@@ -14,6 +14,8 @@ from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 
+from persodpo.files import without_surrogates
+
 KEY = "response"
 
 #: Outcome classes. ``api_error`` is set by generation, ``unknown`` where a failure's completion was not published.
@@ -53,7 +55,7 @@ def read_completion(completion: str | None, reading: Literal["as_released", "str
     """Read a completion, of which None or white space is ``empty``; never raises, whatever the text."""
     if completion is None or not completion.strip():
         return Reading(None, "empty")
-    text = _without_surrogates(completion)
+    text = without_surrogates(completion)
     return (_read_as_released if reading == "as_released" else _read_strictly)(text)
 
 
@@ -165,7 +167,7 @@ def _answer(value: Any) -> Reading:
     """Accept only text that is not blank as an answer."""
     if not isinstance(value, str):
         return Reading(None, "malformed")
-    value = _without_surrogates(value)
+    value = without_surrogates(value)
     return Reading(value, "ok") if value.strip() else Reading(None, "empty")
 
 
@@ -204,8 +206,3 @@ def _failure(text: str) -> str:
     if objects:
         return "missing_key" if all(KEY not in found for found in objects) else "malformed"
     return "malformed" if f'"{KEY}"' in text else "no_json"
-
-
-def _without_surrogates(text: str) -> str:
-    r"""Join surrogate pairs and replace lone ones (JSON's ``\ud800``), which no file can hold."""
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

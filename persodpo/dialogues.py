@@ -14,6 +14,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from persodpo.errors import PersodpoError
+from persodpo.files import without_surrogates
 
 COLUMNS = ["dialogue_id", "split", "dataset", "personas", "context", "reference"]
 SPEAKERS = ("User1: ", "User2: ")
@@ -114,7 +115,7 @@ def _focus_dialogue(item: Any, number: int, path: Path, split: Split) -> dict[st
 
 def clean(text: str) -> str:
     r"""Remove the markers ``**``, ``\r`` and ``'``, as the authors did."""
-    return text.replace("**", "").replace("\r", "").replace("'", "")
+    return without_surrogates(text.replace("**", "").replace("\r", "").replace("'", ""))
 
 
 def overlaps(train: pd.DataFrame, held_out: pd.DataFrame) -> pd.Series[bool]:

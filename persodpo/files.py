@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import hashlib
 import importlib.metadata
@@ -21,6 +22,7 @@ from persodpo.errors import PersodpoError
 PROJECT = Path(__file__).resolve().parents[1]
 DATA = PROJECT / "data"
 RELEASE_VARIABLE = "PERSODPO_RELEASE"
+codecs.lookup("utf-16-le")  # here, as its file cannot be read once a run has no more files to open
 
 
 def make_folder(folder: Path) -> None:
@@ -206,6 +208,11 @@ def is_running(process: int) -> bool:
     except (ProcessLookupError, PermissionError) as error:
         return isinstance(error, PermissionError)
     return True
+
+
+def without_surrogates(text: str) -> str:
+    r"""Join surrogate pairs and replace lone ones (JSON's ``\ud800``), which no file can hold."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def versions() -> dict[str, str]:

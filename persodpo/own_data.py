@@ -18,6 +18,7 @@ import pandas as pd
 from persodpo.completions import read_completions, write_completion
 from persodpo.dialogues import COLUMNS, SPEAKERS
 from persodpo.errors import PersodpoError
+from persodpo.files import without_surrogates
 
 DIALOGUES = ("dialogue_id", "split", "personas", "context")
 RESPONSES = ("dialogue_id", "model", "completion")
@@ -108,12 +109,12 @@ def _personas(text: str) -> list[str]:
         return [line.strip() for line in text.splitlines() if line.strip()]
     try:
         sentences = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         sentences = None
     if not (isinstance(sentences, list) and sentences and all(isinstance(s, str) and s.strip() for s in sentences)):
         raise _FaultError('personas are no JSON list of sentences; write ["I like art.", "I have a dog."] (inside a quoted '
                           "field with each double quote doubled), or one sentence per line")  # fmt: skip
-    return [sentence.strip() for sentence in sentences]
+    return [without_surrogates(sentence.strip()) for sentence in sentences]
 
 
 def _records(path: Path, needed: Sequence[str], key: Sequence[str], record: Callable[[Row], Any]) -> list[Any]:

@@ -12,7 +12,8 @@ from tqdm.auto import tqdm
 
 def watched() -> bool:
     """Tell whether somebody watches; `persodpo.reproduce` says by TQDM_DISABLE that nobody watches its notebooks."""
-    return "TQDM_DISABLE" not in os.environ and (sys.stderr.isatty() or "ipykernel" in sys.modules)
+    live = "ipykernel" in sys.modules or (sys.stderr is not None and sys.stderr.isatty())
+    return live and "TQDM_DISABLE" not in os.environ
 
 
 def bar(items: Iterable[Any] | None = None, what: str = "", *, hidden: bool = False, **options: Any) -> Any:

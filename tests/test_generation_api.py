@@ -396,8 +396,10 @@ def test_a_server_of_this_machine_is_asked_past_any_proxy(server: Server, store:
     assert "SSL_CERT_FILE" in generate([chat("far")], backend("https://far.invalid/v1"), store).stopped
 
 
-def test_what_a_proxy_says_shows_no_password_of_it(server: Server, store: Store, monkeypatch) -> None:
-    monkeypatch.setenv("HTTP_PROXY", server.url.replace("http://", f"http://me:{CANARY.replace('/', '%2F')}@"))
+@pytest.mark.parametrize("scheme", ["http://", ""])
+def test_what_a_proxy_says_shows_no_password_of_it(server: Server, store: Store, monkeypatch, scheme: str) -> None:
+    login = f"{scheme}me:{CANARY.replace('/', '%2F')}@"
+    monkeypatch.setenv("HTTP_PROXY", server.url.replace("http://", login).removesuffix("/v1"))
     found = ask_one("far <<fault=status_400>>", backend("http://far.invalid/v1"), store)
     assert found.error == "400: words that hold a key or password"
     assert "Basic" in server.received("far <<fault=status_400>>")[0]["key"]

@@ -71,7 +71,29 @@ def test_a_batch_that_is_shown_wrongly_is_kept_for_the_next_run(tmp_path: Path, 
         assert server.calls()["POST /batches"] == 1
 
 
-@pytest.mark.parametrize("fault", ["times", "failed"])
+@pytest.mark.parametrize("fault", ["no_output", "half_file"])
+def test_a_batch_that_the_endpoint_knows_is_not_given_up(tmp_path: Path, fault: str) -> None:
+    path = tmp_path / "answers.sqlite"
+    with serving(tmp_path / "calls.jsonl", "--looks", "2", "--batch-fault", fault) as server:
+        kill_when(server, path, "GET /batches/")
+        with Store(path) as store:
+            stopped = generate(ASKED, backend(server.url), store, retry_failed=True)
+            assert "its file of answers is not whole" in stopped.stopped
+            assert generate(ASKED, backend(server.url), store).skipped == 30
+            assert all(answer.completion for answer in answers(store, ASKED, backend(server.url)))
+        assert server.calls()["POST /batches"] == 1
+
+
+def test_a_model_with_a_batch_under_way_is_not_asked_otherwise(tmp_path: Path, store: Store) -> None:
+    with serving(tmp_path / "calls.jsonl", "--batch-fault", "html_state") as server:
+        generate(ASKED, backend(server.url), store)
+        assert "set batch: true" in generate(ASKED, asking.backend(server.url), store).stopped
+        assert not server.received()
+        assert generate(ASKED, backend(server.url), store).skipped == 30
+        assert generate(ASKED[:2], asking.backend(server.url), store).answered == 2
+
+
+@pytest.mark.parametrize("fault", ["times", "failed", "words"])
 def test_an_answer_is_kept_whatever_its_batch_says_of_itself(tmp_path: Path, store: Store, fault: str) -> None:
     with serving(tmp_path / "calls.jsonl", "--batch-fault", fault) as server:
         assert generate(ASKED, backend(server.url), store).answered == 30

@@ -25,7 +25,7 @@ from persodpo.config import TransformersModel
 from persodpo.generation import local
 from persodpo.generation.ask import generate, generate_all
 from persodpo.generation.local import TransformersBackend, is_closed
-from persodpo.generation.requests import Job, Request
+from persodpo.generation.requests import Job, Request, folder_digest
 from persodpo.generation.store import Store
 from persodpo.training.policy import load_policy
 
@@ -138,6 +138,16 @@ def test_a_folder_of_adapters_is_known_by_its_base_too(talker: Path, store: Stor
     assert generate(questions(2), backend(folder), store).answered == 2
 
 
+def test_a_folder_is_known_by_its_files_whatever_else_lies_there(talker: Path, tmp_path: Path) -> None:
+    known = folder_digest(talker)
+    folder = copied(talker, tmp_path / "odd")
+    (folder / "vocab.json").symlink_to("gone.json")
+    (folder / "more.json").mkdir()
+    assert folder_digest(folder) == known
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(folder)}))
+    assert folder_digest(folder) not in {known, None}
+
+
 def test_a_folder_that_is_not_there_is_not_read_from_the_one_before_the_at(talker: Path, store: Store) -> None:
     summary = generate(questions(2), backend(f"{talker}@45"), store)
     assert "@45 is not there; what follows the @ is a revision" in summary.stopped
@@ -180,11 +190,24 @@ def test_completions_stop_at_their_closed_object(talker: Path, store: Store, mon
 def test_what_a_model_says_of_beams_and_time_cuts_no_answer(talker: Path, store: Store, tmp_path: Path) -> None:
     other = copied(talker, tmp_path / "beams")
     path = other / "generation_config.json"
-    odd = {"num_beams": 3, "num_return_sequences": 2, "return_dict_in_generate": True, "max_time": 0.001}
+    odd = {"num_beams": 3, "num_return_sequences": 2, "return_dict_in_generate": True, "max_time": 0.001,
+           "stop_strings": ["is"], "exponential_decay_length_penalty": [1, 9.0]}  # fmt: skip
     path.write_text(json.dumps(json.loads(path.read_text()) | odd))
     asked, via = questions(8), backend(other, stop_at_json=True)
     assert generate(asked, via, store).answered == 8
     assert [one.completion for one in answers(store, asked, via)] == [reply(PLACES[n]) for n in range(8)]
+
+
+def test_an_end_that_a_model_is_made_to_write_at_its_longest_length_ends_no_answer(
+    talker: Path, store: Store, tmp_path: Path
+) -> None:
+    other = copied(talker, tmp_path / "forced")
+    path = other / "generation_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"forced_eos_token_id": config["eos_token_id"]}))
+    asked, via = [ask(question("Rome"), tokens=5)], backend(other)
+    generate(asked, via, store)
+    assert answers(store, asked, via)[0].finish_reason == "length"
 
 
 # Sampling

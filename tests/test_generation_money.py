@@ -109,7 +109,7 @@ def test_usage_above_what_was_set_aside_is_booked_and_stops_the_model(server: Se
     assert generate(asked, backend(server.url, model="other"), store, budget_usd=0.01).left == 3
 
 
-@pytest.mark.parametrize("where", ["total_usage", "thought"])
+@pytest.mark.parametrize("where", ["total_usage", "thought", "thought_total"])
 def test_what_a_model_thinks_is_counted_where_its_tokens_leave_it_out(server: Server, store: Store, where: str) -> None:
     asked = [chat(f"thought over <<fault={where}>>")]
     generate(asked, backend(server.url), store)

@@ -587,6 +587,35 @@ def test_what_shows_only_later_is_seen_at_once(make):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("adapters", [None, LoraConfig(r=2, target_modules=["q_proj"])], ids=["full", "LoRA"])
+def test_weights_that_a_training_pass_changes_are_refused(tmp_path, adapters):
+    """As Gemma 3n clips some; the reference would be that of the changed model, which no adapter shows."""
+    model = tiny_model()
+    gate = model.model.layers[0].mlp.gate_proj
+
+    def normalise(module, args):
+        if module.training:
+            module.weight.data.div_(module.weight.data.norm(dim=1, keepdim=True))
+
+    gate.register_forward_pre_hook(normalise)
+    with pytest.raises(PersodpoError, match=r"changes .*layers.0.mlp.gate_proj.*weight in a training pass"):
+        grouped(tmp_path, model=model, peft_config=adapters)
+
+
+def test_a_copy_of_a_model_that_a_trainer_has_is_trained_as_itself(tmp_path):
+    """Its forward pass is still that of the original, by TRL's doing and by ours."""
+    for number, first in enumerate((stock, grouped)):
+        old = first(tmp_path / f"first-{number}", max_steps=1)
+        copied, fresh = copy.deepcopy(old.model), tiny_model()
+        fresh.load_state_dict(copied.state_dict())
+        with torch.no_grad():
+            for weight in old.model.parameters():
+                weight.mul_(1.5)
+        ours = trained(grouped(tmp_path / f"ours-{number}", model=copied, ref_model=copy.deepcopy(copied), max_steps=2))
+        theirs = trained(stock(tmp_path / f"theirs-{number}", model=fresh, max_steps=2, precompute_ref_log_probs=True))
+        assert logs(ours, "loss") == pytest.approx(logs(theirs, "loss"), abs=1e-5)
+
+
 def test_statistics_of_the_batch_are_refused(tmp_path):
     class PowerNorm(torch.nn.Module):
         def __init__(self, in_place):

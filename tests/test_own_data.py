@@ -110,6 +110,12 @@ def _plain_answers_have_no_simple_pairs(run: RunFolder, path: Path) -> None:
     assert stages.make(with_overrides(run.profile, [*plain, "pairs.sets=[perso]"]), "pairs")[-1].rows["pairs/perso"]
 
 
+def test_half_an_emoji_is_read_as_unknown(tmp_path):
+    profile = own(tmp_path, HEAD + 'd1,train,"[""I like \\ud83d dogs.""]",User1: x\n' + HELD, ASKED + GOOD)
+    stages.make(profile, "dialogues")
+    assert RunFolder(profile).read("dialogues")["personas"][0] == ["I like \ufffd dogs."]
+
+
 def test_a_long_text_is_read(tmp_path):
     long = "word " * 30_000
     profile = own(tmp_path, HEAD + TALK, ASKED + GOOD + f'd1,b,"{{""response"": ""{long}""}}"\n')
@@ -202,6 +208,7 @@ def test_a_changed_file_is_read_again(tmp_path):
         (HEAD + "d1,train,['I sing.'],User1: x\n", "line 2: personas are no JSON list of sentences; write"),
         (HEAD + "d1,train,\"[\"\"I sing.\"\", 7]\",User1: x\n", "line 2: personas are no JSON list"),
         (HEAD + "d1,train,[],User1: x\n", "line 2: personas are no JSON list"),
+        (HEAD + f"d1,train,{100_000 * '['},User1: x\n", "line 2: personas are no JSON list"),
         (HEAD + TALK + 'd2,valid,"I sing.,x\n', "line 3: unexpected end of data; put each text between double quotes"),
     ],
 )  # fmt: skip

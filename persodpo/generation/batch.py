@@ -39,6 +39,7 @@ FILE_BYTES, LONGEST_FILE = 40_000_000, 2**30
 #: How often a batch is looked for whose making was not confirmed, for lists of batches may be behind.
 LOOKS = 3
 ENDED = ("completed", "failed", "expired", "cancelled")
+OTHER_WORDS = {"canceled": "cancelled", "succeeded": "completed"}
 HARDWARE = "batch API"
 
 
@@ -184,18 +185,21 @@ class BatchBackend(OpenAIBackend):
     ) -> tuple[dict[str, Any], list[bytes]]:
         """Wait for a batch's end; return what the endpoint says of it, and the lines of its files."""
         while True:
-            found = await self._found(client, f"/batches/{quote(name, safe='')}", given_up)
+            found = await self._found(client, f"/batches/{quote(name, safe='', errors='replace')}", given_up)
             if found is None:  # as far as anybody can tell
                 return {"status": "completed"}, []
             state = self._object(found)
             if not isinstance(state.get("status"), str):
                 raise ModelStopped(self.sentence("batch", "its reply names no status"))
+            status = state["status"].lower()
+            state["status"] = OTHER_WORDS.get(status, status)
             if state["status"] in ENDED:
                 break
             await asyncio.sleep(self.poll_seconds)
         output = await self._lines(client, state.get("output_file_id"), given_up=given_up)
         errors = await self._lines(client, state.get("error_file_id"), given_up=True)
-        if not given_up and len(output) < (as_count(as_object(state.get("request_counts")).get("completed")) or 0):
+        gone = given_up and state.get("output_file_id") and not output
+        if not gone and len(output) < (as_count(as_object(state.get("request_counts")).get("completed")) or 0):
             raise ModelStopped(self.sentence("batch", "its file of answers is not whole"))
         return state, [*output, *errors]
 
@@ -210,7 +214,7 @@ class BatchBackend(OpenAIBackend):
 
     async def _lines(self, client: openai.AsyncOpenAI, file: object, *, given_up: bool) -> list[bytes]:
         """Return the lines of a result file; a page of another kind in its place stops the model."""
-        name = quote(file, safe="") if isinstance(file, str) else ""
+        name = quote(file, safe="", errors="replace") if isinstance(file, str) else ""
         response = await self._found(client, f"/files/{name}/content", given_up) if name else None
         lines = [line for line in (response.content if response else b"").split(b"\n") if line.strip()]
         if lines and not any(line.lstrip().startswith(b"{") for line in lines):

@@ -124,7 +124,9 @@ def api_key(settings: OpenAIModel) -> str | None:
 
 def proxy_logins() -> list[str]:
     """Return user names and passwords of the environment's proxies."""
-    return [unquote(login) for login in re.findall(r"//(\S*)@", "\n".join(getproxies().values()))]
+    return [
+        unquote(login) for login in re.findall(r"^(?:\w+://)?(.*)@", "\n".join(getproxies().values()), re.MULTILINE)
+    ]
 
 
 class BoundedClient(httpx2.AsyncClient):
@@ -258,10 +260,10 @@ def _usage(usage: Mapping[str, object]) -> tuple[int | None, int | None]:
     asked, written = as_count(usage.get("prompt_tokens")) or None, as_count(usage.get("completion_tokens"))
     total = as_count(usage.get("total_tokens"))
     thought = as_count(as_object(usage.get("completion_tokens_details")).get("reasoning_tokens")) or 0
+    if written is not None and thought > written:
+        written += thought
     if asked is not None and written is not None and total is not None:
         written = max(written, total - asked)
-    elif written is not None and thought > written:
-        written += thought
     return asked, written
 
 
@@ -305,9 +307,10 @@ def as_object(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def as_count(value: object) -> int | None:
+def as_count(value: Any) -> int | None:
     """Return a whole number, None for anything else."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 else None
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    return int(value) if whole and not isinstance(value, bool) and 0 <= value < 2**53 else None
 
 
 def as_text(value: object) -> str:

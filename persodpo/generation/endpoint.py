@@ -7,6 +7,7 @@ knows which attempts may have been billed, and tells the client whether another 
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Mapping
 from contextvars import ContextVar
@@ -29,7 +30,7 @@ from persodpo.generation.client import (
     request_body,
     shape_faults,
 )
-from persodpo.generation.requests import Answer, Backend, Request
+from persodpo.generation.requests import Answer, Backend, ModelStopped, Request
 from persodpo.generation.summary import BYTES_PER_TOKEN
 
 #: Longest body that is read, bytes as decoded.
@@ -119,6 +120,17 @@ class OpenAIBackend(Backend):
                 detail = f"{answer.prompt_tokens:,} + {answer.completion_tokens:,} tokens, ${cost:,.4f}"
                 work.stop(self.sentence("usage", f"{detail} where ${price:,.4f} was the most"))
         return self.mask.withheld(replace(answer, cost=cost))
+
+    async def resume(self, work: Work) -> None:
+        """Stop where a batch of this model is under way, of which nothing would be collected.
+
+        Raises:
+            ModelStopped: There is one.
+        """
+        if work.store.reservations(json.dumps(["batch", self.model])[:-1] + ","):
+            raise ModelStopped(
+                f"A batch of model {self.model} is under way; set batch: true and run again, which collects it."
+            )
 
     async def run(self, work: Work) -> None:
         """Read the key, make a client and keep as many requests under way as the settings say."""

@@ -36,6 +36,8 @@ POOL = 8
 #: A text that every model can go on from; where one cannot, the fault is not with its prompts.
 HARMLESS = "warm up"
 WARM_UP = Request("warm-up", HARMLESS, 8, 0.0, None, "")
+#: Entries of a model's generation config that would end answers otherwise than by its end of text.
+ENDING = ("forced_eos_token_id", "exponential_decay_length_penalty", "stop_strings", "token_healing")
 #: Loads a model and its tokenizer: name or folder; ``dtype`` by keyword.
 Loader = Callable[..., tuple[Any, Any]]
 
@@ -103,6 +105,8 @@ class Decoder:
         model = _with_adapter(model, Path(place_of(settings.adapter))) if settings.adapter else model
         self._model: Any = model.to("cuda" if cuda else "cpu")
         self._tokenizer = tokenizer
+        for name in ENDING:
+            setattr(self._model.generation_config, name, None)
         ends = self._model.generation_config.eos_token_id
         ends = tokenizer.eos_token_id if ends is None else ends
         if ends is None:

@@ -162,10 +162,11 @@ def as_messages(prompt: str, system: str | None) -> tuple[Message, ...]:
 
 def folder_digest(folder: Path) -> str | None:
     """Return the hex sha256 of the files that shape a model's answers, its base's too; None if there is no such folder."""
-    names = {path.name for path in folder.glob("*") if path.suffix in _WEIGHTS} - _RECORDS
+    names = {path.name for path in folder.glob("*") if path.suffix in _WEIGHTS and path.is_file()} - _RECORDS
     if not any(name.endswith(".safetensors") for name in names):
         return None
     lines = [f"{name} {sha256(folder / name)}" for name in sorted(names)]
-    if base := read_json(folder / "adapter_config.json").get("base_model_name_or_path"):
+    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if isinstance(base, str) and Path(base).resolve() != folder.resolve():
         lines.append(str(folder_digest(Path(base))))
     return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, Self
 from filelock import FileLock, Timeout
 
 from persodpo.errors import PersodpoError
+from persodpo.files import without_surrogates
 from persodpo.generation.requests import Answer
 from persodpo.sqlite import Content, connect, connect_to_read, transaction
 
@@ -126,12 +127,12 @@ class Store:
 
         What is set aside from now on is another run's: what an interrupted one has set aside stays counted.
         """
-        self.run = uuid.uuid4().hex
+        self.run, path = uuid.uuid4().hex, self.path.resolve()  # a link may give the file another name
         with ExitStack() as stack:
             # All take them in one order, so no two wait for each other.
             for model in sorted(set(models)) if str(self.path) != ":memory:" else ():
                 name = hashlib.sha256(model.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-                lock = FileLock(self.path.with_name(f".{self.path.name}.{name}.lock"), thread_local=False)
+                lock = FileLock(path.with_name(f".{path.name}.{name}.lock"), thread_local=False)
                 try:
                     lock.acquire(timeout=0)
                 except Timeout:
@@ -290,6 +291,4 @@ def _marks(values: Sequence[object]) -> str:
 
 def _storable(value: Any) -> Any:
     """Replace lone surrogates, which no file can hold."""
-    if isinstance(value, str) and not value.isascii():
-        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return value
+    return without_surrogates(value) if isinstance(value, str) and not value.isascii() else value

@@ -223,8 +223,8 @@ def forecast_report(run: RunFolder, scope: Scope, retry_failed: bool = False) ->
 def _store(run: RunFolder) -> Iterator[Store]:
     """Give the store, or an empty one, as a copy in memory: what is written there is written nowhere else."""
     with Store(Path(":memory:")) as copy:
-        if run.answers.exists():
-            with Store(run.answers) as store:
+        if run.answers.exists() and run.answers.stat().st_size:
+            with Store(run.answers, only_read=True) as store:
                 store.copy(copy)
         yield copy
 

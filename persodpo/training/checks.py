@@ -22,16 +22,26 @@ from persodpo.training.probe import FAULTS, buffers_put_back, first_line, plain_
 
 
 def unwrapped(model: Any) -> Any:
-    """Return a model without the mixed precision that an earlier trainer of this process left around it.
+    """Return a model without what an earlier trainer of this process left around it.
 
-    Accelerate puts it around a model once; one that it takes for prepared would be trained without.
+    Accelerate puts mixed precision around a model once; one that it takes for prepared would be trained without. A deep copy
+    keeps forward passes that trainers made for the model that it was copied from, and would compute with its weights.
     """
     for one in (model, base_model(model)) if isinstance(model, nn.Module) else ():
         vars(one).pop("_is_accelerate_prepared", None)
         own = vars(one).pop("_original_forward", None)
         if own is not None:
             one.forward = own
+        if _is_of_another(vars(one).get("forward"), one):
+            del one.forward
     return model
+
+
+def _is_of_another(forward: Any, model: nn.Module) -> bool:
+    """Tell whether a forward pass holds one of another model of this kind."""
+    owner, cells = getattr(forward, "__self__", None), getattr(forward, "__closure__", None) or ()
+    other = type(owner) is type(model) and owner is not model
+    return other or any(_is_of_another(cell.cell_contents, model) for cell in cells if callable(cell.cell_contents))
 
 
 def check_models(
@@ -153,6 +163,8 @@ def _draws_noise(model: Any, verdict: Verdict) -> bool:
             for seed in range(3):
                 torch.manual_seed(seed)
                 values.append(model(packed=rows))
+            model.eval()
+            model(packed=rows)  # some scale weights for evaluation
     model.train(training)
     if changed:
         raise PersodpoError(

@@ -293,8 +293,12 @@ def buffers_put_back(model: Any) -> Iterator[list[str]]:
     """Put buffers back afterwards, and name those that had changed in the list that is given.
 
     A pass over texts of the same length should come before, as rope that scales with length keeps angles in a buffer.
+
+    Raises:
+        PersodpoError: A weight has changed, of which there is no copy.
     """
     before = {path: (buffer, buffer.clone()) for path, buffer in model.named_buffers()}
+    weights = _hashes(model)
     changed: list[str] = []
     try:
         yield changed
@@ -308,6 +312,18 @@ def buffers_put_back(model: Any) -> Iterator[list[str]]:
             owner, _, name = path.rpartition(".")
             buffer, value = before[path]
             model.get_submodule(owner)._buffers[name] = buffer.copy_(value)
+    if others := [path for path, value in _hashes(model).items() if value != weights.get(path, value)]:
+        raise PersodpoError(
+            f"{type(base_model(model)).__name__} changes {others[0]} in a training pass, as where weights are clipped or "
+            "normalised on the way, so the reference would be that of a changed model; load it anew and use `trl dpo`."
+        )
+
+
+def _hashes(model: Any) -> dict[str, int]:
+    """Return a number for each weight that another content changes."""
+    return {
+        path: int(torch.hash_tensor(weight.data).item()) for path, weight in model.named_parameters() if weight.numel()
+    }
 
 
 @contextmanager
