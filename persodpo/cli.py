@@ -71,32 +71,6 @@ def _stage(name: str, help_text: str) -> None:
 
 
 _stage("dialogues", "Make the dialogues table.")
-_stage("score", "Make the scores tables, the thresholds and the extras.")
-_stage("evaluate", "Make the results table.")
-_stage("ablate", "Train, ask and score the profile's ablations.")
-_stage("audit", "Make the parity table, the audit's findings and the effect of every correction.")
-_stage("figures", "Draw the figures.")
-
-
-@app.command()
-def pairs(
-    set_: Settings,
-    profile: ProfileName = DEFAULT_PROFILE,
-    against: Annotated[
-        str | None, typer.Option(metavar="PROFILE", help="Count what changed from the pairs of another profile's run.")
-    ] = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Make the pair sets and their gate report. Earlier stages run first where something changed."""
-    run = Run(profile, set_)
-    _print_all(run.make("pairs", overwrite))
-    if against:
-        from persodpo.pairs import pair_changes  # noqa: PLC0415
-
-        other = Run(against)
-        for name in (f"pairs/{both}" for both in run.settings.pairs.sets if both in other.settings.pairs.sets):
-            counts = pair_changes(other.table(name), run.table(name)).items()
-            print(f"{name} against {other.settings.name}: " + ", ".join(f"{count:,} {what}" for what, count in counts))
 
 
 @app.command()
@@ -136,6 +110,30 @@ def generate(  # noqa: PLR0917 - the command's options
         sys.exit(1)
 
 
+_stage("score", "Make the scores tables, the thresholds and the extras.")
+
+
+@app.command()
+def pairs(
+    set_: Settings,
+    profile: ProfileName = DEFAULT_PROFILE,
+    against: Annotated[
+        str | None, typer.Option(metavar="PROFILE", help="Count what changed from the pairs of another profile's run.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Make the pair sets and their gate report. Earlier stages run first where something changed."""
+    run = Run(profile, set_)
+    _print_all(run.make("pairs", overwrite))
+    if against:
+        from persodpo.pairs import pair_changes  # noqa: PLC0415
+
+        other = Run(against)
+        for name in (f"pairs/{both}" for both in run.settings.pairs.sets if both in other.settings.pairs.sets):
+            counts = pair_changes(other.table(name), run.table(name)).items()
+            print(f"{name} against {other.settings.name}: " + ", ".join(f"{count:,} {what}" for what, count in counts))
+
+
 @app.command()
 def train(
     set_: Settings,
@@ -149,21 +147,33 @@ def train(
     _print_all(Run(profile, set_).make("train", overwrite, arms=arm or ()))
 
 
-@app.command()
-def fetch(
-    what: Annotated[Literal["release", "encoder"], typer.Argument(help="What to fetch.")],
+_stage("evaluate", "Make the results table.")
+_stage("ablate", "Train, ask and score the profile's ablations.")
+_stage("audit", "Make the parity table, the audit's findings and the effect of every correction.")
+_stage("figures", "Draw the figures.")
+
+
+@app.command("reproduce")
+def reproduce_command(
     set_: Settings,
     profile: ProfileName = DEFAULT_PROFILE,
+    overwrite: Overwrite = False,
+    notebook: Annotated[
+        list[Path] | None, typer.Option("--notebook", "-n", exists=True, help="Only this notebook; repeatable.")
+    ] = None,
 ) -> None:
-    """Fetch the published files, or the frozen sentence encoder of offline scorers, and check every byte."""
-    from persodpo.release.fetch import fetch_release  # noqa: PLC0415
-    from persodpo.scoring.models import fetch_encoder  # noqa: PLC0415
+    """Run the notebooks in order; executed copies go to the run folder."""
+    from persodpo.reproduce import reproduce  # noqa: PLC0415
 
-    if what == "encoder":
-        print(f"encoder: all files are in {fetch_encoder()}, verified")
-    else:
-        folder = Run(profile, set_).release
-        print(f"release: all {len(fetch_release(folder))} files are in {folder}, verified")
+    _print_all(reproduce(profile, set_, overwrite=overwrite, notebooks=notebook))
+
+
+@app.command()
+def report(set_: Settings, profile: ProfileName = DEFAULT_PROFILE) -> None:
+    """Write the executed notebooks of a run as HTML pages, report/index.html first; nothing is computed."""
+    from persodpo.report import write_report  # noqa: PLC0415
+
+    print(write_report(Run(profile, set_)))
 
 
 @app.command()
@@ -186,26 +196,20 @@ def show_profile(set_: Settings, profile: ProfileName = DEFAULT_PROFILE) -> None
 
 
 @app.command()
-def report(set_: Settings, profile: ProfileName = DEFAULT_PROFILE) -> None:
-    """Write the executed notebooks of a run as HTML pages, report/index.html first; nothing is computed."""
-    from persodpo.report import write_report  # noqa: PLC0415
-
-    print(write_report(Run(profile, set_)))
-
-
-@app.command("reproduce")
-def reproduce_command(
+def fetch(
+    what: Annotated[Literal["release", "encoder"], typer.Argument(help="What to fetch.")],
     set_: Settings,
     profile: ProfileName = DEFAULT_PROFILE,
-    overwrite: Overwrite = False,
-    notebook: Annotated[
-        list[Path] | None, typer.Option("--notebook", "-n", exists=True, help="Only this notebook; repeatable.")
-    ] = None,
 ) -> None:
-    """Run the notebooks in order; executed copies go to the run folder."""
-    from persodpo.reproduce import reproduce  # noqa: PLC0415
+    """Fetch the published files, or the frozen sentence encoder of offline scorers, and check every byte."""
+    from persodpo.release.fetch import fetch_release  # noqa: PLC0415
+    from persodpo.scoring.models import fetch_encoder  # noqa: PLC0415
 
-    _print_all(reproduce(profile, set_, overwrite=overwrite, notebooks=notebook))
+    if what == "encoder":
+        print(f"encoder: all files are in {fetch_encoder()}, verified")
+    else:
+        folder = Run(profile, set_).release
+        print(f"release: all {len(fetch_release(folder))} files are in {folder}, verified")
 
 
 if __name__ == "__main__":
