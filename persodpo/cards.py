@@ -56,8 +56,8 @@ def write_model_card(run: RunFolder, label: str, source: RunFolder, estimates: p
         estimates: Estimates table of an evaluation of this very arm; None before it is evaluated.
     """
     folder, arm = f"training/{label}", label.partition("@")[0]
-    log, made = run.read(f"{folder}/log"), run.provenance(f"{folder}/log")
-    record, settings = read_json(run.path(f"{folder}/log").with_name("arm.json")), made["settings"]
+    log, provenance = run.read(f"{folder}/log"), run.provenance(f"{folder}/log")
+    record, settings = read_json(run.path(f"{folder}/log").with_name("arm.json")), provenance["settings"]
     adapter, policy = settings["training"]["lora_rank"], settings["policy"]
     on_hub = "/" in policy and not policy.startswith("miniature/") and not Path(policy).exists()
     data = ModelCardData(
@@ -70,7 +70,7 @@ def write_model_card(run: RunFolder, label: str, source: RunFolder, estimates: p
     text = ModelCard.from_template(
         data, str(TEMPLATES / "model_card.md"), plain=plain, number=number, run=run.profile.name, label=label,
         source=source.profile.name, record=record, settings=settings, pairs=settings["arm"]["pairs"],
-        pairs_sha256=source.provenance(f"pairs/{settings['arm']['pairs']}")["sha256"], made=made, last=last,
+        pairs_sha256=source.provenance(f"pairs/{settings['arm']['pairs']}")["sha256"], made=provenance, last=last,
         health=run.read(f"{folder}/health").to_dict("records"), judges=scored.get("scorers", {}),
         models=run.profile.scoring.models.model_dump(),
         results=[] if estimates is None else estimates[estimates["arm"] == arm].to_dict("records"),

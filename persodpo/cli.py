@@ -181,11 +181,11 @@ def doctor(set_: Settings, profile: ProfileName = DEFAULT_PROFILE) -> None:
     """Say what this machine lacks for a profile, and what asking would take; exit status 1 if anything is missing."""
     from persodpo.doctor import diagnose  # noqa: PLC0415
 
-    lost = 0
+    missing = 0
     for finding in diagnose(load_profile(profile, set_)):
         print(f"{finding.state:<8} {finding.sentence}", flush=True)
-        lost += finding.state == "missing"
-    if lost:
+        missing += finding.state == "missing"
+    if missing:
         sys.exit(1)
 
 

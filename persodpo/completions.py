@@ -62,9 +62,9 @@ def read_completion(completion: str | None, reading: Literal["as_released", "str
 def _read_as_released(text: str) -> Reading:
     """Take the first brace span that parses and holds the key; otherwise recover what was opened."""
     for span in _brace_spans(text):
-        found = _decode(json.loads, span)
-        if isinstance(found, dict) and KEY in found:
-            answer = _answer(found[KEY])
+        decoded = _decode(json.loads, span)
+        if isinstance(decoded, dict) and KEY in decoded:
+            answer = _answer(decoded[KEY])
             return answer._replace(outcome="echo") if _is_dots(answer.response) else answer
     return Reading(_recover(text), _failure(text))
 
@@ -72,10 +72,10 @@ def _read_as_released(text: str) -> Reading:
 def _read_strictly(text: str) -> Reading:
     """Take exactly one JSON object; text may precede it, nothing may follow it, and what a model thinks is no answer."""
     text = without_reasoning(text)
-    found = _first_object(text)
-    if found is None:
+    first = _first_object(text)
+    if first is None:
         return Reading(_recover(text), _failure(text))
-    value, rest = found
+    value, rest = first
     answer = _answer(value[KEY])
     if answer.response is None:
         return answer
@@ -115,8 +115,8 @@ def sentences(text: str) -> list[str]:
 
 def repeats_sentence(text: str) -> bool:
     """Tell whether a text says a sentence twice, word for word."""
-    said = sentences(text)
-    return len(set(said)) < len(said)
+    parts = sentences(text)
+    return len(set(parts)) < len(parts)
 
 
 def without_reasoning(text: str) -> str:
@@ -126,8 +126,8 @@ def without_reasoning(text: str) -> str:
 
 def is_one_object(completion: str | None) -> bool:
     """Tell whether a completion is exactly one JSON object with the key and nothing after it, whatever it says."""
-    found = _first_object(without_reasoning(completion or ""))
-    return found is not None and not found[1]
+    first = _first_object(without_reasoning(completion or ""))
+    return first is not None and not first[1]
 
 
 def _first_object(text: str) -> tuple[dict[str, Any], str] | None:
@@ -202,7 +202,7 @@ def _failure(text: str) -> str:
     opened = _OPENED.search(text)
     if opened:
         return "malformed" if _CLOSED.search(text, opened.end()) else "truncated"
-    objects = [found for span in _brace_spans(text) if isinstance(found := _decode(json.loads, span), dict)]
+    objects = [value for span in _brace_spans(text) if isinstance(value := _decode(json.loads, span), dict)]
     if objects:
-        return "missing_key" if all(KEY not in found for found in objects) else "malformed"
+        return "missing_key" if all(KEY not in value for value in objects) else "malformed"
     return "malformed" if f'"{KEY}"' in text else "no_json"

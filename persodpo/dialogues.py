@@ -120,5 +120,5 @@ def clean(text: str) -> str:
 
 def overlaps(train: pd.DataFrame, held_out: pd.DataFrame) -> pd.Series[bool]:
     """Mark train dialogues whose context, or whose whole set of personas, stands in the held-out dialogues."""
-    known = set(held_out["personas"].map(tuple))
-    return train["context"].isin(held_out["context"]) | train["personas"].map(lambda p: tuple(p) in known)
+    personas = set(held_out["personas"].map(tuple))
+    return train["context"].isin(held_out["context"]) | train["personas"].map(lambda p: tuple(p) in personas)

@@ -38,12 +38,12 @@ def diagnose(profile: Profile) -> Iterator[Finding]:
         yield from _files(profile)
     except PersodpoError as error:
         yield Finding("missing", str(error))
-    asked = profile.generation.models if profile.generation.source == "models" else ()
+    ranked_models = profile.generation.models if profile.generation.source == "models" else ()
     models = [("the policy", profile.policy.model)]
     for entry in profile.generation.backends:
-        if entry.model in asked and isinstance(entry, OpenAIModel):
+        if entry.model in ranked_models and isinstance(entry, OpenAIModel):
             yield _key(entry, profile.generation.budget_usd is not None)
-        elif entry.model in asked and not isinstance(entry, OpenAIModel):
+        elif entry.model in ranked_models and not isinstance(entry, OpenAIModel):
             models.append((entry.model, entry.weights))
             models += [(f"{entry.model}'s adapter", str(entry.adapter))] if entry.adapter else []
     if profile.scoring.source == "compute":

@@ -126,11 +126,11 @@ def _page(dialogues: pd.DataFrame, rows: pd.DataFrame, name: str | None) -> str:
 
 def _finder(dialogues: pd.DataFrame, answers: pd.DataFrame, *columns: str) -> tuple[dict[str, Any], Any]:
     """Return a text to find and a menu for each of some columns, by name; and the menu of the dialogues that match."""
-    asked = dialogues[dialogues["dialogue_id"].isin(answers["dialogue_id"])].set_index("dialogue_id")
-    written = answers["completion"].fillna("") + " " + answers["response"].fillna("")
-    written = written.groupby(answers["dialogue_id"]).agg(" ".join)
-    searched = (asked["personas"].map(" ".join) + " " + asked["context"].fillna("") + " " + written).map(_plain)
-    last = asked["context"].fillna("").str.rsplit("\n", n=1).str[-1].str.slice(0, 80)
+    questions = dialogues[dialogues["dialogue_id"].isin(answers["dialogue_id"])].set_index("dialogue_id")
+    texts = answers["completion"].fillna("") + " " + answers["response"].fillna("")
+    texts = texts.groupby(answers["dialogue_id"]).agg(" ".join)
+    searched = (questions["personas"].map(" ".join) + " " + questions["context"].fillna("") + " " + texts).map(_plain)
+    last = questions["context"].fillna("").str.rsplit("\n", n=1).str[-1].str.slice(0, 80)
     text = _control(widgets.Text, "text", placeholder="in dialogue or answers", continuous_update=False)
     filters = {
         column: _control(widgets.Dropdown, column, options=[ANY, *sorted(answers[column].unique())])
@@ -142,10 +142,10 @@ def _finder(dialogues: pd.DataFrame, answers: pd.DataFrame, *columns: str) -> tu
         rows = answers
         for column, control in filters.items():
             rows = rows if control.value == ANY else rows[rows[column] == control.value]
-        fits = asked.index.isin(rows["dialogue_id"]) & searched[asked.index].str.contains(
+        fits = questions.index.isin(rows["dialogue_id"]) & searched[questions.index].str.contains(
             _plain(text.value), regex=False
         )
-        names, before = asked.index[fits], menu.value
+        names, before = questions.index[fits], menu.value
         menu.description = f"{len(names):,} dialogues"
         menu.options = [(f"{name}: {last[name]}", name) for name in names[:OFFERED]]
         menu.value = before if before in names[:OFFERED] else next(iter(names), None)
@@ -225,11 +225,11 @@ def _numbers_html(now: views.Outcome, own: views.Outcome, weights: Mapping[str, 
     chosen, rejected, prompts = (column.to_numpy() for column in columns)
     alone = label_accuracy(chosen, rejected, prompts, seed)
     gate = "" if np.isnan(alone) else f" Length alone predicts the chosen side of {alone:.1%} of them."
-    shown = json.dumps({name: round(weight, 4) for name, weight in weights.items()})
+    nonzero = json.dumps({name: round(weight, 4) for name, weight in weights.items()})
     return (
         f"<div><b>{len(now.pairs):,} pairs</b> of {now.pairs['dialogue_id'].n_unique():,} prompts; the profile has "
         f"{len(own.pairs):,}, and {new:,} are not among them. Rejected up to {now.low:.4f}, chosen from {now.high:.4f}."
-        f"{gate}<br><code>scoring.weights={html.escape(shown)}</code></div>"
+        f"{gate}<br><code>scoring.weights={html.escape(nonzero)}</code></div>"
     )
 
 
@@ -248,10 +248,10 @@ def training(run: RunFolder) -> Panel:
     smoothing = _control(widgets.FloatSlider, "smoothing", value=0, min=0, max=0.95, step=0.05)
 
     def view(axis: str, smoothing: float, **ticked: bool) -> Shown:
-        chosen = {name: curves[name] for name, on in ticked.items() if on}
-        if not chosen:
+        curves_on = {name: curves[name] for name, on in ticked.items() if on}
+        if not curves_on:
             raise PersodpoError("No training is ticked; tick one or more.")
-        return [views.curves_figure(chosen, smoothing, share=axis == SHARE)]
+        return [views.curves_figure(curves_on, smoothing, share=axis == SHARE)]
 
     return Panel({"axis": axis, "smoothing": smoothing, **boxes}, view)
 

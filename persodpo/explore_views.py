@@ -81,9 +81,9 @@ def svg(figure: Figure) -> str:
         figure.savefig(
             data, format="svg", facecolor="none", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
         )
-    drawn = data.getvalue()
-    drawn = drawn[drawn.index("<svg") :].replace("<svg", '<svg style="max-width: 100%; height: auto"', 1)
-    return f'<div style="color: var(--jp-content-font-color1, {INK})">{drawn.replace(INK, "currentColor")}</div>'
+    text = data.getvalue()
+    text = text[text.index("<svg") :].replace("<svg", '<svg style="max-width: 100%; height: auto"', 1)
+    return f'<div style="color: var(--jp-content-font-color1, {INK})">{text.replace(INK, "currentColor")}</div>'
 
 
 def dialogue_html(dialogue: Mapping[str, Any], answers: pd.DataFrame) -> str:
@@ -154,8 +154,8 @@ def _draw_models(axes: Axes, now: Outcome, own: Outcome) -> None:
         counts = dict(now.pairs[f"model_{side}"].value_counts().iter_rows())
         bars = axes.barh(places, [sign * counts.get(model, 0) for model in models], color=colour, alpha=0.75)
         axes.bar_label(bars, [f"{counts.get(model, 0):,}" for model in models], padding=2, fontsize=7.5)
-    moved = {model: f" (was {before[model]})" if before[model] != ranks[model] else "" for model in models}
-    axes.set_yticks(places, [f"{ranks[model]}. {model[:24]}{moved[model]}" for model in models])
+    ranks_before = {model: f" (was {before[model]})" if before[model] != ranks[model] else "" for model in models}
+    axes.set_yticks(places, [f"{ranks[model]}. {model[:24]}{ranks_before[model]}" for model in models])
     axes.axvline(0, color=INK, linewidth=0.8)
     axes.margins(x=0.18)
     axes.invert_yaxis()
@@ -216,9 +216,9 @@ def differences_html(table: pd.DataFrame) -> str:
     """Return differences between arms from `differences`; an arm is named by what follows a slash."""
     arm, base = (table[side].str.split("/").str[-1] for side in ("arm", "baseline"))
     spans = table[["difference", "low", "high"]].to_numpy(float)
-    shown = pd.DataFrame({
+    cells = pd.DataFrame({
         "difference": arm + " − " + base, "this dialogue": table["here"].map("{:+.3f}".format, na_action="ignore"),
         "all dialogues, with interval": [f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" for mean, low, high in spans],
         "dialogues": table["dialogues"], "p (Holm)": table["p_holm"].map("{:.2g}".format, na_action="ignore"),
     })  # fmt: skip
-    return shown.to_html(index=False, na_rep="–")
+    return cells.to_html(index=False, na_rep="–")

@@ -170,16 +170,16 @@ def made_once(
         what: What the folder holds, for messages.
         needs: The file without which it is not whole.
     """
-    known = read_json(folder / record)
-    same = as_json(basis).items() <= known.items() and needs in known.get("files", {})
-    if same and files_are_unchanged(folder, known):
+    earlier = read_json(folder / record)
+    same = as_json(basis).items() <= earlier.items() and needs in earlier.get("files", {})
+    if same and files_are_unchanged(folder, earlier):
         return folder
     refuse_others(folder, record, what)
 
     def fill(scratch: Path) -> None:
-        said = make(scratch)
+        details = make(scratch)
         files = {path.name: sha256(path) for path in sorted(scratch.iterdir())}
-        write_json(scratch / record, {**basis, **said, "files": files, "versions": versions()})
+        write_json(scratch / record, {**basis, **details, "files": files, "versions": versions()})
 
     return replace_folder(folder, fill)
 

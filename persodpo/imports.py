@@ -17,13 +17,13 @@ _IMPORT = re.compile(r"^\s*(?:from (persodpo[\w.]*) import ([\w ,]+|\([^)]*\))|i
 @functools.cache
 def imported_modules(module: str, within: str = "persodpo") -> frozenset[str]:
     """Return a module and every module below ``within`` that it imports, directly or not, at its top or in a function."""
-    known, pending = set(), [module]
+    modules, pending = set(), [module]
     while pending:
         name = pending.pop()
-        if name not in known and _source(name) is not None:
-            known.add(name)
+        if name not in modules and _source(name) is not None:
+            modules.add(name)
             pending += [other for other in _imports(name) if other == within or other.startswith(f"{within}.")]
-    return frozenset(known)
+    return frozenset(modules)
 
 
 @functools.cache

@@ -59,12 +59,12 @@ def measure_scale(frame: Frame, *, target_words: int | None = None, declared: bo
     Raises:
         PersodpoError: No response is scored, a metric is not finite, or L is under one word.
     """
-    wanted = [pl.len(), pl.col("words").mean().alias("mean_words")]
+    columns = [pl.len(), pl.col("words").mean().alias("mean_words")]
     for metric in METRICS:
         column = pl.col(metric)
         finite = column.is_finite().all()
-        wanted += [column.min().alias(f"{metric}_low"), column.max().alias(f"{metric}_high"), finite.alias(metric)]
-    (row,) = frame.lazy().filter(is_scored()).select(wanted).collect(engine="streaming").rows(named=True)
+        columns += [column.min().alias(f"{metric}_low"), column.max().alias(f"{metric}_high"), finite.alias(metric)]
+    (row,) = frame.lazy().filter(is_scored()).select(columns).collect(engine="streaming").rows(named=True)
     if not row["len"]:
         raise PersodpoError("No response is scored, so there is nothing to rank; run the score stage on responses.")
     for metric in METRICS:
@@ -126,8 +126,8 @@ def thresholds(frame: Frame, low: float, high: float) -> tuple[float, float]:
     values = frame.lazy().select("quality").drop_nulls().collect(engine="streaming")["quality"].to_numpy()
     if not len(values):
         raise PersodpoError("No response has a quality score, so there are no thresholds; run the score stage.")
-    found = np.quantile(values, [low, high])
-    return float(found[0]), float(found[1])
+    quantiles = np.quantile(values, [low, high])
+    return float(quantiles[0]), float(quantiles[1])
 
 
 def perso_pairs(frame: Frame, low: float, high: float) -> Frame:

@@ -82,8 +82,8 @@ def read_responses(path: Path, dialogues: pd.DataFrame, reading: Literal["as_rel
     columns = (*RESPONSES[:2], text)
     table = pd.DataFrame(_records(path, columns, columns[:2], record), columns=RESPONSES)
     if text == "response":
-        written = [write_completion(answer) for answer in table["completion"]]
-        table = table.assign(response=table["completion"], outcome="ok", completion=written)
+        completions = [write_completion(answer) for answer in table["completion"]]
+        table = table.assign(response=table["completion"], outcome="ok", completion=completions)
     else:
         table = read_completions(table, reading)
     if not table["outcome"].eq("ok").any():

@@ -226,13 +226,13 @@ def pair_changes(before: pd.DataFrame, after: pd.DataFrame) -> dict[str, int]:
     """Count pairs that are kept, added, dropped, and flipped (chosen and rejected exchanged) from one table to another."""
     old, new = pair_keys(before), pair_keys(after)
     flipped = len({(dialogue, rejected, chosen) for dialogue, chosen, rejected in old} & new)
-    kept = len(old & new)
-    changes = {"added": len(new) - kept - flipped, "dropped": len(old) - kept - flipped}
-    return {"kept": kept, **changes, "flipped": flipped}
+    shared = len(old & new)
+    changes = {"added": len(new) - shared - flipped, "dropped": len(old) - shared - flipped}
+    return {"kept": shared, **changes, "flipped": flipped}
 
 
 def measured(responses: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
     """Return the metric values in a scores table that were measured and not given to failures, for `impute`."""
-    known = scores[~scores["imputed"] & scores["quality"].notna()]
+    parsed = scores[~scores["imputed"] & scores["quality"].notna()]
     texts = responses[["dialogue_id", "model", "response"]].rename(columns={"response": "parsed"})
-    return known[["dialogue_id", "model", *METRICS]].merge(texts, on=["dialogue_id", "model"], validate="one_to_one")
+    return parsed[["dialogue_id", "model", *METRICS]].merge(texts, on=["dialogue_id", "model"], validate="one_to_one")

@@ -195,9 +195,9 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             message = "there is no such setting"
-            known = {name.rpartition(".")[2]: name for name in reversed([*names_of(model)])}
-            near = difflib.get_close_matches(path.rpartition(".")[2], known, n=1, cutoff=0.85)
-            message += f"; did you mean {known[near[0]]}?" if near else "; `persodpo profile` prints all settings"
+            paths = {name.rpartition(".")[2]: name for name in reversed([*names_of(model)])}
+            near = difflib.get_close_matches(path.rpartition(".")[2], paths, n=1, cutoff=0.85)
+            message += f"; did you mean {paths[near[0]]}?" if near else "; `persodpo profile` prints all settings"
         sentences.append(f"{path or 'settings'}: {message}")
     text = "; ".join(sentences)
     return text if text.endswith("?") else f"{text}."

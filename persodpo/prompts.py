@@ -45,8 +45,8 @@ def load_template(name: str) -> str:
     except (OSError, ValueError) as error:
         names = ", ".join(sorted(p.stem for p in TEMPLATES.glob("*.txt") if p.stem != SYSTEM))
         raise PersodpoError(f"Template '{name}' is neither a shipped one ({names}) nor a file.") from error
-    found = {match[1] for match in _TOKEN.finditer(text) if match[1]}
-    for wrong, say in ((FIELDS - found, "lacks"), (found - FIELDS, "has the unknown")):
+    fields_used = {match[1] for match in _TOKEN.finditer(text) if match[1]}
+    for wrong, say in ((FIELDS - fields_used, "lacks"), (fields_used - FIELDS, "has the unknown")):
         if wrong:
             fields = ", ".join(f"{{{field}}}" for field in sorted(wrong))
             raise PersodpoError(f"Template {path} {say} field {fields}; it needs exactly {', '.join(sorted(FIELDS))}.")

@@ -49,7 +49,7 @@ def write_report(run: RunFolder) -> Path:
     refuse_others(run.root / "report", INDEX, "a report")
     pages = {f"{file.stem}.html": _body(file) for file in files}
     headings = {name: re.search(r"<h\d[^>]*>(.*?)</h\d>", body, re.DOTALL) for name, body in pages.items()}
-    titles = {name: re.sub(r"<[^>]*>", "", found[1]) if found else name for name, found in headings.items()}
+    titles = {name: re.sub(r"<[^>]*>", "", heading[1]) if heading else name for name, heading in headings.items()}
     links = "".join(f'<li><a href="{name}">{title}</a></li>' for name, title in titles.items())
     settings = html.escape(read_text(run.root / "profile.yaml") or run.profile.to_yaml())
     index = f"<h1>Run {run.profile.name}</h1><ul>{links}</ul>{_made_with(run)}<h2>Profile</h2><pre>{settings}</pre>"
@@ -76,5 +76,5 @@ def _body(file: Path) -> str:
 def _made_with(run: RunFolder) -> str:
     """Return the commits and versions that the run's tables were made with, a line each as HTML."""
     records = map(read_json, run.root.rglob("*.parquet.json"))
-    made = {(str(one.get("commit")), ", ".join(map(" ".join, one.get("versions", {}).items()))) for one in records}
-    return "".join(f"<p>Made at commit {html.escape(' with '.join(line))}.</p>" for line in sorted(made))
+    lines = {(str(one.get("commit")), ", ".join(map(" ".join, one.get("versions", {}).items()))) for one in records}
+    return "".join(f"<p>Made at commit {html.escape(' with '.join(line))}.</p>" for line in sorted(lines))

@@ -127,23 +127,23 @@ def reproduce(
     if os.environ.get(RELEASE_VARIABLE):
         os.environ[RELEASE_VARIABLE] = str(Path(os.environ[RELEASE_VARIABLE]).resolve())
     parameters = {"profile": profile, "overrides": list(overrides), "overwrite": overwrite}
-    chosen = list(notebooks) if notebooks is not None else notebook_files()
-    if not chosen:
+    selected = list(notebooks) if notebooks is not None else notebook_files()
+    if not selected:
         raise PersodpoError(f"There are no notebooks in {NOTEBOOKS}.")
-    for notebook in chosen:
+    for notebook in selected:
         check_parameters(notebook, parameters)
     from persodpo import stages  # noqa: PLC0415 - slow to load, and not needed to run one notebook
 
     os.environ.setdefault("TQDM_DISABLE", "1")  # of the notebooks' kernels: nobody watches them
-    executed = all((run.notebooks / notebook.name).is_file() for notebook in chosen)
+    executed = all((run.notebooks / notebook.name).is_file() for notebook in selected)
     execute = functools.partial(_execute, run.notebooks, parameters)
-    if overwrite or len(chosen) == 1 or not executed or not stages.nothing_to_do(run.profile):
-        yield from map(execute, chosen)
+    if overwrite or len(selected) == 1 or not executed or not stages.nothing_to_do(run.profile):
+        yield from map(execute, selected)
     else:
         # Fresh processes, for one that has talked to kernels cannot be forked; a thread each.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         with multiprocessing.get_context("spawn").Pool(2) as pool:
-            yield from pool.imap(functools.partial(execute, progress=False), chosen)
+            yield from pool.imap(functools.partial(execute, progress=False), selected)
 
 
 def _execute(folder: Path, parameters: Mapping[str, Any], notebook: Path, progress: bool = True) -> Executed:

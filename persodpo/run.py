@@ -38,8 +38,8 @@ class Run(RunFolder):
             overrides: Settings to change, ``section.key=value``.
             seed: Another seed than the profile's.
         """
-        changed = [*overrides, *([] if seed is None else [f"seed={seed}"])]
-        super().__init__(profile if isinstance(profile, Profile) else load_profile(profile, changed))
+        overridden = [*overrides, *([] if seed is None else [f"seed={seed}"])]
+        super().__init__(profile if isinstance(profile, Profile) else load_profile(profile, overridden))
 
     @property
     def settings(self) -> Profile:

@@ -187,8 +187,8 @@ class RunFolder:
         for path in inputs.values():
             if not path.is_file():
                 raise PersodpoError(f"Stage {name} needs {path}, which does not exist.")
-        made = [path for output in outputs for path in (self.path(output), provenance_path(self.path(output)))]
-        self.files |= {*inputs.values(), *made}
+        paths = [path for output in outputs for path in (self.path(output), provenance_path(self.path(output)))]
+        self.files |= {*inputs.values(), *paths}
         digests = {key: sha256(path) for key, path in sorted(inputs.items())}
         self.read_as |= {inputs[key]: digest for key, digest in digests.items()}
         basis = as_json({"inputs": digests, "settings": settings or {}, "code": code_of(build.__module__)})

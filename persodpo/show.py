@@ -44,16 +44,16 @@ def text_table(frame: pd.DataFrame, decimals: int = 3) -> Styler:
     return styler.hide() if frame.index.name is None else styler
 
 
-def verdict_table(shown: pd.DataFrame, verdicts: pd.DataFrame) -> Styler:
+def verdict_table(cells: pd.DataFrame, verdicts: pd.DataFrame) -> Styler:
     """Show cells with a sign and a colour for their verdicts.
 
     Args:
-        shown: The cells' text.
-        verdicts: A key of `VERDICTS` for each cell of ``shown`` that has one; other columns stay plain.
+        cells: The cells' text.
+        verdicts: A key of `VERDICTS` for each cell of ``cells`` that has one; other columns stay plain.
     """
-    marked = shown.copy()
+    marked = cells.copy()
     for column in verdicts.columns:
-        marked[column] = verdicts[column].map(lambda verdict: VERDICTS[verdict][0]) + " " + shown[column]
+        marked[column] = verdicts[column].map(lambda verdict: VERDICTS[verdict][0]) + " " + cells[column]
     colours = verdicts.map(lambda verdict: f"background-color: {VERDICTS[verdict][1]}")
     return text_table(marked).apply(lambda _: colours, axis=None, subset=list(verdicts.columns))
 

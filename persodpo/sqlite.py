@@ -61,7 +61,7 @@ class Content(NamedTuple):
             yield
         except sqlite3.Error as error:
             name = "SQLITE_CORRUPT" if str(error).startswith(_DAMAGE) else getattr(error, "sqlite_errorname", "")
-            sentence = next((said for starts, said in _SENTENCES.items() if name.startswith(starts)), None)
+            sentence = next((text for starts, text in _SENTENCES.items() if name.startswith(starts)), None)
             if sentence is None:
                 raise
             raise PersodpoError(sentence.format(path=path, **self._asdict())) from None

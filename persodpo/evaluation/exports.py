@@ -59,8 +59,8 @@ def _interval(row: dict[Any, Any], name: str, letters: _Letters) -> str:
         raise PersodpoError(f"{row['metric']} of {row['arm']} has neither value nor reason; derive it again.")
     if value is not None and row["low"] is not None:
         return f"{number(value)} [{number(row['low'])}, {number(row['high'])}]"
-    shown = "–" if value is None else number(value)
-    return f"{shown} {letters[reason]}" if reason else shown
+    text = "–" if value is None else number(value)
+    return f"{text} {letters[reason]}" if reason else text
 
 
 def results_table(estimates: pd.DataFrame, reading: str) -> TextTable:
@@ -68,25 +68,25 @@ def results_table(estimates: pd.DataFrame, reading: str) -> TextTable:
 
     Response times are those of answers given one at a time: those of batches are nobody's own.
     """
-    shown = estimates[estimates["reading"].isin([reading, EVERY])].copy()
-    times = shown["metric"] == TIME
-    batches = times & shown["batch_size"].astype("Int64").gt(1).fillna(False)
-    several = times & shown.duplicated(["arm", "metric"], keep=False)
-    shown.loc[batches | several, ["mean", "low", "high"]] = np.nan
-    shown.loc[batches, "reason"] = "answered in batches, which have no response time of their own"
-    shown.loc[several, "reason"] = "timed under several conditions, which have no common mean"
+    rows = estimates[estimates["reading"].isin([reading, EVERY])].copy()
+    times = rows["metric"] == TIME
+    batches = times & rows["batch_size"].astype("Int64").gt(1).fillna(False)
+    several = times & rows.duplicated(["arm", "metric"], keep=False)
+    rows.loc[batches | several, ["mean", "low", "high"]] = np.nan
+    rows.loc[batches, "reason"] = "answered in batches, which have no response time of their own"
+    rows.loc[several, "reason"] = "timed under several conditions, which have no common mean"
     letters = _Letters()
-    cell = {(row["arm"], row["metric"]): row for row in _rows(shown)}
-    arms, metrics = list(shown["arm"].unique()), sorted(shown["metric"].unique(), key=metric_order)
-    counted = shown[~shown["metric"].isin([*FLAGS, TIME])].groupby("arm")[["seeds", "responses"]].max()
+    cell = {(row["arm"], row["metric"]): row for row in _rows(rows)}
+    arms, metrics = list(rows["arm"].unique()), sorted(rows["metric"].unique(), key=metric_order)
+    counts = rows[~rows["metric"].isin([*FLAGS, TIME])].groupby("arm")[["seeds", "responses"]].max()
     cells = pd.DataFrame(
-        {"Arm": arm, "Seeds": str(counted["seeds"][arm]), "Responses": f"{counted['responses'][arm]:,}"}
+        {"Arm": arm, "Seeds": str(counts["seeds"][arm]), "Responses": f"{counts['responses'][arm]:,}"}
         | {metric_label(metric): _interval(cell[arm, metric], "mean", letters) for metric in metrics}
         for arm in arms
     )
     caption = f"Means with 95 % intervals, {reading} in text metrics"
     caption += "; shares of responses with Wilson's interval." if set(FLAGS) & set(metrics) else "."
-    seeds = shown["seeds"].max()
+    seeds = rows["seeds"].max()
     caption += (
         " One seed an arm: intervals cover the draw of dialogues, not that of another training." if seeds == 1
         else f" Means over {seeds} seeds at most; intervals cover dialogues and seeds."

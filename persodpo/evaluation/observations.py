@@ -53,9 +53,9 @@ def observe(
     """
     key = ["dialogue_id", "model"]
     frame = responses.merge(scores, on=key, how="left", validate="one_to_one", indicator=True)
-    for lost in frame[frame["_merge"] != "both"].to_dict("records"):
+    for row in frame[frame["_merge"] != "both"].to_dict("records"):
         raise PersodpoError(
-            f"The response of {lost['model']} to dialogue {lost['dialogue_id']} has no row in the scores; run the score "
+            f"The response of {row['model']} to dialogue {row['dialogue_id']} has no row in the scores; run the score "
             "stage on these responses."
         )
     if arms is None:
@@ -93,9 +93,9 @@ def readings(table: pd.DataFrame) -> Iterator[tuple[str, str]]:
 def read(table: pd.DataFrame, arm: str, metric: str, reading: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return an arm's values of a metric by seed, NaN where they do not count, and where one that should is not known."""
     failed, values = (cast(pd.DataFrame, table[name, arm]) for name in ("failure_ratio", metric))
-    counted = failed == 0 if reading == SUCCESSES else failed.notna()
-    values = values.where(counted)
-    return values, counted & values.isna()
+    used = failed == 0 if reading == SUCCESSES else failed.notna()
+    values = values.where(used)
+    return values, used & values.isna()
 
 
 def problem_of(values: Floats, unknown: pd.DataFrame, metric: str, reading: str) -> str | None:
@@ -103,9 +103,9 @@ def problem_of(values: Floats, unknown: pd.DataFrame, metric: str, reading: str)
 
     Where a value that should count is unknown, there is none: half a column is no result.
     """
-    lost, empty = int(unknown.any(axis=1).sum()), int(np.isnan(values).all(axis=0).sum())
-    if lost and metric != TIME:
-        return f"no score in {lost:,} of {len(unknown):,} dialogues"
+    incomplete, empty = int(unknown.any(axis=1).sum()), int(np.isnan(values).all(axis=0).sum())
+    if incomplete and metric != TIME:
+        return f"no score in {incomplete:,} of {len(unknown):,} dialogues"
     if empty == values.shape[1]:
         return "no response time was measured" if metric == TIME else f"nothing counts ({reading})"
     return f"nothing counts ({reading}) in {empty} of {values.shape[1]} seeds" if empty else None

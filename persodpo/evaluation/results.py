@@ -98,10 +98,10 @@ def _of_arm(arm: str, table: pd.DataFrame, times: pd.DataFrame) -> Iterator[Cell
     every = int(table["failure_ratio"][[arm]].notna().to_numpy().sum())
 
     def cell(metric: str, reading: str, values: pd.DataFrame, reason: str | None, **condition: Any) -> Cell:
-        counted = int(values.count().sum())
+        count = int(values.count().sum())
         row = {
             "arm": arm, "metric": metric, "reading": reading, **condition, "seeds": values.shape[1],
-            "responses": counted, "left_out": every - counted, "reason": reason,
+            "responses": count, "left_out": every - count, "reason": reason,
         }  # fmt: skip
         return row, Statistic(values.to_numpy(), (tuple(map(int, values.columns)),))
 
@@ -175,7 +175,7 @@ def _of_pair(arm: str, baseline: str, table: pd.DataFrame, times: pd.DataFrame) 
     shared, unpaired = _shared(table, arm, baseline)
     timed = times[times["dialogue_id"].isin(table.index[shared])]
     for metric, reading in [*readings(table), (TIME, EVERY)]:
-        (first, lost), (second, also_lost) = (read(table, name, metric, reading) for name in (arm, baseline))
+        (first, problem), (second, other_problem) = (read(table, name, metric, reading) for name in (arm, baseline))
         seeds = tuple(tuple(map(int, side.columns)) for side in (first, second))
         left, right, paired = first.to_numpy(), second.to_numpy(), seeds[0] == seeds[1]
         # Without common seeds, each of the one side meets each of the other.
@@ -183,7 +183,7 @@ def _of_pair(arm: str, baseline: str, table: pd.DataFrame, times: pd.DataFrame) 
         differences[~shared] = np.nan
         statistic = Statistic(differences, seeds[:1] if paired else seeds)
         reason = _times_apart(timed, arm, baseline) if metric == TIME else None
-        unknown = pd.concat([lost, also_lost], axis=1)[shared]
+        unknown = pd.concat([problem, other_problem], axis=1)[shared]
         row: Row = {
             "arm": arm, "baseline": baseline, "metric": metric, "reading": reading, "arm_seeds": len(seeds[0]),
             "baseline_seeds": len(seeds[1]), "seeds_paired": paired, "unpaired": unpaired,

@@ -100,42 +100,42 @@ def bootstrap(statistics: Sequence[Statistic], sampling: Resampling) -> list[Spr
     """Draw all statistics again, together; each has at least one value in each column."""
     if not statistics:
         return []
-    drawn = _resampled_means(np.concatenate([statistic.columns for statistic in statistics], axis=1), sampling)
+    resample_means = _resampled_means(np.concatenate([statistic.columns for statistic in statistics], axis=1), sampling)
     ends = np.cumsum([statistic.columns.shape[1] for statistic in statistics])
-    parts = np.split(drawn, ends[:-1], axis=1)
+    parts = np.split(resample_means, ends[:-1], axis=1)
     return [_spread(statistic, part, sampling) for statistic, part in zip(statistics, parts, strict=True)]
 
 
 def _resampled_means(columns: Floats, sampling: Resampling) -> Floats:
     """Return the mean of each column over the values that each resample of dialogues draws, a row per resample."""
-    counted = ~np.isnan(columns)
+    present = ~np.isnan(columns)
     # Measured from a value of the column itself, a constant column stays exactly constant.
-    origin = columns[counted.argmax(axis=0), np.arange(columns.shape[1])]
-    values = np.where(counted, columns - origin, 0.0)
-    masks, which = np.unique(counted, axis=1, return_inverse=True)
+    origin = columns[present.argmax(axis=0), np.arange(columns.shape[1])]
+    values = np.where(present, columns - origin, 0.0)
+    masks, which = np.unique(present, axis=1, return_inverse=True)
     masks = masks.astype(float)
     generator, dialogues, parts = np.random.default_rng(sampling.seed), len(columns), []
     step = max(1, _CHUNK // dialogues)
     for start in range(0, sampling.resamples, step):
         rows = min(step, sampling.resamples - start)
-        drawn = generator.integers(dialogues, size=(rows, dialogues)) + dialogues * np.arange(rows)[:, None]
-        counts = np.bincount(drawn.ravel(), minlength=rows * dialogues).reshape(rows, dialogues).astype(float)
+        rows_drawn = generator.integers(dialogues, size=(rows, dialogues)) + dialogues * np.arange(rows)[:, None]
+        counts = np.bincount(rows_drawn.ravel(), minlength=rows * dialogues).reshape(rows, dialogues).astype(float)
         with np.errstate(invalid="ignore"):
             means = counts @ values / (counts @ masks)[:, which.ravel()]
         parts.append(means.round(_DECIMALS) + origin)
     return np.concatenate(parts)
 
 
-def _spread(statistic: Statistic, drawn: Floats, sampling: Resampling) -> Spread:
+def _spread(statistic: Statistic, resample_means: Floats, sampling: Resampling) -> Spread:
     """Sum up the resamples of one statistic."""
     estimate = float(np.nanmean(statistic.values, axis=0).mean())
     if statistic.fewest < FEWEST:
         return Spread(estimate)
     # A resample may hold none of the few dialogues that count: one in twenty thousand where ten do, fewer where more.
-    whole = ~np.isnan(drawn).any(axis=1)
-    means = drawn[whole].mean(axis=1)
+    whole = ~np.isnan(resample_means).any(axis=1)
+    means = resample_means[whole].mean(axis=1)
     variance = dialogue_variance = float(means.var())
-    parts = list(_seed_parts(statistic, drawn[whole]))
+    parts = list(_seed_parts(statistic, resample_means[whole]))
     if parts and variance > 0:
         dialogue_variance = max(0.0, variance - sum(noise for _, _, noise in parts))
         means = estimate + (means - estimate) * np.sqrt(dialogue_variance / variance)
@@ -151,10 +151,10 @@ def _spread(statistic: Statistic, drawn: Floats, sampling: Resampling) -> Spread
     return Spread(estimate, float(low), float(high), *_standard_error(variances), p_value, contrary == 0)
 
 
-def _seed_parts(statistic: Statistic, drawn: Floats) -> Iterator[tuple[tuple[int, ...], float, float]]:
+def _seed_parts(statistic: Statistic, resample_means: Floats) -> Iterator[tuple[tuple[int, ...], float, float]]:
     """Yield each group of several seeds, the variance of the mean over them, and the share of responses' noise in it."""
     table = np.nanmean(statistic.values, axis=0)
-    draws = drawn.reshape(len(drawn), *table.shape)
+    draws = resample_means.reshape(len(resample_means), *table.shape)
     for axis, seeds in enumerate(statistic.seeds):
         number = len(seeds)
         if number == 1:

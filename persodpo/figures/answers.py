@@ -56,8 +56,8 @@ def figure_2a_published(results: pd.DataFrame) -> Figure:
     """Draw two units on one axis, as the paper does."""
     rows = _from_results(results, {BENCHMARK: "Benchmark (Qwen2-7B)", TUNED: "PersoDPO (Qwen2-0.5B)"})
     styles = model_styles(rows.index)
-    drawn, width = new_figure(2.2), 0.8 / len(rows)
-    axes = drawn.add_subplot()
+    fig, width = new_figure(2.2), 0.8 / len(rows)
+    axes = fig.add_subplot()
     for number, (model, row) in enumerate(rows.iterrows()):
         look, values = styles[str(model)], [row["seconds"], row["failures"] / row["responses"]]
         centres = np.arange(2) + (number - (len(rows) - 1) / 2) * width
@@ -70,7 +70,7 @@ def figure_2a_published(results: pd.DataFrame) -> Figure:
     axes.set_ylabel("Seconds (left), ratio (right)")
     axes.margins(y=0.12)
     axes.legend(loc="upper right")
-    return drawn
+    return fig
 
 
 @figure(
@@ -126,8 +126,8 @@ def _two_units(rows: pd.DataFrame, seeds: str) -> Figure:
     """Draw one panel per unit, one row per model."""
     styles = model_styles(rows.index)
     looks = [styles[model] for model in rows.index]
-    drawn = new_figure(0.95 + 0.27 * len(rows))
-    left, right = drawn.subplots(1, 2, sharey=True)
+    fig = new_figure(0.95 + 0.27 * len(rows))
+    left, right = fig.subplots(1, 2, sharey=True)
     seconds, spread, failures, responses = rows[["seconds", "spread", "failures", "responses"]].to_numpy(float).T
     ratios, bounds = failures / responses, np.array(list(map(wilson, failures, responses)))
     # A time below zero does not exist, so a wide spread stops there.
@@ -150,8 +150,8 @@ def _two_units(rows: pd.DataFrame, seeds: str) -> Figure:
     right.set_xlabel("Failure ratio,\n95 % interval")
     left.set_yticks(range(len(rows)), rows["label"])
     left.invert_yaxis()
-    drawn.suptitle(f"{rows['responses'].iloc[0]:,.0f} answers each; {seeds}", fontsize=7)
-    return drawn
+    fig.suptitle(f"{rows['responses'].iloc[0]:,.0f} answers each; {seeds}", fontsize=7)
+    return fig
 
 
 @figure(
@@ -164,8 +164,8 @@ def failure_classes(responses: pd.DataFrame) -> Figure:
     styles = model_styles(responses["model"])
     counts = pd.crosstab(responses["model"], responses["outcome"]).reindex(list(styles))
     counts = counts[[outcome for outcome in OUTCOMES if outcome in counts.columns]]
-    drawn = new_figure(max(1.3, 0.55 + 0.23 * len(counts) + 0.14 * -(-counts.shape[1] // 3)))
-    axes = drawn.add_subplot()
+    fig = new_figure(max(1.3, 0.55 + 0.23 * len(counts) + 0.14 * -(-counts.shape[1] // 3)))
+    axes = fig.add_subplot()
     _stack(axes, counts)
     totals = counts.sum(axis=1)
     beside(axes, -0.75, "% failed [95 % CI]", 4, 7)
@@ -178,8 +178,8 @@ def failure_classes(responses: pd.DataFrame) -> Figure:
     axes.set_yticks(range(len(names)), names)
     axes.set_xlabel(f"Share of responses (n = {totals.iloc[0]:,} per model)" if same else "Share of responses")
     handles = axes.get_legend_handles_labels()
-    drawn.legend(*handles, loc="outside upper left", ncols=3, labelspacing=0.3, handlelength=1.4)
-    return drawn
+    fig.legend(*handles, loc="outside upper left", ncols=3, labelspacing=0.3, handlelength=1.4)
+    return fig
 
 
 def _stack(axes: Axes, counts: pd.DataFrame) -> None:

@@ -58,8 +58,8 @@ def _points(curves: pd.DataFrame, run: str, time: str, quantity: str) -> tuple[p
 @figure("figure_2b_published", [CURVES], "Figure 2b as published: loss and gradient norm.", quantities=LOSS)
 def twin_axes(curves: pd.DataFrame, *, quantities: Sequence[str]) -> Figure:
     """Draw two quantities of the paper's run on twin axes, as the paper does."""
-    drawn = new_figure(2.2)
-    left = drawn.add_subplot()
+    fig = new_figure(2.2)
+    left = fig.add_subplot()
     right, handles = left.twinx(), []
     looks = [(left, BLUE, "o", "-"), (right, VERMILLION, "s", "--")]
     for quantity, (axes, colour, marker, line) in zip(quantities, looks, strict=True):
@@ -70,8 +70,8 @@ def twin_axes(curves: pd.DataFrame, *, quantities: Sequence[str]) -> Figure:
         axes.tick_params(axis="y", colors=colour)
     right.spines["right"].set_visible(True)
     left.set_xlabel(_TIMES["step"])
-    drawn.legend(handles=handles, loc="outside upper center", ncols=2, title=PAPER_RUN_LABEL, title_fontsize=7)
-    return drawn
+    fig.legend(handles=handles, loc="outside upper center", ncols=2, title=PAPER_RUN_LABEL, title_fontsize=7)
+    return fig
 
 
 @figure("figure_2c", [CURVES], "Figure 2c in panels that share the step axis.", quantities=REWARD)
@@ -97,8 +97,8 @@ def _panels(
     Axes fit what is drawn. A single other run is only there to compare with: where it leaves a panel, the legend says so.
     """
     background = [run for run in dict.fromkeys(curves["run"]) if run not in names]
-    drawn = new_figure(0.45 + 1.15 * len(quantities) + 0.14 * (len(names) + bool(background)))
-    stack = drawn.subplots(len(quantities), 1, sharex=True, squeeze=False)[:, 0]
+    fig = new_figure(0.45 + 1.15 * len(quantities) + 0.14 * (len(names) + bool(background)))
+    stack = fig.subplots(len(quantities), 1, sharex=True, squeeze=False)[:, 0]
     end, outside = curves.loc[curves["run"].isin(list(names)), time].max(), False
     for axes, quantity in zip(stack, quantities, strict=True):
         points = {run: _points(curves, run, time, quantity) for run in [*background, *names]}
@@ -113,14 +113,14 @@ def _panels(
         outside |= any(not values.between(low, high).all() for values in inside.values())
     stack[0].set_xlim(0, 1.03 * end)
     stack[-1].set_xlabel(_TIMES[time])
-    drawn.align_ylabels(stack)
+    fig.align_ylabels(stack)
     handles = [Line2D([], [], label=name, **_look(number)) for number, name in enumerate(names.values())]
     if background:
         count = f" ({len(background)})" if len(background) > 1 else ""
         label = f"{others}{count}{', partly off the axes' if outside else ''}"
         handles.append(Line2D([], [], color=GREY, linewidth=0.6, label=label))
-    drawn.legend(handles=handles, loc="outside upper left", ncols=1, labelspacing=0.25)
-    return drawn
+    fig.legend(handles=handles, loc="outside upper left", ncols=1, labelspacing=0.25)
+    return fig
 
 
 def _look(number: int) -> dict[str, Any]:

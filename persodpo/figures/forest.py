@@ -55,15 +55,15 @@ def forest(comparisons: pd.DataFrame, *, reading: str, title: str) -> Figure:
     pairs, names = list(dict.fromkeys(zip(rows["arm"], rows["baseline"], strict=True))), short_names(comparisons)
     across = min(_ACROSS, len(metrics))
     down = -(-len(metrics) // across)
-    drawn = new_figure(0.65 + down * (0.62 + 0.19 * len(pairs)), DOUBLE)
-    panels = drawn.subplots(down, across, sharey=True, squeeze=False).ravel()
+    fig = new_figure(0.65 + down * (0.62 + 0.19 * len(pairs)), DOUBLE)
+    panels = fig.subplots(down, across, sharey=True, squeeze=False).ravel()
     for axes, metric in zip(panels, metrics, strict=False):
         _differences(axes, rows[rows["metric"] == metric].set_index(["arm", "baseline"]).reindex(pairs), metric)
     for axes in panels[len(metrics) :]:
         axes.set_axis_off()
     panels[0].set_yticks(range(len(pairs)), [f"{names[arm]} − {names[baseline]}" for arm, baseline in pairs])
     panels[0].set_ylim(len(pairs) - 0.4, -1.1)
-    drawn.suptitle(f"Paired differences, {title}", x=0.01, ha="left", fontsize=8)
+    fig.suptitle(f"Paired differences, {title}", x=0.01, ha="left", fontsize=8)
     looks = (
         (BLUE, BLUE, "o", "better, p < 0.05 (Holm)"), (VERMILLION, VERMILLION, "s", "worse, p < 0.05 (Holm)"),
         (GREY, "white", "o", "p ≥ 0.05 (Holm)"), ("black", "black", "", "95 % interval, not adjusted"),
@@ -72,8 +72,8 @@ def forest(comparisons: pd.DataFrame, *, reading: str, title: str) -> Figure:
         Line2D([], [], color=edge, marker=marker, markerfacecolor=face, linewidth=1.0, label=label)
         for edge, face, marker, label in looks
     ]
-    drawn.legend(handles=handles, loc="outside lower center", ncols=4, handlelength=1.0)
-    return drawn
+    fig.legend(handles=handles, loc="outside lower center", ncols=4, handlelength=1.0)
+    return fig
 
 
 def _differences(axes: Axes, table: pd.DataFrame, metric: str) -> None:
@@ -125,12 +125,12 @@ def ablations(estimates: pd.DataFrame, pairs: pd.DataFrame) -> Figure:
     are of each arm by itself; whether two arms differ is what paired comparisons say.
     """
     rows = estimates[estimates["reading"].isin(["failures imputed", "all responses"])]
-    changed = pairs["ablation"].tolist()
-    names = [next(arm for arm in rows["arm"] if arm not in changed), *changed]
-    known = set(rows.loc[rows["mean"].notna(), "metric"])
-    metrics = [metric for metric in ("grounded", "quality", "failure_ratio") if metric in known]
-    drawn = new_figure(0.75 + 0.19 * len(names), DOUBLE)
-    panels = drawn.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
+    names_of_ablations = pairs["ablation"].tolist()
+    names = [next(arm for arm in rows["arm"] if arm not in names_of_ablations), *names_of_ablations]
+    metrics_with_means = set(rows.loc[rows["mean"].notna(), "metric"])
+    metrics = [metric for metric in ("grounded", "quality", "failure_ratio") if metric in metrics_with_means]
+    fig = new_figure(0.75 + 0.19 * len(names), DOUBLE)
+    panels = fig.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
     for axes, metric in zip(panels, metrics, strict=True):
         table = rows[rows["metric"] == metric].set_index("arm").reindex(names)
         values = table[["mean", "low", "high"]].to_numpy(dtype=float)
@@ -148,5 +148,5 @@ def ablations(estimates: pd.DataFrame, pairs: pd.DataFrame) -> Figure:
         Line2D([], [], color="black", linestyle="--", linewidth=0.8, label=names[0]),
         Patch(color=FAINT, label="its 95 % interval"),
     ]
-    drawn.legend(handles=handles, loc="outside lower center", ncols=2)
-    return drawn
+    fig.legend(handles=handles, loc="outside lower center", ncols=2)
+    return fig

@@ -46,22 +46,22 @@ def score_metrics(scores: pd.DataFrame, *, every_model: bool = True) -> Figure:
     The bars of a column share one scale, so that areas compare between models. A model without any measured response, such
     as the one held-out set that was published without scores, may be left out.
     """
-    measured = scores[~scores["imputed"] & scores["quality"].notna()]
-    if measured.empty:
+    parsed = scores[~scores["imputed"] & scores["quality"].notna()]
+    if parsed.empty:
         raise NothingToShowError("The signals have nothing to show: every response is imputed or lacks a quality.")
-    styles = model_styles((scores if every_model else measured)["model"])
-    drawn = new_figure(0.6 + 0.36 * len(styles), DOUBLE)
-    panels = drawn.subplots(1, len(SIGNALS), sharey=True, gridspec_kw={"wspace": 0.08})
+    styles = model_styles((scores if every_model else parsed)["model"])
+    fig = new_figure(0.6 + 0.36 * len(styles), DOUBLE)
+    panels = fig.subplots(1, len(SIGNALS), sharey=True, gridspec_kw={"wspace": 0.08})
     for axes, signal in zip(panels, SIGNALS, strict=True):
-        by_model = measured.groupby("model")[signal]
+        by_model = parsed.groupby("model")[signal]
         values = {model: by_model.get_group(model).dropna().to_numpy(float) for model in by_model.groups}
         _signal(axes, signal, [(values.get(model, np.array([])), look.colour) for model, look in styles.items()])
-    counts = measured["model"].value_counts()
+    counts = parsed["model"].value_counts()
     names = [f"{look.label}\nn = {counts.get(model, 0):,}" for model, look in styles.items()]
     panels[0].set_yticks([row - 0.3 for row in range(len(styles))], names)
     # The corner below the models' names is free in every table.
-    drawn.legend(handles=[Line2D([], [], **_MEAN)], loc="lower left", borderaxespad=0.8)
-    return drawn
+    fig.legend(handles=[Line2D([], [], **_MEAN)], loc="lower left", borderaxespad=0.8)
+    return fig
 
 
 def _signal(axes: Axes, signal: str, rows: Sequence[tuple[Floats, str]]) -> None:
@@ -85,8 +85,8 @@ def _signal(axes: Axes, signal: str, rows: Sequence[tuple[Floats, str]]) -> None
 def quality(scores: pd.DataFrame, thresholds: pd.DataFrame) -> Figure:
     """Draw a histogram of quality, parsed and failed responses apart."""
     scored, edges = _scored(scores)
-    drawn = new_figure(2.3)
-    axes = drawn.add_subplot()
+    fig = new_figure(2.3)
+    axes = fig.add_subplot()
     parsed, failed = _parsed_and_failed(scored, edges)
     axes.stairs(parsed, edges, fill=True, color=BLUE, label="parsed")
     # Empty bins are gaps, or the outline of the failed would run along the parsed.
@@ -94,8 +94,8 @@ def quality(scores: pd.DataFrame, thresholds: pd.DataFrame) -> Figure:
     axes.stairs(top, edges, baseline=parsed, fill=True, label="failed (imputed)", **_FAILED)
     axes.set_ylim(0, 1.05 * float((parsed + failed).max()))
     axes.set_ylabel("Responses")
-    _thresholds(drawn, scored, thresholds, edges)
-    return drawn
+    _thresholds(fig, scored, thresholds, edges)
+    return fig
 
 
 @figure(
@@ -106,8 +106,8 @@ def quality_by_model(scores: pd.DataFrame, thresholds: pd.DataFrame) -> Figure:
     """Draw a histogram of quality for each model, parsed and failed responses apart."""
     scored, edges = _scored(scores)
     styles = model_styles(scored["model"])
-    drawn = new_figure(0.8 + 0.3 * len(styles))
-    axes = drawn.add_subplot()
+    fig = new_figure(0.8 + 0.3 * len(styles))
+    axes = fig.add_subplot()
     parts = [_parsed_and_failed(scored[scored["model"] == model], edges) for model in styles]
     shares = [(parsed / (parsed + failed).sum(), failed / (parsed + failed).sum()) for parsed, failed in parts]
     unit = max(float((parsed + failed).max()) for parsed, failed in shares)
@@ -118,8 +118,8 @@ def quality_by_model(scores: pd.DataFrame, thresholds: pd.DataFrame) -> Figure:
     axes.set_yticks([row - 0.3 for row in range(len(styles))], [look.label for look in styles.values()])
     axes.stairs([0.0], [0.0, 0.0], fill=True, color=GREY, label="parsed")
     axes.stairs([0.0], [0.0, 0.0], fill=True, label="failed (imputed)", **_FAILED)
-    _thresholds(drawn, scored, thresholds, edges)
-    return drawn
+    _thresholds(fig, scored, thresholds, edges)
+    return fig
 
 
 def _scored(scores: pd.DataFrame) -> tuple[pd.DataFrame, Floats]:
@@ -137,9 +137,9 @@ def _parsed_and_failed(scored: pd.DataFrame, edges: Floats) -> tuple[Floats, Flo
     return counts[0], counts[1]
 
 
-def _thresholds(drawn: Figure, scored: pd.DataFrame, thresholds: pd.DataFrame, edges: Floats) -> None:
+def _thresholds(fig: Figure, scored: pd.DataFrame, thresholds: pd.DataFrame, edges: Floats) -> None:
     """Shade what may be rejected and chosen, and say how many responses that is."""
-    (axes,), value = drawn.axes, thresholds.set_index("name")["value"]
+    (axes,), value = fig.axes, thresholds.set_index("name")["value"]
     quality, failed = scored["quality"], scored["imputed"].astype(bool)
     low, high = float(value["low"]), float(value["high"])
     for text, threshold, end, colour, side, align in (
@@ -155,7 +155,7 @@ def _thresholds(drawn: Figure, scored: pd.DataFrame, thresholds: pd.DataFrame, e
         )  # fmt: skip
     axes.set_xlim(edges[0], edges[-1])
     axes.set_xlabel("Quality score")
-    drawn.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=2)
+    fig.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=2)
 
 
 def _edges(values: Floats, limits: tuple[float, float], width: float, *, centred: bool = False) -> Floats:
@@ -193,17 +193,17 @@ def metric_correlation(scores: pd.DataFrame) -> Figure:
     measured rows they agree only as far as they measure the same.
     """
     scored = scores[scores["quality"].notna()]
-    measured = scored[~scored["imputed"].astype(bool)]
-    if len(measured) < 3:
+    parsed = scored[~scored["imputed"].astype(bool)]
+    if len(parsed) < 3:
         raise NothingToShowError("Rank correlation has nothing to show: under three responses were measured.")
-    drawn = new_figure(2.9, DOUBLE)
-    left, right = drawn.subplots(1, 2, sharey=True)
-    _triangle(left, measured, f"(a) measured responses, n = {len(measured):,}")
+    fig = new_figure(2.9, DOUBLE)
+    left, right = fig.subplots(1, 2, sharey=True)
+    _triangle(left, parsed, f"(a) measured responses, n = {len(parsed):,}")
     _triangle(right, scored, f"(b) with imputed failures, n = {len(scored):,}")
-    bar = drawn.colorbar(ScalarMappable(Normalize(-1, 1), "RdBu_r"), ax=[left, right], shrink=0.8, pad=0.01, aspect=25)
+    bar = fig.colorbar(ScalarMappable(Normalize(-1, 1), "RdBu_r"), ax=[left, right], shrink=0.8, pad=0.01, aspect=25)
     bar.set_label("Spearman's ρ")
     bar.outline.set_visible(False)
-    return drawn
+    return fig
 
 
 def _triangle(axes: Axes, rows: pd.DataFrame, title: str) -> None:
@@ -232,8 +232,8 @@ def pair_sources(pairs: pd.DataFrame) -> Figure:
     models, names = list(styles), [look.label for look in styles.values()]
     counts = pd.crosstab(pairs["chosen_model"], pairs["rejected_model"])
     counts = counts.reindex(index=models, columns=models, fill_value=0)
-    drawn = new_figure(3.3)
-    (top, corner), (heat, right) = drawn.subplots(2, 2, width_ratios=(4.7, 1), height_ratios=(1, 4))
+    fig = new_figure(3.3)
+    (top, corner), (heat, right) = fig.subplots(2, 2, width_ratios=(4.7, 1), height_ratios=(1, 4))
     sns.heatmap(
         counts, ax=heat, cmap="Blues", vmin=0, cbar=False, annot=True, fmt=",d", annot_kws={"fontsize": 6},
         linewidths=0.5, linecolor="white", xticklabels=names, yticklabels=names,
@@ -252,4 +252,4 @@ def pair_sources(pairs: pd.DataFrame) -> Figure:
     right.set(ylim=heat.get_ylim(), xlim=(0, 1.7 * right.get_xlim()[1]))
     corner.set_axis_off()
     corner.text(0.5, 0.5, f"{len(pairs):,}\npairs", transform=corner.transAxes, ha="center", va="center", fontsize=7)
-    return drawn
+    return fig

@@ -185,14 +185,14 @@ def figure(
             if any(table.empty for table in tables if isinstance(table, pd.DataFrame)):
                 raise NothingToShowError(f"Figure {name} has nothing to show: a table that it is drawn from is empty.")
             with context():
-                drawn = draw(*tables, **options)
-                screen = drawn.get_dpi()
-                drawn.set_dpi(300)
+                fig = draw(*tables, **options)
+                screen = fig.get_dpi()
+                fig.set_dpi(300)
                 for _ in range(2):  # the second pass settles the first
-                    drawn.draw_without_rendering()
-                drawn.set_dpi(screen)
-                drawn.set_layout_engine("none")
-                return drawn
+                    fig.draw_without_rendering()
+                fig.set_dpi(screen)
+                fig.set_layout_engine("none")
+                return fig
 
         FIGURES[name] = FigureSpec(draw_in_style, tuple(tables), note, source)
         return draw
@@ -200,7 +200,7 @@ def figure(
     return register
 
 
-def save(drawn: Figure, name: str, folder: Path, inputs: Mapping[str, str], note: str) -> tuple[Path, ...]:
+def save(fig: Figure, name: str, folder: Path, inputs: Mapping[str, str], note: str) -> tuple[Path, ...]:
     """Write a figure as PDF and PNG (300 dpi), and what it was drawn from as JSON; return the three files.
 
     Each is written under a temporary name and renamed, the JSON last. ``inputs`` holds the sha256 of every table that the
@@ -213,7 +213,7 @@ def save(drawn: Figure, name: str, folder: Path, inputs: Mapping[str, str], note
     }  # fmt: skip
     with context():
         for path, texts in metadata.items():
-            write_atomically(path, functools.partial(drawn.savefig, metadata=texts))
+            write_atomically(path, functools.partial(fig.savefig, metadata=texts))
     content = {
         "figure": name, "note": note, "inputs": dict(sorted(inputs.items())),
         "files": {path.name: sha256(path) for path in metadata},

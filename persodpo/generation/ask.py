@@ -185,16 +185,16 @@ class Work:
             As many as there are, and as there is money for. For the first one it waits while requests under way may turn
             out cheaper. None of them if none is left, there is no money for it, or the model was stopped.
         """
-        taken: list[Item] = []
-        while len(taken) < count and size > 0 and not self.summary.stopped:
+        items: list[Item] = []
+        while len(items) < count and size > 0 and not self.summary.stopped:
             if self._ready:
-                taken.append(self._ready.popleft())
-                size -= taken[-1][1].prompt_bytes
+                items.append(self._ready.popleft())
+                size -= items[-1][1].prompt_bytes
             elif not self._look_up():
                 break
             elif self._pay():
                 continue
-            elif taken:
+            elif items:
                 break
             elif self._run.paid:
                 self._run.settled.clear()
@@ -205,7 +205,7 @@ class Work:
                     f"The budget of ${self._run.budget:,} is used up: ${self.store.spent():,.4f} are spent or set aside and "
                     f"the next request may cost ${usd:,.4f}; raise generation.budget_usd to go on."
                 )
-        return taken
+        return items
 
     def pay_again(self, key: str, usd: float) -> bool:
         """Set money aside for another attempt, where the one before may have been billed; False if there is none."""
@@ -252,27 +252,27 @@ class Work:
         """Go on through the requests until one is to be asked; False if none is left."""
         while not self._found:
             chunk: dict[str, Request] = {}
-            taken = 0
+            count = 0
             try:
                 for request in islice(self._requests, max(CHUNK, self.backend.concurrency)):
-                    taken += 1
+                    count += 1
                     chunk[request_key(request, self.backend)] = request
             except PersodpoError as error:
                 self.stop(str(error))
-            if not taken:
+            if not count:
                 return False
             missing = [key for key in self.store.missing(chunk, self._run.retry_failed) if key not in self._run.claimed]
             self._run.claimed.update(missing)
             self._open.update(missing)
             self._found.extend((key, chunk[key]) for key in missing)
-            self.summary.skipped += taken - len(missing)
-            self._bar.update(taken - len(missing))
+            self.summary.skipped += count - len(missing)
+            self._bar.update(count - len(missing))
         return True
 
     def _pay(self) -> bool:
         """Set money aside for what was found, from the first on as far as it goes."""
-        asked = list(islice(self._found, self.backend.concurrency))
-        granted = self.store.reserve([(key, self.backend.highest_cost(one)) for key, one in asked], self._run.budget)
+        items = list(islice(self._found, self.backend.concurrency))
+        granted = self.store.reserve([(key, self.backend.highest_cost(one)) for key, one in items], self._run.budget)
         self._ready.extend(self._found.popleft() for _ in range(granted))
-        self._run.paid.update(key for key, _ in asked[:granted])
+        self._run.paid.update(key for key, _ in items[:granted])
         return granted > 0

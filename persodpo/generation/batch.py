@@ -54,10 +54,10 @@ class BatchBackend(OpenAIBackend):
 
     async def resume(self, work: Work) -> None:
         """Wait for batches of earlier runs. What is set aside for one that is not found stays so: it may have been made."""
-        if not (held := work.store.reservations(self._holder()[:-1] + ",")):
+        if not (holders := work.store.reservations(self._holder()[:-1] + ",")):
             return
         async with self._connected() as client:
-            for holder in held:
+            for holder in holders:
                 *_, address, file, name = json.loads(holder)
                 if address != self._address:
                     raise ModelStopped(self.sentence("elsewhere", address))
@@ -74,28 +74,28 @@ class BatchBackend(OpenAIBackend):
                     lines.append(json.dumps({"custom_id": key, "method": "POST", "url": path, "body": body}) + "\n")
                 try:
                     content = ("requests.jsonl", "".join(lines).encode())
-                    sent = await client.files.with_raw_response.create(file=content, purpose="batch")
-                    file = self._name(self._object(sent.http_response))
+                    reply_to_file = await client.files.with_raw_response.create(file=content, purpose="batch")
+                    file = self._name(self._object(reply_to_file.http_response))
                 except BaseException:
                     work.give_back(requests)
                     raise
                 prices = {key: self.highest_cost(request) for key, request in requests.items()}
                 holder = self._holder(self._address, file, "")
                 work.store.hand_over(prices, work.store.run, holder)
-                made = {"input_file_id": file, "endpoint": path, "completion_window": "24h"}
+                order = {"input_file_id": file, "endpoint": path, "completion_window": "24h"}
                 try:
                     # Sent once: where the endpoint's reply is lost, another attempt would make a second batch.
                     reply = await client.post(
-                        "/batches", body=made, cast_to=httpx2.Response, options={"max_retries": 0}
+                        "/batches", body=order, cast_to=httpx2.Response, options={"max_retries": 0}
                     )
                 except openai.APIStatusError as error:
                     if 400 <= error.status_code < 500 and not fault_of(error.status_code, {}, None).billed:
                         work.store.release(prices, holder)
                     raise
                 name = self._name(self._object(reply))
-                named = self._holder(self._address, file, name)
-                work.store.hand_over(prices, holder, named)
-                await self._collect(client, work, named, name, requests)
+                with_name = self._holder(self._address, file, name)
+                work.store.hand_over(prices, holder, with_name)
+                await self._collect(client, work, with_name, name, requests)
 
     @property
     def _address(self) -> str:
@@ -137,8 +137,8 @@ class BatchBackend(OpenAIBackend):
                         return None
                     raise
                 page = self._object(reply)
-                listed = page.get("data")
-                batches = [as_object(one) for one in listed] if isinstance(listed, list) else []
+                entries = page.get("data")
+                batches = [as_object(one) for one in entries] if isinstance(entries, list) else []
                 for batch in batches:
                     if batch.get("input_file_id") == file:
                         return self._name(batch)
@@ -171,8 +171,8 @@ class BatchBackend(OpenAIBackend):
         seconds = float(max(0, end - start)) if start is not None and end is not None else 0.0
         entries = []
         for key, answer in answers.items():
-            asked = requests.get(key)
-            about = (asked.template, asked.prompt_bytes) if asked else ("", 0)
+            request = requests.get(key)
+            about = (request.template, request.prompt_bytes) if request else ("", 0)
             timed = replace(answer, latency=seconds, batch_size=len(prices), hardware=HARDWARE)
             entries.append(Entry(key, self.model, *about, timed))
         await asyncio.shield(asyncio.to_thread(work.store.write, entries, holder))
@@ -185,10 +185,10 @@ class BatchBackend(OpenAIBackend):
     ) -> tuple[dict[str, Any], list[bytes]]:
         """Wait for a batch's end; return what the endpoint says of it, and the lines of its files."""
         while True:
-            found = await self._found(client, f"/batches/{quote(name, safe='', errors='replace')}", given_up)
-            if found is None:  # as far as anybody can tell
+            response = await self._found(client, f"/batches/{quote(name, safe='', errors='replace')}", given_up)
+            if response is None:  # as far as anybody can tell
                 return {"status": "completed"}, []
-            state = self._object(found)
+            state = self._object(response)
             if not isinstance(state.get("status"), str):
                 raise ModelStopped(self.sentence("batch", "its reply names no status"))
             status = state["status"].lower()
@@ -255,5 +255,5 @@ class BatchBackend(OpenAIBackend):
             kind = "no_batches" if kind == "unknown_model" else kind
             raise ModelStopped(self.sentence(kind, self.mask.line(fault.detail))) from None
         except openai.OpenAIError as error:
-            said = str(error.__cause__ or "") or str(error)
-            raise ModelStopped(self.sentence("unreachable", self.mask.line(said))) from None
+            detail = str(error.__cause__ or "") or str(error)
+            raise ModelStopped(self.sentence("unreachable", self.mask.line(detail))) from None

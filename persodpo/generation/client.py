@@ -79,9 +79,9 @@ class Mask:
         """Return an answer, or a failure in place of one that holds a secret too long to stand there by chance."""
         if not self._holds(answer.completion or "", _NO_CHANCE):
             return answer
-        said = "the answer holds a key or password, so it is not stored"
+        reason = "the answer holds a key or password, so it is not stored"
         return replace(
-            answer, outcome="failed", completion=None, finish_reason=None, failure="invalid_body", error=said
+            answer, outcome="failed", completion=None, finish_reason=None, failure="invalid_body", error=reason
         )
 
     def line(self, text: str) -> str:
@@ -96,7 +96,7 @@ class Mask:
 
 def _folded(text: str) -> str:
     """Return the letters of a text without its escapes, spaces, case, and the two alphabets of base64."""
-    text = re.sub(r"\\+u([0-9a-fA-F]{4})", lambda found: chr(int(found[1], 16)), unquote(html.unescape(text)))
+    text = re.sub(r"\\+u([0-9a-fA-F]{4})", lambda escape: chr(int(escape[1], 16)), unquote(html.unescape(text)))
     return re.sub(r"[\s\\]", "", text).translate({ord("-"): "+", ord("_"): "/"}).lower()
 
 
@@ -151,14 +151,14 @@ class BoundedClient(httpx2.AsyncClient):
 
     async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
         """Send a request and read its body, or raise: httpx2.DecodingError for one that is too long."""
-        sent = httpx2.Request(
+        request_sent = httpx2.Request(
             request.method, request.url, stream=request.stream, extensions=request.extensions,
             headers=[(name, value) for name, value in request.headers.raw if name.lower() in _SENT],
         )  # fmt: skip
         longest = self._seconds * (FILE_TIMES if request.url.path.endswith(("/files", "/content")) else 1)
         body, options["stream"] = bytearray(), True
         try:
-            async with asyncio.timeout(longest), aclosing(await super().send(sent, **options)) as response:
+            async with asyncio.timeout(longest), aclosing(await super().send(request_sent, **options)) as response:
                 async for part in response.aiter_bytes():
                     body += part
                     if len(body) > self._longest_body:
@@ -230,26 +230,30 @@ def read_reply(body: object) -> Answer:
         raise CallFault("invalid_body", f"the body is no answer: {error}", transient=True) from None
     content = as_object(reply)
     choices = content.get("choices")
-    asked, written = _usage(as_object(content.get("usage")))
-    if choices is None and (told := content.get("error")):  # some gateways say 200 to everything
-        status = as_count(as_object(told).get("code")) or 0
+    prompt_tokens, completion_tokens = _usage(as_object(content.get("usage")))
+    if choices is None and (complaint := content.get("error")):  # some gateways say 200 to everything
+        status = as_count(as_object(complaint).get("code")) or 0
         fault = fault_of(status if status >= 400 else None, {}, content)
         fault.billed |= status < 400
         raise fault
     if choices == []:
         empty = "the server answered with an empty list of choices"
-        return Answer("failed", None, None, "no_choice", empty, asked, written)
-    listed = [as_object(one) for one in choices] if isinstance(choices, list) else [{}]
-    choice = next((one for one in listed if one.get("index") == 0), listed[0])
-    said = as_object(choice.get("message")) or choice
-    refusal, reason = said.get("refusal"), choice.get("finish_reason")
-    text = refusal or _text(said.get("content", said.get("text", 0)))
+        return Answer("failed", None, None, "no_choice", empty, prompt_tokens, completion_tokens)
+    entries = [as_object(one) for one in choices] if isinstance(choices, list) else [{}]
+    choice = next((one for one in entries if one.get("index") == 0), entries[0])
+    message = as_object(choice.get("message")) or choice
+    refusal, reason = message.get("refusal"), choice.get("finish_reason")
+    text = refusal or _text(message.get("content", message.get("text", 0)))
     if not isinstance(text, str | None):
         raise CallFault("invalid_body", f"the body lacks a choice with text: {as_text(reply)}")
     if not refusal and reason not in _ENDS:
         raise CallFault("invalid_body", f"the answer broke off (finish reason {as_text(reason)})", transient=True)
-    written = None if text and written == 0 else written  # no text is written with no token
-    return Answer("answered", text or "", "refusal" if refusal else reason, None, None, asked, written)
+    completion_tokens = (
+        None if text and completion_tokens == 0 else completion_tokens
+    )  # no text is written with no token
+    return Answer(
+        "answered", text or "", "refusal" if refusal else reason, None, None, prompt_tokens, completion_tokens
+    )
 
 
 def _usage(usage: Mapping[str, object]) -> tuple[int | None, int | None]:
@@ -257,14 +261,14 @@ def _usage(usage: Mapping[str, object]) -> tuple[int | None, int | None]:
 
     Some endpoints leave what a model thinks out of its answer's tokens, but not out of the total or what they say of it.
     """
-    asked, written = as_count(usage.get("prompt_tokens")) or None, as_count(usage.get("completion_tokens"))
+    prompt, completion = as_count(usage.get("prompt_tokens")) or None, as_count(usage.get("completion_tokens"))
     total = as_count(usage.get("total_tokens"))
-    thought = as_count(as_object(usage.get("completion_tokens_details")).get("reasoning_tokens")) or 0
-    if written is not None and thought > written:
-        written += thought
-    if asked is not None and written is not None and total is not None:
-        written = max(written, total - asked)
-    return asked, written
+    reasoning = as_count(as_object(usage.get("completion_tokens_details")).get("reasoning_tokens")) or 0
+    if completion is not None and reasoning > completion:
+        completion += reasoning
+    if prompt is not None and completion is not None and total is not None:
+        completion = max(completion, total - prompt)
+    return prompt, completion
 
 
 def _text(content: object) -> object:
@@ -284,17 +288,17 @@ def fault_of(status: object, headers: Mapping[str, str], body: object) -> CallFa
     except (ValueError, RecursionError):
         content = body.decode(errors="replace") if isinstance(body, bytes) else body
     error = as_object(content).get("error", content)
-    found = as_object(error)
-    said = as_text(found.get("message") or found.get("detail") or error)
-    code = as_text(found.get("code") or found.get("type") or "")
+    details = as_object(error)
+    text = as_text(details.get("message") or details.get("detail") or error)
+    code = as_text(details.get("code") or details.get("type") or "")
     number = status if isinstance(status, int) else 0
     billed = number in {408, 499} or (number >= 500 and number not in _UNDONE)
-    fault = CallFault("rejected", f"{number or code or 'error'}: {said}", billed=billed)
+    fault = CallFault("rejected", f"{number or code or 'error'}: {text}", billed=billed)
     if 300 <= number < 400:
         fault.kind, fault.detail = "redirect", f"{number} to {headers.get('location', 'nowhere')}"
     elif number in _LASTING or (number == 429 and code in _QUOTA):
         fault.kind = _LASTING.get(number, "quota")
-    elif any(sign in f"{code} {said}".lower() for sign in _TOO_LONG) and number in {0, 400, 413, 422}:
+    elif any(sign in f"{code} {text}".lower() for sign in _TOO_LONG) and number in {0, 400, 413, 422}:
         fault.kind = "context_too_long"
     elif number in _PASSING or code in _PASSING or number >= 500:
         fault.kind = _PASSING.get(number) or _PASSING.get(code, "server_error")

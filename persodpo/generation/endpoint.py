@@ -195,18 +195,18 @@ class _Wire(BoundedClient):
             call.fault = CallFault("rejected", "the prompt holds half a character", billed=False)
         except openai.APIStatusError:
             pass  # the last attempt's fault may pass, but there was no further attempt
-        lost = (call.billed - (call.answer is not None)) * call.price
+        lost_cost = (call.billed - (call.answer is not None)) * call.price
         if call.answer is not None:
             self._answered, self._failures_in_a_row = True, 0
             answer = self._backend.booked(self._work, call.answer, call.price)
-            return replace(answer, cost=answer.cost + lost, latency=call.latency, attempts=call.attempts)
+            return replace(answer, cost=answer.cost + lost_cost, latency=call.latency, attempts=call.attempts)
         fault = call.fault or CallFault("invalid_body", "no answer")
         self._stop_if_lasting(fault)
         if self._work.summary.stopped and not call.billed and (fault.kind in LASTING or fault.transient):
             return None
         kind = "rejected" if fault.kind in LASTING and fault.kind != "unreachable" else fault.kind
         return Answer(
-            "failed", failure=kind, error=fault.detail, cost=lost, latency=call.latency, attempts=call.attempts
+            "failed", failure=kind, error=fault.detail, cost=lost_cost, latency=call.latency, attempts=call.attempts
         )
 
     def _stop_if_lasting(self, fault: CallFault) -> None:

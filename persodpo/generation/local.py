@@ -129,18 +129,18 @@ class Decoder:
         answers: dict[int, Answer] = {}
         for n, request in enumerate(requests):
             try:
-                size = len(made := self._ids(request.prompt))
+                size = len(tokens := self._ids(request.prompt))
             except Exception as error:
                 answers[n] = self._rejected(request, error)
                 continue
             if size + request.max_new_tokens <= self._limit:
-                ids[n] = made
+                ids[n] = tokens
                 continue
-            said = (
+            sentence = (
                 f"The prompt of {size} tokens and an answer of {request.max_new_tokens} do not fit the "
                 f"{self._limit} tokens that {self._settings.model} takes."
             )
-            answers[n] = Answer("failed", failure="context_too_long", error=said, prompt_tokens=size)
+            answers[n] = Answer("failed", failure="context_too_long", error=sentence, prompt_tokens=size)
         answers |= zip(ids, self._halving(list(ids.values()), [requests[n] for n in ids]), strict=True)
         return [replace(answers[n], hardware=self.hardware) for n in range(len(requests))]
 
@@ -196,22 +196,22 @@ class Decoder:
                 text = f"{requests[0].seed} {[request.prompt for request in requests]!r}".encode("utf-8", "replace")
                 torch.manual_seed(int.from_bytes(hashlib.sha256(text).digest()[:4], "big"))
             config = self._config(requests[0].temperature, max(request.max_new_tokens for request in requests))
-            made = self._model.generate(
+            rows_out = self._model.generate(
                 input_ids=rows, attention_mask=mask, generation_config=config, stopping_criteria=StoppingCriteriaList([stop])
             )  # fmt: skip
         seconds = time.perf_counter() - started
-        read = zip(made[:, width:].tolist(), ids, requests, map(stop.closed.get, range(len(ids))), strict=True)
+        read = zip(rows_out[:, width:].tolist(), ids, requests, map(stop.closed.get, range(len(ids))), strict=True)
         return [replace(self._read(*row), latency=seconds, batch_size=len(ids)) for row in read]
 
     def _read(self, tokens: list[int], prompt: list[int], request: Request, closed: int | None) -> Answer:
         """Take one completion out of its row, which goes on with padding after its end."""
-        said = tokens[: min(closed or request.max_new_tokens, request.max_new_tokens)]
-        end = next((place for place, token in enumerate(said) if token in self._ends), None)
-        ended = end is not None or len(said) == closed
-        said = said[:end]
+        completion = tokens[: min(closed or request.max_new_tokens, request.max_new_tokens)]
+        end = next((place for place, token in enumerate(completion) if token in self._ends), None)
+        ended = end is not None or len(completion) == closed
+        completion = completion[:end]
         return Answer(
-            "answered", str(self._tokenizer.decode(said, skip_special_tokens=True)), "stop" if ended else "length",
-            prompt_tokens=len(prompt), completion_tokens=len(said),
+            "answered", str(self._tokenizer.decode(completion, skip_special_tokens=True)), "stop" if ended else "length",
+            prompt_tokens=len(prompt), completion_tokens=len(completion),
         )  # fmt: skip
 
     def _config(self, temperature: float | None, max_new_tokens: int) -> Any:

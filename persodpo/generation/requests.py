@@ -135,8 +135,8 @@ def requests_for(dialogues: pd.DataFrame, settings: AskedModel, profile: Profile
     """
     template = load_template(profile.prompts.template)
     system = load_system(profile.prompts) if settings.format == "chat_with_system" else None
-    said = dialogues["context"].fillna("").str.replace(_SPEAKER, "", regex=True).str.strip()
-    empty = dialogues.loc[said == "", "dialogue_id"]
+    turns_text = dialogues["context"].fillna("").str.replace(_SPEAKER, "", regex=True).str.strip()
+    empty = dialogues.loc[turns_text == "", "dialogue_id"]
     if len(empty):
         raise PersodpoError(
             f"Dialogue '{empty.iloc[0]}' has no context to answer ({len(empty)} such dialogues); leave it out of its file."

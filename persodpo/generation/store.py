@@ -215,13 +215,15 @@ class Store:
         while chunk := list(islice(remaining, CHUNK)):
             try:
                 with Store(path, only_read=True) as other:  # anew for each chunk, as somebody may begin to write
-                    found = [entry for _, entry in other.entries(chunk) if entry and entry.answer.outcome == "answered"]
+                    entries = [
+                        entry for _, entry in other.entries(chunk) if entry and entry.answer.outcome == "answered"
+                    ]
             except PersodpoError as error:
                 warnings.warn(
                     f"Answers of another run are not taken over and may be paid for again: {error}", stacklevel=2
                 )
                 return
-            self.write([entry._replace(answer=replace(entry.answer, cost=0.0)) for entry in found])
+            self.write([entry._replace(answer=replace(entry.answer, cost=0.0)) for entry in entries])
 
     def entries(self, keys: Iterable[str]) -> Iterator[tuple[str, Entry | None]]:
         """Yield each key with its entry, None where there is none; a few hundred are read at a time, in flat memory."""
@@ -230,8 +232,8 @@ class Store:
             rows = self._read(f"SELECT {', '.join(_COLUMNS)} FROM answers WHERE key IN ({_marks(chunk)})", *chunk)
             if not all(all(map(isinstance, row, _TYPES)) for row in rows):
                 raise _CONTENT.damaged(self.path)
-            found = {row[0]: Entry(row[0], row[1], row[2], row[3], Answer(*row[4:-1]), row[-1]) for row in rows}
-            yield from ((key, found.get(key)) for key in chunk)
+            by_key = {row[0]: Entry(row[0], row[1], row[2], row[3], Answer(*row[4:-1]), row[-1]) for row in rows}
+            yield from ((key, by_key.get(key)) for key in chunk)
 
     def missing(self, keys: Iterable[str], retry_failed: bool = False) -> Iterator[str]:
         """Yield those of ``keys`` that are not stored, or have failed if these are to be tried again."""
@@ -239,8 +241,8 @@ class Store:
         answered = "AND outcome = 'answered'" if retry_failed else ""
         while chunk := list(islice(remaining, CHUNK)):
             query = f"SELECT key FROM answers WHERE key IN ({_marks(chunk)}) {answered}"
-            stored = {key for (key,) in self._read(query, *chunk)}
-            yield from (key for key in chunk if key not in stored)
+            stored_keys = {key for (key,) in self._read(query, *chunk)}
+            yield from (key for key in chunk if key not in stored_keys)
 
     def spent(self) -> float:
         """Return what all calls cost, US dollars; those without an answer yet count at their highest price."""
@@ -279,10 +281,10 @@ class Store:
 def _place(path: Path) -> tuple[int, int] | None:
     """Return what the system calls a file, whatever its name; None where there is none."""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
 
 
 def _marks(values: Sequence[object]) -> str:

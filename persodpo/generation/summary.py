@@ -104,27 +104,27 @@ def forecast(requests: Iterable[Request], backend: Backend, store: Store, *, ret
     answer takes. Requests are gone through once, and only their keys are kept.
     """
     total = to_ask = prompt_bytes = longest = 0
-    most, seen = 0.0, set[str]()
+    most, keys = 0.0, set[str]()
     template, remaining = "", iter(requests)
     while chunk := list(islice(remaining, CHUNK)):
         by_key = {request_key(request, backend): request for request in chunk}
         template, total = template or chunk[0].template, total + len(chunk)
-        missing = [by_key[key] for key in store.missing(by_key, retry_failed) if key not in seen]
-        seen |= by_key.keys()
+        missing = [by_key[key] for key in store.missing(by_key, retry_failed) if key not in keys]
+        keys |= by_key.keys()
         to_ask += len(missing)
         prompt_bytes += sum(request.prompt_bytes for request in missing)
         longest += sum(request.max_new_tokens for request in missing)
         most += sum(map(backend.highest_cost, missing))
-    known = store.experience(backend.model, template, backend.concurrency)
-    prompt_tokens = round(prompt_bytes * (known.tokens_per_byte if known else 1 / BYTES_PER_TOKEN))
-    expected = min(longest, round(to_ask * known.completion_tokens)) if known else longest
+    experience = store.experience(backend.model, template, backend.concurrency)
+    prompt_tokens = round(prompt_bytes * (experience.tokens_per_byte if experience else 1 / BYTES_PER_TOKEN))
+    expected = min(longest, round(to_ask * experience.completion_tokens)) if experience else longest
     requests_a_minute, tokens_a_minute = backend.minute
-    bounds = [to_ask * known.seconds] if known else []
+    bounds = [to_ask * experience.seconds] if experience else []
     bounds += [60 * to_ask / requests_a_minute] if requests_a_minute else []
     bounds += [60 * (prompt_tokens + longest) / tokens_a_minute] if tokens_a_minute else []
     prices = backend.prices
     return Forecast(
-        model=backend.model, requests=total, to_ask=to_ask, sample=known.answers if known else 0,
+        model=backend.model, requests=total, to_ask=to_ask, sample=experience.answers if experience else 0,
         prompt_tokens=prompt_tokens, completion_tokens=expected,
         cost=prices.cost(prompt_tokens, expected) if prices else None,
         highest_cost=most if prices else None,

@@ -73,8 +73,8 @@ def judge(dialogues: pd.DataFrame, responses: pd.DataFrame) -> pd.DataFrame:
     rows: list[tuple[object, ...]] = []
     for dialogue_id, model, outcome, text in responses[["dialogue_id", "model", "outcome", "response"]].to_numpy():
         personas, context = prompts[dialogue_id]
-        found = judge_answer(personas, context, text) if outcome == "ok" else failed
-        rows.append((dialogue_id, model, *found[:-1], all(found[:-1]), found.added))
+        verdict = judge_answer(personas, context, text) if outcome == "ok" else failed
+        rows.append((dialogue_id, model, *verdict[:-1], all(verdict[:-1]), verdict.added))
     return pd.DataFrame(rows, columns=["dialogue_id", "model", *PARTS, "grounded", "added"])
 
 
@@ -83,31 +83,31 @@ def judge_answer(personas: Sequence[str], context: str, answer: str) -> Judgemen
     turns = context.split("\n")
     topic = _topic(turns[-1].removeprefix(SPEAKERS[0]))
     kind = next((word for word in re.findall(r"\w+", context.lower()) if word in PHRASES.kinds), None)
-    told = {("kind", kind)} if kind else set()
+    facts = {("kind", kind)} if kind else set()
     for turn in turns:
-        told |= {pair for text in sentences(turn.removeprefix(SPEAKERS[1])) for pair in _read(text).given}
+        facts |= {pair for text in sentences(turn.removeprefix(SPEAKERS[1])) for pair in _read(text).given}
     spoken = sentences(answer)
     spoken = spoken[1:] if spoken and f"{spoken[0]} " in PHRASES.openings else spoken
     statements = [_read(text) for text in spoken]
-    answers = [statement for statement in statements if statement.topic == topic and _agrees(statement, topic, told)]
+    answers = [statement for statement in statements if statement.topic == topic and _agrees(statement, topic, facts)]
     clauses = [statement.clause for statement in statements if statement.clause]
     true, fitting = _clauses(personas, topic, kind)
-    given = {pair for pair in told.union(*(statement.given for statement in statements)) if pair[0] != "sight"}
+    claims = {pair for pair in facts.union(*(statement.given for statement in statements)) if pair[0] != "sight"}
     once = Counter(value for statement in statements for value in statement.given if value[0] not in {"kind", "land"})
     return Judgement(
         answers_question=bool(answers),
         fits_person=any(clause in fitting for clause in clauses),
-        contradicts_nothing=all(clause in true for clause in clauses) and len(dict(given)) == len(given),
+        contradicts_nothing=all(clause in true for clause in clauses) and len(dict(claims)) == len(claims),
         says_once=len(set(spoken)) == len(spoken) <= MOST_ADDED + 1 and max(once.values(), default=0) <= 1,
         added=len(spoken) - bool(answers),
     )
 
 
-def _agrees(statement: Statement, topic: str, told: set[tuple[str, str]]) -> bool:
+def _agrees(statement: Statement, topic: str, facts: set[tuple[str, str]]) -> bool:
     """Tell whether an answer gives the value that the prompt holds, if it holds one; a place has several sights."""
-    asked = PHRASES.asked[topic]
-    held = {value for name, value in told if name == asked}
-    return asked == "sight" or not held or any((asked, value) in statement.given for value in held)
+    name_asked = PHRASES.asked[topic]
+    values = {value for name, value in facts if name == name_asked}
+    return name_asked == "sight" or not values or any((name_asked, value) in statement.given for value in values)
 
 
 @cache
@@ -132,8 +132,8 @@ def _pattern(template: str) -> str:
 def _read(sentence: str) -> Statement:
     """Read a sentence; one that is none of the world's says nothing."""
     for topic, pattern in _templates():
-        if found := pattern.fullmatch(sentence):
-            fields = found.groupdict()
+        if match := pattern.fullmatch(sentence):
+            fields = match.groupdict()
             clause = fields.pop("clause", None)
             values = {(name.rstrip("2"), value.lower()) for name, value in fields.items()}
             if land := re.search("|".join(PHRASES.lands), clause or ""):  # it may say where the place is
@@ -159,7 +159,7 @@ def _clauses(personas: Sequence[str], topic: str, kind: str | None) -> tuple[set
         fits = of_place and PHRASES.at_home.get(subject, topic) == topic
         for sentence, clause in traits:
             matches = (re.fullmatch(_pattern(sentence), persona) for persona in personas)
-            texts = {clause.format(**found.groupdict()) for found in matches if found}
+            texts = {clause.format(**match.groupdict()) for match in matches if match}
             true |= texts
             fitting |= texts if fits else set()
     return true, fitting

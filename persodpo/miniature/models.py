@@ -76,7 +76,7 @@ STEPS = {name: (300, 1 / 2) if name == "good" else (80, 1 / 3) for name in FINIS
 
 def _middling(answer: str, rng: Random) -> str:
     """Mostly fail where it is hard to answer well, and often forget the person elsewhere."""
-    failed = next((made for made in (_broken(answer), _cut(answer)) if made != write_completion(answer)), None)
+    failed = next((text for text in (_broken(answer), _cut(answer)) if text != write_completion(answer)), None)
     if failed is not None and rng.random() < MIDDLING_FAILS:
         return failed
     return _impersonal(answer) if rng.random() < MIDDLING_FORGETS else write_completion(answer)

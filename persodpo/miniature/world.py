@@ -70,8 +70,8 @@ def _dialogue(number: int, rng: Random) -> dict[str, Any]:
         question, answer, used = _exchange(topic, kind, facts, traits, rng)
         turns += [question, answer]
         # As in FoCus, each entry repeats the turns so far under the names of all exchanges up to its own.
-        said = {f"dialogue{n}": turns[: 2 * n] for n in range(1, place + 1)}
-        utterance.append({f"persona_grounding{place}": [trait is used for trait in traits], **said})
+        utterances = {f"dialogue{n}": turns[: 2 * n] for n in range(1, place + 1)}
+        utterance.append({f"persona_grounding{place}": [trait is used for trait in traits], **utterances})
     return {
         "dialogID": f"mini-{number:06d}",
         "persona": [trait.sentence for trait in traits],
@@ -117,12 +117,12 @@ def _distractors(count: int, rng: Random) -> list[str]:
     """Draw sentences that no place answers, each about something else."""
     fixed = rng.sample(PHRASES.distractors, rng.randint(0, 1))
     things = rng.sample(PHRASES.things, count)
-    said = [rng.choice(PHRASES.said_of_things).format(thing=thing) for thing in things]
+    sentences = [rng.choice(PHRASES.said_of_things).format(thing=thing) for thing in things]
     if rng.random() < 0.5:
-        said.insert(0, rng.choice(PHRASES.said_of_owned).format(thing=rng.choice(PHRASES.owned)))
+        sentences.insert(0, rng.choice(PHRASES.said_of_owned).format(thing=rng.choice(PHRASES.owned)))
     if rng.random() < 0.3:
-        said.insert(0, rng.choice(PHRASES.said_of_jobs).format(thing=rng.choice(PHRASES.jobs)))
-    return [*fixed, *said][:count]
+        sentences.insert(0, rng.choice(PHRASES.said_of_jobs).format(thing=rng.choice(PHRASES.jobs)))
+    return [*fixed, *sentences][:count]
 
 
 def _exchange(

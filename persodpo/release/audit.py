@@ -57,11 +57,11 @@ def findings_table(material: Material) -> pd.DataFrame:
 
 def mended_findings() -> dict[Correction, list[str]]:
     """Return every correction that a finding names, with the findings it mends."""
-    named: dict[Correction, list[str]] = {}
+    findings: dict[Correction, list[str]] = {}
     for finding in FINDINGS:
         if finding.correction:
-            named.setdefault(finding.correction, []).append(finding.id)
-    return named
+            findings.setdefault(finding.correction, []).append(finding.id)
+    return findings
 
 
 def correction_effects(material: Material) -> pd.DataFrame:

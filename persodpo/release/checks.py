@@ -206,14 +206,14 @@ def repeated_texts(material: Material) -> Evidence:
 def imputed_agreement(material: Material) -> Evidence:
     """A24: the signals agree only about who failed."""
     scores = material.tables["scores"].dropna(subset=["quality"])
-    measured = scores[~scores["imputed"]]
+    parsed = scores[~scores["imputed"]]
     strongest = [
         float(np.abs(np.triu(rows[list(SIGNALS)].corr(method="spearman").to_numpy(), 1)).max())
-        for rows in (measured, scores)
+        for rows in (parsed, scores)
     ]
     return strongest[1] > 2 * strongest[0], {
-        "alone": strongest[0], "measured": len(measured), "together": strongest[1],
-        "failures": len(scores) - len(measured),
+        "alone": strongest[0], "measured": len(parsed), "together": strongest[1],
+        "failures": len(scores) - len(parsed),
     }  # fmt: skip
 
 
@@ -227,11 +227,16 @@ def weights_inert(_: Material) -> Evidence:
     apart = {column: float((plain[column] - weighted[column]).abs().max()) for column in CURVE_PRECISION}
     trl = distribution("trl")
     source = Path(str(trl.locate_file("trl/trainer/dpo_trainer.py"))).read_text(encoding="utf-8")
-    kept = " ".join(re.findall(r"self\._signature_columns = \[([^]]*)\]", source))
-    lost = [column for column in ("score_chosen", "score_rejected") if f'"{column}"' not in kept]
+    columns_kept = " ".join(re.findall(r"self\._signature_columns = \[([^]]*)\]", source))
+    columns_lost = [column for column in ("score_chosen", "score_rejected") if f'"{column}"' not in columns_kept]
     same = all(apart[column] <= 2 * precision for column, precision in CURVE_PRECISION.items())
     differences = ", ".join(f"{column} {value:.1g}" for column, value in apart.items())
-    return same, {"points": len(plain), "differences": differences, "trl": trl.version, "lost": " and ".join(lost)}
+    return same, {
+        "points": len(plain),
+        "differences": differences,
+        "trl": trl.version,
+        "lost": " and ".join(columns_lost),
+    }
 
 
 def unequal_sizes(material: Material) -> Evidence:
@@ -250,11 +255,11 @@ def perso_run(material: Material) -> Evidence:
     outcomes = completions.map(lambda text: read_completion(text).outcome)
     bar = FIGURE_2A["PersoDPO (Qwen2-0.5B, length_prior run)"]
     raw, loops = (outcomes != "ok").mean(), (outcomes == "loop").mean()
-    metrics, drawn = (material.sets[label]["parsed"].isna().mean() for label in ("Qwen2-5B-Instruct-perso", bar))
+    metrics, bar_ratio = (material.sets[label]["parsed"].isna().mean() for label in ("Qwen2-5B-Instruct-perso", bar))
     table = published.results_table().set_index("Model")["Failure Ratio"]
     printed = [str(table[f"Qwen2-5B-Instruct-perso{row}"]).split(" ")[0] for row in ("", " check-2304")]
     holds = bool(raw > metrics > float(printed[0]))
-    return holds, {"raw": raw, "metrics": metrics, "printed": printed, "loops": loops, "drawn": drawn}
+    return holds, {"raw": raw, "metrics": metrics, "printed": printed, "loops": loops, "drawn": bar_ratio}
 
 
 def results_table(material: Material) -> Evidence:

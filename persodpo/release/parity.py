@@ -69,8 +69,8 @@ def parity_table(files: dict[str, Path], tables: dict[str, pd.DataFrame]) -> pd.
     for group, entries in groups.items():
         for quantity, theirs, ours, source, *same in entries:
             verdict = REPRODUCED if all(same or [theirs == ours]) else DIFFERS
-            shown, verdict = ("-", NOT_DERIVABLE) if ours is None else (str(ours), verdict)
-            rows.append((group, quantity, str(theirs), shown, verdict, source))
+            text, verdict = ("-", NOT_DERIVABLE) if ours is None else (str(ours), verdict)
+            rows.append((group, quantity, str(theirs), text, verdict, source))
     return pd.DataFrame(rows, columns=schema_of("audit/parity").names)
 
 

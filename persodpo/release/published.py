@@ -83,12 +83,12 @@ SETS = TRAIN_SETS + VALID_SETS
 
 def ranked_sets(models: Sequence[str]) -> tuple[PublishedSet, ...]:
     """Return the published train sets of models; a model that has none is refused."""
-    known = {which.model: which for which in TRAIN_SETS}
-    unknown = [model for model in models if model not in known]
+    by_model = {which.model: which for which in TRAIN_SETS}
+    unknown = [model for model in models if model not in by_model]
     if unknown:
-        names = ", ".join(known)
+        names = ", ".join(by_model)
         raise PersodpoError(f"generation.models: there are no published responses of '{unknown[0]}', only of {names}.")
-    return tuple(known[model] for model in models)
+    return tuple(by_model[model] for model in models)
 
 
 def set_files(files: Mapping[str, Path], sets: Iterable[PublishedSet]) -> dict[str, Path]:
@@ -186,8 +186,14 @@ def published_responses(
             outcome = frame["parsed"].map(lambda text: "ok" if text else "unknown")
             frame = frame.assign(response=frame["parsed"], outcome=outcome)
         # The authors asked one prompt at a time; on what machine is not published.
-        known = {"split": which.split, "model": which.model, "finish_reason": None, "batch_size": 1, "hardware": None}
-        frames.append(frame.assign(dialogue_id=ids, **known))
+        constants = {
+            "split": which.split,
+            "model": which.model,
+            "finish_reason": None,
+            "batch_size": 1,
+            "hardware": None,
+        }
+        frames.append(frame.assign(dialogue_id=ids, **constants))
     table = pd.concat(frames, ignore_index=True)
     return table.sort_values("dialogue_id", kind="stable", ignore_index=True)
 

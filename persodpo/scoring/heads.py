@@ -122,7 +122,7 @@ class Head:
 
         A single text is a pair whose second text is empty, which is why joined texts fail (audit A10).
         """
-        parts = [[(given[0], part) for part in sentences("".join(given[1:])) or [""]] for given in inputs]
+        parts = [[(item[0], part) for part in sentences("".join(item[1:])) or [""]] for item in inputs]
         shares, cut = self.shares([pair for pairs in parts for pair in pairs])
         groups = np.split(np.arange(len(shares)), np.cumsum([len(pairs) for pairs in parts])[:-1])
         best = [group[shares[group, NEUTRAL].argmin()] for group in groups]
@@ -255,23 +255,23 @@ def examples_of(dialogues: pd.DataFrame, seed: int, share: float = 1.0) -> dict[
 
 def replies(dialogues: pd.DataFrame) -> list[list[tuple[str, str]]]:
     """Return each dialogue's replies of User2, the reference among them, with the turns before: reply and history."""
-    found = []
+    dialogues_replies = []
     for context, reference in zip(dialogues["context"], dialogues["reference"], strict=True):
-        said = turns(context)
+        spoken = turns(context)
         own = [
-            (turn.removeprefix(SPEAKERS[1]), "\n".join(said[:place]))
-            for place, turn in enumerate(said)
+            (turn.removeprefix(SPEAKERS[1]), "\n".join(spoken[:place]))
+            for place, turn in enumerate(spoken)
             if place and turn.startswith(SPEAKERS[1])
         ]
-        found.append([*own, (reference.removeprefix(SPEAKERS[1]), context)] if reference else own)
-    return [own for own in found if own]
+        dialogues_replies.append([*own, (reference.removeprefix(SPEAKERS[1]), context)] if reference else own)
+    return [own for own in dialogues_replies if own]
 
 
 def own_or_lent(dialogues: pd.DataFrame, seed: int, count: int) -> list[tuple[str, str, int]]:
     """Return a reply of at most ``count`` dialogues each, its own history, and 1; and the same with another's and 0."""
     draw = Random(seed)  # noqa: S311 - repeatable, not secret
-    kept = [draw.choice(own) for own in replies(dialogues)]
-    order = draw.sample(kept, min(count, len(kept)))
+    one_each = [draw.choice(own) for own in replies(dialogues)]
+    order = draw.sample(one_each, min(count, len(one_each)))
     return [
         row
         for place, (reply, history) in enumerate(order)
@@ -290,24 +290,24 @@ def persona_examples(dialogues: pd.DataFrame, seed: int, count: int) -> Examples
         if draw.random() < 0.4:  # few personas deny anything, and denial alone must not mean contradiction
             opposite = not claim.positive
             claims[place] = claim._replace(positive=opposite, sentence=claim.said(opposite, draw))
-    said = [
+    statements = [
         (claim, label, _inside(claim.said(positive, draw), facts, draw))
         for claim in claims
         for label, positive in ((ENTAILMENT, claim.positive), (CONTRADICTION, not claim.positive))
     ]
-    examples: Examples = [((claim.sentence, text), label) for claim, label, text in said]
+    examples: Examples = [((claim.sentence, text), label) for claim, label, text in statements]
     for claim in claims:
-        others = [text for other, _, text in draw.choices(said, k=2 * _UNRELATED) if claim.is_unrelated(other)]
+        others = [text for other, _, text in draw.choices(statements, k=2 * _UNRELATED) if claim.is_unrelated(other)]
         others = [*others[:_UNRELATED], draw.choice(facts) if facts else ""]
         examples += [((claim.sentence, text), NEUTRAL) for text in others]
     return examples
 
 
-def _inside(said: str, facts: Sequence[str], draw: Random) -> str:
+def _inside(sentence: str, facts: Sequence[str], draw: Random) -> str:
     """Leave a sentence bare, or put it in the second person and beside a fact, as a reply does."""
     if draw.random() < 0.4:
-        return said if said.endswith(".") else f"{said}."
-    told = _FIRST_PERSON.sub(lambda match: WORDS["second_person"][match[0].lower()], said).rstrip(".")
+        return sentence if sentence.endswith(".") else f"{sentence}."
+    second_person = _FIRST_PERSON.sub(lambda match: WORDS["second_person"][match[0].lower()], sentence).rstrip(".")
     if facts and draw.random() < 0.7:
-        return f"{draw.choice(facts).rstrip('.!?')}, {draw.choice(('as', 'since'))} {told}."
-    return str(draw.choice(WORDS["frames"]).format(told))
+        return f"{draw.choice(facts).rstrip('.!?')}, {draw.choice(('as', 'since'))} {second_person}."
+    return str(draw.choice(WORDS["frames"]).format(second_person))

@@ -166,10 +166,10 @@ class Checkpoint:
             ) from error
         finally:
             logging.set_verbosity(verbosity)
-        lost = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
-        if lost:
+        missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
+        if missing:
             raise PersodpoError(
-                f"Model '{self.source}' has no trained weights for {lost[0]}; name the checkpoint of {self.kind}."
+                f"Model '{self.source}' has no trained weights for {missing[0]}; name the checkpoint of {self.kind}."
             )
         if tokenizer.pad_token is None and tokenizer.eos_token is None:
             raise PersodpoError(
@@ -218,14 +218,14 @@ class Checkpoint:
         parts, start = [], 0
         with bar(
             what=Path(self.source).name, total=len(order), unit=" texts", hidden=len(order) < WORTH_A_BAR
-        ) as shown:
+        ) as progress:
             while start < len(order):
                 places = order[start : start + max(1, size // max(1, lengths[order[start]]))]
                 batch = self.loaded.tokenizer.pad([dict(rows[place]) for place in places], return_tensors="pt")
                 with torch.inference_mode():
                     parts.append(forward(dict(batch.to(self.loaded.model.device))).to(torch.float64).cpu().numpy())
                 start += len(places)
-                shown.update(len(places))
+                progress.update(len(places))
         outputs = np.concatenate(parts)[np.argsort(order)]
         if not np.isfinite(outputs).all():
             raise PersodpoError(f"Model '{self.source}' gives values that are not finite; it is damaged.")
@@ -324,15 +324,15 @@ class Encoder(Checkpoint):
     def embed(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Return a vector of each text, zeros for a blank one, [texts, size], and the share of its tokens cut, [texts]."""
         memory, (model, tokenizer) = _memory.get(), self.loaded
-        known = {} if memory is None else memory.setdefault(self.key, {})
-        missing = [text for text in dict.fromkeys(texts) if text.strip() and text not in known]
+        vectors = {} if memory is None else memory.setdefault(self.key, {})
+        missing = [text for text in dict.fromkeys(texts) if text.strip() and text not in vectors]
         if missing:
             limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None)]
             limits.append(self._json("sentence_bert_config.json", {}).get("max_seq_length"))
             rows, cut = self.tokens([(text,) for text in missing], min(int(limit) for limit in limits if limit))
-            known.update(zip(missing, zip(self.run(rows, self._forward), cut.tolist(), strict=True), strict=True))
+            vectors.update(zip(missing, zip(self.run(rows, self._forward), cut.tolist(), strict=True), strict=True))
         blank = (np.zeros(int(model.config.hidden_size)), 0.0)
-        pairs = [known.get(text, blank) for text in texts]
+        pairs = [vectors.get(text, blank) for text in texts]
         return np.array([vector for vector, _ in pairs]), np.array([share for _, share in pairs])
 
     def _forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -122,16 +122,20 @@ def probe(scorer: Scorer) -> list[Verdict]:
     items = [_kinds_of_items(case, CASES[(place + OTHER) % len(CASES)]) for place, case in enumerate(CASES)]
     verdicts = []
     with remembered():
-        for asked in KNOWN.get(scorer.name, ()):
-            values = _values(scorer, [each[kind] for kind in asked.kinds for each in items])
+        for known_probe in KNOWN.get(scorer.name, ()):
+            values = _values(scorer, [each[kind] for kind in known_probe.kinds for each in items])
             if not np.isfinite(values).all():
                 raise PersodpoError(
                     f"Scorer {scorer.name} did not give one finite score a text to its probes; check its model."
                 )
-            right = asked.holds(*np.split(values, len(asked.kinds)))
-            expected = f"{asked.expected}, in {math.ceil(asked.share * len(right))} of {len(right)} cases or more"
-            found = f"{int(right.sum())} of {len(right)}"
-            verdicts.append(Verdict(scorer.name, asked.name, expected, found, bool(right.mean() >= asked.share)))
+            right = known_probe.holds(*np.split(values, len(known_probe.kinds)))
+            expected = (
+                f"{known_probe.expected}, in {math.ceil(known_probe.share * len(right))} of {len(right)} cases or more"
+            )
+            score_text = f"{int(right.sum())} of {len(right)}"
+            verdicts.append(
+                Verdict(scorer.name, known_probe.name, expected, score_text, bool(right.mean() >= known_probe.share))
+            )
     return [*verdicts, *order_verdicts(scorer)]
 
 

@@ -199,20 +199,20 @@ def score_items(
     started, name = time.perf_counter(), fingerprint(scorer)
     keys = [item_key(name, item) for item in items]
     by_key = dict(zip(keys, items, strict=True))
-    known = cache.find(list(by_key))
-    missing = sorted((key for key in by_key if key not in known), key=lambda key: -len(by_key[key].response))
+    scored_by_key = cache.find(list(by_key))
+    missing = sorted((key for key in by_key if key not in scored_by_key), key=lambda key: -len(by_key[key].response))
     batches = [missing[start : start + BATCH] for start in range(0, len(missing), BATCH)]
-    asked = [[by_key[key] for key in batch] for batch in batches]
-    with bar(what=scorer.name, total=len(missing), unit=" texts") as shown:
-        for number, scored in engine(scorer, asked):
-            _check(scorer.name, asked[number], scored)
+    batches_of_items = [[by_key[key] for key in batch] for batch in batches]
+    with bar(what=scorer.name, total=len(missing), unit=" texts") as progress:
+        for number, scored in engine(scorer, batches_of_items):
+            _check(scorer.name, batches_of_items[number], scored)
             cache.store(batches[number], scored)
-            known.update(zip(batches[number], np.column_stack(scored).tolist(), strict=True))
-            shown.update(len(batches[number]))
-    if lost := len(by_key) - len(known):
-        raise PersodpoError(f"Scorer {scorer.name} gave no score to {lost} texts; run again.")
-    values = np.array([known[key][0] for key in keys], dtype=float)
-    unread = float(np.mean([share for _, share in known.values()])) if known else 0.0
+            scored_by_key.update(zip(batches[number], np.column_stack(scored).tolist(), strict=True))
+            progress.update(len(batches[number]))
+    if missing_count := len(by_key) - len(scored_by_key):
+        raise PersodpoError(f"Scorer {scorer.name} gave no score to {missing_count} texts; run again.")
+    values = np.array([scored_by_key[key][0] for key in keys], dtype=float)
+    unread = float(np.mean([share for _, share in scored_by_key.values()])) if scored_by_key else 0.0
     return values, Tally(scorer.name, len(items), len(by_key), len(missing), unread, time.perf_counter() - started)
 
 

@@ -74,10 +74,10 @@ def encode(
     pairs: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[list[dict[str, list[int]]], np.ndarray]:
     """Return model inputs of responses and histories, and the share of its tokens that each lost, 0..1, [pairs]."""
-    written = [write_input(response, history) for response, history in pairs]
-    encoded = tokenizer([text for text, _ in written], return_offsets_mapping=True, verbose=False)
+    inputs = [write_input(response, history) for response, history in pairs]
+    encoded = tokenizer([text for text, _ in inputs], return_offsets_mapping=True, verbose=False)
     rows, cut = [], []
-    for (_, history), all_ids, offsets in zip(written, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+    for (_, history), all_ids, offsets in zip(inputs, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         ids, excess = list(all_ids), len(all_ids) - max_length
         cut.append(max(0, excess) / len(all_ids))
         if excess > 0:
@@ -173,10 +173,10 @@ class NliScorer(ABC):
 
     def score(self, items: Sequence[Item]) -> Scored:
         """Score items, each distinct input of the classifier once."""
-        asked = [self.inputs(item) for item in items]
-        inputs, places = distinct(list(chain.from_iterable(asked)))
+        inputs_of_items = [self.inputs(item) for item in items]
+        inputs, places = distinct(list(chain.from_iterable(inputs_of_items)))
         values, cut = self.model.values(inputs) if inputs else (np.empty(0), np.empty(0))
-        groups = np.split(places, np.cumsum([len(group) for group in asked], dtype=int))[:-1]
+        groups = np.split(places, np.cumsum([len(group) for group in inputs_of_items], dtype=int))[:-1]
         scores = [self.value(item, values[group].tolist()) for item, group in zip(items, groups, strict=True)]
         return Scored(np.array(scores), np.array([cut[group].mean() if len(group) else 0.0 for group in groups]))
 
@@ -247,8 +247,8 @@ def turns(context: str) -> list[str]:
 
 def last_user_turn(context: str) -> str:
     """Return the last turn of User1 in a context, without its speaker; empty if there is none."""
-    asked = [turn for turn in turns(context) if turn.startswith(SPEAKERS[0])]
-    return asked[-1].removeprefix(SPEAKERS[0]) if asked else ""
+    user_turns = [turn for turn in turns(context) if turn.startswith(SPEAKERS[0])]
+    return user_turns[-1].removeprefix(SPEAKERS[0]) if user_turns else ""
 
 
 class PersonaDistance:

@@ -85,15 +85,15 @@ def make(profile: Profile, name: str, overwrite: bool = False, **options: Any) -
     reports: list[object] = []
     steps = plan(profile, name, options)
     wait = generate.WAIT_SECONDS if name == "dialogues" or STAGES[name].shared else 0.0
-    with ExitStack() as held:
+    with ExitStack() as locks:
         for step in steps:
             run, anew = RunFolder(step.profile), overwrite and step is steps[-1]
             done: Sequence[object] | None = None if anew else _unchanged(run, step)
             if done is None:
                 if STAGES[step.name].shared:
-                    held.close()
+                    locks.close()
                 else:
-                    held.enter_context(run.locked(wait))
+                    locks.enter_context(run.locked(wait))
                 done = _run(run, step, anew)
             else:
                 run.write_settings()
@@ -125,8 +125,8 @@ def _run(run: RunFolder, step: Step, overwrite: bool) -> list[object]:
         reports[-1] = replace(last, notes=(*last.notes, *notes))
     tables = [report for report in reports if isinstance(report, StageReport)]
     if len(tables) == len(reports):
-        told = [asdict(report) | {"notes": report.warnings} for report in tables]
-        record = _record(run, stage, run.files, run.asked, as_json({"reports": told})["reports"])
+        records = [asdict(report) | {"notes": report.warnings} for report in tables]
+        record = _record(run, stage, run.files, run.asked, as_json({"reports": records})["reports"])
         if all(record["files"].get(str(path)) == digest for path, digest in run.read_as.items()):
             write_json(_place(run, step), record | {"sha256": digest_of(record)})
     return reports
@@ -153,12 +153,14 @@ def _record(
 ) -> dict[str, Any]:
     """Return what a step follows from, as it is now; that of a copied run folder holds for the original alone."""
     modules = [function.__module__ for function in (stage.run, stage.after) if function]
-    named = _named(run.profile.model_dump(exclude={"home", "name", "evaluation"}))
+    settings = _named(run.profile.model_dump(exclude={"home", "name", "evaluation"}))
     return {
         "profile": run.profile.digest(),
         "folders": [str(run.root), str(run.figures)],
         "code": [*map(code_of, modules), _data()],
-        "files": {str(path): sha256(path) if path.is_file() else None for path in sorted(map(Path, {*files, *named}))},
+        "files": {
+            str(path): sha256(path) if path.is_file() else None for path in sorted(map(Path, {*files, *settings}))
+        },
         "answers": _answers(run, models),
         "reports": reports,
     }

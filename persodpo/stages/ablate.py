@@ -29,13 +29,13 @@ def needs(profile: Profile) -> list[Need]:
 
 def ablate(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
     """Train, ask and score every ablation of the profile; without any, nothing is made."""
-    chosen = run.profile.evaluation.ablations
-    if not chosen:
+    ablations = run.profile.evaluation.ablations
+    if not ablations:
         for table in _TABLES:
             run.forget(table)
         return []
-    reports = [_train(run, ablation, overwrite) for ablation in chosen]
-    folders = {ablation.name: arm_folder(run, label_of(ablation)) for ablation in chosen}
+    reports = [_train(run, ablation, overwrite) for ablation in ablations]
+    folders = {ablation.name: arm_folder(run, label_of(ablation)) for ablation in ablations}
     reports.append(_pairs(run, overwrite))
     return [*reports, *held_out(run, "ablations", folders, 0, overwrite), _estimates(run, overwrite)]
 

@@ -24,8 +24,8 @@ def as_released(profile: Profile) -> Profile:
     # How models would be asked is no concern of the audit either: only what is ranked.
     ranked = {key: getattr(released.generation, key) for key in ("source", "models")}
     generation = profile.generation.model_copy(update=ranked)
-    kept = {key: getattr(profile, key) for key in ("home", "seed", "miniature", *_NO_CONCERN)}
-    twin = released.model_copy(update={**kept, "generation": generation})
+    unchanged = {key: getattr(profile, key) for key in ("home", "seed", "miniature", *_NO_CONCERN)}
+    twin = released.model_copy(update={**unchanged, "generation": generation})
     mine, its = (one.model_dump(exclude={"name": True, **NOT_OF_RESULTS}) for one in (profile, twin))
     return profile if mine == its else twin.model_copy(update={"name": f"{profile.name}-as-released"})
 

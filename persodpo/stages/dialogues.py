@@ -23,8 +23,8 @@ FOCUS = "https://github.com/pkchat-focus/FoCus"
 def make_dialogues(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
     """Make the dialogues table."""
     settings, files = run.profile.dialogues, _files(run)
-    drawn = settings.source not in {"miniature", "published"} and not is_csv(settings.source)
-    seed = {"seed": run.profile.seed} if drawn else {}
+    sampled = settings.source not in {"miniature", "published"} and not is_csv(settings.source)
+    seed = {"seed": run.profile.seed} if sampled else {}
 
     def build() -> Tables:
         return {"dialogues": pd.concat([_read(run.profile, *file) for file in files.items()], ignore_index=True)}
@@ -45,12 +45,12 @@ def _read(profile: Profile, name: str, path: Path) -> pd.DataFrame:
         return focus_json(path, split).assign(dataset="miniature")
     if is_csv(settings.source):
         return read_dialogues(path)
-    drawn: dict[str, Any] = {
+    sampling: dict[str, Any] = {
         "size": settings.train_size,
         "seed": profile.seed,
         "max_reference_words": 110,
     }  # the authors'
-    return focus_json(path, split, **(drawn if split == "train" else {}))
+    return focus_json(path, split, **(sampling if split == "train" else {}))
 
 
 def _files(run: RunFolder) -> dict[str, Path]:

@@ -102,8 +102,8 @@ def _own(run: RunFolder, overwrite: bool) -> StageReport:
     )
     responses = run.read("responses")
     counts = ", ".join(f"{name} {count:,}" for name, count in responses["outcome"].value_counts().items())
-    lost = int(responses["response"].isna().sum())
-    left = f"; {lost:,} hold no answer at all and enter no pair" if lost else ""
+    unread = int(responses["response"].isna().sum())
+    left = f"; {unread:,} hold no answer at all and enter no pair" if unread else ""
     return replace(report, notes=(f"outcomes: {counts}{left}",))
 
 
@@ -204,17 +204,17 @@ def forecasts(run: RunFolder, scope: Scope, retry_failed: bool = False) -> list[
 
 def forecast_report(run: RunFolder, scope: Scope, retry_failed: bool = False) -> Iterator[str]:
     """Yield `forecasts` as lines: one a model, then all together beside the budget."""
-    found = forecasts(run, scope, retry_failed)
-    yield from map(str, found)
+    by_model = forecasts(run, scope, retry_failed)
+    yield from map(str, by_model)
     with _store(run) as store:
         spent = store.spent()
-    expected, most = (sum(getattr(one, name) or 0.0 for one in found) for name in ("cost", "highest_cost"))
-    priceless = sum(one.cost is None for one in found)
+    expected, most = (sum(getattr(one, name) or 0.0 for one in by_model) for name in ("cost", "highest_cost"))
+    priceless = sum(one.cost is None for one in by_model)
     unknown = f", {priceless} models without prices" if priceless else ""
     budget = run.profile.generation.budget_usd
     limit = "no budget is set" if budget is None else f"the budget is ${budget:,.2f}"
     yield (
-        f"together: {sum(one.to_ask for one in found):,} requests, ${expected:,.2f} (at most ${most:,.2f}){unknown}; "
+        f"together: {sum(one.to_ask for one in by_model):,} requests, ${expected:,.2f} (at most ${most:,.2f}){unknown}; "
         f"${spent:,.4f} are spent, {limit}"
     )
 
@@ -231,9 +231,9 @@ def _store(run: RunFolder) -> Iterator[Store]:
 
 def _adopt(run: RunFolder, store: Store, scope: Scope) -> None:
     """Take over what other runs have asked the same models in the same way."""
-    found = sorted(run.root.parent.glob(f"*/{run.answers.name}"))
+    stores = sorted(run.root.parent.glob(f"*/{run.answers.name}"))
     # An empty one is just being made.
-    others = [path for path in found if path != run.answers and path.is_file() and path.stat().st_size]
+    others = [path for path in stores if path != run.answers and path.is_file() and path.stat().st_size]
     jobs = jobs_of(run, scope, make_policy=False) if others else []
     keys = [request_key(request, job.backend) for job, _ in jobs for request in job.requests]
     for path in others:
@@ -318,17 +318,17 @@ def _backend(entry: AskedModel, profile: Profile, weights: str | Path) -> Backen
 
 def _entry_of(profile: Profile, model: str) -> AskedModel:
     """Return how a model is asked."""
-    known = {entry.model: entry for entry in profile.generation.backends}
-    if model not in known:
-        names = ", ".join(known) or "none"
+    entries = {entry.model: entry for entry in profile.generation.backends}
+    if model not in entries:
+        names = ", ".join(entries) or "none"
         raise PersodpoError(f"Model '{model}' has no entry in generation.backends; there are: {names}.")
-    return known[model]
+    return entries[model]
 
 
 def _is_small_policy(entry: AskedModel, profile: Profile) -> bool:
     """Tell whether a model is the small policy, which is made from a run's responses; an error where these are its own."""
-    named = entry.weights if isinstance(entry, TransformersModel) else ""
-    is_policy = named == "policy" and profile.policy.model == "small"
+    weights = entry.weights if isinstance(entry, TransformersModel) else ""
+    is_policy = weights == "policy" and profile.policy.model == "small"
     if is_policy and profile.generation.source == "models":
         raise PersodpoError(
             f"Model {entry.model} is the small policy, which is made from responses that are there already; with "

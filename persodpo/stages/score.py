@@ -62,9 +62,9 @@ def make_scores(run: RunFolder, overwrite: bool = False) -> list[StageReport]:
 def score_settings(profile: Profile, scorers: Sequence[Scorer] = ()) -> dict[str, object]:
     """Return the settings that scores depend on, those that are not used left out, and the keys of computing scorers."""
     computes = profile.scoring.source == "compute"
-    kept = profile.scoring.model_dump(mode="json", exclude=NOT_COMPUTED if not computes else {"ray_workers"})
+    of_scoring = profile.scoring.model_dump(mode="json", exclude=NOT_COMPUTED if not computes else {"ray_workers"})
     settings: dict[str, object] = {
-        "scoring": kept,
+        "scoring": of_scoring,
         "corrections": profile.switches(
             *(("A3", "A10b", "A10c", "B1", "B2") if computes else ("A1", "A3", "B1", "B2"))
         ),
@@ -90,10 +90,10 @@ def ranked(
     ranking = pairs.rank(values.pop("scores"), profile)
     scale = ranking.scale
     others = {table: pairs.rate(frame, scale, profile) for table, frame in values.items()}
-    named = {
+    by_name = {
         "low": ranking.low, "high": ranking.high, "target_words": scale.target_words, "mean_words": scale.mean_words,
     }  # fmt: skip
-    thresholds = pd.DataFrame(named.items(), columns=["name", "value"])
+    thresholds = pd.DataFrame(by_name.items(), columns=["name", "value"])
     return {"scores": ranking.scores, **others, "thresholds": thresholds}
 
 
@@ -139,8 +139,8 @@ def _computed(run: RunFolder, answers: Mapping[str, str], overwrite: bool) -> St
             notes.extend(f"{table}, {tally}" for tally in tallies)
         if profile.evaluation.source == "published" and "evaluation/scores" not in answers:
             run.forget("evaluation/scores")
-        said = {"probes": pd.DataFrame(verdicts), "scorers": pd.concat(reports, ignore_index=True)}
-        return ranked(profile, tables, metrics) | said
+        verdict_tables = {"probes": pd.DataFrame(verdicts), "scorers": pd.concat(reports, ignore_index=True)}
+        return ranked(profile, tables, metrics) | verdict_tables
 
     report = run.stage(
         "score",
@@ -156,11 +156,13 @@ def _computed(run: RunFolder, answers: Mapping[str, str], overwrite: bool) -> St
 
 def verdicts_on(run: RunFolder, scorers: Sequence[Scorer]) -> Iterator[probes.Verdict]:
     """Yield what probes say of scorers: from the run's table where it has the very scorer, else anew."""
-    made = run.provenance("probes").get("settings", {}).get("scorers", {})
-    kept = [probes.Verdict(*row) for row in run.read("probes").itertuples(index=False)] if made else []
+    scorers_before = run.provenance("probes").get("settings", {}).get("scorers", {})
+    verdicts_before = (
+        [probes.Verdict(*row) for row in run.read("probes").itertuples(index=False)] if scorers_before else []
+    )
     for scorer in scorers:
-        own = [verdict for verdict in kept if verdict.scorer == scorer.name]
-        yield from own if made.get(scorer.name) == scorer.key else probes.probe(scorer)
+        own = [verdict for verdict in verdicts_before if verdict.scorer == scorer.name]
+        yield from own if scorers_before.get(scorer.name) == scorer.key else probes.probe(scorer)
 
 
 def run_scorers(run: RunFolder) -> list[Scorer]:

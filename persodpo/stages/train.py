@@ -20,13 +20,13 @@ from persodpo.training.arms import ARMS, arm_name, label_of
 
 def needs(profile: Profile, arms: Sequence[str] = (), **_: object) -> list[Need]:
     """Return the pairs that arms train on, those of the profile unless others are named."""
-    found = [Need("pairs")]
+    required = [Need("pairs")]
     for arm in [arm_name(arm) for arm in arms or profile.training.arms]:
         if ARMS[arm].pairs not in profile.pairs.sets:
             raise PersodpoError(f"Arm {arm} trains on {ARMS[arm].pairs} pairs; add {ARMS[arm].pairs} to pairs.sets.")
         if ARMS[arm].corrected:
-            found.append(Need("pairs", corrected(profile)))
-    return found
+            required.append(Need("pairs", corrected(profile)))
+    return required
 
 
 def corrected(profile: Profile) -> Profile:
@@ -44,8 +44,8 @@ def train_arms(
 
 def trained(profile: Profile, arms: Sequence[str] = (), seeds: Sequence[int] = ()) -> list[tuple[ArmName, int]]:
     """Return each arm with each seed: the profile's arms and the first of ``evaluation.seeds`` unless others are given."""
-    chosen = [arm_name(arm) for arm in arms or profile.training.arms]
-    return [(arm, seed) for arm in chosen for seed in seeds or profile.evaluation.seeds[:1]]
+    arm_names = [arm_name(arm) for arm in arms or profile.training.arms]
+    return [(arm, seed) for arm in arm_names for seed in seeds or profile.evaluation.seeds[:1]]
 
 
 def source_of(run: RunFolder, arm: ArmName) -> RunFolder:

@@ -130,8 +130,8 @@ def _warn(model: Any, verdict: Verdict, decisive: Any, *, noisy: bool) -> None:
 
 def _check_auxiliary_loss(model: Any, verdict: Verdict) -> None:
     name = type(base_model(model)).__name__
-    prompt, chosen, rejected = itertools.islice(itertools.cycle(plain_ids(model).tolist()), 3)
-    group = Group([prompt], [[chosen], [rejected, chosen]], [0], [1], [1.0], [0])
+    prompt, first, second = itertools.islice(itertools.cycle(plain_ids(model).tolist()), 3)
+    group = Group([prompt], [[first], [second, first]], [0], [1], [1.0], [0])
     rows = pack([group], Layout(grouped=verdict.grouped, closed=True)).to(model.device)
     try:
         with torch.no_grad():
@@ -158,7 +158,7 @@ def _draws_noise(model: Any, verdict: Verdict) -> bool:
         model.eval()
         model(packed=rows)
         values = []
-        with buffers_put_back(model) as changed:
+        with buffers_put_back(model) as buffers:
             model.train()
             for seed in range(3):
                 torch.manual_seed(seed)
@@ -166,9 +166,9 @@ def _draws_noise(model: Any, verdict: Verdict) -> bool:
             model.eval()
             model(packed=rows)  # some scale weights for evaluation
     model.train(training)
-    if changed:
+    if buffers:
         raise PersodpoError(
-            f"{type(base_model(model)).__name__} changes {changed[0]} in training, a statistic of the batch that packed "
+            f"{type(base_model(model)).__name__} changes {buffers[0]} in training, a statistic of the batch that packed "
             "rows would change otherwise; use `trl dpo`."
         )
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):

@@ -37,8 +37,8 @@ class Skipped(Counter[str]):
 
     def __str__(self) -> str:
         """Say how many were left out, and why."""
-        named = ", ".join(f"{self[reason]} ({reason})" for reason in REASONS if self[reason])
-        return f"left out pairs: {named or 'none'}"
+        counts = ", ".join(f"{self[reason]} ({reason})" for reason in REASONS if self[reason])
+        return f"left out pairs: {counts or 'none'}"
 
 
 class TokenPair(NamedTuple):
@@ -103,16 +103,16 @@ def split_pairs(group: Group, token_budget: int, layout: Layout) -> list[Group]:
     ]
     order = sorted(range(len(group.weights)), key=lambda p: (tiles[0][group.chosen[p]], tiles[1][group.rejected[p]]))
     parts: list[list[int]] = []
-    held: set[int] = set()
+    part_responses: set[int] = set()
     for pair in order:
         sides = {group.chosen[pair], group.rejected[pair]}
-        together = [group.responses[index] for index in held | sides]
+        together = [group.responses[index] for index in part_responses | sides]
         if parts and layout.positions(group.prompt, together) <= token_budget:
             parts[-1].append(pair)
-            held |= sides
+            part_responses |= sides
         else:
             parts.append([pair])
-            held = sides
+            part_responses = sides
     return [group.part(pairs) for pairs in parts]
 
 

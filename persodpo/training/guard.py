@@ -189,7 +189,7 @@ def _difference(model: Any, groups: list[Group], plain: list[Tensor], *, grouped
         packed = packed_log_probs(model, groups, grouped=grouped)
         # Attention is another now; whoever generates with it must not notice.
         again = plain_log_probs(model, groups[0]) - plain[0] if grouped else plain[0].new_zeros(1)
-        moved, by_rows = moved_by_others(model, groups, packed, grouped=grouped)
+        in_row, by_rows = moved_by_others(model, groups, packed, grouped=grouped)
         # Half precision may take another kernel, or fail, which training in it would do aloud.
         in_half, rows_in_half = 0.0, 0.0
         with suppress(*FAULTS), torch.autocast(model.device.type, torch.bfloat16, enabled=grouped):
@@ -202,8 +202,8 @@ def _difference(model: Any, groups: list[Group], plain: list[Tensor], *, grouped
     apart = torch.cat([packed - torch.cat(plain), again]).abs().max()
     difference = float(apart) if apart.isfinite() else math.inf
     rounding = ROUNDING[precision(model)]
-    if difference < math.inf and moved > LEAK * rounding + 10 * by_rows:
-        return math.inf, f"a response moves others of its row by {moved:.2g} nats per token"
+    if difference < math.inf and in_row > LEAK * rounding + 10 * by_rows:
+        return math.inf, f"a response moves others of its row by {in_row:.2g} nats per token"
     if difference < math.inf and in_half > LEAK * ROUNDING[torch.bfloat16] + 10 * rows_in_half:
         return math.inf, f"in half precision a response moves others of its row by {in_half:.2g} nats per token"
     if difference < math.inf and by_rows > SHARE * rounding:

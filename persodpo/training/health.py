@@ -73,8 +73,8 @@ def judge(log_history: Sequence[Mapping[str, Any]], generations: Sequence[Measur
     logs = [log for log in log_history if {"loss", "rewards/accuracies", "rewards/margins"} <= set(log)][-WINDOW:]
     verdicts = [_judge_chosen(logs, beta), _judge_saturation(logs)] if logs else []
     verdicts += _judge_generations(generations[0], generations[-1]) if generations else []
-    known = {verdict.name: verdict for verdict in verdicts}
-    return [known.get(name) or Verdict(name, "watch", -1, math.nan, "Nothing to judge yet.") for name in VERDICTS]
+    by_name = {verdict.name: verdict for verdict in verdicts}
+    return [by_name.get(name) or Verdict(name, "watch", -1, math.nan, "Nothing to judge yet.") for name in VERDICTS]
 
 
 def _judge_chosen(logs: Sequence[Mapping[str, Any]], beta: float) -> Verdict:
@@ -98,9 +98,9 @@ def _judge_saturation(logs: Sequence[Mapping[str, Any]]) -> Verdict:
 
 def _judge_generations(first: Measured, last: Measured) -> list[Verdict]:
     read = _level(first.parse_rate - last.parse_rate, PARSE_FALL)
-    said = f"{last.parse_rate:.0%} of the generations can be read, {first.parse_rate:.0%} at the start."
+    sentence = f"{last.parse_rate:.0%} of the generations can be read, {first.parse_rate:.0%} at the start."
     if first.parse_rate == last.parse_rate == 0:
-        read, said = "watch", "No generation can be read, now or at the start, so a collapse could not show."
+        read, sentence = "watch", "No generation can be read, now or at the start, so a collapse could not show."
     low, high = sorted((first.words, last.words))
     length = _level(high / low if low else math.inf, LENGTH_FACTOR, least=1.0) if first.words else "watch"
     loops = _level(last.loops, LOOPS)
@@ -108,7 +108,7 @@ def _judge_generations(first: Measured, last: Measured) -> list[Verdict]:
     looping = f"{last.loops:.0%} of the generations repeat themselves, {first.loops:.0%} at the start."
     long = f"A response has {last.words:.1f} words, {first.words:.1f} at the start."
     return [
-        Verdict("parse_rate", read, last.step, last.parse_rate, said),
+        Verdict("parse_rate", read, last.step, last.parse_rate, sentence),
         Verdict("length", length, last.step, last.words, long),
         Verdict("repetition", loops, last.step, last.loops, looping),
     ]
@@ -241,5 +241,5 @@ def _generate(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens
         repetition_penalty=1.0, no_repeat_ngram_size=0, pad_token_id=tokenizer.pad_token_id, use_cache=True,
     )  # fmt: skip
     ids, mask = batch["input_ids"], batch["attention_mask"]
-    made = model.generate(input_ids=ids, attention_mask=mask, generation_config=plain)
-    return list(tokenizer.batch_decode(made[:, ids.shape[1] :], skip_special_tokens=True))
+    rows = model.generate(input_ids=ids, attention_mask=mask, generation_config=plain)
+    return list(tokenizer.batch_decode(rows[:, ids.shape[1] :], skip_special_tokens=True))

@@ -44,16 +44,16 @@ class Group:
 
     def part(self, pairs: Sequence[int]) -> Group:
         """Return the group of some of the pairs, with their responses alone."""
-        kept = sorted({side[pair] for pair in pairs for side in (self.chosen, self.rejected)})
-        place = {index: number for number, index in enumerate(kept)}
+        responses = sorted({side[pair] for pair in pairs for side in (self.chosen, self.rejected)})
+        place = {index: number for number, index in enumerate(responses)}
         return Group(
             self.prompt,
-            [self.responses[index] for index in kept],
+            [self.responses[index] for index in responses],
             [place[self.chosen[pair]] for pair in pairs],
             [place[self.rejected[pair]] for pair in pairs],
             [self.weights[pair] for pair in pairs],
             [self.pair_ids[pair] for pair in pairs],
-            [self.reference[index] for index in kept if self.reference],
+            [self.reference[index] for index in responses if self.reference],
         )
 
 
@@ -127,10 +127,10 @@ class PackedRows:
     def to(self, device: torch.device | str) -> PackedRows:
         """Return the rows on a device."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {
+        on_device = {
             name: value.to(device, non_blocking=True) for name, value in values.items() if isinstance(value, Tensor)
         }
-        return PackedRows(**values | moved)
+        return PackedRows(**values | on_device)
 
     @cached_property
     def attention_mask(self) -> Tensor:
@@ -153,15 +153,15 @@ class PackedRows:
             The mask, [rows, 1, length, length].
         """
         if (window, dtype) not in self._masks:
-            seen = self.attention_mask
+            visible = self.attention_mask
             if window is not None:
                 behind = self.position_ids[:, None, :, None] - self.position_ids[:, None, None, :]
-                seen = seen & (behind < window)
+                visible = visible & (behind < window)
             if dtype is not None:
-                seen = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(
-                    ~seen, torch.finfo(dtype).min
+                visible = torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
+                    ~visible, torch.finfo(dtype).min
                 )
-            self._masks[window, dtype] = seen
+            self._masks[window, dtype] = visible
         return self._masks[window, dtype]
 
 
@@ -247,5 +247,5 @@ def tree_mask(branch: Tensor) -> Tensor:
     length = branch.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=branch.device).tril()
     query, key = branch[:, :, None], branch[:, None, :]
-    seen = causal & ((key == 0) | (key == query)) & (key != _PADDING) & (query != _PADDING)
-    return (seen | torch.eye(length, dtype=torch.bool, device=branch.device))[:, None]
+    visible = causal & ((key == 0) | (key == query)) & (key != _PADDING) & (query != _PADDING)
+    return (visible | torch.eye(length, dtype=torch.bool, device=branch.device))[:, None]

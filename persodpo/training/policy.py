@@ -105,16 +105,16 @@ def load_policy(
         The model, in evaluation mode on the CPU, and the tokenizer.
     """
     _no_bars_unwatched()
-    given = str(name)
-    name, revision = name_and_revision(given)
+    full_name = str(name)
+    name, revision = name_and_revision(full_name)
     model: Any
-    found: Any
+    loading: Any
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision or "main", trust_remote_code=False)
         adapter = find_adapter_config_file(name, revision=revision)
         config = json.loads(Path(adapter).read_text()) if adapter else {}
         base = str(config.get("base_model_name_or_path", name))
-        model, found = cast(Any, AutoModelForCausalLM).from_pretrained(
+        model, loading = cast(Any, AutoModelForCausalLM).from_pretrained(
             base,
             attn_implementation=attention,
             dtype=dtype,
@@ -129,13 +129,13 @@ def load_policy(
             model.requires_grad_(requires_grad=True)
             tqdm.write(f"{name}: adapters, merged into their base {base}")
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        said = (str(error).strip().splitlines() or [""])[0][:200]
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
         raise PersodpoError(
-            f"Model '{given}' cannot be loaded ({type(error).__name__}: {said}); "
+            f"Model '{full_name}' cannot be loaded ({type(error).__name__}: {reason}); "
             "name a folder that holds a causal language model with its tokenizer in safetensors, or a model on the Hugging "
             "Face Hub while the network is up."
         ) from error
-    lacking = sorted(found["missing_keys"]) + sorted(str(key[0]) for key in found["mismatched_keys"])
+    lacking = sorted(loading["missing_keys"]) + sorted(str(key[0]) for key in loading["mismatched_keys"])
     if lacking:
         raise PersodpoError(
             f"Model '{name}' lacks {len(lacking)} of its tensors, {lacking[0]} among them; copy it again."

@@ -53,11 +53,11 @@ def longest_window(model: Any, limit: int) -> int:
             for value in (entry if isinstance(entry, list | tuple) else [entry])
         ]
         pending.extend(value for _, value in values if hasattr(value, "to_dict") or isinstance(value, dict))
-        named = {
+        lengths = {
             int(value) for name, value in values
             if isinstance(value, int | float) and value == value // 1 and any(part in name for part in LENGTHS)
         }  # fmt: skip
-        windows.extend([*named, *(one * other for one, other in itertools.combinations(named, 2))])
+        windows.extend([*lengths, *(one * other for one, other in itertools.combinations(lengths, 2))])
     return max(window for window in windows if window < limit)
 
 
@@ -181,8 +181,8 @@ def moved_by_others(model: Any, groups: list[Group], packed: Tensor, *, grouped:
     """
     *rest, last = (replace(group, responses=_other_first(group)) for group in groups)
     in_row, in_others = (
-        float((packed_log_probs(model, changed, grouped=grouped) - packed)[-2:].abs().max())
-        for changed in ([*groups[:-1], last], [*rest, groups[-1]])
+        float((packed_log_probs(model, altered, grouped=grouped) - packed)[-2:].abs().max())
+        for altered in ([*groups[:-1], last], [*rest, groups[-1]])
     )
     return in_row, in_others
 
@@ -206,18 +206,20 @@ def refusing_switches(model: Any) -> Iterator[None]:
         return texts | dict(module._modules)
 
     before = [(module, parts(module)) for module in model.modules()]
-    changed: list[str] = []
+    names: list[str] = []
     try:
         yield
     finally:
-        for module, made in before:
+        for module, parts_before in before:
             now = parts(module)
-            changed += [name for name, value in made.items() if now.get(name) is not value and now.get(name) != value]
-            for name, value in made.items():
+            names += [
+                name for name, value in parts_before.items() if now.get(name) is not value and now.get(name) != value
+            ]
+            for name, value in parts_before.items():
                 (vars(module) if isinstance(value, str) else module._modules)[name] = value
-    if changed:
+    if names:
         raise PersodpoError(
-            f"{type(base_model(model)).__name__} changes itself by the texts that it reads ({changed[0]}), so what it "
+            f"{type(base_model(model)).__name__} changes itself by the texts that it reads ({names[0]}), so what it "
             "computes depends on what came before; fix that in its config, or use `trl dpo`."
         )
 
@@ -248,20 +250,20 @@ def as_it_was(model: Any, *, exact: bool) -> Iterator[None]:
             storage = tensor.untyped_storage().data_ptr() if plain else id(tensor)
             halves.setdefault((storage, tensor.dtype), []).append(tensor)
     trained = [p for p in model.parameters() if p.requires_grad and p.is_floating_point()]
-    moved = [(p, _moved_part(p)) for p in trained]
-    before = [p.data[part].clone() if p.any() else None for p, part in moved]
+    noisy = [(p, _moved_part(p)) for p in trained]
+    before = [p.data[part].clone() if p.any() else None for p, part in noisy]
     try:
         with torch.random.fork_rng(devices=devices), torch.autocast(model.device.type, enabled=False):
             torch.manual_seed(0)
             for views in halves.values():
                 _convert(views, torch.float32)
-            for parameter, part in moved:
+            for parameter, part in noisy:
                 parameter.data[part].add_(torch.randn_like(parameter.data[part]), alpha=NOISE)
             yield
     finally:
         for (_, dtype), views in halves.items():
             _convert(views, dtype)
-        for (parameter, part), data in zip(moved, before, strict=True):
+        for (parameter, part), data in zip(noisy, before, strict=True):
             parameter.data.zero_() if data is None else parameter.data[part].copy_(data)
         for module, mode in modes:
             module.training = mode
@@ -299,16 +301,16 @@ def buffers_put_back(model: Any) -> Iterator[list[str]]:
     """
     before = {path: (buffer, buffer.clone()) for path, buffer in model.named_buffers()}
     weights = _hashes(model)
-    changed: list[str] = []
+    names: list[str] = []
     try:
-        yield changed
+        yield names
     finally:
         after = dict(model.named_buffers())  # a statistic may be another tensor now
-        changed.extend(
+        names.extend(
             path for path, (_, value) in before.items()
             if path in after and not torch.equal(after[path].nan_to_num(), value.nan_to_num())
         )  # fmt: skip
-        for path in changed:
+        for path in names:
             owner, _, name = path.rpartition(".")
             buffer, value = before[path]
             model.get_submodule(owner)._buffers[name] = buffer.copy_(value)

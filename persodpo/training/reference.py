@@ -126,8 +126,8 @@ def known_or_computed(
     """
     values = _load(cache, sum(len(group.responses) for group in groups)) if cache else None
     # One process may have read the file while another found none.
-    lost = any(gather_object([values is None]))
-    if lost or values is None or not _still_true(values, groups, compute, token_budget, tolerance):
+    absent = any(gather_object([values is None]))
+    if absent or values is None or not _still_true(values, groups, compute, token_budget, tolerance):
         values = compute(groups)
         if cache and PartialState().is_main_process:
             _save(cache, values, described)
@@ -154,10 +154,10 @@ def _still_true(
     starts = [0, *itertools.accumulate(len(group.responses) for group in groups)]
     positions = sum(len(group.prompt) + sum(map(len, group.responses)) for group in groups)
     sample = range(0, len(groups), math.ceil(positions / token_budget))
-    known = [value for place in sample for value in values[starts[place] : starts[place + 1]]]
+    cached = [value for place in sample for value in values[starts[place] : starts[place + 1]]]
     lengths = [len(response) for place in sample for response in groups[place].responses]
-    made = compute([groups[place] for place in sample])
-    return all(abs(a - b) <= tolerance * size for a, b, size in zip(made, known, lengths, strict=True))
+    computed = compute([groups[place] for place in sample])
+    return all(abs(a - b) <= tolerance * size for a, b, size in zip(computed, cached, lengths, strict=True))
 
 
 def _save(path: Path, values: Sequence[float], settings: Mapping[str, object]) -> None:

@@ -121,9 +121,9 @@ def train_arm(
             "threads": torch.get_num_threads(), "device": str(trainer.args.device),
         }  # fmt: skip
         write_json(folder / ARM_RECORD, record)
-    said = f"{described}, {len(train):,} pairs, {_summary(trainer, len(held_out), settings.warmup_steps)}"
+    summary = f"{described}, {len(train):,} pairs, {_summary(trainer, len(held_out), settings.warmup_steps)}"
     generations = health.generations.assign(prompt=lambda frame: [health.prompts[number] for number in frame["prompt"]])
-    notes = (said, *(f"warning: {text}" for text in dict.fromkeys(warned)))
+    notes = (summary, *(f"warning: {text}" for text in dict.fromkeys(warned)))
     return Trained(log_table(history, described), health.summary(), generations, notes)
 
 
@@ -135,15 +135,15 @@ def _without_chatter() -> Iterator[list[str]]:
     with warnings.catch_warnings():
         # TRL 1.16 reads attributes that transformers 5 is renaming.
         warnings.filterwarnings("ignore", r"`\w*gradient_checkpointing\w*` is deprecated", FutureWarning)
-        shown: list[str] = []
+        texts: list[str] = []
         show = warnings.showwarning
 
         def note(message: Warning | str, *where: Any, **more: Any) -> None:
-            shown.append(" ".join(str(message).split())[:300])
+            texts.append(" ".join(str(message).split())[:300])
             show(message, *where, **more)
 
         warnings.showwarning = note
-        yield shown
+        yield texts
 
 
 def _described(policy: str | Path, parameters: int) -> str:
@@ -164,12 +164,12 @@ def _summary(trainer: GroupedDPOTrainer, held_out: int, warmup: int) -> str:
     """Say how long a training went, and how it ended on the pairs that were held out."""
     last = next(log for log in reversed(trainer.state.log_history) if "eval_loss" in log)
     steps = trainer.state.global_step
-    said = (
+    text = (
         f"{steps:,} steps; on {held_out:,} held out: loss {last['eval_loss']:.3f}, accuracy "
         f"{last['eval_rewards/accuracies']:.3f}, margin {last['eval_rewards/margins']:.3f}"
     )
     short = f"; the warm-up of {warmup} steps left it no full learning rate: lower training.warmup_steps"
-    return said + (short if steps <= warmup else "")
+    return text + (short if steps <= warmup else "")
 
 
 def _prepare(folder: Path, key: str) -> Path | None:

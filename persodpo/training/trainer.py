@@ -325,8 +325,8 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
                 "per_device_eval_batch_size or unset it."
             )
         ids, values = (torch.cat(parts) for parts in zip(*gather_object(self._evaluated), strict=True))
-        kept = without_filling(ids.numpy(), dataloader.dataset["pair_ids"])
-        means = dict(zip(self._eval_names, values[kept].double().mean(0).tolist(), strict=True))
+        rows = without_filling(ids.numpy(), dataloader.dataset["pair_ids"])
+        means = dict(zip(self._eval_names, values[rows].double().mean(0).tolist(), strict=True))
         prefix = kwargs.get("metric_key_prefix", "eval")
         output.metrics.update({f"{prefix}_{name}": mean for name, mean in means.items() if name != "pairs"})
         return output
@@ -340,9 +340,9 @@ class GroupedDPOTrainer(DPOTrainer):  # type: ignore[misc]
         parts = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
         sets = list(self.eval_dataset.values()) if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         own = {id(one) for one in (self.train_dataset, *sets)}
-        known = [id(part) in own or not isinstance(part, Dataset | IterableDataset) for part in parts]
+        are_known = [id(part) in own or not isinstance(part, Dataset | IterableDataset) for part in parts]
         # Of several, transformers gives each back by itself.
-        if all(known) or (any(known) and isinstance(eval_dataset, dict)):
+        if all(are_known) or (any(are_known) and isinstance(eval_dataset, dict)):
             return super(DPOTrainer, self).evaluate(eval_dataset, *args, **kwargs)  # type: ignore[no-any-return]
         if self.ref_model is None and not trains_adapters_alone(self.model) and self._has_changed():
             raise PersodpoError(

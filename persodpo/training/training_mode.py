@@ -133,11 +133,11 @@ def _compare(model: Any, groups: list[Group], *, grouped: bool) -> _Gaps:
             torch.manual_seed(0)
             expected = _with_gradients(model, plain)
             torch.manual_seed(0)
-            made = _with_gradients(model, packed)
-            values, gradients = _apart(expected, made)
+            packed_pass = _with_gradients(model, packed)
+            values, gradients = _apart(expected, packed_pass)
             torch.manual_seed(0)
             small = _with_gradients(model, packed, loss=LITTLE).gradients / LITTLE
-            bent = float((small - made.gradients).norm() / made.gradients.norm().clamp(min=1e-12))
+            bent = float((small - packed_pass.gradients).norm() / packed_pass.gradients.norm().clamp(min=1e-12))
             torch.manual_seed(1)
             with torch.no_grad():
                 noise = float((plain() - expected.values).abs().max())
@@ -157,9 +157,9 @@ def _with_gradients(model: Any, compute: Callable[[], Tensor], loss: float = 1.0
     """
     calls: list[tuple[Tensor, Tensor]] = []
 
-    def hold(_: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> Tensor:
+    def hold(_: nn.Module, inputs: tuple[Tensor, ...], keywords: dict[str, Tensor], output: Tensor) -> Tensor:
         output = output if output.requires_grad else output.requires_grad_()
-        calls.append((inputs[0] if inputs else named["input"], output))
+        calls.append((inputs[0] if inputs else keywords["input"], output))
         return output.clone()  # may be changed in place
 
     hook = base_model(model).get_input_embeddings().register_forward_hook(hold, with_kwargs=True)
@@ -173,8 +173,8 @@ def _with_gradients(model: Any, compute: Callable[[], Tensor], loss: float = 1.0
     finally:
         hook.remove()
     width = embeddings[0].shape[-1] if loss else 1
-    kept = [gradient for gradient in gradients if gradient is not None]
-    flat = [one.reshape(-1, width).to(torch.promote_types(one.dtype, torch.float32)) for one in kept]
+    present = [gradient for gradient in gradients if gradient is not None]
+    flat = [one.reshape(-1, width).to(torch.promote_types(one.dtype, torch.float32)) for one in present]
     return _Pass(values.detach(), torch.cat([ids.flatten() for ids, _ in calls]), torch.cat(flat))
 
 
