@@ -177,7 +177,7 @@ UNBILLED = {"status_409", "status_429", "status_503"}  # after the others a mode
 
 
 def test_passing_faults_are_tried_again(server: Server, store: Store) -> None:
-    asked = backend(server.url, timeout_seconds=0.4, concurrency=13)
+    asked = backend(server.url, timeout_seconds=1.0, concurrency=13)
     texts = {fault: f"passing <<fault={fault} times=2>>" for fault in PASSING}
     assert generate(chats(texts.values()), asked, store).answered == len(PASSING)
     for (fault, text), found in zip(texts.items(), answers(store, chats(texts.values()), asked), strict=True):
