@@ -67,7 +67,7 @@ docs: $(STAMP)  ## write the measured numbers of README.md and docs/ from benchm
 lab: $(STAMP)  ## open the notebooks at explore.ipynb; make lab LAB="--allow-root --port 8890"
 	$(BIN)/jupyter lab --notebook-dir=notebooks --LabApp.default_url=/lab/tree/explore.ipynb $(LAB)
 
-bench-mini: $(STAMP)  ## the miniature from nothing: time, memory, findings
+bench-mini: $(STAMP)  ## the miniature from nothing: time and memory
 	$(BIN)/python benchmarks/bench_mini.py
 
 findings: $(STAMP)  ## both worlds of the miniature and their tables; those of the documents with KERNELS=fixed

@@ -63,11 +63,15 @@ def findings(profile: Profile) -> str:
     run = RunFolder(profile)
     estimates, comparisons = run.read("evaluation/estimates"), run.read("evaluation/comparisons")
     table = estimates.set_index(["arm", "metric", "reading"])
+    answers = run.read("evaluation/judged").merge(run.read("evaluation/responses"), on=["dialogue_id", "model"])
+    answers = answers[answers["outcome"] == "ok"]
+    readable = answers.groupby(answers["model"].str.partition("@")[0])[["grounded", "repeats"]].mean()
     rows = []
     for arm in ("base", *profile.training.arms):
         cells = {head: table.loc[(arm, *key)] for head, key in SHOWN.items()}
         texts = {head: interval(cell, "mean") for head, cell in cells.items()}
         texts["ROUGE-L"] = number(cells["ROUGE-L"]["mean"], 3)
+        texts |= {f"{name}, of readable": f"{share:.3f}" for name, share in readable.loc[arm].items()}
         texts["quality, successes alone"] += f" of {cells['quality, successes alone']['responses']}"
         rows.append([f"`{arm}`", cells["quality, failures imputed"]["responses"], *texts.values()])
     tests = [
@@ -79,7 +83,7 @@ def findings(profile: Profile) -> str:
         for row in comparisons[comparisons["metric"] == metric].to_dict("records") if row["reading"] != SUCCESSES
     ]  # fmt: skip
     names = ["metric", "arms", "difference", "p (Holm)", "sign test (Holm)", "tests in the family"]
-    return f"{pipes(['arm', 'responses', *SHOWN], rows)}\n\n{pipes(names, tests)}\n"
+    return f"{pipes(['arm', 'responses', *texts], rows)}\n\n{pipes(names, tests)}\n"
 
 
 def judged(profile: Profile) -> dict[str, Any]:
@@ -100,7 +104,7 @@ def ablations(profile: Profile) -> str:
     means, table = (
         run.read(f"ablations/{name}").set_index(["arm", "metric", "reading"]) for name in ("estimates", "comparisons")
     )
-    rows = [[start, *(number(means.loc[(start, *key), "mean"], 3) for key in ABLATED.items())]]
+    rows = [[f"{start} (level)", *(number(means.loc[(start, *key), "mean"], 3) for key in ABLATED.items())]]
     for one in profile.evaluation.ablations:
         rows.append([one.name, *(interval(table.loc[(one.name, *key)], "difference") for key in ABLATED.items())])
     return pipes(["ablation", *(f"{name.replace('_', ' ')}, difference" for name in ABLATED)], rows) + "\n"

@@ -236,7 +236,7 @@ def table(found: dict[str, dict[str, float]]) -> str:
         for name, entry in found.items()
     ]  # fmt: skip
     head = ["rung", "an epoch", "of it reference", "of it guard", *(f"against {other}" for other in others), "peak memory",
-            "tokens computed", "floor / computed"]  # fmt: skip
+            "tokens computed", "distinct / computed"]  # fmt: skip
     return pipes(head, rows)
 
 

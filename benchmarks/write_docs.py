@@ -19,7 +19,14 @@ from persodpo.release.audit import FINDINGS
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"<!-- (\w[^>]*) -->.*?<!-- / -->", re.DOTALL)
 #: Columns of the README's table of arms.
-ARMS = ("arm", "grounded", "repeats a sentence", "quality, failures imputed", "failure ratio")
+ARMS = (
+    "arm",
+    "grounded",
+    "repeats a sentence",
+    "quality, failures imputed",
+    "quality, successes alone",
+    "failure ratio",
+)
 
 
 def paragraphs(result: str) -> list[str]:

@@ -42,7 +42,7 @@ class Arm:
 
 ARMS: dict[ArmName, Arm] = {
     "simple": Arm("simple", "none", False, "parsed against failed completions"),
-    "perso": Arm("perso", "none", False, "high against low quality, unweighted: what the authors ran"),
+    "perso": Arm("perso", "none", False, "high against low quality, unweighted: probably what the authors ran"),
     "perso_weighted": Arm("perso", "sigmoid", False, "high against low quality, weighted: what they meant"),
     "corrected": Arm("perso", "sigmoid", True, "weighted, on pairs made with every correction"),
 }
