@@ -44,15 +44,17 @@ def forest(comparisons: pd.DataFrame, *, reading: str, title: str) -> Figure:
     """Draw each difference with its interval and corrected p-value, one panel per metric, around a line at zero.
 
     A filled point is a difference that stays under 0.05 after correction, a blue dot where the arm is better and a
-    red square where it is worse; all others are hollow and grey. A dash stands where nothing could be derived.
+    red square where it is worse; all others are hollow and grey. A dash stands where nothing could be derived. Coherence of
+    published arms is left out, as its column is scrambled (audit A1).
     """
-    rows = comparisons[comparisons["reading"].isin([reading, "all responses"])]
-    rows = rows[rows["metric"] != "response_time"]
+    rows, names = comparisons[comparisons["reading"].isin([reading, "all responses"])], short_names(comparisons)
+    left_out = ["response_time", *(["coherence"] if any("/" in name for name in names) else [])]
+    rows = rows[~rows["metric"].isin(left_out)]
     # A metric of which nothing could be derived has nothing to show; the tables say why.
     metrics = sorted(rows.loc[rows["difference"].notna(), "metric"].unique(), key=metric_order)
     if not metrics:
         raise NothingToShowError(f"No difference was derived with {reading}; the comparisons' column reason says why.")
-    pairs, names = list(dict.fromkeys(zip(rows["arm"], rows["baseline"], strict=True))), short_names(comparisons)
+    pairs = list(dict.fromkeys(zip(rows["arm"], rows["baseline"], strict=True)))
     across = min(_ACROSS, len(metrics))
     down = -(-len(metrics) // across)
     fig = new_figure(0.65 + down * (0.62 + 0.19 * len(pairs)), DOUBLE)
