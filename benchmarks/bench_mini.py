@@ -29,6 +29,7 @@ from persodpo.stages.policy import miniature_folder
 LIMITS = {"first seconds": 300, "second seconds": 60, "peak GiB": 1.5}
 #: Arms that all worlds are compared in, and the shares of each that are shown.
 COMPARED = ("base", "simple", "perso", "corrected")
+BASELINES = ("base", "simple", "perso_weighted")
 JUDGED = ("grounded", "repeats", "failure_ratio")
 #: Seed of the second world: other people, places and models.
 OTHER_WORLD = 7
@@ -131,8 +132,8 @@ def write_findings() -> None:
         tests = {row["baseline"]: row for row in world["tests"] if row["arm"] == "corrected"}
         arms = [world["arms"][arm] for arm in COMPARED]
         cells = [f"{arm['grounded']:.2f}, {arm['repeats']:.2f}, {arm['failure_ratio']:.2f}" for arm in arms]
-        rows.append([name, *cells, *(p_text(tests[other]["p_holm"]) for other in ("base", "simple"))])
-    head = ["world, kernels", *(f"`{arm}`" for arm in COMPARED), "p against `base`", "p against `simple`"]
+        rows.append([name, *cells, *(p_text(tests[other]["p_holm"]) for other in BASELINES)])
+    head = ["world, kernels", *(f"`{arm}`" for arm in COMPARED), *(f"p against `{other}`" for other in BASELINES)]
     (RESULTS / "mini-worlds.md").write_text(pipes(head, rows) + "\n", encoding="utf-8")
 
 

@@ -118,17 +118,26 @@ def pairs(
     set_: Settings,
     profile: ProfileName = DEFAULT_PROFILE,
     against: Annotated[
-        str | None, typer.Option(metavar="PROFILE", help="Count what changed from the pairs of another profile's run.")
+        str | None,
+        typer.Option(
+            metavar="PROFILE",
+            help="Count what changed from the pairs of another profile, which are made first where something changed.",
+        ),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Make the pair sets and their gate report. Earlier stages run first where something changed."""
-    run = Run(profile, set_)
+    run, other = Run(profile, set_), Run(against) if against else None
+    if other and other.root == run.root:
+        raise PersodpoError(
+            f"Both sides would be run {run.settings.name}; give the changed one a name: --set name={run.settings.name}-2."
+        )
+    if other:
+        _print_all(other.make("pairs"))
     _print_all(run.make("pairs", overwrite))
-    if against:
+    if other:
         from persodpo.pairs import pair_changes  # noqa: PLC0415
 
-        other = Run(against)
         for name in (f"pairs/{both}" for both in run.settings.pairs.sets if both in other.settings.pairs.sets):
             counts = pair_changes(other.table(name), run.table(name)).items()
             print(f"{name} against {other.settings.name}: " + ", ".join(f"{count:,} {what}" for what, count in counts))

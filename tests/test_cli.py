@@ -61,6 +61,12 @@ def test_errors_are_one_sentence_without_a_traceback(arguments, words, tmp_path)
     assert "Traceback" not in done.stderr
 
 
+def test_pairs_are_not_set_against_themselves():
+    done = run("pairs", "--set", "pairs.low_quantile=0.3", "--against", "mini")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "--set name=mini-2" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
