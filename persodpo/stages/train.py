@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,6 +17,9 @@ from persodpo.runfolder import RunFolder, StageReport, Tables
 from persodpo.stages.base import Need
 from persodpo.stages.policy import PREFIX, start_policy
 from persodpo.training.arms import ARMS, arm_name, label_of
+
+#: Seconds that a starting policy may take to be made without being mentioned.
+WORTH_SAYING = 5
 
 
 def needs(profile: Profile, arms: Sequence[str] = (), **_: object) -> list[Need]:
@@ -91,7 +95,9 @@ def train_on(
     """
     from persodpo.training import run as training
 
+    started = time.perf_counter()
     start = start_policy(run)
+    waited = time.perf_counter() - started
     outputs = [f"training/{label}/{name}" for name in ("log", "health", "generations")]
     files = dict(files) | {f"policy/{path.name}": path for path in weights_of(start)}
     settings = {
@@ -105,7 +111,7 @@ def train_on(
     folder = arm_folder(run, label)
     key = digest_of({"settings": settings, "inputs": {name: sha256(path) for name, path in files.items()}})
 
-    notes: list[str] = []
+    notes = [f"starting policy ready after {waited:.0f} s"] if waited > WORTH_SAYING else []
 
     def build() -> Tables:
         result = training.train_arm(pairs(), arm, start, folder, profile=profile, key=key)
