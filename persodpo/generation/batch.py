@@ -54,7 +54,7 @@ class BatchBackend(OpenAIBackend):
 
     async def resume(self, work: Work) -> None:
         """Wait for batches of earlier runs. What is set aside for one that is not found stays so: it may have been made."""
-        if not (holders := work.store.reservations(self._holder()[:-1] + ",")):
+        if not (holders := self._batches(work)):
             return
         async with self._connected() as client:
             for holder in holders:
@@ -100,10 +100,6 @@ class BatchBackend(OpenAIBackend):
     @property
     def _address(self) -> str:
         return self.settings.base_url.rstrip("/")
-
-    def _holder(self, *names: str) -> str:
-        """Return what a batch of this model is called in the store: by its endpoint, the names of its file and its own."""
-        return json.dumps(["batch", self.model, *names])
 
     def _object(self, response: httpx2.Response) -> dict[str, Any]:
         """Return the JSON object that the endpoint sent; anything else stops the model."""

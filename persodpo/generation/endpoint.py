@@ -127,10 +127,18 @@ class OpenAIBackend(Backend):
         Raises:
             ModelStopped: There is one.
         """
-        if work.store.reservations(json.dumps(["batch", self.model])[:-1] + ","):
+        if self._batches(work):
             raise ModelStopped(
                 f"A batch of model {self.model} is under way; set batch: true and run again, which collects it."
             )
+
+    def _holder(self, *names: str) -> str:
+        """Return what a batch of this model is called in the store: by its endpoint, the names of its file and its own."""
+        return json.dumps(["batch", self.model, *names])
+
+    def _batches(self, work: Work) -> dict[str, dict[str, float]]:
+        """Return what is set aside for batches of this model that are under way."""
+        return work.store.reservations(self._holder()[:-1] + ",")
 
     async def run(self, work: Work) -> None:
         """Read the key, make a client and keep as many requests under way as the settings say."""
